@@ -1,0 +1,307 @@
+"""What a run is: one YAML file plus ``key=value`` overrides, checked before any process group exists.
+
+Every field documents itself here and nowhere else; defaults live here only. A component receives its own section,
+never the whole. Checks that need the model's own configuration are in `sdpg_megatron.mcore.architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdpg_megatron.errors import ConfigError, did_you_mean
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """Hugging Face folder: config.json, safetensors, tokenizer with a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and activation type. Gradients, the head and the optimizer accumulate in float32 either way."""
+    spec: Literal["auto", "local", "te"] = "auto"
+    """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int | None = Field(None, ge=2)
+    """Model chunks per pipeline stage (interleaved schedule); null for the plain 1F1B schedule."""
+    sequence: bool = False
+    """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks."""
+
+
+class DataConfig(Section):
+    train: tuple[Path, ...]
+    """JSONL or Parquet files of prompts."""
+    eval: tuple[Path, ...] = ()
+    """Held-out prompts; empty for no evaluation."""
+    question_key: str = "question"
+    """Column of the question. The public SDPG format (a `prompt` list of chat messages whose content carries
+    [TEACHER_CONTEXT_TOKEN]) is recognised by itself."""
+    answer_key: str = "answer"
+    """Column of the verifier's answer."""
+    context_key: str = "context"
+    """Column of the privileged context. Where a row has none, the answer stands in for it."""
+    context_template: Literal["answer", "solution"] | str = "answer"
+    """How the teacher's prompt carries the context: a shipped template's name, or a template of your own with
+    {question}, {context} and, if wanted, {answer}."""
+    system: str | None = None
+    """System message for student and teacher; null leaves the chat template's own default."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longest student or teacher prompt."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
+    shuffle: bool = True
+    """Shuffle every epoch, seeded by `seed`."""
+
+
+class RewardConfig(Section):
+    verifier: str = "number"
+    """"number" (last number of the response equals the answer) or "module:function" of your own."""
+    timeout: float = Field(10.0, gt=0)
+    """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
+    failure_reward: float = 0.0
+    workers: int = Field(1, ge=1)
+    """Processes that run verifiers."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank."""
+    prompts_per_step: int = Field(128, ge=1)
+    group_size: int = Field(8, ge=2)
+    """Responses per prompt; advantages compare them, so one is not a group."""
+    max_response_tokens: int = Field(4096, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the student's and the teacher's logits are divided by it in training too."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int = Field(64, ge=1)
+    """Sequences generated at a time by the embedded engine."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["sdpg", "grpo"] = "sdpg"
+    """Training method."""
+    policy: Literal["ratio", "reinforce"] = "ratio"
+    """Outcome term: clipped importance ratio, or advantage-weighted log-prob. Equal gradients with one mini-batch."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    dual_clip: float | None = Field(10.0, gt=1)
+    """Bound c of the ratio where the advantage is negative; null for none."""
+    beta: float = Field(1e-3, ge=0)
+    """Weight of the distillation term."""
+    beta_warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
+    beta_decay_steps: int | None = Field(None, ge=0)
+    """Last steps over which beta falls to 0; null for the paper's 350 of 400, scaled to the run; 0 for none."""
+    gate: bool = True
+    """Distil only responses with a positive advantage."""
+    distill_average: Literal["all", "gated"] = "all"
+    """Tokens that the distillation term is averaged over."""
+    alpha: float = Field(1e-3, ge=0)
+    """Weight of the reference term."""
+    reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
+    """Reference term as a function of log(pi / pi_ref) of the sampled token."""
+    ratio_weighted_regularizers: bool = True
+    """Near on-policy, weight the distillation and reference terms by the detached ratio pi / pi_old."""
+    aggregation: Literal["token-mean", "group-token-mean", "sequence-mean"] = "token-mean"
+    """How per-token losses become one number; denominators are global."""
+    head_chunk_rows: int = Field(256, ge=1)
+    """Rows of logits that the output head holds at a time."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up, down to `min_lr` at the last step."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient-norm bound; 0 for none."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per rollout; prompts are split evenly over them."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences per forward and backward pass."""
+    distributed: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 for before and after training only."""
+    samples: int = Field(4, ge=1)
+    """Sampled responses per held-out prompt, besides the greedy one."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: int | None = Field(None, ge=1)
+    """Null for the rollout's."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(10, ge=0)
+    """Save every so many steps, and at the end; 0 for the end only."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    export: bool = True
+    """Write the trained model as a Hugging Face folder when the run ends."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run_dir: Path
+    """Everything that the run writes goes here."""
+    steps: int = Field(ge=1)
+    """Rollout steps."""
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def total_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run: the T of the beta schedule and the learning-rate schedule."""
+        return self.steps * self.optimizer.minibatches
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's configuration.
+
+    Args:
+        path: YAML file; relative paths in it are relative to the working directory.
+        overrides: ``section.field=value`` items; the value is read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest valid one is named), value of the wrong type or range,
+            or a combination that cannot work.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror, "a readable YAML file", "check the path") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), str(error), "valid YAML", "correct the syntax") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), type(tree).__name__, "a mapping of sections", "see examples/")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in a nested mapping, in place; sections that are not there yet are made."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("command line", override, "key=value", "for example objective.beta=0.001")
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(key, section, "a section", f"{section} is a single value")
+    try:
+        tree[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, "a YAML value", "quote it") from error
+
+
+def parse(tree: Mapping[str, Any]) -> RunConfig:
+    """Build a `RunConfig` from plain data and check it whole. Raises `ConfigError`."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        _raise_first(error)
+    check(config)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check(config: RunConfig) -> None:
+    """Cross-field checks that need nothing but the configuration. Raises `ConfigError`."""
+    objective, rollout, optimizer = config.objective, config.rollout, config.optimizer
+    if rollout.prompts_per_step % optimizer.minibatches:
+        raise ConfigError(
+            "optimizer.minibatches",
+            optimizer.minibatches,
+            f"a divisor of rollout.prompts_per_step ({rollout.prompts_per_step})",
+            "choose one that divides it",
+        )
+    ramp = (objective.beta_warmup_steps or 0) + (objective.beta_decay_steps or 0)
+    if ramp > config.total_optimizer_steps:
+        raise ConfigError(
+            "objective.beta_warmup_steps + objective.beta_decay_steps",
+            ramp,
+            f"at most the run's {config.total_optimizer_steps} optimizer steps",
+            "shorten them, or leave them null to have them scaled to the run",
+        )
+    if optimizer.warmup_steps > config.total_optimizer_steps:
+        raise ConfigError(
+            "optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            f"at most the run's {config.total_optimizer_steps} optimizer steps",
+            "shorten the warm-up",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError("optimizer.min_lr", optimizer.min_lr, f"at most lr ({optimizer.lr})", "lower it")
+    if config.parallel.virtual_pipeline and config.parallel.pipeline < 2:
+        raise ConfigError(
+            "parallel.virtual_pipeline",
+            config.parallel.virtual_pipeline,
+            "null where parallel.pipeline is 1",
+            "remove it or raise parallel.pipeline",
+        )
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ConfigError("parallel.sequence", True, "false where parallel.tensor is 1", "remove it")
+    if objective.name == "grpo" and "beta" in objective.model_fields_set and objective.beta:
+        raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
+
+
+def _raise_first(error: ValidationError) -> NoReturn:
+    """Turn pydantic's report into one `ConfigError` about its first finding."""
+    finding = error.errors()[0]
+    field = ".".join(str(part) for part in finding["loc"])
+    if finding["type"] == "extra_forbidden":
+        *sections, name = [str(part) for part in finding["loc"]]
+        hint = did_you_mean(name, _fields(sections))
+        raise ConfigError(field, name, "a known key", hint or f"known here: {', '.join(_fields(sections))}") from error
+    if finding["type"] == "missing":
+        raise ConfigError(field, None, "a value", f"set {field} in the file or on the command line") from error
+    raise ConfigError(field, finding["input"], finding["msg"], f"correct {field}") from error
+
+
+def _fields(sections: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)

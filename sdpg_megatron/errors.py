@@ -1,0 +1,49 @@
+"""The errors a user can meet. Each names what was found, what was expected, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SdpgError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SdpgError):
+    """A field of the run's configuration cannot work."""
+
+    def __init__(self, field: str, found: object, expected: str, fix: str) -> None:
+        super().__init__(f"{field}: found {found!r}, expected {expected}. Fix: {fix}")
+        self.field = field
+
+
+class DataError(SdpgError):
+    """A row of a data file cannot be used."""
+
+    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
+        self.where = where
+
+
+class WeightError(SdpgError):
+    """A parameter has no counterpart, or does not have the shape of its counterpart."""
+
+
+class CheckpointError(SdpgError):
+    """A checkpoint cannot be read, or belongs to another run."""
+
+
+class RolloutError(SdpgError):
+    """A rollout engine could not do what was asked of it."""
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The candidates most like `name`, best first; empty where nothing comes close."""
+    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """``"did you mean 'a' or 'b'?"``, or the empty string where nothing comes close."""
+    near = nearest(name, candidates)
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,84 @@
+"""What an objective is: which passes it needs, and per-token losses from per-token quantities.
+
+Shapes: T response tokens of a micro-batch. All tensors are float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from sdpg_megatron.observe.metrics import Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The passes an objective needs at one step; the trainer runs these and no others."""
+
+    teacher: bool = False
+    """Last hidden states of the teacher, for the rows with an open gate."""
+    reference: bool = False
+    """Log-probs of the sampled tokens under the frozen reference weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTerms:
+    """What an objective may read, per response token."""
+
+    logprob_T: Tensor
+    """log pi(y_t); carries the gradient."""
+    divergence_T: Tensor | None
+    """KL(student || teacher) in nats, 0 on rows with a closed gate; carries the gradient. None without a teacher."""
+    old_logprob_T: Tensor
+    """log pi_old(y_t), detached. With one optimiser step per rollout this is `logprob_T` detached."""
+    reference_logprob_T: Tensor | None
+    advantage_T: Tensor
+    gate_T: Tensor
+    """float, 1 where the distillation term counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """Where the run stands."""
+
+    step: int
+    """Optimiser schedule position k, from 0."""
+    total_steps: int
+    distill_scale: float = 1.0
+    """All response tokens over gated response tokens of the whole step, where the distillation term is to be averaged
+    over gated tokens only; otherwise 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMetric:
+    """A per-token quantity to report, and how it reduces over tokens, micro-batches and ranks."""
+
+    values_T: Tensor
+    reduction: Reduction = Reduction.MEAN
+    mask_T: Tensor | None = None
+    """bool [T]: which tokens count; all where None."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Per-token loss, and what to report about it."""
+
+    loss_T: Tensor
+    metrics: Mapping[str, TokenMetric] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A training method: one file, one line of configuration."""
+
+    name: str
+
+    def needs(self, context: StepContext) -> Needs:
+        """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0."""
+        ...
+
+    def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
+        """Per-token loss. Aggregation over tokens is the caller's: it multiplies by the micro-batch's weights."""
+        ...

@@ -1,0 +1,107 @@
+"""What flows along one training step. Every stage takes some of these and returns new ones.
+
+Shape suffixes: B sequences of a micro-batch, S padded sequence length, T response tokens of a micro-batch (the rows
+that the head sees), G the rows among them whose gate is open, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, rendered twice with the model's chat template.
+
+    The teacher reads the same question together with the privileged context; both are followed by the same response.
+    """
+
+    uid: str
+    """Stable name, ``<file name>:<row>``."""
+    student_tokens: tuple[int, ...]
+    teacher_tokens: tuple[int, ...]
+    answer: str
+    question: str = ""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response."""
+
+    tokens: tuple[int, ...]
+    """Response tokens; the stop token is the last of them where `finish_reason` is "stop"."""
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each token under the rollout weights, at the sampling temperature, before top-p."""
+    finish_reason: FinishReason
+    weight_version: int
+    text: str
+    """Decoded response without special tokens: what a verifier reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The responses to one prompt."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with its verifier's rewards and the advantages that follow from them, in completion order."""
+
+    group: Group
+    rewards: tuple[float, ...]
+    advantages: tuple[float, ...]
+    failures: int = 0
+    """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatch:
+    """Right-padded token sequences and the positions whose next token is a response token."""
+
+    tokens_BS: Tensor
+    """int64 [B, S]."""
+    rows_T: Tensor
+    """int64 [T]: index b * S + s of the position that predicts each response token, sequence by sequence."""
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        return SequenceBatch(self.tokens_BS.to(device), self.rows_T.to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass reads. Per-token tensors follow the order of `student.rows_T`."""
+
+    student: SequenceBatch
+    teacher: SequenceBatch | None
+    """Teacher sequences of the samples with an open gate; None where there is none."""
+    gated_rows_G: Tensor
+    """int64 [G]: position in 0..T-1 of each row of `teacher.rows_T`."""
+    labels_T: Tensor
+    """int64 [T] response tokens."""
+    advantages_T: Tensor
+    gates_T: Tensor
+    """float32 [T], 1 where the distillation term counts."""
+    weights_T: Tensor
+    """float32 [T] aggregation weights; they sum to the global number of response tokens over all micro-batches and
+    data-parallel ranks of one optimiser step, so that dividing by that number gives the loss."""
+    rollout_logprobs_T: Tensor
+    old_logprobs_T: Tensor | None = None
+    """Log-probs under the weights before the first optimiser step on this batch; None where one step is all there is."""
+    reference_logprobs_T: Tensor | None = None
+    teacher_hidden_GH: Tensor | None = None
+    """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.labels_T.numel())

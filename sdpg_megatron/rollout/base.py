@@ -1,0 +1,57 @@
+"""What a rollout engine is: it generates with log-probs, takes new weights, and says which weights it used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sdpg_megatron.records import Group, Prompt
+
+Bucket = Sequence[tuple[str, Tensor]]
+"""Full tensors under their Hugging Face names: one piece of a weight stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. `temperature` 0 means greedy; its log-probs are those of temperature 1."""
+
+    n: int
+    """Responses per prompt."""
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    """The same seed, prompts and weights give the same responses."""
+
+
+class RolloutEngine(Protocol):
+    """A source of completions that follows the trainer's weights."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next sample will come from; -1 before the first publish."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One whole group of `sampling.n` completions for each prompt, in order.
+
+        Raises:
+            RolloutError: no weights were published yet, or a group could not be completed.
+        """
+        ...
+
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Replace every weight with the stream's. The engine serves `version` only when the whole stream arrived.
+
+        Raises:
+            WeightError: a name or shape is unknown to the engine, or a weight of the engine is missing from the
+                stream. The engine then refuses to generate until a later publish succeeds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release everything. A closed engine generates nothing; closing twice is harmless."""
+        ...
