@@ -1,0 +1,136 @@
+"""config.json as transformers 4 and 5 write it, what is refused, and which layouts fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from sdpg_megatron.architecture import Llama3Scaling, check_parallel, read_architecture
+from sdpg_megatron.config import ParallelConfig
+from sdpg_megatron.errors import ConfigError
+
+SIZES = {
+    "num_hidden_layers": 6,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "bias", "norm"),
+    [(LlamaConfig, "llama", False, False), (Qwen2Config, "qwen2", True, False), (Qwen3Config, "qwen3", False, True)],
+)
+def test_reads_what_transformers_saves(tmp_path: Path, kind: Any, family: str, bias: bool, norm: bool) -> None:
+    kind(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5}).save_pretrained(tmp_path)
+    arch = read_architecture(tmp_path)
+    assert (arch.family, arch.qkv_bias, arch.qk_norm) == (family, bias, norm)
+    assert (arch.num_layers, arch.hidden_size, arch.ffn_size) == (6, 96, 160)
+    assert (arch.num_heads, arch.num_kv_heads, arch.head_dim) == (12, 4, 16)
+    assert (arch.vocab_size, arch.max_positions, arch.tied_embeddings) == (300, 512, True)
+    assert (arch.rms_eps, arch.rope_theta, arch.rope_scaling) == (1e-6, 5e5, None)
+
+
+def test_reads_rope_of_both_generations(tmp_path: Path) -> None:
+    old = read_architecture(write(tmp_path, rope_theta=7e4, rope_scaling=LLAMA3))
+    new = read_architecture(write(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 7e4}))
+    assert old == new
+    assert old.rope_theta == 7e4
+    assert old.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+
+
+def test_defaults_of_old_files(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path, rope_scaling=None))
+    assert (arch.head_dim, arch.rope_theta, arch.rope_scaling) == (8, 10000.0, None)
+    qwen = read_architecture(write(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"]))
+    assert qwen.head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"num_key_value_heads": None}, "num_key_value_heads"),
+        ({"vocab_size": "300"}, "vocab_size"),
+    ],
+)
+def test_refuses_by_name(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^config\.json: {key}: found .*expected .*Fix: "):
+        read_architecture(write(tmp_path, **changes))
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_architecture(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.json.*JSON"):
+            read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(("tensor", "rows"), [(1, 384), (2, 512), (3, 384), (4, 512)])
+def test_padded_vocabulary(tmp_path: Path, tensor: int, rows: int) -> None:
+    assert read_architecture(write(tmp_path)).padded_vocab(tensor) == rows
+
+
+def test_padded_vocabulary_of_a_full_multiple(tmp_path: Path) -> None:
+    assert read_architecture(write(tmp_path, vocab_size=256)).padded_vocab(2) == 256
+    assert read_architecture(write(tmp_path, vocab_size=256)).padded_vocab(1, multiple=100) == 300
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tensor": 5}, r"parallel\.tensor: found 5, .*12 attention heads.*one of: 1, 2, 4$"),
+        ({"tensor": 3}, r"parallel\.tensor: found 3, .*4 key-value heads.*one of: 1, 2, 4$"),
+        ({"tensor": 6}, r"parallel\.tensor: found 6, .*4 key-value heads"),
+        ({"pipeline": 4}, r"parallel\.pipeline: found 4, .*6 layers.*one of: 1, 2, 3, 6$"),
+        ({"pipeline": 12}, r"parallel\.pipeline: found 12, .*6 layers"),
+        ({"pipeline": 2, "virtual_pipeline": 2}, r"virtual_pipeline: found 2, .*3 layers of each.*one of: 3$"),
+        ({"pipeline": 6, "virtual_pipeline": 2}, r"virtual_pipeline: found 2, .*1 layers of each.*one of: null$"),
+    ],
+)
+def test_layouts_that_do_not_fit(tmp_path: Path, parallel: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_parallel(read_architecture(write(tmp_path)), ParallelConfig(**parallel))
+
+
+def test_feed_forward_must_divide(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"162 feed-forward columns.*one of: 1, 2$"):
+        check_parallel(read_architecture(write(tmp_path, intermediate_size=162)), ParallelConfig(tensor=4))
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 4, "pipeline": 6}, {"pipeline": 2, "virtual_pipeline": 3}, {}])
+def test_layouts_that_fit(tmp_path: Path, parallel: dict[str, int]) -> None:
+    check_parallel(read_architecture(write(tmp_path)), ParallelConfig(**parallel))
