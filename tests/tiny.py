@@ -1,0 +1,136 @@
+"""Tiny random Hugging Face models with a real tokenizer: what the tests run on instead of a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+Family = Literal["llama", "qwen2", "qwen3"]
+
+PAD, BOS, EOS, TURN_START, TURN_END = "<|endoftext|>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"
+# The padding token has the name that the Qwen2 tokenizer class would otherwise add beyond the vocabulary.
+SPECIAL = (PAD, BOS, EOS, TURN_START, TURN_END)
+VOCAB = 300
+"""256 bytes, 5 special tokens, the rest merges; not a multiple of 128, so that vocabulary padding is exercised."""
+QWEN3_HEAD_DIM = 32
+"""Differs from hidden / heads, as in the released Qwen3 models."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = (
+    "What is 12 + 34? Reply with only the number.",
+    "The correct answer to this problem is: 46",
+    "system user assistant You are a helpful assistant.",
+)
+
+
+def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of exactly `vocab` tokens that knows every string, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    assert tokenizer.get_vocab_size() == vocab, f"{tokenizer.get_vocab_size()} tokens, wanted {vocab}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        extra_special_tokens=[TURN_START, TURN_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(
+    family: Family,
+    *,
+    tied: bool,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = VOCAB,
+) -> PreTrainedModel:
+    """A random float32 model in eval mode. No parameter is constant: norm scales and biases are drawn too.
+
+    The global random state is left as it was.
+    """
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel
+        match family:
+            case "llama":
+                model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=hidden // heads))
+            case "qwen2":
+                model = Qwen2ForCausalLM(Qwen2Config(**shape))
+            case "qwen3":
+                model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=QWEN3_HEAD_DIM))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write_tiny_model(
+    folder: Path,
+    family: Family,
+    *,
+    tied: bool,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = VOCAB,
+) -> Path:
+    """Write a `tiny_model` with its tokenizer and generation config (two stop ids) to `folder`, and return `folder`."""
+    tokenizer = tiny_tokenizer(vocab)
+    model = tiny_model(
+        family, tied=tied, seed=seed, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, vocab=vocab
+    )
+    stop_ids = tokenizer.convert_tokens_to_ids([EOS, TURN_END])
+    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0, eos_token_id=stop_ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
