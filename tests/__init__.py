@@ -1,0 +1,1 @@
+"""Tests: `unit` in one process, `dist` on several ranks over Gloo."""

@@ -1,0 +1,30 @@
+"""Fixtures and marks for the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pool import RankPool
+
+DIST = Path(__file__).parent / "dist"
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Up to four Gloo ranks: `ranks.run(function, world_size, *args)` gives each rank's result."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if DIST in item.path.parents:
+            item.add_marker(pytest.mark.dist)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
