@@ -77,6 +77,10 @@ class SequenceBatch:
     def to(self, device: torch.device) -> SequenceBatch:
         return SequenceBatch(self.tokens_BS.to(device), self.rows_T.to(device))
 
+    def emptied(self) -> SequenceBatch:
+        """One of the sequences, with no response token marked."""
+        return SequenceBatch(self.tokens_BS[:1], self.rows_T[:0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
@@ -97,7 +101,7 @@ class MicroBatch:
     data-parallel ranks of one optimiser step, so that dividing by that number gives the loss."""
     rollout_logprobs_T: Tensor
     old_logprobs_T: Tensor | None = None
-    """Log-probs under the weights before the first optimiser step on this batch; None where one step is all there is."""
+    """Log-probs under the weights before the first optimiser step on this batch; None where there is but one step."""
     reference_logprobs_T: Tensor | None = None
     teacher_hidden_GH: Tensor | None = None
     """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
@@ -105,3 +109,20 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.labels_T.numel())
+
+    def emptied(self) -> MicroBatch:
+        """A micro-batch that takes part in every collective and contributes nothing."""
+        student = self.student.emptied()
+        return MicroBatch(
+            student=student,
+            teacher=student,
+            gated_rows_G=self.gated_rows_G[:0],
+            labels_T=self.labels_T[:0],
+            advantages_T=self.advantages_T[:0],
+            gates_T=self.gates_T[:0],
+            weights_T=self.weights_T[:0],
+            rollout_logprobs_T=self.rollout_logprobs_T[:0],
+            old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[:0],
+            reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
+            teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
+        )
