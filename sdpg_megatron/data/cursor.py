@@ -1,0 +1,82 @@
+"""The order in which a run takes its prompts: seeded, endless, and able to continue where it stopped.
+
+The order depends on the dataset's size and the seed alone. Every data-parallel rank takes the step's whole list of
+indices and works on its own part of it, so the prompts of a step are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from sdpg_megatron.errors import CheckpointError
+
+
+class Cursor:
+    """A position in an endless sequence of epochs, each a permutation of the dataset."""
+
+    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
+        if size < 1:
+            raise ValueError(f"a cursor over {size} prompts")
+        self._size = size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+        self._position = 0
+        self._order = self._permutation()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next index comes from, from 0."""
+        return self._epoch + self._position // self._size
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` dataset indices, going on into the next epochs where one ends."""
+        taken: list[int] = []
+        while len(taken) < count:
+            if self._position == self._size:
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._permutation()
+            part = self._order[self._position : self._position + count - len(taken)]
+            self._position += len(part)
+            taken += part
+        return taken
+
+    def state(self) -> dict[str, int | bool]:
+        """Everything that `from_state` needs, as plain values."""
+        return {
+            "size": self._size,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, int | bool], size: int) -> Cursor:
+        """Continue from a saved state over a dataset of `size` prompts.
+
+        Raises:
+            CheckpointError: the state lacks a field, or was saved over a dataset of another size.
+        """
+        missing = {"size", "seed", "shuffle", "epoch", "position"} - state.keys()
+        if missing:
+            raise CheckpointError(f"data cursor: no {', '.join(sorted(missing))} in the saved state")
+        if state["size"] != size:
+            raise CheckpointError(
+                f"data cursor: saved over {state['size']} prompts, this dataset has {size}. "
+                "Fix: continue with the files and length limit that the run started with, or start a new run"
+            )
+        cursor = cls(size, state["seed"], bool(state["shuffle"]))
+        cursor._epoch, cursor._position = state["epoch"], state["position"]
+        cursor._order = cursor._permutation()
+        return cursor
+
+    def _permutation(self) -> list[int]:
+        if not self._shuffle:
+            return list(range(self._size))
+        # Python promises the same random() sequence for a string seed on every platform and version; it does not
+        # promise that of shuffle(), nor do NumPy and torch of their permutations.
+        generator = random.Random(f"{self._seed}/{self._epoch}")
+        keys = [generator.random() for _ in range(self._size)]
+        return sorted(range(self._size), key=keys.__getitem__)
