@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
 
@@ -104,7 +104,7 @@ class ObjectiveConfig(Section):
     dual_clip: float | None = Field(10.0, gt=1)
     """Bound c of the ratio where the advantage is negative; null for none."""
     beta: float = Field(1e-3, ge=0)
-    """Weight of the distillation term."""
+    """Weight of the distillation term; grpo has none, and 0 here."""
     beta_warmup_steps: int | None = Field(None, ge=0)
     """Steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
     beta_decay_steps: int | None = Field(None, ge=0)
@@ -123,6 +123,12 @@ class ObjectiveConfig(Section):
     """How per-token losses become one number; denominators are global."""
     head_chunk_rows: int = Field(256, ge=1)
     """Rows of logits that the output head holds at a time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_teacher(cls, tree: Any) -> Any:
+        """GRPO has no teacher: its beta is 0 unless stated, and `check` refuses it where it is stated otherwise."""
+        return {"beta": 0.0, **tree} if isinstance(tree, dict) and tree.get("name") == "grpo" else tree
 
 
 class OptimizerConfig(Section):
@@ -281,7 +287,7 @@ def check(config: RunConfig) -> None:
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence", True, "false where parallel.tensor is 1", "remove it")
-    if objective.name == "grpo" and "beta" in objective.model_fields_set and objective.beta:
+    if objective.name == "grpo" and objective.beta:
         raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
 
 
