@@ -1,0 +1,39 @@
+"""What a finished run says about itself, in one small file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Held-out accuracy before and after training; None where the run has no held-out prompts."""
+
+    accuracy_before: float | None
+    """Mean over sampled responses."""
+    accuracy_after: float | None
+    greedy_before: float | None
+    greedy_after: float | None
+    steps: int
+    seconds: float
+    """Wall-clock training time over all of the run's sessions."""
+
+
+def write_summary(run_dir: Path, summary: Summary) -> Path:
+    """Write summary.json whole or not at all; returns its path."""
+    path = run_dir / SUMMARY_FILE
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def read_summary(run_dir: Path) -> Summary | None:
+    """The summary of a finished run; None where there is none."""
+    path = run_dir / SUMMARY_FILE
+    return Summary(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -1,0 +1,124 @@
+"""Where metrics go: one JSON line a step, TensorBoard events, or several places at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsWriter(Protocol):
+    """A place that plain numbers are written to, one call per step, by one rank."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` after `step` training steps (0: before the first). Lasting when the call returns."""
+        ...
+
+    def close(self) -> None:
+        """Release the place; nothing is written afterwards."""
+        ...
+
+
+class JsonlWriter:
+    """Appends ``{"step": ..., name: value}`` lines. A value that is not finite is written as null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes scalars as TensorBoard events."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        """Events of an earlier run beyond `resumed_step` are hidden by TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds, and only the writing rank needs it
+
+        # torch leaves this class untyped
+        self._events: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class MultiWriter:
+    """Writes to several places; to none where it is given none, as on ranks that do not report."""
+
+    def __init__(self, writers: Sequence[MetricsWriter]) -> None:
+        self._writers = tuple(writers)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        """Close all of them, also where closing one fails."""
+        with ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+
+def open_writers(run_dir: Path, resumed_step: int) -> MetricsWriter:
+    """The run's metrics.jsonl and TensorBoard events, continued after `resumed_step` (0 for a new run)."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    truncate_to(run_dir / METRICS_FILE, resumed_step)
+    return MultiWriter(
+        [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER, resumed_step)]
+    )
+
+
+def truncate_to(path: Path, step: int) -> None:
+    """Cut the lines beyond `step`, which a resumed run writes again, and a last line that was half written.
+
+    The file only ever grows, so it is cut in place at the first such line. No file is no work.
+    """
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _step_of(line) > step:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl in order of step, those of one step joined; null is read as NaN.
+
+    Raises:
+        ValueError: a line is not a record.
+    """
+    records: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if _step_of(line) == math.inf:
+            raise ValueError(f"{path}:{number}: not a metrics record")
+        record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+        records.setdefault(int(record["step"]), {}).update(record)
+    return [records[step] for step in sorted(records)]
