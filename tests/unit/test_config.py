@@ -1,0 +1,200 @@
+"""The run's configuration: what loads, what is refused, and that a refusal names field, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sdpg_megatron.config import RunConfig, Section, apply_override, dump, load, parse
+from sdpg_megatron.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
+MINIMAL: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "steps": 100,
+    "model": {"path": "model"},
+    "data": {"train": ["train.jsonl"]},
+}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def sections(model: type[Section] = RunConfig) -> list[type[Section]]:
+    nested = [a for f in model.model_fields.values() for a in (f.annotation, *get_args(f.annotation))]
+    found = [a for a in nested if isinstance(a, type) and issubclass(a, Section)]
+    return [model, *(inner for section in found for inner in sections(section))]
+
+
+def test_defaults_are_the_papers(minimal: Path) -> None:
+    config = load(minimal)
+    assert config.run_dir == Path("runs/x")
+    assert (config.objective.name, config.objective.beta, config.objective.alpha) == ("sdpg", 1e-3, 1e-3)
+    assert (config.objective.clip_low, config.objective.clip_high, config.objective.gate) == (0.2, 0.28, True)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.clip_grad) == (1e-6, 0.1, 1.0)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.temperature) == (128, 8, 1.0)
+
+
+def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) -> None:
+    assert len(sections()) == 10
+    for section in sections():
+        assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
+    with pytest.raises(ValidationError, match="frozen"):
+        load(minimal).optimizer.lr = 1.0  # type: ignore[misc]
+
+
+def test_total_optimizer_steps_counts_minibatches(minimal: Path) -> None:
+    assert load(minimal, ["optimizer.minibatches=4"]).total_optimizer_steps == 400
+
+
+def test_the_shipped_example_is_valid() -> None:
+    config = load(EXAMPLE, ["model.path=/models/smollm2"])
+    assert config.model.path == Path("/models/smollm2")
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (8, 8)
+
+
+def test_the_example_asks_for_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.path: found None, expected a value\. Fix: set model\.path"):
+        load(EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("steps=70", lambda c: c.steps == 70),
+        ("objective.beta=1e-2", lambda c: c.objective.beta == 0.01),
+        ("objective.dual_clip=null", lambda c: c.objective.dual_clip is None),
+        ("objective.gate=false", lambda c: c.objective.gate is False),
+        ("data.train=[a.jsonl, b.parquet]", lambda c: c.data.train == (Path("a.jsonl"), Path("b.parquet"))),
+        ("data.context_template='Answer: {answer}'", lambda c: c.data.context_template == "Answer: {answer}"),
+        ("data.system=a=b", lambda c: c.data.system == "a=b"),
+        ("reward.verifier=my.module:grade", lambda c: c.reward.verifier == "my.module:grade"),
+    ],
+)
+def test_overrides_are_read_as_yaml(minimal: Path, override: str, read: Any) -> None:
+    assert read(load(minimal, [override]))
+
+
+def test_the_last_override_wins(minimal: Path) -> None:
+    assert load(minimal, ["steps=70", "steps=80"]).steps == 80
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        # unknown names: the nearest valid one is named
+        ("objectiv.beta=1", ["objectiv", "did you mean 'objective'?"]),
+        ("objective.betta=1", ["objective.betta", "'betta'", "did you mean 'beta'", "Fix"]),
+        ("rollout.groupsize=8", ["rollout.groupsize", "did you mean 'group_size'"]),
+        ("optimizer.zzzzzz=1", ["optimizer.zzzzzz", "known here: lr, min_lr"]),
+        ("learning_rate=1", ["learning_rate", "known here: run_dir, steps"]),
+        # wrong form
+        ("objective.beta", ["command line", "'objective.beta'", "key=value", "for example"]),
+        ("=3", ["command line", "'=3'", "key=value"]),
+        ("steps.more=3", ["steps.more", "'steps'", "a section"]),
+        ("data.train=[a", ["data.train", "'[a'", "a YAML value", "quote it"]),
+        # wrong type or range
+        ("steps=0", ["steps: found 0", "greater than or equal to 1"]),
+        ("steps=many", ["steps: found 'many'", "integer"]),
+        ("rollout.group_size=1", ["rollout.group_size: found 1", "greater than or equal to 2"]),
+        ("parallel.virtual_pipeline=1", ["parallel.virtual_pipeline: found 1", "greater than or equal to 2"]),
+        ("rollout.temperature=0", ["rollout.temperature: found 0", "greater than 0"]),
+        ("objective.clip_low=1", ["objective.clip_low: found 1", "less than 1"]),
+        ("objective.dual_clip=1", ["objective.dual_clip: found 1", "greater than 1"]),
+        ("objective.reference=kl", ["objective.reference: found 'kl'", "'urkl'", "'rkl'"]),
+        ("objective=sdpg", ["objective: found 'sdpg'", "Fix"]),
+        ("data.train=train.jsonl", ["data.train", "'train.jsonl'", "Fix"]),
+        # combinations
+        ("optimizer.minibatches=3", ["optimizer.minibatches: found 3", "prompts_per_step (128)", "divides"]),
+        ("objective.beta_warmup_steps=101", ["beta_warmup_steps", "found 101", "100 optimizer steps", "shorten"]),
+        ("objective.beta_decay_steps=101", ["beta_decay_steps", "found 101", "100 optimizer steps", "null"]),
+        ("optimizer.warmup_steps=101", ["optimizer.warmup_steps: found 101", "100 optimizer steps", "shorten"]),
+        ("optimizer.min_lr=1", ["optimizer.min_lr: found 1", "at most lr (1e-06)", "lower it"]),
+        ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
+        ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
+    ],
+)
+def test_a_refusal_names_field_value_and_fix(minimal: Path, override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(minimal, [override])
+    for part in [*parts, "found", "expected", "Fix"]:
+        assert part in str(caught.value)
+
+
+def test_ramps_count_together(minimal: Path) -> None:
+    both = ["objective.beta_warmup_steps=60", "objective.beta_decay_steps=41"]
+    with pytest.raises(ConfigError, match="found 101"):
+        load(minimal, both)
+    assert load(minimal, [*both, "optimizer.minibatches=2"]).total_optimizer_steps == 200
+
+
+def test_grpo_has_no_teacher(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.beta: found 0\.5, expected 0 with grpo"):
+        load(minimal, ["objective.name=grpo", "objective.beta=0.5"])
+    assert load(minimal, ["objective.name=grpo"]).objective.name == "grpo"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "found 'No such file or directory', expected a readable YAML file"),
+        ("steps: [1", "expected valid YAML"),
+        ("- steps", "found 'list', expected a mapping"),
+        ("", "found 'NoneType', expected a mapping"),
+    ],
+)
+def test_an_unusable_file_is_named(tmp_path: Path, text: str | None, match: str) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=match) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_null_section_takes_overrides_or_is_refused_by_name(minimal: Path) -> None:
+    minimal.write_text(minimal.read_text() + "objective:\n")
+    with pytest.raises(ConfigError, match=r"^objective"):
+        load(minimal)
+
+
+@given(
+    beta=st.floats(0, 10),
+    lr=st.floats(1e-9, 1),
+    template=st.text(min_size=1),
+    warmup=st.none() | st.integers(0, 100),
+    kind=st.sampled_from(["urkl", "ufkl", "fkl", "rkl"]),
+)
+def test_dump_and_parse_are_inverse(beta: float, lr: float, template: str, warmup: int | None, kind: str) -> None:
+    tree = {
+        **MINIMAL,
+        "data": {"train": ["a.jsonl"], "context_template": template},
+        "objective": {"beta": beta, "beta_warmup_steps": warmup, "reference": kind},
+        "optimizer": {"lr": lr},
+    }
+    config = parse(tree)
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_a_dumped_grpo_run_loads_again(minimal: Path, tmp_path: Path) -> None:
+    config = load(minimal, ["objective.name=grpo"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_apply_override_makes_missing_sections() -> None:
+    tree: dict[str, Any] = {}
+    apply_override(tree, "a.b.c=[1, 2]")
+    apply_override(tree, "a.d=x")
+    assert tree == {"a": {"b": {"c": [1, 2]}, "d": "x"}}
