@@ -1,0 +1,38 @@
+"""From the configuration's name of a verifier to the function."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from sdpg_megatron.errors import ConfigError, did_you_mean
+from sdpg_megatron.rewards.base import Verifier
+from sdpg_megatron.rewards.number import number
+
+FIELD = "reward.verifier"
+VERIFIERS: dict[str, Verifier] = {"number": number}
+
+
+def load_verifier(spec: str) -> Verifier:
+    """The verifier that `spec` names: a shipped one, or ``module:function``.
+
+    Raises:
+        ConfigError: no such verifier, a module that does not import, or no such function in it.
+    """
+    if spec in VERIFIERS:
+        return VERIFIERS[spec]
+    module_name, separator, name = spec.partition(":")
+    if not (separator and module_name and name):
+        fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
+        raise ConfigError(FIELD, spec, f"{' or '.join(map(repr, VERIFIERS))}, or module:function", fix)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        expected = f"a module that imports ({type(error).__name__}: {error})"
+        raise ConfigError(FIELD, spec, expected, "correct it, or put its folder on PYTHONPATH") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        fix = did_you_mean(name, functions) or f"define {name} in {module.__file__}"
+        raise ConfigError(FIELD, spec, f"a function of {module_name}", fix)
+    return cast(Verifier, function)

@@ -1,0 +1,42 @@
+"""A verifier for answers that are one number."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from sdpg_megatron.records import Prompt
+
+MINUS = "\u2212"
+"""The typographic minus sign."""
+
+NUMBER = re.compile(
+    rf"""
+    (?: (?<! [\w)\]] ) [-+{MINUS}] )?               # a sign, unless it joins two operands as in 10-5
+    (?:
+        (?: [0-9]{{1,3}} (?: ,[0-9]{{3}} )+ (?![0-9])   # 1,234,567
+          | [0-9]+ )
+        (?: \.[0-9]+ )?                             # a full stop at the end of a sentence stays outside
+      | (?<! [0-9] ) \.[0-9]+
+    )
+    """,
+    re.VERBOSE,
+)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last integer or decimal in `text`, exactly; None where there is none. Thousands may carry commas."""
+    found = NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
+
+
+def number(prompt: Prompt, response: str) -> float:
+    """1.0 where the last number of `response` equals the prompt's answer as a number (12 and 12.0 are equal), else 0.0.
+
+    Raises:
+        ValueError: the answer holds no number.
+    """
+    expected = last_number(prompt.answer)
+    if expected is None:
+        raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds no number")
+    return float(last_number(response) == expected)

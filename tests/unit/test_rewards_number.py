@@ -1,0 +1,96 @@
+"""The number verifier, and how a verifier is found by name."""
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.rewards.load import load_verifier
+from sdpg_megatron.rewards.number import last_number, number
+
+
+def prompt(answer: str) -> Prompt:
+    return Prompt(uid="a.jsonl:1", student_tokens=(1,), teacher_tokens=(1,), answer=answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12 + 34 is 46.", "46"),
+        ("12.", "12"),
+        ("It is 1,234", "1234"),
+        ("1,234,567.50 dollars", "1234567.5"),
+        ("pick 1,2", "2"),
+        ("1,2345", "2345"),
+        ("from -5", "-5"),
+        ("x=-5", "-5"),
+        ("x = \u22125", "-5"),
+        ("+7", "7"),
+        ("10-5", "5"),
+        ("(3)-5", "5"),
+        ("10 - 5", "5"),
+        ("0.50", "0.5"),
+        ("about .5", "0.5"),
+        ("-.5", "-0.5"),
+        (r"$\boxed{-46}$", "-46"),
+        ("007", "7"),
+        ("9" * 40, "9" * 40),
+    ],
+)
+def test_last_number(text: str, value: str) -> None:
+    assert last_number(text) == Decimal(value)
+
+
+@pytest.mark.parametrize("text", ["", "no idea", "-", ",", "."])
+def test_no_number(text: str) -> None:
+    assert last_number(text) is None
+    assert number(prompt("1"), text) == 0.0
+
+
+@given(value=st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
+def test_any_decimal_is_read_back_with_and_without_commas(value: Decimal) -> None:
+    assert last_number(f"first 3, then {value:f}.") == value
+    assert last_number(f"= {value:,f}, they say") == value
+
+
+def test_comparison_is_exact() -> None:
+    assert number(prompt("12"), "12.000") == 1.0
+    assert number(prompt("1,234."), "so 1234") == 1.0
+    assert number(prompt("0.1"), "0.1000000000000000000001") == 0.0
+    assert number(prompt("46"), "46 or 47") == 0.0
+    assert number(prompt("-46"), "46") == 0.0
+
+
+def test_an_answer_without_a_number_is_not_simply_wrong() -> None:
+    with pytest.raises(ValueError, match=r"a\.jsonl:1"):
+        number(prompt("Paris"), "1")
+
+
+def test_load_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_verifier.py").write_text("def always(prompt, response):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_verifier("number") is number
+    assert load_verifier("own_verifier:always")(prompt("1"), "") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("nubmer", "did you mean 'number'"),
+        ("own_verifier:", "module:function"),
+        ("own_verifier:alwys", "did you mean 'always'"),
+        ("own_verifier:elsewhere", "define elsewhere in"),
+        ("absent_module:always", "No module named 'absent_module'"),
+        ("broken_verifier:always", "ZeroDivisionError"),
+    ],
+)
+def test_an_unusable_name_is_refused(spec: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_verifier.py").write_text("def always(prompt, response):\n    return 1.0\n")
+    (tmp_path / "broken_verifier.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"reward\.verifier: .*{names}"):
+        load_verifier(spec)

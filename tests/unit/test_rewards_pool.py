@@ -1,0 +1,118 @@
+"""The pool: whatever a verifier does costs its own sample and nothing else."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdpg_megatron.config import RewardConfig
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
+
+FAILURE_REWARD = -0.5
+TIMEOUT = 1.0
+
+VERIFIER = """
+import os, sys, time
+
+def verify(prompt, response):
+    match response:
+        case "raise": raise RuntimeError("refused")
+        case "hang": time.sleep(1000)
+        case "die": os._exit(3)
+        case "exit": sys.exit(0)
+        case "nan": return float("nan")
+        case "text": return "1.0"
+        case "none": return None
+        case "lambda": return lambda: 1.0
+        case "slow": time.sleep(0.3)
+        case "bool": return True
+        case "pid": return float(os.getpid())
+    return float(prompt.answer)
+"""
+
+
+def group(uid: str, *texts: str, answer: str = "1") -> Group:
+    prompt = Prompt(uid=uid, student_tokens=(1,), teacher_tokens=(1,), answer=answer, metadata={"level": 3})
+    return Group(prompt, tuple(Completion((5,), (-1.0,), "stop", 0, text) for text in texts))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
+    folder = tmp_path_factory.mktemp("verifier")
+    (folder / "faulty_verifier.py").write_text(VERIFIER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        config = RewardConfig(
+            verifier="faulty_verifier:verify", timeout=TIMEOUT, failure_reward=FAILURE_REWARD, workers=2
+        )
+        pool = VerifierPool(config)
+        yield pool
+        pool.close()
+
+
+def test_rewards_come_in_order_and_processes_share_the_groups(pool: VerifierPool) -> None:
+    groups = [group(f"a:{i}", "x", "bool", answer=str(i)) for i in range(20)]
+    assert pool.score(groups) == [GroupRewards((float(i), 1.0), 0) for i in range(20)]
+    assert pool.score([]) == []
+
+
+def test_a_failure_costs_its_own_sample(pool: VerifierPool, caplog: pytest.LogCaptureFixture) -> None:
+    faults = ("raise", "nan", "text", "none", "lambda", "exit", "hang", "die")
+    texts = [text for fault in faults for text in (fault, "x")]
+    with caplog.at_level(logging.WARNING):
+        scored = pool.score([group("bad", *texts), group("good", "x", "x")])
+    assert scored == [GroupRewards((FAILURE_REWARD, 1.0) * len(faults), len(faults)), GroupRewards((1.0, 1.0), 0)]
+    assert "8 of 18 verifier calls failed; the first, on bad: RuntimeError: refused" in caplog.text
+    assert pool.score([group("after", "x")]) == [GroupRewards((1.0,), 0)]
+
+
+def test_the_time_limit_is_for_one_call_and_not_for_the_group(pool: VerifierPool) -> None:
+    assert pool.score([group("slow", *["slow"] * 4)]) == [GroupRewards((1.0,) * 4, 0)]
+
+
+def test_groups_are_scored_at_the_same_time(pool: VerifierPool) -> None:
+    start = time.monotonic()
+    pool.score([group("a", "slow", "slow", "slow"), group("b", "slow", "slow", "slow")])
+    assert time.monotonic() - start < 6 * 0.3
+
+
+def test_a_process_that_died_between_steps_is_replaced(pool: VerifierPool) -> None:
+    (before,) = pool.score([group("a", "pid")])
+    (other,) = pool.score([group("a", "pid")])
+    for pid in {int(before.rewards[0]), int(other.rewards[0])}:
+        os.kill(pid, 9)
+    time.sleep(0.1)
+    assert pool.score([group("a", "x"), group("b", "x")]) == [GroupRewards((1.0,), 0)] * 2
+
+
+def test_a_call_costs_less_than_a_millisecond(pool: VerifierPool) -> None:
+    """Batching: the round trip is paid once per group."""
+    groups = [group("a", *["x"] * 500) for _ in range(4)]
+    pool.score(groups)
+    start = time.monotonic()
+    pool.score(groups)
+    assert time.monotonic() - start < 2.0
+
+
+def test_a_verifier_that_only_the_parent_can_load_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parent_only.py").write_text(
+        "import multiprocessing\n"
+        "assert multiprocessing.parent_process() is None\n"
+        "def verify(prompt, response):\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = VerifierPool(RewardConfig(verifier="parent_only:verify"))
+    with pytest.raises(ConfigError, match=r"reward\.verifier"):
+        pool.score([group("a", "x")])
+    pool.close()
+    pool.close()
+
+
+def test_an_unknown_verifier_is_refused_before_any_process_starts() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'number'"):
+        VerifierPool(RewardConfig(verifier="numbr"))
