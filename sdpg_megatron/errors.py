@@ -38,6 +38,10 @@ class RolloutError(SdpgError):
     """A rollout engine could not do what was asked of it."""
 
 
+class NumericsError(SdpgError):
+    """A quantity that training rests on is not finite."""
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates most like `name`, best first; empty where nothing comes close."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
