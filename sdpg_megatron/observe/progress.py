@@ -27,7 +27,7 @@ COLUMNS = (
     Column("greedy", "eval/greedy_accuracy", "6.3f"),
     Column("KL", "distill/kl", "6.4f"),
     Column("entropy", "train/entropy", "7.3f"),
-    Column("gate", "distill/gate_rate", "5.2f"),
+    Column("gate", "distill/gate_rate", "4.2f"),
     Column("length", "rollout/length", "6.1f"),
     Column("tok/s", "speed/tokens_per_second", "6,.0f"),
 )
@@ -56,6 +56,7 @@ class Progress:
         self._console = console or Console()
         self._started = clock()
         self._rows = 0
+        self._step_width = max(len("step"), 2 * len(str(total)) + 1)
         self._bar = RichProgress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=None),
@@ -83,10 +84,14 @@ class Progress:
         """Show the metrics after `step` steps (0: before the first); a metric that is not there is shown as "-"."""
         left = format_seconds(self._seconds_left(step))
         if self._rows % HEADER_EVERY == 0:
-            self.message("  ".join([f"{'step':>9}", *(f"{c.title:>{_width(c)}}" for c in COLUMNS), f"{'left':>7}"]))
+            self.message(
+                "  ".join(
+                    [f"{'step':>{self._step_width}}", *(f"{c.title:>{_width(c)}}" for c in COLUMNS), f"{'left':>7}"]
+                )
+            )
         self._rows += 1
         cells = (f"{values[c.metric]:{c.form}}" if c.metric in values else "-".rjust(_width(c)) for c in COLUMNS)
-        self.message("  ".join([f"{f'{step}/{self._total}':>9}", *cells, f"{left:>7}"]))
+        self.message("  ".join([f"{f'{step}/{self._total}':>{self._step_width}}", *cells, f"{left:>7}"]))
         self._bar.update(self._task, completed=step, left=left, refresh=True)
 
     def close(self) -> None:
