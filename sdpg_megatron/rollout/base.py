@@ -6,12 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from sdpg_megatron.records import Group, Prompt
-
-Bucket = Sequence[tuple[str, Tensor]]
-"""Full tensors under their Hugging Face names: one piece of a weight stream."""
+from sdpg_megatron.weights import Bucket as Bucket
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,8 @@
+"""Weights between Hugging Face tensors and Megatron shards: one map per family, read in both directions."""
+
+from sdpg_megatron.weights.folder import write_folder
+from sdpg_megatron.weights.load import load_shards
+from sdpg_megatron.weights.map import hf_shapes, weight_map
+from sdpg_megatron.weights.stream import Bucket, stream
+
+__all__ = ["Bucket", "hf_shapes", "load_shards", "stream", "weight_map", "write_folder"]

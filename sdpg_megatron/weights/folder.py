@@ -1,0 +1,131 @@
+"""A weight stream into a Hugging Face folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE
+from sdpg_megatron.weights.map import check_folder
+from sdpg_megatron.weights.stream import Bucket
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that a Hugging Face folder may have beside config.json and the weights."""
+
+
+def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path, shard_bytes: int = 4 * 2**30) -> None:
+    """Write a model's weights, with everything else from the folder that it came from.
+
+    The folder is written aside and renamed when it is complete. An earlier model at `target` is replaced; until then it
+    stays as it is, and after an error too.
+
+    Args:
+        buckets: the leader's side of a weight stream; its tensors' type becomes the configuration's.
+        target: the folder to make.
+        source_folder: Hugging Face folder with the model's config.json, tokenizer and templates.
+        shard_bytes: bound of one safetensors file, and of the host memory that this takes beside a bucket.
+
+    Raises:
+        WeightError: `target` holds something that is not a model, or is `source_folder`; or the stream lacks a tensor.
+        ConfigError: `source_folder` has no usable config.json.
+    """
+    _check_target(target, source_folder)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        dtype = _write_weights(buckets, aside, source_folder, shard_bytes)
+        _write_config(source_folder, aside, dtype)
+        for name in COMPANIONS:
+            if (source_folder / name).is_file():
+                shutil.copyfile(source_folder / name, aside / name)
+        _replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_target(target: Path, source_folder: Path) -> None:
+    if target.resolve() == source_folder.resolve():
+        raise WeightError(f"{target}: would overwrite the model that training started from. Fix: choose another folder")
+    if target.exists() and not (target / "config.json").is_file() and not (target.is_dir() and _is_empty(target)):
+        raise WeightError(f"{target}: holds something that is not a model. Fix: choose another folder, or empty it")
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
+def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path, shard_bytes: int) -> str:
+    """Write the safetensors files, and their index where there are several. Returns the tensors' type."""
+    file_of: dict[str, int] = {}
+    total, dtype, number = 0, "", 0
+    for number, shard in enumerate(_shards(buckets, shard_bytes), start=1):
+        save_file(shard, folder / str(number), metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(shard, number))
+        total += sum(tensor.nbytes for tensor in shard.values())
+        dtype = dtype or str(next(iter(shard.values())).dtype).removeprefix("torch.")
+    check_folder(read_architecture(source_folder), file_of, "weight stream")
+    if number == 1:
+        (folder / "1").rename(folder / SINGLE_FILE)
+        return dtype
+    names = {index: f"model-{index:05}-of-{number:05}.safetensors" for index in range(1, number + 1)}
+    for index, name in names.items():
+        (folder / str(index)).rename(folder / name)
+    weight_map = {tensor: names[index] for tensor, index in sorted(file_of.items())}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dtype
+
+
+def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Regroup a stream into files, on the host."""
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for bucket in buckets:
+        for name, tensor in bucket:
+            if shard and held + tensor.nbytes > shard_bytes:
+                yield shard
+                shard, held = {}, 0
+            shard[name] = tensor.cpu()
+            held += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_config(source_folder: Path, folder: Path, dtype: str) -> None:
+    config = json.loads((source_folder / "config.json").read_text(encoding="utf-8"))
+    # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both read the older name.
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
+        config[key] = dtype
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Put the finished folder in place. Renaming cannot replace a folder that has content: that one steps aside."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

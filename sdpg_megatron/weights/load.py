@@ -1,0 +1,117 @@
+"""Hugging Face safetensors into Megatron shards: each rank reads only the slices that it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.map import Parameter, Shape, check_folder, check_local, weight_map
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """Slices of the tensors in a Hugging Face folder. Files are mapped, not read, and only those that are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `WeightError` where the folder has neither a single file nor an index."""
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        self._file_of = self._find_files()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        """`length` rows (dim 0) or columns (dim 1) of a tensor from `start`, on the CPU, as stored."""
+        index = (slice(None),) * dim + (slice(start, start + length),)
+        part: Tensor = self._slice(name)[index]
+        return part
+
+    def _find_files(self) -> dict[str, str]:
+        if (self.folder / SINGLE_FILE).is_file():
+            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        try:
+            index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+            return dict(index["weight_map"])
+        except FileNotFoundError as error:
+            raise WeightError(
+                f"{self.folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}. Fix: give a Hugging Face folder with "
+                "safetensors weights"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightError(f"{self.folder / INDEX_FILE}: not a safetensors index ({error})") from error
+
+    def _open(self, file: str) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.folder / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise WeightError(f"{self.folder / file}: {error}. Fix: download the file again") from error
+        return self._handles[file]
+
+    def _slice(self, name: str) -> Any:
+        file = self._file_of[name]
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise WeightError(f"{self.folder / file}: the index puts {name!r} here, but {error}") from error
+
+
+def load_shards(
+    local_params: Mapping[str, Tensor], folder: Path, arch: Architecture, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fill a rank's parameters from a Hugging Face folder.
+
+    Args:
+        local_params: the rank's parameters under their Megatron names with global layer numbers, on any device; written
+            in place, every element of each, in its own dtype. Rows that pad the vocabulary become 0.
+        folder: config.json's folder, with one safetensors file or several and their index.
+        arch: the folder's architecture.
+        tp_rank: which shard of `tp_size` the parameters are.
+        tp_size: tensor-parallel size.
+
+    Raises:
+        WeightError: a parameter or a tensor is missing, has no counterpart, or does not have its counterpart's shape.
+            Nothing was written then, save where a file is found to be damaged half-way.
+    """
+    parameters, source = weight_map(arch), SafetensorsFolder(folder)
+    check_folder(arch, source.names, str(folder))
+    check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size)
+    for name in local_params:
+        _check_stored_shapes(parameters[name], source)
+    for name, local in local_params.items():
+        _fill(local.detach(), parameters[name], source, tp_rank, tp_size)
+
+
+def _check_stored_shapes(parameter: Parameter, source: SafetensorsFolder) -> None:
+    for tensor, expected in parameter.tensors.items():
+        found = source.shape(tensor)
+        if found != expected:
+            raise WeightError(
+                f"{source.folder}: tensor {tensor!r} has shape {list(found)}, expected {list(expected)}. "
+                "Fix: the weights belong to another config.json"
+            )
+
+
+def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: int, size: int) -> None:
+    names, dim, filled = list(parameter.tensors), parameter.layout.dim, 0
+    for piece in parameter.pieces(rank, size):
+        target = local.narrow(dim, filled, piece.length)
+        if piece.source is None:
+            target.zero_()
+        else:
+            target.copy_(source.read(names[piece.source], dim, piece.start, piece.length))
+        filled += piece.length
