@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class ChunkedLogits:
         sorted_G, order_G = self.rows_G.sort()
         starts = range(0, total, size)
         bounds = torch.searchsorted(sorted_G, torch.tensor([*starts, total], device=sorted_G.device)).tolist()
-        for start, low, high in zip(starts, bounds[:-1], bounds[1:], strict=True):
+        for start, (low, high) in zip(starts, pairwise(bounds), strict=True):
             yield Chunk(slice(start, start + size), order_G[low:high], sorted_G[low:high] - start)
 
     def student_CH(self, chunk: Chunk) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ ROWS_G = torch.tensor([0, 2])
 def terms(student_CV: Tensor, teacher_GV: Tensor, labels_C: Tensor, bounds: list[int]) -> Terms:
     """Measure each run of columns between bounds on its own, then join."""
     students, teachers = [], []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         shifted_CV = student_CV[:, low:high].clone()
         student_4C, weight_CV = student_statistics(shifted_CV, labels_C - low, entropy=True)
         students.append(student_4C)
