@@ -1,0 +1,62 @@
+"""The outcome term: what raises the log-prob of responses with positive advantage. T response tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.ratios import importance_ratio
+
+
+def outcome(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
+    """The outcome term that `config.policy` names."""
+    if config.policy == "reinforce":
+        return reinforce(terms.logprob_T, terms.advantage_T)
+    return clipped_ratio(
+        terms.logprob_T,
+        terms.old_logprob_T,
+        terms.advantage_T,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+
+
+def reinforce(logprob_T: Tensor, advantage_T: Tensor) -> TokenLoss:
+    """-A log pi(y)."""
+    loss_T = -advantage_T * logprob_T
+    return TokenLoss(loss_T, {"policy/loss": TokenMetric(loss_T.detach())})
+
+
+def clipped_ratio(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> TokenLoss:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most -dual_clip A.
+
+    PPO's surrogate (arXiv 1707.06347, eq. 7) with DAPO's two bounds (2503.14476) and the dual clip of 1912.09729. With
+    rho = 1 its gradient is REINFORCE's.
+    """
+    ratio_T = importance_ratio(logprob_T, old_logprob_T)
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    loss_T = torch.maximum(-advantage_T * ratio_T, -advantage_T * clipped_T)
+    negative_T, rho_T = advantage_T < 0, ratio_T.detach()
+    bounded_T = torch.zeros_like(negative_T)
+    if dual_clip is not None:
+        bounded_T = negative_T & (rho_T > dual_clip)
+        loss_T = torch.where(negative_T, torch.minimum(loss_T, -advantage_T * dual_clip), loss_T)
+    metrics = {
+        "policy/loss": loss_T.detach(),
+        "policy/ratio": rho_T,
+        "policy/clip_low_fraction": negative_T & (rho_T < 1 - clip_low),
+        "policy/clip_high_fraction": (advantage_T > 0) & (rho_T > 1 + clip_high),
+        "policy/dual_clip_fraction": bounded_T,
+    }
+    return TokenLoss(loss_T, {name: TokenMetric(values_T.to(loss_T.dtype)) for name, values_T in metrics.items()})

@@ -1,0 +1,49 @@
+"""The term that holds the policy near the frozen reference, as a function of r = log(pi / pi_ref) of the sampled token.
+
+| mode | value         | derivative in r |
+|------|---------------|-----------------|
+| urkl | r^2 / 2       | r               |
+| ufkl | exp(-r) + r   | 1 - exp(-r)     |
+| fkl  | exp(-r)       | -exp(-r)        |
+| rkl  | (r + 1)^2 / 2 | r + 1           |
+
+The names are those of the divergences (reverse and forward KL, u for unnormalised; arXiv 2606.04036) whose gradients
+these derivatives estimate under pi; the values do not estimate the divergences. T response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from sdpg_megatron.objectives.base import TokenLoss, TokenMetric
+from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, bounded_exp
+
+Mode = Literal["urkl", "ufkl", "fkl", "rkl"]
+
+
+def reference_value(mode: Mode, log_ratio_T: Tensor) -> Tensor:
+    """The table's value. exp(-r) goes on along its tangent below r = -20, where the gradient would soon overflow."""
+    match mode:
+        case "urkl":
+            return log_ratio_T.square() / 2
+        case "ufkl":
+            return bounded_exp(-log_ratio_T) + log_ratio_T
+        case "fkl":
+            return bounded_exp(-log_ratio_T)
+        case "rkl":
+            return (log_ratio_T + 1).square() / 2
+
+
+def reference_term(mode: Mode, logprob_T: Tensor, reference_logprob_T: Tensor) -> TokenLoss:
+    """Per-token value. Its metrics: how often the bound on exp(-r) was hit, and KL(pi || pi_ref) as exp(-r) - 1 + r."""
+    log_ratio_T = logprob_T - reference_logprob_T
+    value_T = reference_value(mode, log_ratio_T)
+    r_T = log_ratio_T.detach()
+    metrics = {
+        "reference/loss": value_T.detach(),
+        "reference/kl": bounded_exp(-r_T) - 1 + r_T,
+        "reference/bounded_fraction": (r_T < -LOG_RATIO_BOUND).to(r_T.dtype),
+    }
+    return TokenLoss(value_T, {name: TokenMetric(values_T) for name, values_T in metrics.items()})

@@ -1,0 +1,274 @@
+"""Objectives against a dense float64 implementation written from the method's formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.head import TeacherRows, VocabShard, head_terms
+from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+ROWS, COLUMNS, HIDDEN = 12, 17, 5
+TOTAL = 40
+CONTEXT = StepContext(step=20, total_steps=TOTAL)
+"""With warm-up 5 and decay 35 of 40, beta(20) = 20/35 of the peak."""
+DECAYED = 20 / 35
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Random model outputs: three responses of four tokens, one of them with a positive advantage."""
+
+    hidden_TH: Tensor
+    teacher_TH: Tensor
+    weight_VH: Tensor
+    labels_T: Tensor
+    old_logprob_T: Tensor
+    reference_logprob_T: Tensor
+    advantage_T: Tensor
+    gate_T: Tensor
+
+
+def make_sample(near_policy: bool = True) -> Sample:
+    """`near_policy`: old log-probs that differ from the current ones, up to ratios of e^1.5 or so."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    hidden_TH, teacher_TH, weight_VH = normal(ROWS, HIDDEN), normal(ROWS, HIDDEN), normal(COLUMNS, HIDDEN)
+    labels_T = torch.randint(0, COLUMNS, (ROWS,), generator=generator)
+    logprob_T = (hidden_TH @ weight_VH.T).log_softmax(-1)[torch.arange(ROWS), labels_T]
+    advantage_T = torch.tensor([1.3, -0.4, -0.9], dtype=torch.float64).repeat_interleave(4)
+    noise_T = 0.7 * normal(ROWS)
+    noise_T[1] = -1.0  # beyond the upper clip with a positive advantage
+    noise_T[5] = -3.0  # beyond the dual clip of 10 with a negative advantage
+    return Sample(
+        hidden_TH,
+        teacher_TH,
+        weight_VH,
+        labels_T,
+        old_logprob_T=logprob_T + noise_T * near_policy,
+        reference_logprob_T=logprob_T + 0.5 * normal(ROWS),
+        advantage_T=advantage_T,
+        gate_T=(advantage_T > 0).double(),
+    )
+
+
+def dense_loss(sample: Sample, logits_TV: Tensor, config: ObjectiveConfig, beta: float, alpha: float) -> Tensor:
+    """Per-token loss by the book, token by token."""
+    with torch.no_grad():
+        q_TV = (sample.teacher_TH @ sample.weight_VH.T).softmax(-1)
+    losses = []
+    for t in range(ROWS):
+        p_V = logits_TV[t].softmax(-1)
+        logp = p_V[sample.labels_T[t]].log()
+        rho = (logp - sample.old_logprob_T[t]).exp()
+        advantage, rho_value = float(sample.advantage_T[t]), float(rho.detach())
+        if config.policy == "reinforce":
+            policy = -advantage * logp
+        elif advantage >= 0:
+            policy = -advantage * min(rho, torch.tensor(1 + config.clip_high, dtype=torch.float64))
+        elif config.dual_clip is not None and rho_value > config.dual_clip:
+            policy = -advantage * config.dual_clip * torch.ones((), dtype=torch.float64)
+        else:
+            policy = -advantage * max(rho, torch.tensor(1 - config.clip_low, dtype=torch.float64))
+        weight = rho_value if config.ratio_weighted_regularizers else 1.0
+        kl = (p_V * (p_V / q_TV[t]).log()).sum()
+        r = logp - sample.reference_logprob_T[t]
+        held = {
+            "urkl": r**2 / 2,
+            "ufkl": (-r).exp() + r,
+            "fkl": (-r).exp(),
+            "rkl": (r + 1) ** 2 / 2,
+        }[config.reference]
+        losses.append(policy + weight * (beta * sample.gate_T[t] * kl + alpha * held))
+    return torch.stack(losses)
+
+
+def package_loss(sample: Sample, hidden_TH: Tensor, weight_VH: Tensor, objective: Any) -> TokenLoss:
+    """The same through the head, with teacher rows for open gates alone."""
+    rows_G = sample.gate_T.nonzero()[:, 0]
+    head = head_terms(
+        hidden_TH,
+        weight_VH,
+        sample.labels_T,
+        vocab=VocabShard(0, COLUMNS, None),
+        teacher=TeacherRows(sample.teacher_TH[rows_G], rows_G),
+        chunk_rows=5,
+    )
+    loss: TokenLoss = objective.loss(token_terms(sample, head.logprob_T, head.divergence_T), CONTEXT)
+    return loss
+
+
+def token_terms(sample: Sample, logprob_T: Tensor, divergence_T: Tensor | None) -> TokenTerms:
+    return TokenTerms(
+        logprob_T=logprob_T,
+        divergence_T=divergence_T,
+        old_logprob_T=sample.old_logprob_T,
+        reference_logprob_T=sample.reference_logprob_T,
+        advantage_T=sample.advantage_T,
+        gate_T=sample.gate_T,
+    )
+
+
+def agree(sample: Sample, config: ObjectiveConfig, objective: Any, **weights: float) -> None:
+    """Per-token values, and gradients in hidden states and matrix of a random mixture of them."""
+    mixture_T = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+    hidden_TH, weight_VH = (x.clone().requires_grad_() for x in (sample.hidden_TH, sample.weight_VH))
+    loss_T = package_loss(sample, hidden_TH, weight_VH, objective).loss_T
+    found = [loss_T, *torch.autograd.grad((mixture_T * loss_T).sum(), (hidden_TH, weight_VH))]
+    loss_T = dense_loss(sample, hidden_TH @ weight_VH.T, config, **weights)
+    expected = [loss_T, *torch.autograd.grad((mixture_T * loss_T).sum(), (hidden_TH, weight_VH))]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("policy", ["ratio", "reinforce"])
+@pytest.mark.parametrize("reference", ["urkl", "ufkl", "fkl", "rkl"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_sdpg_equals_the_dense_implementation(policy: Any, reference: Any, weighted: bool) -> None:
+    config = ObjectiveConfig(
+        policy=policy, reference=reference, beta=0.7, alpha=0.3, ratio_weighted_regularizers=weighted
+    )
+    agree(make_sample(), config, build(config, TOTAL), beta=0.7 * DECAYED, alpha=0.3)
+
+
+@pytest.mark.parametrize("term", ["outcome", "distillation", "reference"])
+def test_sdpg_term_by_term(term: str) -> None:
+    beta, alpha = (0.7 if term == "distillation" else 0.0), (0.3 if term == "reference" else 0.0)
+    config = ObjectiveConfig(beta=beta, alpha=alpha, dual_clip=None)
+    sample = make_sample()
+    if term == "outcome":
+        agree(sample, config, build(config, TOTAL), beta=0.0, alpha=0.0)
+        return
+    flat = replace(sample, advantage_T=torch.zeros_like(sample.advantage_T))  # the gate stays open
+    agree(flat, config, build(config, TOTAL), beta=beta * DECAYED, alpha=alpha)
+
+
+def test_grpo_equals_the_dense_implementation() -> None:
+    config = ObjectiveConfig(name="grpo", alpha=0.3, clip_high=0.2, reference="fkl")
+    agree(make_sample(), config, build(config, TOTAL), beta=0.0, alpha=0.3)
+
+
+def test_gated_average_scales_the_distillation_term_alone() -> None:
+    config = ObjectiveConfig(beta=0.7, alpha=0.3, beta_warmup_steps=0, beta_decay_steps=0)
+    terms = token_terms(make_sample(), make_sample().old_logprob_T, torch.ones(ROWS, dtype=torch.float64))
+    objective = build(config, TOTAL)
+    plain_T = objective.loss(terms, CONTEXT).loss_T
+    scaled_T = objective.loss(terms, replace(CONTEXT, distill_scale=3.0)).loss_T
+    assert_close(scaled_T - plain_T, 2 * 0.7 * terms.gate_T)
+
+
+def test_same_distribution_costs_nothing() -> None:
+    """With teacher = student the distillation term vanishes in value and gradient, so that RPG remains."""
+    sample = make_sample()
+    same = replace(sample, teacher_TH=sample.hidden_TH)
+    distilled, plain = (build(ObjectiveConfig(beta=beta, alpha=0.3), TOTAL) for beta in (0.7, 0.0))
+    results = []
+    for objective in (distilled, plain):
+        hidden_TH = same.hidden_TH.clone().requires_grad_()
+        loss_T = package_loss(same, hidden_TH, same.weight_VH, objective).loss_T
+        results.append((loss_T.detach(), *torch.autograd.grad(loss_T.sum(), hidden_TH)))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, **EXACT)
+
+
+def test_no_beta_is_rpg() -> None:
+    """SDPG with beta 0 is its own outcome and reference terms: what the same configuration gives without a teacher."""
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T, None)
+    rpg = build(ObjectiveConfig(beta=0.0, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    grpo = build(ObjectiveConfig(name="grpo", alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    assert torch.equal(rpg.loss_T, grpo.loss_T)
+    assert "distill/kl" not in rpg.metrics
+
+
+def test_on_policy_ratio_has_the_gradient_of_reinforce() -> None:
+    sample = make_sample(near_policy=False)
+    gradients = []
+    for policy in ("ratio", "reinforce"):
+        objective = build(ObjectiveConfig(policy=policy, beta=0.7, alpha=0.3), TOTAL)
+        hidden_TH = sample.hidden_TH.clone().requires_grad_()
+        loss_T = package_loss(sample, hidden_TH, sample.weight_VH, objective).loss_T
+        gradients.append(torch.autograd.grad(loss_T.sum(), hidden_TH)[0])
+    assert_close(gradients[0], gradients[1], **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("config", "step", "expected"),
+    [
+        (ObjectiveConfig(beta=0.1, alpha=0.1), 20, Needs(teacher=True, reference=True)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 20, Needs(teacher=True, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=False, reference=False)),
+        (ObjectiveConfig(beta=0.0, alpha=0.1), 20, Needs(teacher=False, reference=True)),
+        (ObjectiveConfig(name="grpo", alpha=0.0), 20, Needs()),
+        (ObjectiveConfig(name="grpo", alpha=0.1), 20, Needs(reference=True)),
+    ],
+)
+def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: Needs) -> None:
+    objective = build(config, TOTAL)
+    context = StepContext(step, TOTAL)
+    assert objective.needs(context) == expected
+    # What is not needed is not read either.
+    sample = make_sample()
+    divergence_T = torch.ones(ROWS, dtype=torch.float64) if expected.teacher else None
+    terms = token_terms(sample, sample.old_logprob_T, divergence_T)
+    if not expected.reference:
+        terms = replace(terms, reference_logprob_T=None)
+    assert objective.loss(terms, context).loss_T.isfinite().all()
+
+
+def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T, None)
+    objective = build(ObjectiveConfig(beta=0.1, alpha=0.1), TOTAL)
+    with pytest.raises(ValueError, match="divergence"):
+        objective.loss(terms, CONTEXT)
+    with pytest.raises(ValueError, match="reference"):
+        objective.loss(replace(terms, reference_logprob_T=None), CONTEXT)
+    assert objective.loss(replace(terms, gate_T=torch.zeros_like(terms.gate_T)), CONTEXT).loss_T.isfinite().all()
+
+
+def test_metrics() -> None:
+    sample = make_sample()
+    logprob_T = (sample.hidden_TH @ sample.weight_VH.T).log_softmax(-1)[torch.arange(ROWS), sample.labels_T]
+    divergence_T = torch.arange(ROWS, dtype=torch.float64).requires_grad_()
+    terms = token_terms(sample, logprob_T.requires_grad_(), divergence_T)
+    loss = build(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    assert not any(metric.values_T.requires_grad for metric in loss.metrics.values())
+    means = {
+        name: float(metric.values_T[... if metric.mask_T is None else metric.mask_T].mean())
+        for name, metric in loss.metrics.items()
+    }
+    rho_T = (logprob_T.detach() - sample.old_logprob_T).exp()
+    r_T = logprob_T.detach() - sample.reference_logprob_T
+    rises, falls = sample.advantage_T > 0, sample.advantage_T < 0
+    assert means["policy/ratio"] == pytest.approx(float(rho_T.mean()))
+    assert means["policy/clip_low_fraction"] == pytest.approx(int((falls & (rho_T < 0.8)).sum()) / ROWS)
+    assert means["policy/clip_high_fraction"] == pytest.approx(int((rises & (rho_T > 1.28)).sum()) / ROWS)
+    assert means["policy/dual_clip_fraction"] == pytest.approx(1 / ROWS)
+    assert min(means["policy/clip_low_fraction"], means["policy/clip_high_fraction"]) > 0
+    assert means["reference/kl"] == pytest.approx(float(((-r_T).exp() - 1 + r_T).mean()))
+    assert means["reference/bounded_fraction"] == 0
+    assert means["distill/kl"] == pytest.approx(1.5)  # rows 0..3 have the open gate
+    assert means["distill/gate_rate"] == pytest.approx(1 / 3)
+    assert means["distill/beta"] == pytest.approx(0.7 * DECAYED)
+
+
+def test_inputs_come_back_unmodified() -> None:
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T.clone(), torch.ones(ROWS, dtype=torch.float64))
+    build(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    fresh = make_sample()
+    assert torch.equal(terms.logprob_T, fresh.old_logprob_T)
+    for name in ("advantage_T", "gate_T", "old_logprob_T", "reference_logprob_T"):
+        assert torch.equal(getattr(terms, name), getattr(fresh, name)), name

@@ -1,0 +1,149 @@
+"""The parts of the objectives: advantages, schedules, ratios, reference terms, aggregation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from sdpg_megatron.objectives.advantages import group_advantages
+from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.policy import clipped_ratio
+from sdpg_megatron.objectives.ratios import bounded_exp
+from sdpg_megatron.objectives.reference import reference_term, reference_value
+from sdpg_megatron.objectives.schedules import BetaSchedule
+
+AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
+
+
+def test_advantages_are_relative_to_the_group() -> None:
+    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx(
+        [0.75 / (0.1875**0.5 + 1e-6)] + 3 * [-0.25 / (0.1875**0.5 + 1e-6)], rel=1e-14
+    )
+    assert group_advantages(torch.tensor([2.0, 4.0])) == pytest.approx([-1 / (1 + 1e-6), 1 / (1 + 1e-6)], rel=1e-14)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, -3.3])
+def test_equal_rewards_open_no_gate(reward: float) -> None:
+    assert group_advantages([reward] * 7) == (0.0,) * 7
+
+
+def test_beta_rises_and_falls_as_in_the_paper() -> None:
+    schedule = BetaSchedule.build(2.0, None, None, 400)
+    assert (schedule.warmup_steps, schedule.decay_steps) == (50, 350)
+    assert [schedule.at(k) for k in (0, 25, 50, 225, 399, 400, 401)] == pytest.approx([0, 1, 2, 1, 2 / 350, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "total", "expected"),
+    [
+        (None, None, 24, (3, 21)),
+        (None, None, 1, (0, 1)),
+        (None, 0, 40, (5, 0)),
+        (None, 38, 40, (2, 38)),
+        (0, None, 40, (0, 35)),
+        (20, None, 40, (20, 20)),
+        (7, 9, 40, (7, 9)),
+    ],
+)
+def test_ramps_left_open_are_scaled_to_the_run(warmup: Any, decay: Any, total: int, expected: tuple[int, int]) -> None:
+    schedule = BetaSchedule.build(1.0, warmup, decay, total)
+    assert (schedule.warmup_steps, schedule.decay_steps) == expected
+
+
+def test_zero_steps_turn_a_side_off() -> None:
+    assert [BetaSchedule(1.0, 0, 0, 9).at(k) for k in (0, 4, 8)] == [1.0, 1.0, 1.0]
+    assert [BetaSchedule(1.0, 4, 0, 9).at(k) for k in (0, 2, 8)] == [0.0, 0.5, 1.0]
+    assert [BetaSchedule(1.0, 0, 4, 9).at(k) for k in (0, 7, 8)] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight"),
+    [
+        ("urkl", lambda r: r),
+        ("ufkl", lambda r: 1 - torch.exp(-r)),
+        ("fkl", lambda r: -torch.exp(-r)),
+        ("rkl", lambda r: r + 1),
+    ],
+)
+def test_reference_values_have_the_stated_gradient_weights(mode: Any, weight: Any) -> None:
+    r_T = torch.linspace(-19.9, 25, 41, dtype=torch.float64, requires_grad=True)
+    (gradient_T,) = torch.autograd.grad(reference_value(mode, r_T).sum(), r_T)
+    assert_close(gradient_T, weight(r_T.detach()), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["urkl", "ufkl", "fkl", "rkl"])
+def test_far_from_the_reference_gradients_stay_finite_and_the_bound_is_reported(mode: Any) -> None:
+    logprob_T = torch.tensor([-300.0, -0.1, -21.0, -1.0], requires_grad=True)
+    term = reference_term(mode, logprob_T, torch.tensor([-0.1, -300.0, -0.5, -1.0]))
+    (gradient_T,) = torch.autograd.grad(term.loss_T.sum(), logprob_T)
+    assert gradient_T.isfinite().all() and term.loss_T.isfinite().all()
+    assert gradient_T[0] < 0, "a token that became too rare must still be pulled back"
+    assert term.metrics["reference/bounded_fraction"].values_T.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert term.metrics["reference/kl"].values_T.min() >= 0
+
+
+def test_bounded_exp_goes_on_along_its_tangent() -> None:
+    x_T = torch.tensor([-900.0, 0.0, 19.0, 20.0, 21.0, 500.0], dtype=torch.float64, requires_grad=True)
+    y_T = bounded_exp(x_T)
+    (slope_T,) = torch.autograd.grad(y_T.sum(), x_T)
+    edge = torch.tensor(20.0, dtype=torch.float64).exp()
+    assert_close(y_T.detach()[:4], x_T.detach()[:4].exp(), rtol=1e-15, atol=0)
+    assert_close(y_T.detach()[4:], torch.stack((2 * edge, 481 * edge)), rtol=1e-15, atol=0)
+    assert_close(slope_T, torch.cat((x_T.detach()[:4].exp(), edge.expand(2))), rtol=1e-15, atol=0)
+
+
+def test_ratio_loss_does_not_overflow_without_a_dual_clip() -> None:
+    logprob_T = torch.tensor([-0.1, -0.1, -400.0], requires_grad=True)
+    loss = clipped_ratio(
+        logprob_T,
+        torch.tensor([-400.0, -400.0, -0.1]),
+        torch.tensor([1.0, -1.0, -1.0]),
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=None,
+    )
+    (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), logprob_T)
+    assert loss.loss_T.isfinite().all() and gradient_T.isfinite().all()
+    assert gradient_T[0] == 0 and gradient_T[1] > 0 and gradient_T[2] == 0
+
+
+def test_aggregations_are_the_means_they_are_named_after() -> None:
+    lengths, groups = [2, 5, 1, 4], ["a", "a", "b", "b"]
+    generator = torch.Generator().manual_seed(0)
+    losses = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
+    flat = torch.cat(losses)
+    expected = {
+        "token-mean": flat.mean(),
+        "sequence-mean": torch.stack([loss.mean() for loss in losses]).mean(),
+        "group-token-mean": (torch.cat(losses[:2]).mean() + torch.cat(losses[2:]).mean()) / 2,
+    }
+    for aggregation in AGGREGATIONS:
+        weights = sequence_weights(lengths, groups, aggregation)
+        # Any split of the sequences into micro-batches adds up to the same: each token keeps its weight.
+        for split in ([4], [1, 3], [2, 2], [1, 1, 1, 1]):
+            parts, first = [], 0
+            for size in split:
+                batch = range(first, first + size)
+                parts.append(sum((weights[i] * losses[i].sum() for i in batch), torch.zeros(())))
+                first += size
+            assert_close(torch.stack(parts).sum() / sum(lengths), expected[aggregation], rtol=1e-14, atol=1e-14)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3)), min_size=1),
+    st.sampled_from(AGGREGATIONS),
+    st.randoms(),
+)
+def test_weights_sum_to_the_number_of_tokens_in_any_order(pairs: Any, aggregation: Any, random: Any) -> None:
+    lengths, groups = zip(*pairs, strict=True)
+    weights = sequence_weights(lengths, groups, aggregation)
+    assert sum(w * n for w, n in zip(weights, lengths, strict=True)) == pytest.approx(sum(lengths))
+    order = list(range(len(pairs)))
+    random.shuffle(order)
+    shuffled = sequence_weights([lengths[i] for i in order], [groups[i] for i in order], aggregation)
+    assert shuffled == tuple(weights[i] for i in order)
