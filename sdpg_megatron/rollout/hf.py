@@ -1,0 +1,243 @@
+"""The embedded engine: transformers in this process, fed through the same weight stream as a server.
+
+Shapes: B sequences of a batch, U distinct prompts among them, P left-padded prompt length, N generated length,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
+
+from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
+from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
+from sdpg_megatron.rollout.base import Bucket, Sampling
+
+LISTED = 8
+"""Weights that one error message names."""
+
+
+class HFEngine:
+    """Generates with transformers. Nothing is served before a whole weight stream was published."""
+
+    def __init__(
+        self, model_folder: Path, *, batch_size: int, device: torch.device, dtype: torch.dtype, tokenizer: Any
+    ) -> None:
+        """Build the model from its configuration alone; the folder's weights are not read.
+
+        Args:
+            model_folder: Hugging Face folder with config.json and, for the stop ids, generation_config.json.
+            batch_size: sequences generated at a time.
+            tokenizer: transformers tokenizer; decodes responses.
+
+        Raises:
+            ConfigError: the model names no stop token.
+        """
+        self._stop_ids = stop_ids(model_folder)
+        self._batch_size = batch_size
+        self._device = device
+        self._tokenizer = tokenizer
+        self._version = -1
+        with device, _Unfilled():  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=dtype)
+        # generate() fills what is unset from the model's defaults, which may hold top-k or a repetition penalty.
+        model.generation_config = GenerationConfig()
+        self._model: Any = model.eval().requires_grad_(False)
+        # Tied weights appear once, as in checkpoints; buffers that checkpoints do not hold stay as built.
+        saved = model.state_dict().keys()
+        tensors = chain(model.named_parameters(), model.named_buffers())
+        self._targets: dict[str, Tensor] = {name: tensor for name, tensor in tensors if name in saved}
+
+    @property
+    def weight_version(self) -> int:
+        """See `RolloutEngine`; -1 also after a failed publish."""
+        return self._version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else."""
+        self._require_open()
+        if self._version < 0:
+            raise RolloutError("generate: no complete set of weights was published. Fix: publish first")
+        n = sampling.n
+        # Prompts of like length share a batch: less padding.
+        order = sorted(range(len(prompts) * n), key=lambda i: len(prompts[i // n].student_tokens))
+        completions: dict[int, Completion] = {}
+        with _seeded(self._device, sampling.seed):
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                unique = list(dict.fromkeys(i // n for i in batch))
+                copies = [unique.index(i // n) for i in batch]
+                tokens = [prompts[i].student_tokens for i in unique]
+                completions.update(zip(batch, self._complete(tokens, copies, sampling), strict=True))
+        return [
+            Group(prompt, tuple(completions[i] for i in range(first, first + n)))
+            for prompt, first in zip(prompts, range(0, len(order), n), strict=True)
+        ]
+
+    @torch.no_grad()
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """See `RolloutEngine`. The stream is read to its end even where it is faulty: its source may be collective."""
+        self._require_open()
+        self._version = -1
+        missing = dict.fromkeys(self._targets)
+        faults: list[str] = []
+        for bucket in buckets:
+            for name, tensor in bucket:
+                target = self._targets.get(name)
+                if target is None:
+                    faults.append(" ".join(filter(None, (f"{name} is unknown;", did_you_mean(name, self._targets)))))
+                elif name not in missing:
+                    faults.append(f"{name} came twice")
+                else:
+                    del missing[name]
+                    if tensor.shape == target.shape:
+                        target.copy_(tensor)
+                    else:
+                        faults.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+        faults += [f"{name} is missing" for name in missing]
+        if faults:
+            more = f", and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+            raise WeightError(f"publish of version {version}: {', '.join(faults[:LISTED])}{more}")
+        self._version = version
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self._model = None
+        self._targets = {}
+        self._version = -1
+
+    def _require_open(self) -> None:
+        if self._model is None:
+            raise RolloutError("the engine is closed")
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], copies: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        """B completions, number b of ``prompts[copies[b]]``; U prompts."""
+        width = max(map(len, prompts))
+        pad_id = self._stop_ids[0]
+        tokens_UP = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_UP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        tokens_UP, mask_UP = tokens_UP.to(self._device), mask_UP.to(self._device)
+        copies_B = torch.tensor(copies, device=self._device)
+        recorder = _LogprobRecorder(sampling.temperature or 1.0)
+        output_BS = self._model.generate(
+            tokens_UP[copies_B],
+            attention_mask=mask_UP[copies_B],
+            past_key_values=self._prefill(tokens_UP, mask_UP, copies_B),
+            generation_config=self._generation_config(sampling),
+            logits_processor=LogitsProcessorList([recorder]),
+        )
+        tokens_BN = output_BS[:, width:]
+        rows = zip(tokens_BN.tolist(), recorder.logprobs(tokens_BN).tolist(), strict=True)
+        return [self._completion(tokens, logprobs) for tokens, logprobs in rows]
+
+    def _prefill(self, tokens_UP: Tensor, mask_UP: Tensor, copies_B: Tensor) -> Any:
+        """Keys and values of all prompt tokens but the last, for B rows; each of the U prompts is read once."""
+        cache = DynamicCache(config=self._model.config)
+        if tokens_UP.shape[1] > 1:
+            positions_UP = (mask_UP.cumsum(-1) - 1).clamp(min=0)
+            self._model.base_model(
+                tokens_UP[:, :-1],
+                attention_mask=mask_UP[:, :-1],
+                position_ids=positions_UP[:, :-1],
+                past_key_values=cache,
+            )
+            cache.batch_select_indices(copies_B)
+        return cache
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        # Truncation that transformers applies by default (top-k 50) is turned off by name.
+        how = (
+            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            if sampling.temperature
+            else {"do_sample": False}
+        )
+        return GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=list(self._stop_ids),
+            pad_token_id=self._stop_ids[0],
+            **how,
+        )
+
+    def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
+        """Cut a generated row after its first stop token."""
+        length = next((i for i, token in enumerate(tokens, start=1) if token in self._stop_ids), None)
+        finish_reason: FinishReason = "length" if length is None else "stop"
+        return Completion(
+            tokens=tuple(tokens[:length]),
+            logprobs=tuple(logprobs[:length]),
+            finish_reason=finish_reason,
+            weight_version=self._version,
+            text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
+        )
+
+
+class _LogprobRecorder:
+    """A logits processor that changes nothing and keeps the log-prob of each chosen token.
+
+    transformers calls it before its own temperature and top-p. At each call the token of the step before is known, so
+    one step's [B, V] log-probs are held and no more.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._chosen: list[Tensor] = []
+        self._last_BV: Tensor | None = None
+
+    def __call__(self, tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
+        if self._last_BV is not None:
+            self._chosen.append(self._last_BV.gather(1, tokens_BS[:, -1:]))
+        self._last_BV = torch.log_softmax(logits_BV.float() / self._temperature, dim=-1)
+        return logits_BV
+
+    def logprobs(self, tokens_BN: Tensor) -> Tensor:
+        """float32 [B, N], for the tokens that generation ended with."""
+        assert self._last_BV is not None
+        # Where transformers looks for the end one step late, it drops that step's token; the last is then recorded.
+        chosen = [*self._chosen, self._last_BV.gather(1, tokens_BN[:, -1:])]
+        return torch.cat(chosen[: tokens_BN.shape[1]], dim=1)
+
+
+def stop_ids(model_folder: Path) -> tuple[int, ...]:
+    """Every token that ends a response: generation_config.json's, or where there is no such file, config.json's.
+
+    Raises:
+        ConfigError: neither names one.
+    """
+    if (model_folder / "generation_config.json").exists():
+        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
+    else:
+        found = AutoConfig.from_pretrained(model_folder).eos_token_id
+    if found is None:
+        expected = "eos_token_id in generation_config.json or config.json"
+        raise ConfigError("model.path", str(model_folder), expected, "add it to generation_config.json")
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves new parameters as allocated: filling billions with random numbers takes minutes, and none is served."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside; the global random state is what it was afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,102 @@
+"""The embedded engine: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sdpg_megatron.errors import ConfigError, WeightError
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.rollout.base import RolloutEngine, Sampling
+from sdpg_megatron.rollout.hf import HFEngine, stop_ids
+from tests.rollout.contract import EngineContract, MakeEngine, completions, stream
+from tests.tiny import Family, write_tiny_model
+
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, batch_size: int = 32) -> HFEngine:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return HFEngine(folder, batch_size=batch_size, device=CPU, dtype=torch.float32, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module", params=[("qwen3", True), ("llama", False)], ids=["qwen3-tied", "llama-untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose generation config carries sampling defaults, as released models do."""
+    family: Family
+    family, tied = request.param
+    folder = write_tiny_model(tmp_path_factory.mktemp(family), family, tied=tied, seed=1, layers=2)
+    path = folder / "generation_config.json"
+    defaults = {"do_sample": True, "top_k": 3, "top_p": 0.5, "temperature": 0.2, "repetition_penalty": 1.5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))
+    return folder
+
+
+class TestHFEngine(EngineContract):
+    @pytest.fixture
+    def model_folder(self, folder: Path) -> Path:
+        return folder
+
+    @pytest.fixture
+    def make_engine(self, folder: Path) -> MakeEngine:
+        return lambda: build(folder)
+
+    def test_the_stream_is_the_checkpoints(self, make_engine: MakeEngine, model_folder: Path) -> None:
+        """Exactly the names of model.safetensors: no buffers, and a tied head only under its one name."""
+        engine = make_engine()
+        engine.publish(1, stream(load_file(model_folder / "model.safetensors")))
+        assert engine.weight_version == 1
+
+    def test_batch_size_does_not_change_what_a_prompt_gets(
+        self, model_folder: Path, prompts: list[Prompt], weights: dict[str, Tensor]
+    ) -> None:
+        """Padding is invisible: the greedy responses of one prompt at a time, and of all together, agree."""
+        found = []
+        prompts = [*prompts, Prompt("one token", (7,), (7,), answer="1")]
+        for batch_size in (1, 3, 64):
+            engine = build(model_folder, batch_size)
+            engine.publish(1, stream(weights))
+            found.append(completions(engine.generate(prompts, Sampling(n=2, max_tokens=6, temperature=0))))
+        for (_, alone), *others in zip(*found, strict=True):
+            for _, together in others:
+                assert alone.tokens == together.tokens
+                assert alone.logprobs == pytest.approx(together.logprobs, abs=1e-4)
+
+    def test_a_faulty_stream_is_read_to_its_end(self, engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
+        """Other ranks may take part in making it; all faults are named at once, with the names they may mean."""
+        faulty = {name.replace("input_layernorm", "input_layer_norm"): weight for name, weight in weights.items()}
+        buckets = stream(faulty)
+        with pytest.raises(WeightError) as caught:
+            engine.publish(2, buckets)
+        assert next(buckets, None) is None
+        name = "model.layers.1.input_layernorm.weight"
+        assert f"input_layer_norm.weight is unknown; did you mean '{name}'" in str(caught.value)
+        assert f"{name} is missing" in str(caught.value)
+
+    def test_a_weight_that_comes_twice_is_an_error(self, engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
+        with pytest.raises(WeightError, match=r"model\.norm\.weight came twice"):
+            engine.publish(2, [list(weights.items()), [("model.norm.weight", weights["model.norm.weight"])]])
+
+
+def test_building_leaves_the_global_random_state(folder: Path) -> None:
+    state = torch.get_rng_state()
+    build(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stop_ids_come_from_either_file_or_are_an_error(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "qwen2", tied=True, seed=0, layers=1)
+    assert stop_ids(folder) == (2, 4)
+    (folder / "generation_config.json").unlink()
+    assert stop_ids(folder) == (2,)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        stop_ids(folder)
