@@ -1,0 +1,114 @@
+"""Checkpoints of a run: Megatron's distributed format for tensors, one manifest beside it.
+
+A checkpoint is complete or absent: it is written aside and renamed when its manifest, the last file, is in place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from sdpg_megatron.checkpoint.state import RunState, check_same_run
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.parallel import Ranks
+
+MANIFEST = "manifest.json"
+_PREFIX = "step_"
+_PARTIAL = ".partial"
+# The layout of optimizer shards that can be read back under any other parallel layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointStore:
+    """The checkpoints under one folder. Every rank calls `save` and `load`; only the main rank renames and deletes."""
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self._keep = keep
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(manifest.parent for manifest in self._folder.glob(f"{_PREFIX}*/{MANIFEST}"))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, the same on every rank."""
+        found = self.complete()
+        return found[-1] if found else None
+
+    def steps_done(self) -> int:
+        """The step of the newest complete checkpoint; 0 where there is none."""
+        latest = self.latest()
+        return RunState.read(latest / MANIFEST).step if latest else 0
+
+    def save(self, learner: Learner, state: RunState) -> Path:
+        """Write a checkpoint of this step and drop those beyond the newest `keep`.
+
+        Raises:
+            CheckpointError: the disk refused; earlier checkpoints are untouched.
+        """
+        target = self._folder / f"{_PREFIX}{state.step:08d}"
+        partial = target.with_name(target.name + _PARTIAL)
+        if self._ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        try:
+            dist_checkpointing.save(sharded_state(learner), str(partial))
+        except OSError as error:
+            raise CheckpointError(f"{partial}: could not be written: {error}. Fix: free or repair the disk") from error
+        dist.barrier()
+        if self._ranks.is_main:
+            state.write(partial / MANIFEST)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            for old in self.complete()[: -self._keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+        return target
+
+    def load(self, path: Path, learner: Learner, config: RunConfig) -> RunState:
+        """Fill the learner from a checkpoint of the run that `config` describes.
+
+        Raises:
+            ConfigError: the run was started with another configuration; the first field that differs is named.
+            CheckpointError: the manifest is damaged or the tensors do not fit the model.
+        """
+        state = RunState.read(path / MANIFEST)
+        check_same_run(state.config, config.model_dump(mode="json"))
+        try:
+            loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
+        except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: found tensors that do not fit the model ({error}), expected those of model.path. "
+                "Fix: continue with the model and parallel settings of the run"
+            ) from error
+        for name, chunk in _named_chunks(learner):
+            chunk.load_state_dict(loaded[name])
+        learner.optimizer.load_state_dict(loaded["optimizer"])
+        learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        return state
+
+
+def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
+    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses."""
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(learner)
+    }
+    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
+    state["opt_param_scheduler"] = learner.scheduler.state_dict()
+    return state
+
+
+def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
+    modules = [chunk.module for chunk in learner.chunks]
+    if len(modules) == 1:
+        return [("model", modules[0])]
+    return [(f"model{number}", module) for number, module in enumerate(modules)]

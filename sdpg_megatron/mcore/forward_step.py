@@ -1,0 +1,198 @@
+"""The forward step: what any loop hands to Megatron's ``get_forward_backward_func()``.
+
+Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, G rows with an open gate,
+V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sdpg_megatron.head import HeadTerms, TeacherRows, VocabShard, head_logprobs, head_terms
+from sdpg_megatron.mcore.model import output_weight
+from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
+from sdpg_megatron.observe.metrics import Metric, Reduction
+from sdpg_megatron.records import MicroBatch, SequenceBatch
+
+
+def last_hidden(model: nn.Module, tokens_BS: Tensor) -> Tensor:
+    """Run a GPTModel chunk, wrapped or not, without its output layer.
+
+    Args:
+        model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
+        tokens_BS: int64, right-padded. Under sequence parallelism S must be a multiple of the tensor-parallel size.
+
+    Returns:
+        Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
+    """
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    (gpt,) = unwrap_model([model])
+    bypass = _hidden_instead_of_logits(gpt.output_layer) if gpt.post_process else nullcontext()
+    with bypass:
+        hidden: Tensor = model(tokens_BS, positions_BS, None)
+    return hidden
+
+
+@contextmanager
+def _hidden_instead_of_logits(output_layer: Any) -> Iterator[None]:
+    """Let the output layer return its input.
+
+    The layer is still called, so hooks on it (parameter gathering, for one) still run. Its forward is what differs
+    between megatron-core versions least: 0.19 has an `output_processor` for this, 0.16 has none.
+    """
+
+    def forward(hidden_SBH: Tensor, **_: Any) -> tuple[Tensor, None]:
+        if output_layer.sequence_parallel:
+            # Its backward reduce-scatters: the head's partial gradient is summed there, and only there.
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
+        return hidden_SBH, None
+
+    output_layer.forward = forward
+    try:
+        yield
+    finally:
+        del output_layer.forward
+
+
+def rows(hidden_BSH: Tensor, batch: SequenceBatch) -> Tensor:
+    """The hidden rows [T, H] that predict `batch`'s response tokens."""
+    return hidden_BSH.flatten(0, 1).index_select(0, batch.rows_T)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How hidden rows become log-probs: everything about the output head but the weights."""
+
+    vocab_size: int
+    """Columns that count; Megatron's padding above them does not."""
+    tensor_group: ProcessGroup
+    temperature: float = 1.0
+    chunk_rows: int = 256
+
+    def terms(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher: TeacherRows | None) -> HeadTerms:
+        """Log-prob, entropy and, with a teacher, divergence per row. See `sdpg_megatron.head.head_terms`."""
+        weight_VH = output_weight(model)
+        (gpt,) = unwrap_model([model])
+        return head_terms(
+            hidden_TH.to(weight_VH.dtype),  # Megatron's 16-bit wrapper hands out float32
+            weight_VH,
+            labels_T,
+            vocab=self._shard(weight_VH),
+            temperature=self.temperature,
+            teacher=teacher,
+            chunk_rows=self.chunk_rows,
+            reduce_hidden_grad=not gpt.output_layer.sequence_parallel,
+        )
+
+    def logprobs(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
+        """Log-probs alone, without gradient. See `sdpg_megatron.head.head_logprobs`."""
+        weight_VH = output_weight(model)
+        return head_logprobs(
+            hidden_TH.to(weight_VH.dtype),
+            weight_VH,
+            labels_T,
+            vocab=self._shard(weight_VH),
+            temperature=self.temperature,
+            chunk_rows=self.chunk_rows,
+        )
+
+    def _shard(self, weight_VH: Tensor) -> VocabShard:
+        return VocabShard(self.tensor_group.rank() * weight_VH.shape[0], self.vocab_size, self.tensor_group)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardStep:
+    """A forward step function for one optimiser step: ``forward_step(data_iterator, model) -> (hidden, loss_func)``.
+
+    The model's config needs ``calculate_per_token_loss=True``. The loss function returns the weighted loss sum, the
+    number of response tokens and per-token reports; Megatron's `finalize_model_grads` then divides the gradients by the
+    global number of response tokens, so that nothing depends on the split into micro-batches or ranks.
+    """
+
+    objective: Objective
+    context: StepContext
+    head: Head
+
+    def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(data_iterator)
+        return last_hidden(model, batch.student.tokens_BS), functools.partial(self.loss, batch, model)
+
+    def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
+        """Loss sum (scalar), number of tokens (int scalar), and what to report."""
+        teacher = None if batch.teacher_hidden_GH is None else TeacherRows(batch.teacher_hidden_GH, batch.gated_rows_G)
+        head = self.head.terms(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher)
+        loss = self.objective.loss(token_terms(batch, head), self.context)
+        loss_sum = (loss.loss_T * batch.weights_T).sum()
+        metrics = {
+            "train/loss": TokenMetric(loss.loss_T * batch.weights_T),
+            "train/entropy": TokenMetric(head.entropy_T),
+            **mismatch(head.logprob_T.detach(), batch.rollout_logprobs_T),
+            **loss.metrics,
+        }
+        count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
+        return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
+
+
+def token_terms(batch: MicroBatch, head: HeadTerms) -> TokenTerms:
+    """Join what the passes prepared with what the head computed."""
+    old_T = batch.old_logprobs_T
+    return TokenTerms(
+        logprob_T=head.logprob_T,
+        divergence_T=head.divergence_T,
+        old_logprob_T=head.logprob_T.detach() if old_T is None else old_T,
+        reference_logprob_T=batch.reference_logprobs_T,
+        advantage_T=batch.advantages_T,
+        gate_T=batch.gates_T,
+    )
+
+
+def mismatch(logprob_T: Tensor, rollout_T: Tensor) -> Mapping[str, TokenMetric]:
+    """How far training and rollout disagree about the same tokens: near 0 while both hold the same weights."""
+    difference_T = (logprob_T - rollout_T).abs()
+    return {
+        "rollout/logprob_diff_mean": TokenMetric(difference_T),
+        "rollout/logprob_diff_max": TokenMetric(difference_T, Reduction.MAX),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMetric:
+    """A `Metric` that still lives on the device, so that reporting costs no synchronisation inside the schedule."""
+
+    value: Tensor
+    weight: Tensor
+    reduction: Reduction
+
+    def read(self) -> Metric:
+        return Metric(float(self.value), self.reduction, float(self.weight))
+
+
+Report = dict[str, DeviceMetric]
+
+
+def reduce_tokens(metric: TokenMetric) -> DeviceMetric:
+    """Reduce one micro-batch's per-token values; over no tokens the result is neutral."""
+    values_T = metric.values_T.detach().float()
+    if metric.mask_T is not None:
+        values_T = values_T[metric.mask_T]
+    weight = torch.tensor(float(values_T.numel()), device=values_T.device)
+    match metric.reduction:
+        case Reduction.MEAN:
+            value = values_T.sum() / weight.clamp(min=1)
+        case Reduction.SUM:
+            value = values_T.sum()
+        case Reduction.MAX:
+            value = values_T.max() if values_T.numel() else values_T.new_tensor(float("-inf"))
+        case Reduction.MIN:
+            value = values_T.min() if values_T.numel() else values_T.new_tensor(float("inf"))
+    return DeviceMetric(value, weight, metric.reduction)

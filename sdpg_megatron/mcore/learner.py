@@ -1,0 +1,98 @@
+"""The trainable model on this rank: passes and optimizer steps over micro-batches, wherever these come from.
+
+All ranks of a replica call every method with the same micro-batches, and all replicas with the same number of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sdpg_megatron.architecture import Architecture, check_parallel, read_architecture
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.mcore import device, passes
+from sdpg_megatron.mcore.forward_step import ForwardStep, Head
+from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
+from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.observe.metrics import Metric, merge
+from sdpg_megatron.records import MicroBatch
+
+
+class Learner:
+    """Model chunks, optimizer and schedule of this rank.
+
+    Raises:
+        ConfigError: the model cannot be cut as the configuration says.
+    """
+
+    def __init__(self, config: RunConfig, objective: Objective, ranks: Ranks) -> None:
+        self.arch: Architecture = read_architecture(config.model.path)
+        check_parallel(self.arch, config.parallel)
+        chunks = build_chunks(self.arch, config.model, config.parallel, ranks)
+        load_weights(chunks, config.model.path, self.arch, ranks)
+        self.ranks = ranks
+        self.objective = objective
+        self.device = device.training_device()
+        self.chunks = wrap(chunks, config.optimizer)
+        self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
+        self.head = Head(
+            vocab_size=self.arch.vocab_size,
+            tensor_group=ranks.tensor_group,
+            temperature=config.rollout.temperature,
+            chunk_rows=config.objective.head_chunk_rows,
+        )
+        # The reference is the model that the run starts from: a resumed run reads it from the same folder.
+        self._reference = passes.FrozenWeights(self.chunks) if config.objective.alpha else None
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """This rank's weight shards under global Megatron names: live storage, not copies."""
+        return {name: parameter.data for name, parameter in named_parameters(self.chunks)}
+
+    def with_reference(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the reference model's log-probs."""
+        assert self._reference is not None, "an objective that needs the reference has alpha > 0"
+        with self._reference.swapped_in(self.chunks):
+            found = passes.logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, reference_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
+    def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the present weights' log-probs, as those that later mini-batches are compared with."""
+        found = passes.logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
+    def with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the present weights' hidden rows under the privileged context."""
+        found = passes.teacher_hidden(self.chunks, batches)
+        return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
+
+    def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
+        """Run the passes that the objective needs, then one optimizer step over the batch.
+
+        Returns:
+            The step's metrics, the same on every rank.
+        """
+        needs: Needs = self.objective.needs(context)
+        if needs.teacher:
+            batches = self.with_teacher(batches)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        step = ForwardStep(self.objective, context, self.head)
+        reports = passes.run_schedule(self.chunks, step, batches)
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        succeeded, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
+        local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
+        return {
+            **merge(self.ranks.gather_all(local)),
+            "optimizer/grad_norm": Metric(float(grad_norm)),
+            "optimizer/lr": Metric(learning_rate),
+            "optimizer/skipped": Metric(float(not succeeded)),
+        }

@@ -1,0 +1,146 @@
+"""From a Hugging Face architecture to this rank's GPTModel chunks, and back to globally named parameters."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import ModelConfig, ParallelConfig
+from sdpg_megatron.mcore import layers
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.weights.load import load_shards
+
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
+
+
+def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's description of the same network.
+
+    `calculate_per_token_loss` is on: the loss function returns sums, and the gradients are divided once by the global
+    number of response tokens.
+    """
+    dtype = getattr(torch, model.dtype)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_eps,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Initialisation is what marks parameters as tensor-parallel, so it has to run; it need not fill anything.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=parallel.pipeline > 1 and not parallel.virtual_pipeline,
+        # Interleaved, two stages are each other's both neighbours: sends in one batch would be matched by order alone.
+        overlap_p2p_comm=bool(parallel.virtual_pipeline),
+        batch_p2p_comm=not parallel.virtual_pipeline,
+        moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, with or without experts
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        # Fusions that need CUDA kernels from apex or Transformer Engine.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _leave_unset(weight: Tensor) -> Tensor:
+    return weight
+
+
+def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> list[GPTModel]:
+    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights."""
+    config = transformer_config(arch, model, parallel)
+    chunks = parallel.virtual_pipeline or 1
+    return [_build_chunk(arch, model, config, ranks, vp_stage, chunks) for vp_stage in range(chunks)]
+
+
+def _build_chunk(
+    arch: Architecture, model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int, chunks: int
+) -> GPTModel:
+    stage = vp_stage if chunks > 1 else None
+    use_te = model.spec == "te" or (model.spec == "auto" and _has_te())
+    scaling = arch.rope_scaling
+    return GPTModel(
+        config,
+        layers.te_layer_spec(config) if use_te else layers.local_block_spec(config, stage),
+        vocab_size=arch.padded_vocab(config.tensor_model_parallel_size),
+        max_sequence_length=arch.max_positions,
+        pre_process=ranks.pipeline == 0 and vp_stage == 0,
+        post_process=ranks.on_last_stage and vp_stage == chunks - 1,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        rope_scaling=scaling is not None,
+        rope_scaling_factor=scaling.factor if scaling else 8.0,
+        vp_stage=stage,
+    )
+
+
+def _has_te() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters under global names: layers counted over the whole model, wrappers left out.
+
+    On the last of several stages a tied output layer shows as ``output_layer.weight``.
+    """
+    for chunk in unwrap_model(list(chunks)):
+        offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+        for name, parameter in chunk.named_parameters():
+            match = _LAYER.match(name)
+            yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
+
+
+def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, ranks: Ranks) -> None:
+    """Fill this rank's parameters from a Hugging Face folder; only the slices that it needs are read."""
+    load_shards(
+        {name: parameter.data for name, parameter in named_parameters(chunks)},
+        folder,
+        arch,
+        tp_rank=ranks.tensor,
+        tp_size=ranks.tensor_size,
+    )
+
+
+def output_weight(model: nn.Module) -> nn.Parameter:
+    """The output matrix shard [V / TP, H] of a chunk that ends the model; where tied on one stage, the embedding."""
+    (gpt,) = unwrap_model([model])
+    own: nn.Parameter | None = gpt.output_layer.weight
+    tied: nn.Parameter | None = None if own is not None else gpt.embedding.word_embeddings.weight
+    weight = own if own is not None else tied
+    assert weight is not None
+    return weight

@@ -1,0 +1,73 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, built from this package's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import optimizer as mcore_optimizer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from sdpg_megatron.config import OptimizerConfig
+
+
+def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Give every chunk float32 gradient buffers that are summed over data-parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.distributed,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    model_config = wrapped[0].config
+    model_config.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> Any:
+    """Adam with decoupled weight decay; state sharded over data-parallel ranks where `config.distributed`."""
+    dtype = chunks[0].config.params_dtype
+    built = mcore_optimizer.get_megatron_optimizer(
+        mcore_optimizer.OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        list(chunks),
+    )
+    chunks[0].config.grad_scale_func = built.scale_loss
+    return built
+
+
+def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up whose first step already learns (lr / warmup_steps), then `config.schedule` down to `min_lr`."""
+    warmup = max(config.warmup_steps, 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.lr / warmup,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup - 1,
+        lr_decay_steps=max(total_steps, warmup),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

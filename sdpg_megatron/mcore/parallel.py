@@ -1,0 +1,137 @@
+"""Process groups: who this rank is, and with whom it talks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import ProcessGroup
+
+from sdpg_megatron.config import ParallelConfig
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.mcore import device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This rank's place in the tensor x pipeline x data grid."""
+
+    world: int
+    rank: int
+    tensor: int
+    tensor_size: int
+    tensor_group: ProcessGroup
+    pipeline: int
+    pipeline_size: int
+    pipeline_group: ProcessGroup
+    data: int
+    data_size: int
+    data_group: ProcessGroup
+    replica_group: ProcessGroup
+    """The ranks that hold one whole model together (tensor x pipeline)."""
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def leads_replica(self) -> bool:
+        """The rank of its replica that receives full weights and generates: first stage, first tensor rank."""
+        return self.tensor == 0 and self.pipeline == 0
+
+    @property
+    def on_last_stage(self) -> bool:
+        return self.pipeline == self.pipeline_size - 1
+
+    def gather_all(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on every rank."""
+        values: list[T | None] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return [v for v in values if v is not None]
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Start (or join) the process group, build Megatron's groups, seed its RNG tracker.
+
+    Under torchrun the environment says who this rank is; without it this process is the whole run.
+
+    Raises:
+        ConfigError: the number of ranks is no multiple of tensor x pipeline.
+    """
+    device.install()
+    if not dist.is_initialized():
+        _start_process_group(parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current()
+
+
+def _start_process_group(parallel: ParallelConfig) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % (parallel.tensor * parallel.pipeline):
+        raise ConfigError(
+            "parallel.tensor x parallel.pipeline",
+            parallel.tensor * parallel.pipeline,
+            f"a divisor of the number of ranks ({world})",
+            f"start with torchrun --nproc-per-node {parallel.tensor * parallel.pipeline}, or a multiple of it",
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Objects (token lists, metrics) travel over Gloo, tensors over NCCL, each by the device it lives on.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def current() -> Ranks:
+    """This rank's place, read from Megatron's global state once; the rest of the package passes the record on."""
+    state = parallel_state
+    return Ranks(
+        world=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor=state.get_tensor_model_parallel_rank(),
+        tensor_size=state.get_tensor_model_parallel_world_size(),
+        tensor_group=state.get_tensor_model_parallel_group(),
+        pipeline=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        pipeline_group=state.get_pipeline_model_parallel_group(),
+        data=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        data_group=state.get_data_parallel_group(),
+        replica_group=state.get_model_parallel_group(),
+    )
+
+
+def broadcast_from_leader(value: T | None, ranks: Ranks) -> T:
+    """The replica leader's object on every rank of the replica."""
+    holder: list[T | None] = [value]
+    dist.broadcast_object_list(holder, group=ranks.replica_group, group_src=0)
+    assert holder[0] is not None, "the leader of a replica always has something to send"
+    return holder[0]
+
+
+def shutdown() -> None:
+    """Leave Megatron's groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def split_evenly(items: Sequence[T], rank: int, size: int) -> Sequence[T]:
+    """The `rank`-th of `size` contiguous parts whose lengths differ by at most one."""
+    return items[len(items) * rank // size : len(items) * (rank + 1) // size]

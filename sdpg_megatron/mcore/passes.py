@@ -1,0 +1,131 @@
+"""Forward-only passes through the same pipeline schedule as training: teacher rows, and log-probs under other weights.
+
+Shapes: T response tokens of a micro-batch, G rows with an open gate, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from sdpg_megatron.mcore.forward_step import Head, last_hidden, rows
+from sdpg_megatron.records import MicroBatch
+
+
+def run_schedule(
+    chunks: Sequence[nn.Module],
+    forward_step: Callable[..., Any],
+    batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool = False,
+    collect: bool = False,
+) -> list[Any]:
+    """Run micro-batches through Megatron's schedule for this layout; on the last stage, one result per micro-batch."""
+    fed = _for_interleaving(batches) if len(chunks) > 1 else batches
+    size, length = fed[0].student.tokens_BS.shape  # with plain pipeline stages each micro-batch tells its own
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(fed) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(fed),
+        micro_batch_size=size,
+        seq_length=length,
+        forward_only=forward_only,
+        collect_non_loss_data=collect,
+    )
+    return results[: len(batches)]
+
+
+def _for_interleaving(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Whole rounds of micro-batches of one shape.
+
+    The schedule wants a multiple of the pipeline size: micro-batches without response tokens fill up. And with two
+    stages a rank's next and previous neighbour are one: the shapes that both directions exchange would be mixed up.
+    """
+    filled = [
+        *batches,
+        *[batches[0].emptied()] * (-len(batches) % parallel_state.get_pipeline_model_parallel_world_size()),
+    ]
+    size, length = (max(extent) for extent in zip(*(batch.student.tokens_BS.shape for batch in filled), strict=True))
+    return [dataclasses.replace(batch, student=batch.student.padded(size, length)) for batch in filled]
+
+
+@torch.no_grad()
+def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+    """Last hidden states of the teacher at the gated response rows: [G, H] per micro-batch, on the last stage.
+
+    Only these are kept (H numbers a token instead of V / TP logits); the head turns them into the teacher's
+    distribution, tile by tile. None for micro-batches without an open gate, and on other stages.
+    """
+
+    def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+        sequences = next(data).student
+        return last_hidden(model, sequences.tokens_BS), _Collect(lambda hidden: rows(hidden, sequences))
+
+    taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
+    found = iter(_collect(chunks, forward, taught))
+    return [None if batch.teacher is None else next(found) for batch in batches]
+
+
+@torch.no_grad()
+def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
+    """log pi(y_t) of the response tokens under the model's present weights: [T] per micro-batch, on the last stage."""
+
+    def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(data)
+
+        def collect(hidden_BSH: Tensor) -> Tensor:
+            return head.logprobs(model, rows(hidden_BSH, batch.student), batch.labels_T)
+
+        return last_hidden(model, batch.student.tokens_BS), _Collect(collect)
+
+    return _collect(chunks, forward, batches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Collect:
+    """A loss function that is asked for data, not for a loss."""
+
+    collect: Callable[[Tensor], Tensor]
+
+    def __call__(self, hidden_BSH: Tensor, non_loss_data: bool) -> Tensor:
+        return self.collect(hidden_BSH)
+
+
+def _collect(
+    chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch]
+) -> list[Tensor | None]:
+    """What the last stage collected, one result per micro-batch; Nones on other stages."""
+    if not batches:
+        return []
+    return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
+
+
+class FrozenWeights:
+    """A copy of this rank's weights in host memory, for the reference and for teachers that do not move."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        pin = torch.cuda.is_available()
+        copies = [p.detach().to("cpu", copy=True) for chunk in chunks for p in chunk.parameters()]
+        self._weights = [copy.pin_memory() for copy in copies] if pin else copies
+
+    @contextmanager
+    def swapped_in(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
+        """Let the model compute with these weights; its own storage stays untouched and comes back bit for bit."""
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        live = [p.data for p in parameters]
+        try:
+            for parameter, weight in zip(parameters, self._weights, strict=True):
+                parameter.data = weight.to(parameter.device, non_blocking=True)
+            yield
+        finally:
+            for parameter, data in zip(parameters, live, strict=True):
+                parameter.data = data

@@ -1,0 +1,155 @@
+"""From scored groups to the micro-batches of one optimizer step, cut over data-parallel ranks.
+
+Every rank holds all groups and computes the same plan, so denominators are global without a collective.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.records import MicroBatch, ScoredGroup, SequenceBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response as a training sequence."""
+
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    advantage: float
+    gate: bool
+    weight: float
+    """Loss weight of each of its tokens."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens that the step has to process for it: the teacher's count where the gate is open."""
+        student = len(self.student_prompt) + len(self.response)
+        return student + (len(self.teacher_prompt) + len(self.response) if self.gate else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One optimizer step's data: this rank's micro-batches, and totals over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    num_tokens: int
+    num_gated_tokens: int
+
+    @property
+    def distill_scale(self) -> float:
+        """All response tokens over gated ones; 1 where there is no gated token to average over."""
+        return self.num_tokens / self.num_gated_tokens if self.num_gated_tokens else 1.0
+
+    def with_micro_batches(self, micro_batches: list[MicroBatch]) -> StepBatch:
+        """The same step after a pass has added to its micro-batches."""
+        return replace(self, micro_batches=micro_batches)
+
+
+def make_samples(groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, distill: bool) -> list[Sample]:
+    """Flatten groups, with gates (all closed unless the step distils) and aggregation weights over the whole step."""
+    lengths = [len(c.tokens) for scored in groups for c in scored.group.completions]
+    group_ids = [number for number, scored in enumerate(groups) for _ in scored.group.completions]
+    weights = iter(sequence_weights(lengths, group_ids, config.aggregation))
+    return [
+        Sample(
+            student_prompt=scored.group.prompt.student_tokens,
+            teacher_prompt=scored.group.prompt.teacher_tokens,
+            response=completion.tokens,
+            logprobs=completion.logprobs,
+            advantage=advantage,
+            gate=distill and (advantage > 0 or not config.gate),
+            weight=next(weights),
+        )
+        for scored in groups
+        for completion, advantage in zip(scored.group.completions, scored.advantages, strict=True)
+    ]
+
+
+def build_step(
+    samples: Sequence[Sample],
+    *,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    length_multiple: int,
+    device: torch.device,
+) -> StepBatch:
+    """Plan one optimizer step and build this data-parallel rank's part of it.
+
+    Args:
+        samples: the whole step's, the same on every rank.
+        micro_batch_size: sequences of a micro-batch, at most.
+        data_rank, data_size: this rank among the data-parallel ones. All get the same number of micro-batches.
+        length_multiple: padded lengths are multiples of it (the tensor-parallel size under sequence parallelism).
+        device: where the tensors go.
+    """
+    shares = balance(samples, data_size)
+    count = -(-max(len(share) for share in shares) // micro_batch_size)
+    mine = sorted(shares[data_rank], key=lambda sample: sample.cost)  # like with like: less padding
+    parts = [mine[len(mine) * i // count : len(mine) * (i + 1) // count] for i in range(count)]
+    return StepBatch(
+        micro_batches=[collate(part, length_multiple, device) for part in parts],
+        num_tokens=sum(len(sample.response) for sample in samples),
+        num_gated_tokens=sum(len(sample.response) for sample in samples if sample.gate),
+    )
+
+
+def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Deal samples to `size` ranks: the costliest first, each to the least loaded rank that has room left."""
+    room = -(-len(samples) // size)
+    shares: list[list[Sample]] = [[] for _ in range(size)]
+    loads = [(0, rank) for rank in range(size)]
+    for sample in sorted(samples, key=lambda sample: -sample.cost):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(sample)
+        if len(shares[rank]) < room:
+            heapq.heappush(loads, (load + sample.cost, rank))
+    return shares
+
+
+def collate(samples: Sequence[Sample], length_multiple: int, device: torch.device) -> MicroBatch:
+    """Pad samples into a micro-batch; no samples make one that contributes nothing."""
+    gated = [sample for sample in samples if sample.gate]
+    gates_T = _per_token(samples, [float(sample.gate) for sample in samples])
+    batch = MicroBatch(
+        student=_pad([(s.student_prompt, s.response) for s in samples], length_multiple, device),
+        teacher=_pad([(s.teacher_prompt, s.response) for s in gated], length_multiple, device) if gated else None,
+        gated_rows_G=gates_T.nonzero().squeeze(1).to(device),
+        labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64, device=device),
+        advantages_T=_per_token(samples, [s.advantage for s in samples]).to(device),
+        gates_T=gates_T.to(device),
+        weights_T=_per_token(samples, [s.weight for s in samples]).to(device),
+        rollout_logprobs_T=torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32, device=device),
+    )
+    assert batch.rollout_logprobs_T.shape == batch.labels_T.shape, "a log-prob for each response token"
+    return batch
+
+
+def _per_token(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
+    lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
+
+
+def _pad(
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], length_multiple: int, device: torch.device
+) -> SequenceBatch:
+    """Right-pad prompt + response, and mark the positions that predict the response tokens."""
+    longest = max((len(prompt) + len(response) for prompt, response in pairs), default=1)
+    width = -(-longest // length_multiple) * length_multiple
+    tokens_BS = torch.zeros(max(len(pairs), 1), width, dtype=torch.int64)
+    rows: list[int] = []
+    for b, (prompt, response) in enumerate(pairs):
+        tokens_BS[b, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        first = b * width + len(prompt) - 1
+        rows.extend(range(first, first + len(response)))
+    return SequenceBatch(tokens_BS.to(device), torch.tensor(rows, dtype=torch.int64, device=device))

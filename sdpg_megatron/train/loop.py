@@ -1,0 +1,300 @@
+"""The training loop: prompts, rollout, score, batch, passes, update, publish; then eval, checkpoint and report."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from sdpg_megatron import objectives
+from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.checkpoint.store import CheckpointStore
+from sdpg_megatron.config import RunConfig, dump
+from sdpg_megatron.data.cursor import Cursor
+from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.mcore import device, parallel
+from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.objectives.base import StepContext
+from sdpg_megatron.observe.metrics import Metric, merge, values
+from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.observe.report import plot_learning_curve
+from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
+from sdpg_megatron.observe.writers import MultiWriter, open_writers
+from sdpg_megatron.records import Prompt, ScoredGroup
+from sdpg_megatron.rewards.pool import VerifierPool
+from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.hf import HFEngine
+from sdpg_megatron.train.batch import StepBatch, build_step, make_samples
+from sdpg_megatron.train.interrupt import Interrupt
+from sdpg_megatron.train.rollouts import Rollouts, describe, mean_reward
+from sdpg_megatron.weights import stream, write_folder
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+EXPORT_FOLDER = "model"
+
+
+class Outcome(Enum):
+    """How a call of `train` ended."""
+
+    FINISHED = "finished"
+    ALREADY_DONE = "already done"
+    INTERRUPTED = "interrupted"
+
+
+def train(config: RunConfig) -> Outcome:
+    """Run, or continue, the run that `config` describes. Every rank calls it once.
+
+    Raises:
+        SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
+    """
+    ranks = parallel.initialize(config.parallel, config.seed)
+    store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint.keep)
+    with ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        if store.steps_done() >= config.steps and read_summary(config.run_dir) is not None:
+            return Outcome.ALREADY_DONE
+        return Trainer(config, ranks, store, stack).run()
+
+
+class Trainer:
+    """One run on this rank: built from the configuration, continued from the newest checkpoint if there is one."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, store: CheckpointStore, stack: ExitStack) -> None:
+        self.config, self.ranks, self.store = config, ranks, store
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.model.path)
+        self.prompts = PromptDataset.load(config.data, config.data.train, tokenizer)
+        self.held_out = PromptDataset.load(config.data, config.data.eval, tokenizer) if config.data.eval else None
+        self.cursor = Cursor(len(self.prompts), config.seed, config.data.shuffle)
+        self.objective = objectives.build(config.objective, config.total_optimizer_steps)
+        self.learner = Learner(config, self.objective, ranks)
+        self.step = 0
+        self.seconds = 0.0
+        self.baseline: Mapping[str, float] = {}
+        self.phase_seconds: dict[str, float] = {}
+        self._resume()
+        self.rollouts = _start_rollouts(config, ranks, tokenizer)
+        stack.callback(self.rollouts.close)
+        self.writer = open_writers(config.run_dir, self.step) if ranks.is_main else MultiWriter([])
+        stack.callback(self.writer.close)
+        self.progress = Progress(config.steps, done=self.step, enabled=ranks.is_main)
+        stack.callback(self.progress.close)
+
+    def run(self) -> Outcome:
+        """Train up to the configured step, then write what a finished run leaves behind."""
+        self._announce()
+        self._publish()
+        if self.step == 0:
+            self.baseline = values(self._evaluate())
+            self._report(self.baseline)
+        evaluated: Mapping[str, float] | None = None
+        with Interrupt() as interrupt:
+            while self.step < self.config.steps:
+                metrics = self._train_step()
+                evaluated = values(self._evaluate()) if self._due(self.config.eval.every) else None
+                self._report({**values(metrics), **(evaluated or {})})
+                stop = any(self.ranks.gather_all(interrupt.requested))
+                if stop or self._due(self.config.checkpoint.every):
+                    self._save()
+                if stop and self.step < self.config.steps:
+                    self.progress.message(f"stopped after step {self.step}; the same command continues")
+                    return Outcome.INTERRUPTED
+        self._finish(evaluated if evaluated is not None else values(self._evaluate()))
+        return Outcome.FINISHED
+
+    def _train_step(self) -> dict[str, Metric]:
+        """One rollout and the optimizer steps on it."""
+        started = time.perf_counter()
+        self.phase_seconds.clear()
+        config = self.config
+        with self._phase("rollout"):
+            prompts = [self.prompts[i] for i in self.cursor.take(config.rollout.prompts_per_step)]
+            groups = self.rollouts.run(prompts, self._sampling())
+        parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
+        with self._phase("prepare"):
+            batches = [self._prepare(part, self._context(number)) for number, part in enumerate(parts)]
+        with self._phase("update"):
+            updates = [self._update(batch, self._context(number)) for number, batch in enumerate(batches)]
+        self.step += 1
+        self._publish()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        tokens = sum(len(c.tokens) for scored in groups for c in scored.group.completions)
+        return {
+            **describe(groups),
+            **merge(updates),
+            **{f"time/{name}": Metric(spent) for name, spent in self.phase_seconds.items()},
+            "time/step": Metric(seconds),
+            "speed/tokens_per_second": Metric(tokens / seconds),
+        }
+
+    @property
+    def _minibatches(self) -> int:
+        return self.config.optimizer.minibatches
+
+    def _context(self, minibatch: int) -> StepContext:
+        return StepContext(self.step * self._minibatches + minibatch, self.config.total_optimizer_steps)
+
+    def _prepare(self, groups: Sequence[ScoredGroup], context: StepContext) -> StepBatch:
+        """Build one mini-batch, with what has to be computed before the rollout's weights change."""
+        needs = self.objective.needs(context)
+        batch = build_step(
+            make_samples(groups, self.config.objective, distill=needs.teacher),
+            micro_batch_size=self.config.optimizer.micro_batch_size,
+            data_rank=self.ranks.data,
+            data_size=self.ranks.data_size,
+            length_multiple=self.ranks.tensor_size if self.config.parallel.sequence else 1,
+            device=self.learner.device,
+        )
+        if self._minibatches > 1:
+            batch = batch.with_micro_batches(self.learner.with_old_logprobs(batch.micro_batches))
+        if needs.reference:
+            batch = batch.with_micro_batches(self.learner.with_reference(batch.micro_batches))
+        return batch
+
+    def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:
+        gated = self.config.objective.distill_average == "gated"
+        scale = batch.distill_scale if gated else 1.0
+        return self.learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
+
+    def _stream(self) -> Iterator[Bucket]:
+        """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
+        return stream(
+            self.learner.named_weights(),
+            self.learner.arch,
+            tp_group=self.ranks.tensor_group,
+            pp_group=self.ranks.pipeline_group,
+        )
+
+    def _publish(self) -> None:
+        with self._phase("publish"):
+            self.rollouts.publish(self.step, self._stream())
+
+    def _sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            n=rollout.group_size,
+            max_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            seed=self._draw(f"rollout/{self.step}"),
+        )
+
+    def _draw(self, purpose: str) -> int:
+        """A seed that follows from the run's seed, so that a continued run draws what it would have drawn."""
+        return random.Random(f"{self.config.seed}/{purpose}/{self.ranks.data}").getrandbits(63)
+
+    def _evaluate(self) -> dict[str, Metric]:
+        """Mean reward on the held-out prompts, of sampled responses and of the greedy one; always the same draws."""
+        if self.held_out is None:
+            return {}
+        config = self.config.eval
+        length = config.max_response_tokens or self.config.rollout.max_response_tokens
+        sampled = Sampling(config.samples, length, config.temperature, config.top_p, self._draw("eval"))
+        prompts: Sequence[Prompt] = self.held_out.prompts
+        with self._phase("eval"):
+            return {
+                "eval/sampled_accuracy": Metric(mean_reward(self.rollouts.run(prompts, sampled))),
+                "eval/greedy_accuracy": Metric(mean_reward(self.rollouts.run(prompts, Sampling(1, length, 0.0)))),
+            }
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _announce(self) -> None:
+        """Save the resolved configuration, and say what starts."""
+        if not self.ranks.is_main:
+            return
+        (self.config.run_dir / CONFIG_FILE).write_text(dump(self.config), encoding="utf-8")
+        r, p = self.ranks, self.prompts
+        left_out = f" ({p.dropped} dropped, {p.truncated} truncated)" if p.dropped or p.truncated else ""
+        self.progress.message(
+            f"{self.config.objective.name} on {self.config.model.path.name}: {len(p)} prompts{left_out}, "
+            f"{r.world} ranks (tensor {r.tensor_size} x pipeline {r.pipeline_size} x data {r.data_size}), "
+            f"{self.learner.device.type}; " + (f"continuing after step {self.step}" if self.step else "a new run")
+        )
+
+    def _report(self, numbers: Mapping[str, float]) -> None:
+        self.writer.write(self.step, numbers)
+        self.progress.step(self.step, numbers)
+
+    def _save(self) -> None:
+        with self._phase("checkpoint"):
+            self.store.save(
+                self.learner,
+                RunState(
+                    step=self.step,
+                    cursor=self.cursor.state(),
+                    seconds=self.seconds,
+                    baseline=self.baseline,
+                    config=self.config.model_dump(mode="json"),
+                ),
+            )
+
+    def _resume(self) -> None:
+        path = self.store.latest()
+        if path is None:
+            return
+        state = self.store.load(path, self.learner, self.config)
+        self.step, self.seconds, self.baseline = state.step, state.seconds, state.baseline
+        self.cursor = Cursor.from_state(state.cursor, len(self.prompts))
+
+    def _finish(self, evaluated: Mapping[str, float]) -> None:
+        """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
+        config = self.config
+        export = config.run_dir / EXPORT_FOLDER
+        if config.checkpoint.export and self.ranks.data == 0:
+            buckets = self._stream()
+            if self.ranks.is_main:
+                write_folder(buckets, export, source_folder=config.model.path)
+            else:
+                for _ in buckets:
+                    pass
+        if self.ranks.is_main:
+            plot_learning_curve(config.run_dir)
+            summary = Summary(
+                accuracy_before=self.baseline.get("eval/sampled_accuracy"),
+                accuracy_after=evaluated.get("eval/sampled_accuracy"),
+                greedy_before=self.baseline.get("eval/greedy_accuracy"),
+                greedy_after=evaluated.get("eval/greedy_accuracy"),
+                steps=self.step,
+                seconds=round(self.seconds, 1),
+            )
+            write_summary(config.run_dir, summary)
+            self.progress.message(str(summary))
+        dist.barrier()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Show and time a part of the step."""
+        self.progress.phase(name)
+        started = time.perf_counter()
+        yield
+        self.phase_seconds[name] = time.perf_counter() - started
+
+
+def _start_rollouts(config: RunConfig, ranks: Ranks, tokenizer: Any) -> Rollouts:
+    if not ranks.leads_replica:
+        return Rollouts(ranks, None, None)
+    engine = HFEngine(
+        config.model.path,
+        batch_size=config.rollout.batch_size,
+        device=device.training_device(),
+        dtype=getattr(torch, config.model.dtype),
+        tokenizer=tokenizer,
+    )
+    return Rollouts(ranks, engine, VerifierPool(config.reward))
+
+
+def done_message(run_dir: Path) -> str:
+    """What to tell the user about a run that was finished before."""
+    return f"{run_dir}: done already ({read_summary(run_dir)}). A new run needs another run_dir."

@@ -1,0 +1,142 @@
+"""One training step on a tiny Qwen3: every layout and every split gives what a single process gives."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdpg_megatron.config import RunConfig, parse
+from sdpg_megatron.objectives.advantages import group_advantages
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"parallel.tensor": 2}),
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "tp2_pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+    "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"optimizer.distributed": False}),
+    "tp2_sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "tp2_sp_pp2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
+    "dp2_pp2": (4, {"parallel.pipeline": 2}),
+    "micro_batches_of_1": (1, {"optimizer.micro_batch_size": 1}),
+    "micro_batches_of_3": (1, {"optimizer.micro_batch_size": 3}),
+    "one_micro_batch": (1, {"optimizer.micro_batch_size": 64}),
+    "recompute": (1, {"model.recompute": True}),
+    "small_head_chunks": (1, {"objective.head_chunk_rows": 3}),
+}
+
+
+def config_of(folder: Path, overrides: dict[str, Any]) -> RunConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder)},
+        "data": {"train": []},
+        "rollout": {"prompts_per_step": 4, "group_size": 4},
+        # alpha and beta so large that neither term can hide behind the outcome term; eps so large that Adam's first
+        # step is a smooth function of the gradient and not its sign
+        "objective": {"alpha": 0.3, "beta": 0.7, "beta_warmup_steps": 0, "beta_decay_steps": 0},
+        "optimizer": {"lr": 1e-2, "eps": 1e-2, "warmup_steps": 0, "micro_batch_size": 4},
+    }
+    for key, value in overrides.items():
+        section, field = key.split(".")
+        tree.setdefault(section, {})[field] = value
+    return parse({"run_dir": "unused", "steps": 4, **tree})
+
+
+def scored_groups(vocab: int, aggregation_seed: int = 0) -> list[ScoredGroup]:
+    """Four groups of four responses with lengths from 1 to 9; one group is dead."""
+    draw = random.Random(aggregation_seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(vocab) for _ in range(count))
+
+    groups = []
+    for number in range(4):
+        student = tokens(draw.randint(3, 7))
+        prompt = Prompt(f"test:{number}", student, tokens(4) + student, "answer")
+        responses = [tokens(draw.randint(1, 9)) for _ in range(4)]
+        completions = tuple(
+            Completion(response, tuple(draw.uniform(-6, -4) for _ in response), "stop", 0, "") for response in responses
+        )
+        rewards = tuple(float(draw.random() < 0.5) for _ in completions) if number else (1.0,) * 4
+        groups.append(ScoredGroup(Group(prompt, completions), rewards, group_advantages(rewards)))
+    return groups
+
+
+def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
+    from sdpg_megatron import objectives
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.model import named_parameters
+    from sdpg_megatron.objectives.base import StepContext
+    from sdpg_megatron.train.batch import build_step, make_samples
+    from sdpg_megatron.weights import stream
+
+    config = config_of(folder, overrides)
+    ranks = parallel.initialize(config.parallel, config.seed)
+    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    learner = Learner(config, objective, ranks)
+    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=True)
+    batch = build_step(
+        samples,
+        micro_batch_size=config.optimizer.micro_batch_size,
+        data_rank=ranks.data,
+        data_size=ranks.data_size,
+        length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        device=learner.device,
+    )
+    metrics = [
+        learner.update(learner.with_reference(batch.micro_batches), StepContext(step, config.total_optimizer_steps))
+        for step in range(2)
+    ]
+
+    def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        buckets = stream(tensors, learner.arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+        return {name: tensor for bucket in buckets for name, tensor in bucket}
+
+    weights = whole(learner.named_weights())
+    gradients = whole({name: p.main_grad for name, p in named_parameters(learner.chunks)})
+    values = [{name: metric.value for name, metric in step.items()} for step in metrics]
+    return {"metrics": values, "weights": weights, "gradients": gradients} if ranks.is_main else None
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=request.param, seed=3)
+
+
+@pytest.fixture(scope="module")
+def single(model: Path, ranks: RankPool) -> dict[str, Any]:
+    return ranks.run(two_steps, 1, model, {})[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_splits_agree(model: Path, single: dict[str, Any], ranks: RankPool, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    found = ranks.run(two_steps, world, model, overrides)[0]
+    for expected, step in zip(single["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    assert single["weights"].keys() == found["weights"].keys()
+    for name, expected in single["weights"].items():
+        torch.testing.assert_close(found["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    if world == 1 or overrides.get("optimizer.distributed") is False or "dp" not in layout:
+        # With a sharded optimizer each data-parallel rank holds its own part of the summed gradient only.
+        for name, expected in single["gradients"].items():
+            torch.testing.assert_close(
+                found["gradients"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_the_step_teaches(single: dict[str, Any]) -> None:
+    """The comparison above is about something: every term is there, and every weight moves."""
+    first, second = single["metrics"]
+    assert first["distill/kl"] > 1e-3
+    assert abs(first["reference/kl"]) < 1e-9 < second["reference/kl"]
+    assert all(gradient.abs().max() > 0 for gradient in single["gradients"].values())
