@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -77,12 +76,6 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> SequenceBatch:
         return SequenceBatch(self.tokens_BS.to(device), self.rows_T.to(device))
-
-    def padded(self, sequences: int, length: int) -> SequenceBatch:
-        """The same sequences among `sequences` of `length` tokens, the added ones without a response token."""
-        b, s = self.tokens_BS.shape
-        tokens_BS = functional.pad(self.tokens_BS, (0, length - s, 0, sequences - b))
-        return SequenceBatch(tokens_BS, self.rows_T // s * length + self.rows_T % s)
 
     def emptied(self) -> SequenceBatch:
         """One of the sequences, with no response token marked."""

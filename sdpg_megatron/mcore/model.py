@@ -58,8 +58,9 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         sequence_parallel=parallel.sequence,
-        variable_seq_lengths=parallel.pipeline > 1 and not parallel.virtual_pipeline,
-        # Interleaved, two stages are each other's both neighbours: sends in one batch would be matched by order alone.
+        variable_seq_lengths=parallel.pipeline > 1,
+        # Interleaved over two stages, a rank's next and previous neighbour are one: sends and receives of both
+        # directions in one batch would be matched by order alone, and mixed up. Overlapped, each direction has its own.
         overlap_p2p_comm=bool(parallel.virtual_pipeline),
         batch_p2p_comm=not parallel.virtual_pipeline,
         moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, with or without experts

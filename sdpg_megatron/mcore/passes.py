@@ -29,8 +29,10 @@ def run_schedule(
     collect: bool = False,
 ) -> list[Any]:
     """Run micro-batches through Megatron's schedule for this layout; on the last stage, one result per micro-batch."""
-    fed = _for_interleaving(batches) if len(chunks) > 1 else batches
-    size, length = fed[0].student.tokens_BS.shape  # with plain pipeline stages each micro-batch tells its own
+    # The interleaved schedule wants whole rounds: micro-batches without response tokens fill the last one.
+    rounds = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
+    fed = [*batches, *[batches[0].emptied()] * (-len(batches) % rounds)]
+    size, length = fed[0].student.tokens_BS.shape  # with pipeline stages each micro-batch tells its own
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(fed) for _ in chunks],
@@ -42,20 +44,6 @@ def run_schedule(
         collect_non_loss_data=collect,
     )
     return results[: len(batches)]
-
-
-def _for_interleaving(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Whole rounds of micro-batches of one shape.
-
-    The schedule wants a multiple of the pipeline size: micro-batches without response tokens fill up. And with two
-    stages a rank's next and previous neighbour are one: the shapes that both directions exchange would be mixed up.
-    """
-    filled = [
-        *batches,
-        *[batches[0].emptied()] * (-len(batches) % parallel_state.get_pipeline_model_parallel_world_size()),
-    ]
-    size, length = (max(extent) for extent in zip(*(batch.student.tokens_BS.shape for batch in filled), strict=True))
-    return [dataclasses.replace(batch, student=batch.student.padded(size, length)) for batch in filled]
 
 
 @torch.no_grad()
