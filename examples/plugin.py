@@ -1,4 +1,4 @@
-"""SDPG inside a loop of your own: a stock GPTModel, Megatron's schedules, DDP and optimizer, this package's forward step.
+"""SDPG in a loop of your own: a stock GPTModel, Megatron's schedules, DDP and optimizer, this package's forward step.
 
 Run it anywhere:
 
@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sdpg_megatron import objectives
 from sdpg_megatron.config import ObjectiveConfig, ParallelConfig
-from sdpg_megatron.mcore import layers, parallel
+from sdpg_megatron.mcore import device, layers, parallel
 from sdpg_megatron.mcore.forward_step import ForwardStep, Head
 from sdpg_megatron.mcore.passes import teacher_hidden
 from sdpg_megatron.objectives.base import StepContext
@@ -98,7 +98,7 @@ def main() -> None:
     head = Head(vocab_size=VOCAB, tensor_group=ranks.tensor_group)
 
     for step in range(STEPS):
-        batch = your_batch()
+        batch = your_batch().to(device.training_device())
         context = StepContext(step, STEPS)
         if objective.needs(context).teacher:
             (rows,) = teacher_hidden([model], [batch])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdpg_megatron.config import ParallelConfig
+from sdpg_megatron.config import ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError
 
 Family = Literal["llama", "qwen2", "qwen3"]
@@ -29,14 +29,12 @@ _FIXED: Mapping[str, Any] = {
 """Keys with the only value that is supported; a key that is absent has it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3's stretching of the rotary wavelengths, under the names of the Hugging Face configuration."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+_LLAMA3: Mapping[str, float] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Llama 3's rotary parameters besides the factor: megatron-core has them built in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,8 @@ class Architecture:
     max_positions: int
     rms_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: float | None
+    """Factor by which Llama 3 stretches the longer rotary wavelengths; None for plain rotary positions."""
     tied_embeddings: bool
     """The output layer is the input embedding."""
 
@@ -133,6 +132,19 @@ def check_parallel(arch: Architecture, parallel: ParallelConfig) -> None:
         raise _indivisible("parallel.virtual_pipeline", virtual, expected, works or ["null"])
 
 
+def check_lengths(arch: Architecture, config: RunConfig) -> None:
+    """Check that the longest prompt and response fit the positions that the model has. Raises `ConfigError`."""
+    response = max(config.rollout.max_response_tokens, config.eval.max_response_tokens or 0)
+    longest = config.data.max_prompt_tokens + response
+    if longest > arch.max_positions:
+        raise ConfigError(
+            "data.max_prompt_tokens + response tokens",
+            f"{config.data.max_prompt_tokens} + {response}",
+            f"at most the model's {arch.max_positions} positions",
+            "lower data.max_prompt_tokens, rollout.max_response_tokens or eval.max_response_tokens",
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -172,22 +184,18 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Scaling | None:
+def _rope_scaling(rope: Mapping[str, Any]) -> float | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise _unsupported("rope_type", kind, "'default' or 'llama3'")
-    try:
-        return Llama3Scaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        key = str(error.args[0])
-        raise ConfigError(f"config.json: {key}", None, "a number with rope_type 'llama3'", f"set {key}") from error
+    for key, built_in in _LLAMA3.items():
+        if rope.get(key) != built_in:
+            raise _unsupported(key, rope.get(key), f"{built_in}, as megatron-core computes it")
+    if not isinstance(rope.get("factor"), int | float):
+        raise ConfigError("config.json: factor", None, "a number with rope_type 'llama3'", "set factor")
+    return float(rope["factor"])
 
 
 def _unsupported(key: str, found: object, expected: str) -> ConfigError:

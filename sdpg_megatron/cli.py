@@ -6,27 +6,44 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
-from sdpg_megatron.architecture import check_parallel, read_architecture
 from sdpg_megatron.config import dump, load
 from sdpg_megatron.errors import SdpgError
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop and can continue."""
 
+EXPECTED_WARNINGS = (
+    ".*Apex (is|are) not installed",
+    "full scope is deprecated",
+    "When using async grad allreduce",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.*` is deprecated",
+)
+"""What megatron-core says on any machine without Transformer Engine, and what torch says about megatron-core."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted and able to continue."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
+    if unknown := [argument for argument in more if argument.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return _train(options.config, options.overrides, options.dry_run)
+        return _train(options.config, [*options.overrides, *more], options.dry_run)
     except SdpgError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
+    except KeyboardInterrupt:  # before the first step, or a second time
+        sys.stderr.write("stopped; the same command continues from the last checkpoint\n")
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,13 +66,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(path: Path, overrides: Sequence[str], dry_run: bool) -> int:
     config = load(path, overrides)
-    check_parallel(read_architecture(config.model.path), config.parallel)
+    from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
+
+    inputs = load_inputs(config)
     if dry_run:
         sys.stdout.write(dump(config))
         return 0
-    from sdpg_megatron.train.loop import Outcome, done_message, train  # torch and Megatron take seconds to import
+    from sdpg_megatron.train.loop import Outcome, done_message, train
 
-    outcome = train(config)
+    outcome = train(config, inputs)
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return INTERRUPTED if outcome is Outcome.INTERRUPTED else 0

@@ -1,7 +1,7 @@
 """What a run is: one YAML file plus ``key=value`` overrides, checked before any process group exists.
 
-Every field documents itself here and nowhere else; defaults live here only. A component receives its own section,
-never the whole. Checks that need the model's own configuration are in `sdpg_megatron.mcore.architecture`.
+Every field documents itself here and nowhere else; defaults live here only. Checks that need the model's own
+configuration are in `sdpg_megatron.architecture`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class DataConfig(Section):
     """Column of the verifier's answer."""
     context_key: str = "context"
     """Column of the privileged context. Where a row has none, the answer stands in for it."""
-    context_template: Literal["answer", "solution"] | str = "answer"
-    """How the teacher's prompt carries the context: a shipped template's name, or a template of your own with
+    context_template: str = "answer"
+    """How the teacher's prompt carries the context: "answer", "solution", or a template of your own with
     {question}, {context} and, if wanted, {answer}."""
     system: str | None = None
     """System message for student and teacher; null leaves the chat template's own default."""
@@ -137,7 +137,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up, down to `min_lr` at the last step."""
+    """Learning rate after the warm-up; "linear" and "cosine" reach `min_lr` when the run ends."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -209,8 +209,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), error.strerror, "a readable YAML file", "check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), str(error), "a readable YAML file in UTF-8", "check the path") from error
     except yaml.YAMLError as error:
         raise ConfigError(str(path), str(error), "valid YAML", "correct the syntax") from error
     if not isinstance(tree, dict):
@@ -227,7 +227,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError("command line", override, "key=value", "for example objective.beta=0.001")
     *sections, name = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(key, section, "a section", f"{section} is a single value")
     try:
@@ -260,6 +262,13 @@ def check(config: RunConfig) -> None:
             optimizer.minibatches,
             f"a divisor of rollout.prompts_per_step ({rollout.prompts_per_step})",
             "choose one that divides it",
+        )
+    if objective.policy == "reinforce" and optimizer.minibatches > 1:
+        raise ConfigError(
+            "objective.policy",
+            "reinforce",
+            f"ratio with {optimizer.minibatches} mini-batches: from the second on, the samples are off-policy",
+            "use ratio, or set optimizer.minibatches to 1",
         )
     ramp = (objective.beta_warmup_steps or 0) + (objective.beta_decay_steps or 0)
     if ramp > config.total_optimizer_steps:

@@ -6,9 +6,10 @@ that the head sees), G the rows among them whose gate is open, H hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -126,3 +127,9 @@ class MicroBatch:
             reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
             teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
         )
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with every tensor on `device`."""
+        parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: part if part is None else part.to(device) for name, part in parts.items()}
+        return MicroBatch(**moved)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any
 
 from sdpg_megatron.errors import CheckpointError, ConfigError
 
+MANIFEST = "manifest.json"
 FORMAT = 1
 FREE_TO_CHANGE = ("run_dir", "parallel", "eval", "checkpoint", "model.path", "data.eval")
-"""Fields that may differ between the sessions of one run: they do not change what is learnt."""
+"""Fields that may differ between the sessions of one run. The model may have moved, but not changed: `RunState.model`.
+Another number of data-parallel ranks draws other samples, from the same distribution."""
+
+_SAMPLE = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +37,22 @@ class RunState:
     """Training time so far, without set-up and evaluation."""
     baseline: Mapping[str, float]
     """Evaluation before the first step."""
+    evaluated: bool
+    """False where the run was asked to stop before the evaluation that was due after `step`."""
     config: Mapping[str, Any]
     """The resolved configuration of the run."""
+    model: str
+    """`fingerprint` of the model that the run started from, which is also the reference."""
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        """Write aside, then put in place: a manifest is whole or absent."""
+        aside = path.with_name(f".{path.name}")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> RunState:
@@ -55,19 +71,36 @@ class RunState:
             ) from error
 
 
-def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuse to continue a run under a configuration that would make it another run.
+def check_same_run(state: RunState, config: Mapping[str, Any], model: str) -> None:
+    """Refuse to continue a run under a configuration, or from a model, that would make it another run.
 
     Raises:
         ConfigError: names the first field that differs, with both values.
     """
-    old, new = _flatten(saved), _flatten(present)
+    if model != state.model:
+        raise ConfigError(
+            "model.path", model, f"the model that the run was started from ({state.model})", "use that one"
+        )
+    old, new = _flatten(state.config), _flatten(config)
     for field in sorted(old.keys() | new.keys()):
         free = any(field == name or field.startswith(f"{name}.") for name in FREE_TO_CHANGE)
         if not free and old.get(field) != new.get(field):
             raise ConfigError(
                 field, new.get(field), f"{old.get(field)!r}, as the run was started", "restore it, or use a new run_dir"
             )
+
+
+def fingerprint(folder: Path) -> str:
+    """Digest of a Hugging Face folder's configuration, tokenizer and weights: of large files, size, head and tail."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,13 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from sdpg_megatron.checkpoint.state import RunState, check_same_run
-from sdpg_megatron.config import RunConfig
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState
 from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.mcore import torch_adam
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
 
-MANIFEST = "manifest.json"
 _PREFIX = "step_"
 _PARTIAL = ".partial"
 # The layout of optimizer shards that can be read back under any other parallel layout.
@@ -36,17 +35,13 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(manifest.parent for manifest in self._folder.glob(f"{_PREFIX}*/{MANIFEST}"))
+        found = (manifest.parent for manifest in self._folder.glob(f"{_PREFIX}*/{MANIFEST}"))
+        return sorted(folder for folder in found if not folder.name.endswith(_PARTIAL))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, the same on every rank."""
-        found = self.complete()
-        return found[-1] if found else None
-
-    def steps_done(self) -> int:
-        """The step of the newest complete checkpoint; 0 where there is none."""
-        latest = self.latest()
-        return RunState.read(latest / MANIFEST).step if latest else 0
+        """The newest complete checkpoint as the main rank sees it: file systems may show ranks different things."""
+        found = self.complete() if self._ranks.is_main else []
+        return self._ranks.gather_all(found[-1] if found else None)[0]
 
     def save(self, learner: Learner, state: RunState) -> Path:
         """Write a checkpoint of this step and drop those beyond the newest `keep`.
@@ -67,22 +62,22 @@ class CheckpointStore:
         dist.barrier()
         if self._ranks.is_main:
             state.write(partial / MANIFEST)
+            _flush(partial)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
+            _flush(self._folder)
             for old in self.complete()[: -self._keep]:
                 shutil.rmtree(old)
         dist.barrier()
         return target
 
-    def load(self, path: Path, learner: Learner, config: RunConfig) -> RunState:
-        """Fill the learner from a checkpoint of the run that `config` describes.
+    def load(self, path: Path, learner: Learner) -> None:
+        """Fill the learner with a checkpoint's tensors.
 
         Raises:
-            ConfigError: the run was started with another configuration; the first field that differs is named.
-            CheckpointError: the manifest is damaged or the tensors do not fit the model.
+            CheckpointError: the tensors do not fit the model.
         """
-        state = RunState.read(path / MANIFEST)
-        check_same_run(state.config, config.model_dump(mode="json"))
+        torch_adam.make_state(learner.optimizer)
         try:
             loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
         except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
@@ -92,9 +87,8 @@ class CheckpointStore:
             ) from error
         for name, chunk in _named_chunks(learner):
             chunk.load_state_dict(loaded[name])
-        learner.optimizer.load_state_dict(loaded["optimizer"])
+        torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
         learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-        return state
 
 
 def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
@@ -105,6 +99,15 @@ def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, An
     state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
     return state
+
+
+def _flush(folder: Path) -> None:
+    """Ask the disk to keep the entries of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:

@@ -131,12 +131,13 @@ class ForwardStep:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""
         teacher = None if batch.teacher_hidden_GH is None else TeacherRows(batch.teacher_hidden_GH, batch.gated_rows_G)
         head = self.head.terms(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher)
-        loss = self.objective.loss(token_terms(batch, head), self.context)
+        terms = token_terms(batch, head)
+        loss = self.objective.loss(terms, self.context)
         loss_sum = (loss.loss_T * batch.weights_T).sum()
         metrics = {
             "train/loss": TokenMetric(loss.loss_T * batch.weights_T),
             "train/entropy": TokenMetric(head.entropy_T),
-            **mismatch(head.logprob_T.detach(), batch.rollout_logprobs_T),
+            **mismatch(terms.old_logprob_T, batch.rollout_logprobs_T),
             **loss.metrics,
         }
         count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
@@ -156,9 +157,9 @@ def token_terms(batch: MicroBatch, head: HeadTerms) -> TokenTerms:
     )
 
 
-def mismatch(logprob_T: Tensor, rollout_T: Tensor) -> Mapping[str, TokenMetric]:
-    """How far training and rollout disagree about the same tokens: near 0 while both hold the same weights."""
-    difference_T = (logprob_T - rollout_T).abs()
+def mismatch(old_logprob_T: Tensor, rollout_T: Tensor) -> Mapping[str, TokenMetric]:
+    """How far training and rollout disagree about the same tokens under the same weights: near 0."""
+    difference_T = (old_logprob_T - rollout_T).abs()
     return {
         "rollout/logprob_diff_mean": TokenMetric(difference_T),
         "rollout/logprob_diff_max": TokenMetric(difference_T, Reduction.MAX),

@@ -60,8 +60,19 @@ class ScaledDotProductAttention(torch.nn.Module):
             )
         self.softmax_scale = config.softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        packed_seq_params: Any = None,
+        **__: Any,
+    ) -> Tensor:
         """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]."""
+        if attention_mask is not None or packed_seq_params is not None:
+            raise NotImplementedError("this attention core is causal alone: pass no mask and no packed sequences")
         query_BNSD, key_BKSD, value_BKSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out_BNSD = functional.scaled_dot_product_attention(
             query_BNSD,

@@ -6,13 +6,15 @@ All ranks of a replica call every method with the same micro-batches, and all re
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sdpg_megatron.architecture import Architecture, check_parallel, read_architecture
+from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import NumericsError
 from sdpg_megatron.mcore import device, passes
 from sdpg_megatron.mcore.forward_step import ForwardStep, Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
@@ -24,15 +26,10 @@ from sdpg_megatron.records import MicroBatch
 
 
 class Learner:
-    """Model chunks, optimizer and schedule of this rank.
+    """Model chunks, optimizer and schedule of this rank, with the weights of `config.model.path`."""
 
-    Raises:
-        ConfigError: the model cannot be cut as the configuration says.
-    """
-
-    def __init__(self, config: RunConfig, objective: Objective, ranks: Ranks) -> None:
-        self.arch: Architecture = read_architecture(config.model.path)
-        check_parallel(self.arch, config.parallel)
+    def __init__(self, config: RunConfig, arch: Architecture, objective: Objective, ranks: Ranks) -> None:
+        self.arch = arch
         chunks = build_chunks(self.arch, config.model, config.parallel, ranks)
         load_weights(chunks, config.model.path, self.arch, ranks)
         self.ranks = ranks
@@ -76,6 +73,9 @@ class Learner:
 
         Returns:
             The step's metrics, the same on every rank.
+
+        Raises:
+            NumericsError: the gradient is not finite.
         """
         needs: Needs = self.objective.needs(context)
         if needs.teacher:
@@ -87,6 +87,12 @@ class Learner:
         reports = passes.run_schedule(self.chunks, step, batches)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         succeeded, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            # The norm is global: all ranks raise, before the weights are published or saved.
+            raise NumericsError(
+                f"optimizer step {context.step}: found gradient norm {grad_norm}, expected a finite one. Fix: continue "
+                "from the last checkpoint with a lower optimizer.lr or a smaller objective.beta"
+            )
         self.scheduler.step(increment=1)
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}

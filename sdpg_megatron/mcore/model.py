@@ -93,7 +93,6 @@ def _build_chunk(
 ) -> GPTModel:
     stage = vp_stage if chunks > 1 else None
     use_te = model.spec == "te" or (model.spec == "auto" and _has_te())
-    scaling = arch.rope_scaling
     return GPTModel(
         config,
         layers.te_layer_spec(config) if use_te else layers.local_block_spec(config, stage),
@@ -104,8 +103,8 @@ def _build_chunk(
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
-        rope_scaling=scaling is not None,
-        rope_scaling_factor=scaling.factor if scaling else 8.0,
+        rope_scaling=arch.rope_scaling is not None,
+        rope_scaling_factor=arch.rope_scaling or 1.0,
         vp_stage=stage,
     )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 
 from sdpg_megatron.config import ParallelConfig
@@ -34,9 +33,6 @@ class Ranks:
     pipeline_group: ProcessGroup
     data: int
     data_size: int
-    data_group: ProcessGroup
-    replica_group: ProcessGroup
-    """The ranks that hold one whole model together (tensor x pipeline)."""
 
     @property
     def is_main(self) -> bool:
@@ -54,9 +50,9 @@ class Ranks:
 
     def gather_all(self, value: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
-        values: list[T | None] = [None] * self.world
+        values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
-        return [v for v in values if v is not None]
+        return values
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
@@ -95,7 +91,7 @@ def _start_process_group(parallel: ParallelConfig) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def current() -> Ranks:
@@ -112,17 +108,7 @@ def current() -> Ranks:
         pipeline_group=state.get_pipeline_model_parallel_group(),
         data=state.get_data_parallel_rank(),
         data_size=state.get_data_parallel_world_size(),
-        data_group=state.get_data_parallel_group(),
-        replica_group=state.get_model_parallel_group(),
     )
-
-
-def broadcast_from_leader(value: T | None, ranks: Ranks) -> T:
-    """The replica leader's object on every rank of the replica."""
-    holder: list[T | None] = [value]
-    dist.broadcast_object_list(holder, group=ranks.replica_group, group_src=0)
-    assert holder[0] is not None, "the leader of a replica always has something to send"
-    return holder[0]
 
 
 def shutdown() -> None:

@@ -78,7 +78,7 @@ class VerifierPool:
 
     def close(self) -> None:
         """End the processes. Closing twice is harmless."""
-        self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
 

@@ -39,16 +39,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimizer step's data: this rank's micro-batches, and totals over all ranks."""
+    """One optimizer step's data: this rank's micro-batches, and what is known over all ranks."""
 
     micro_batches: list[MicroBatch]
-    num_tokens: int
-    num_gated_tokens: int
-
-    @property
-    def distill_scale(self) -> float:
-        """All response tokens over gated ones; 1 where there is no gated token to average over."""
-        return self.num_tokens / self.num_gated_tokens if self.num_gated_tokens else 1.0
+    distill_scale: float
+    """Weight of all response tokens over that of the gated ones; 1 where there is none to average over."""
 
     def with_micro_batches(self, micro_batches: list[MicroBatch]) -> StepBatch:
         """The same step after a pass has added to its micro-batches."""
@@ -98,10 +93,13 @@ def build_step(
     mine = sorted(shares[data_rank], key=lambda sample: sample.cost)  # like with like: less padding
     parts = [mine[len(mine) * i // count : len(mine) * (i + 1) // count] for i in range(count)]
     return StepBatch(
-        micro_batches=[collate(part, length_multiple, device) for part in parts],
-        num_tokens=sum(len(sample.response) for sample in samples),
-        num_gated_tokens=sum(len(sample.response) for sample in samples if sample.gate),
+        micro_batches=[collate(part, length_multiple).to(device) for part in parts],
+        distill_scale=_weight(samples) / gated if (gated := _weight([s for s in samples if s.gate])) else 1.0,
     )
+
+
+def _weight(samples: Sequence[Sample]) -> float:
+    return sum(sample.weight * len(sample.response) for sample in samples)
 
 
 def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
@@ -117,19 +115,19 @@ def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return shares
 
 
-def collate(samples: Sequence[Sample], length_multiple: int, device: torch.device) -> MicroBatch:
+def collate(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
     """Pad samples into a micro-batch; no samples make one that contributes nothing."""
     gated = [sample for sample in samples if sample.gate]
     gates_T = _per_token(samples, [float(sample.gate) for sample in samples])
     batch = MicroBatch(
-        student=_pad([(s.student_prompt, s.response) for s in samples], length_multiple, device),
-        teacher=_pad([(s.teacher_prompt, s.response) for s in gated], length_multiple, device) if gated else None,
-        gated_rows_G=gates_T.nonzero().squeeze(1).to(device),
-        labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64, device=device),
-        advantages_T=_per_token(samples, [s.advantage for s in samples]).to(device),
-        gates_T=gates_T.to(device),
-        weights_T=_per_token(samples, [s.weight for s in samples]).to(device),
-        rollout_logprobs_T=torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32, device=device),
+        student=_pad([(s.student_prompt, s.response) for s in samples], length_multiple),
+        teacher=_pad([(s.teacher_prompt, s.response) for s in gated], length_multiple) if gated else None,
+        gated_rows_G=gates_T.nonzero().squeeze(1),
+        labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64),
+        advantages_T=_per_token(samples, [s.advantage for s in samples]),
+        gates_T=gates_T,
+        weights_T=_per_token(samples, [s.weight for s in samples]),
+        rollout_logprobs_T=torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32),
     )
     assert batch.rollout_logprobs_T.shape == batch.labels_T.shape, "a log-prob for each response token"
     return batch
@@ -140,9 +138,7 @@ def _per_token(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
 
 
-def _pad(
-    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], length_multiple: int, device: torch.device
-) -> SequenceBatch:
+def _pad(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], length_multiple: int) -> SequenceBatch:
     """Right-pad prompt + response, and mark the positions that predict the response tokens."""
     longest = max((len(prompt) + len(response) for prompt, response in pairs), default=1)
     width = -(-longest // length_multiple) * length_multiple
@@ -152,4 +148,4 @@ def _pad(
         tokens_BS[b, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first = b * width + len(prompt) - 1
         rows.extend(range(first, first + len(response)))
-    return SequenceBatch(tokens_BS.to(device), torch.tensor(rows, dtype=torch.int64, device=device))
+    return SequenceBatch(tokens_BS, torch.tensor(rows, dtype=torch.int64))

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from sdpg_megatron import objectives
-from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_run, fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig, dump
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.mcore import device, parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
@@ -34,6 +32,7 @@ from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.rollout.hf import HFEngine
 from sdpg_megatron.train.batch import StepBatch, build_step, make_samples
+from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.rollouts import Rollouts, describe, mean_reward
 from sdpg_megatron.weights import stream, write_folder
@@ -51,8 +50,11 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted"
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, inputs: Inputs) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
+
+    A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
+    does.
 
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
@@ -61,51 +63,75 @@ def train(config: RunConfig) -> Outcome:
     store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint.keep)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
-        if store.steps_done() >= config.steps and read_summary(config.run_dir) is not None:
-            return Outcome.ALREADY_DONE
-        return Trainer(config, ranks, store, stack).run()
+        model = fingerprint(config.model.path)
+        checkpoint = store.latest()
+        state = RunState.read(checkpoint / MANIFEST) if checkpoint else None
+        if state is not None:
+            check_same_run(state, config.model_dump(mode="json"), model)
+            if state.step == config.steps and read_summary(config.run_dir) is not None:
+                return Outcome.ALREADY_DONE
+        trainer = Trainer(config, inputs, ranks, store, model)
+        if checkpoint and state:
+            trainer.resume(checkpoint, state)
+        return trainer.run(stack)
 
 
 class Trainer:
     """One run on this rank: built from the configuration, continued from the newest checkpoint if there is one."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, store: CheckpointStore, stack: ExitStack) -> None:
-        self.config, self.ranks, self.store = config, ranks, store
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.model.path)
-        self.prompts = PromptDataset.load(config.data, config.data.train, tokenizer)
-        self.held_out = PromptDataset.load(config.data, config.data.eval, tokenizer) if config.data.eval else None
+    def __init__(
+        self, config: RunConfig, inputs: Inputs, ranks: Ranks, store: CheckpointStore, fingerprint: str
+    ) -> None:
+        self.config, self.inputs, self.ranks, self.store = config, inputs, ranks, store
+        self.fingerprint = fingerprint
+        self.prompts = inputs.prompts
         self.cursor = Cursor(len(self.prompts), config.seed, config.data.shuffle)
         self.objective = objectives.build(config.objective, config.total_optimizer_steps)
-        self.learner = Learner(config, self.objective, ranks)
+        self.learner = Learner(config, inputs.arch, self.objective, ranks)
         self.step = 0
         self.seconds = 0.0
         self.baseline: Mapping[str, float] = {}
+        self.evaluated = False
         self.phase_seconds: dict[str, float] = {}
-        self._resume()
-        self.rollouts = _start_rollouts(config, ranks, tokenizer)
-        stack.callback(self.rollouts.close)
-        self.writer = open_writers(config.run_dir, self.step) if ranks.is_main else MultiWriter([])
-        stack.callback(self.writer.close)
-        self.progress = Progress(config.steps, done=self.step, enabled=ranks.is_main)
-        stack.callback(self.progress.close)
 
-    def run(self) -> Outcome:
-        """Train up to the configured step, then write what a finished run leaves behind."""
+    def resume(self, checkpoint: Path, state: RunState) -> None:
+        """Go on where a checkpoint was written."""
+        self.store.load(checkpoint, self.learner)
+        self.step, self.seconds = state.step, state.seconds
+        self.baseline, self.evaluated = state.baseline, state.evaluated
+        self.cursor = Cursor.from_state(state.cursor, len(self.prompts))
+
+    def run(self, stack: ExitStack) -> Outcome:
+        """Train up to the configured step, then write what a finished run leaves behind.
+
+        Args:
+            stack: gets what has to be closed when the run ends, however it ends.
+        """
+        config, main = self.config, self.ranks.is_main
+        self.progress = Progress(config.steps, done=self.step, enabled=main)
+        stack.callback(self.progress.close)
+        self.writer = open_writers(config.run_dir, self.step) if main else MultiWriter([])
+        stack.callback(self.writer.close)
+        self.rollouts = _start_rollouts(config, self.ranks, self.inputs.tokenizer)
+        stack.callback(self.rollouts.close)
         self._announce()
         self._publish()
-        if self.step == 0:
-            self.baseline = values(self._evaluate())
-            self._report(self.baseline)
+        if not self.evaluated:
+            numbers = values(self._evaluate())
+            self.baseline = self.baseline or numbers
+            self._report(numbers)
         evaluated: Mapping[str, float] | None = None
         with Interrupt() as interrupt:
-            while self.step < self.config.steps:
+            while self.step < config.steps:
                 metrics = self._train_step()
-                evaluated = values(self._evaluate()) if self._due(self.config.eval.every) else None
+                stop = self.step < config.steps and any(self.ranks.gather_all(interrupt.requested))
+                due = self._due(config.eval.every)
+                self.evaluated = not (due and stop)  # who asks to stop may not wait for long: later, then
+                evaluated = values(self._evaluate()) if due and not stop else None
                 self._report({**values(metrics), **(evaluated or {})})
-                stop = any(self.ranks.gather_all(interrupt.requested))
-                if stop or self._due(self.config.checkpoint.every):
+                if stop or self._due(config.checkpoint.every):
                     self._save()
-                if stop and self.step < self.config.steps:
+                if stop:
                     self.progress.message(f"stopped after step {self.step}; the same command continues")
                     return Outcome.INTERRUPTED
         self._finish(evaluated if evaluated is not None else values(self._evaluate()))
@@ -114,7 +140,6 @@ class Trainer:
     def _train_step(self) -> dict[str, Metric]:
         """One rollout and the optimizer steps on it."""
         started = time.perf_counter()
-        self.phase_seconds.clear()
         config = self.config
         with self._phase("rollout"):
             prompts = [self.prompts[i] for i in self.cursor.take(config.rollout.prompts_per_step)]
@@ -128,11 +153,13 @@ class Trainer:
         self._publish()
         seconds = time.perf_counter() - started
         self.seconds += seconds
+        phases = {f"time/{name}": Metric(spent) for name, spent in self.phase_seconds.items()}
+        self.phase_seconds.clear()
         tokens = sum(len(c.tokens) for scored in groups for c in scored.group.completions)
         return {
             **describe(groups),
             **merge(updates),
-            **{f"time/{name}": Metric(spent) for name, spent in self.phase_seconds.items()},
+            **phases,
             "time/step": Metric(seconds),
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
@@ -195,12 +222,12 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Metric]:
         """Mean reward on the held-out prompts, of sampled responses and of the greedy one; always the same draws."""
-        if self.held_out is None:
+        if self.inputs.held_out is None:
             return {}
         config = self.config.eval
         length = config.max_response_tokens or self.config.rollout.max_response_tokens
         sampled = Sampling(config.samples, length, config.temperature, config.top_p, self._draw("eval"))
-        prompts: Sequence[Prompt] = self.held_out.prompts
+        prompts: Sequence[Prompt] = self.inputs.held_out.prompts
         with self._phase("eval"):
             return {
                 "eval/sampled_accuracy": Metric(mean_reward(self.rollouts.run(prompts, sampled))),
@@ -236,17 +263,11 @@ class Trainer:
                     cursor=self.cursor.state(),
                     seconds=self.seconds,
                     baseline=self.baseline,
+                    evaluated=self.evaluated,
                     config=self.config.model_dump(mode="json"),
+                    model=self.fingerprint,
                 ),
             )
-
-    def _resume(self) -> None:
-        path = self.store.latest()
-        if path is None:
-            return
-        state = self.store.load(path, self.learner, self.config)
-        self.step, self.seconds, self.baseline = state.step, state.seconds, state.baseline
-        self.cursor = Cursor.from_state(state.cursor, len(self.prompts))
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
@@ -279,7 +300,7 @@ class Trainer:
         self.progress.phase(name)
         started = time.perf_counter()
         yield
-        self.phase_seconds[name] = time.perf_counter() - started
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def _start_rollouts(config: RunConfig, ranks: Ranks, tokenizer: Any) -> Rollouts:

@@ -8,8 +8,8 @@ from itertools import chain
 from sdpg_megatron.mcore.parallel import Ranks, split_evenly
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
-from sdpg_megatron.records import Group, Prompt, ScoredGroup
-from sdpg_megatron.rewards.pool import VerifierPool
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling
 
 
@@ -32,18 +32,16 @@ class Rollouts:
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ScoredGroup]:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank."""
-        share: list[ScoredGroup] = []
-        if self._engine is not None:
+        share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
+        if self._engine is not None and self._verifiers is not None:
             mine = split_evenly(prompts, self._ranks.data, self._ranks.data_size)
-            share = self._score(self._engine.generate(mine, sampling)) if mine else []
-        return list(chain.from_iterable(self._ranks.gather_all(share)))
-
-    def _score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        assert self._verifiers is not None
-        scores = self._verifiers.score(groups)
+            groups = self._engine.generate(mine, sampling) if mine else []
+            share = [(g.completions, s) for g, s in zip(groups, self._verifiers.score(groups), strict=True)]
+        # Every rank has the prompts, and replicas are in the order of their leaders' ranks.
+        gathered = chain.from_iterable(self._ranks.gather_all(share))
         return [
-            ScoredGroup(group, score.rewards, group_advantages(score.rewards), score.failures)
-            for group, score in zip(groups, scores, strict=True)
+            ScoredGroup(Group(prompt, completions), score.rewards, group_advantages(score.rewards), score.failures)
+            for prompt, (completions, score) in zip(prompts, gathered, strict=True)
         ]
 
     def close(self) -> None:

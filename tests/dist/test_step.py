@@ -72,6 +72,7 @@ def scored_groups(vocab: int, aggregation_seed: int = 0) -> list[ScoredGroup]:
 def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
     from sdpg_megatron import objectives
+    from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.mcore.model import named_parameters
@@ -82,7 +83,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
-    learner = Learner(config, objective, ranks)
+    learner = Learner(config, read_architecture(folder), objective, ranks)
     samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=True)
     batch = build_step(
         samples,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from sdpg_megatron.architecture import Llama3Scaling, check_parallel, read_architecture
-from sdpg_megatron.config import ParallelConfig
+from sdpg_megatron.architecture import check_lengths, check_parallel, read_architecture
+from sdpg_megatron.config import ParallelConfig, parse
 from sdpg_megatron.errors import ConfigError
 
 SIZES = {
@@ -28,7 +28,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -57,7 +57,7 @@ def test_reads_rope_of_both_generations(tmp_path: Path) -> None:
     new = read_architecture(write(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 7e4}))
     assert old == new
     assert old.rope_theta == 7e4
-    assert old.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+    assert old.rope_scaling == 8.0
 
 
 def test_defaults_of_old_files(tmp_path: Path) -> None:
@@ -81,6 +81,8 @@ def test_defaults_of_old_files(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor"),
         ({"num_key_value_heads": None}, "num_key_value_heads"),
         ({"vocab_size": "300"}, "vocab_size"),
     ],
@@ -88,6 +90,14 @@ def test_defaults_of_old_files(tmp_path: Path) -> None:
 def test_refuses_by_name(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^config\.json: {key}: found .*expected .*Fix: "):
         read_architecture(write(tmp_path, **changes))
+
+
+def test_a_model_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path))
+    tree = {"run_dir": "r", "steps": 8, "model": {"path": "m"}, "data": {"train": [], "max_prompt_tokens": 500}}
+    check_lengths(arch, parse({**tree, "optimizer": {"warmup_steps": 0}, "rollout": {"max_response_tokens": 12}}))
+    with pytest.raises(ConfigError, match=r"found '500 \+ 13', expected at most the model's 512 positions"):
+        check_lengths(arch, parse({**tree, "optimizer": {"warmup_steps": 0}, "rollout": {"max_response_tokens": 13}}))
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

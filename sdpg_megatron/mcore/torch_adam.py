@@ -1,0 +1,54 @@
+"""Checkpoints of the distributed optimizer around torch's AdamW, which it uses where neither apex nor TE is installed.
+
+megatron-core (0.16 to 0.19) saves that combination and cannot read it back: it expects state that torch makes at the
+first step, does not restore the per-parameter step count, and then lets all parameters share one count. What is here
+can go when a round trip through `fully_reshardable` works without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+
+def make_state(optimizer: Any) -> None:
+    """Let torch allocate its state, so that there is something to read into. Every value in it is replaced."""
+    for part in _affected(optimizer):
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+
+
+def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state)``, with every parameter's own step count restored."""
+    parts = _affected(optimizer)
+    for part in parts:
+        part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+    for part in parts:
+        for values in part.optimizer.state.values():
+            values["step"] = values["step"].clone()  # torch counts each in place: shared, it would count them all
+
+
+def _affected(optimizer: Any) -> list[DistributedOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        part
+        for part in parts
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW | torch.optim.Adam)
+    ]
+
+
+def _set_with_step(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    """The step count was restored with the parameter groups: it stays what it is."""
+    group, order = part.model_param_group_index_map[model_param]
+    main_param = part.optimizer.param_groups[group]["params"][order]
+    step = part.optimizer.state[main_param]["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})

@@ -1,0 +1,78 @@
+"""The Megatron model computes what transformers computes from the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+from tools.prepare_smollm2 import FOLDER, default_cache
+
+SMOLLM2 = default_cache() / FOLDER
+
+
+def logits(folder: Path, tensor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank 0's (ours, transformers') logits [2, 17, vocabulary] of the same random tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.config import ModelConfig, ParallelConfig
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.forward_step import last_hidden
+    from sdpg_megatron.mcore.model import build_chunks, load_weights, output_weight
+
+    config = ParallelConfig(tensor=tensor)
+    ranks = parallel.initialize(config, 0)
+    arch = read_architecture(folder)
+    chunks = build_chunks(arch, ModelConfig(path=folder), config, ranks)
+    load_weights(chunks, folder, arch, ranks)
+    tokens = torch.randint(arch.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        local = last_hidden(chunks[0], tokens) @ output_weight(chunks[0]).T
+        shards = [torch.empty_like(local) for _ in range(tensor)]
+        torch.distributed.all_gather(shards, local)
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    return torch.cat(shards, dim=-1)[..., : arch.vocab_size], expected
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)])
+def test_logits_of_tiny_models(tmp_path: Path, ranks: RankPool, family: str, tied: bool, tensor: int) -> None:
+    folder = write_tiny_model(tmp_path / "model", family, tied=tied, seed=2)
+    ours, theirs = ranks.run(logits, tensor, folder, tensor)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert theirs.abs().max() > 0.5
+
+
+def test_logits_with_llama_3_rope(tmp_path: Path, ranks: RankPool) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama", tied=False, seed=2)
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, **scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours, theirs = ranks.run(logits, 1, folder, 1)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"needs {SMOLLM2}, which scripts/setup.sh prepares")
+def test_logits_of_smollm2(ranks: RankPool) -> None:
+    ours, theirs = ranks.run(logits, 1, SMOLLM2, 1)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def run_shim_twice() -> tuple[str, str, str]:
+    from sdpg_megatron.mcore import device
+
+    device.install()
+    device.install()
+    one = torch.ones(2, device="cuda")
+    return str(one.device), one.cuda().type(), str(one.to("cuda:0").device)
+
+
+def test_cuda_means_cpu_where_there_is_none(ranks: RankPool) -> None:
+    assert ranks.run(run_shim_twice, 1) == [("cpu", "torch.cuda.FloatTensor", "cpu")]

@@ -1,0 +1,76 @@
+"""Starting runs and reading what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from sdpg_megatron.observe.writers import read_metrics
+from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("time/", "speed/")
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    """A run of four steps on a tiny random Qwen3, evaluation and checkpoints included; returns its YAML file."""
+    model = write_tiny_model(folder / "hf", "qwen3", tied=True, seed=5)
+    questions = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(12)]
+    for name, rows in (("train", questions[:9]), ("eval", questions[9:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run_dir": str(folder / "run"),
+        "steps": 4,
+        "model": {"path": str(model)},
+        "data": {
+            "train": [str(folder / "train.jsonl")],
+            "eval": [str(folder / "eval.jsonl")],
+            "max_prompt_tokens": 128,
+        },
+        "reward": {"verifier": "tests.e2e.verifier:has_digit"},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 6},
+        "objective": {"beta": 0.5, "alpha": 0.1, "beta_warmup_steps": 0, "beta_decay_steps": 0},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "schedule": "cosine", "minibatches": 2, "micro_batch_size": 4},
+        "eval": {"every": 2, "samples": 2},
+        "checkpoint": {"every": 2},
+        **changes,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(arguments: Sequence[object], ranks: int = 1) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    return [sys.executable, "-m", *launcher, "sdpg_megatron", "train", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def train(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the caller looks at the exit code."""
+    return subprocess.run(
+        command(arguments, ranks), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl, one a step, without what a clock measured."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in records]
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    """The exported model's tensors."""
+    return dict(load_file(run_dir / "model" / "model.safetensors"))

@@ -1,0 +1,137 @@
+"""A run from the command line: what it leaves, how it is interrupted and continued, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(write_run(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    run = whole / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.keys() == {
+        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "steps", "seconds"
+    }  # fmt: skip
+    assert summary["steps"] == 4
+    assert summary["seconds"] > 0
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "config.yaml").exists()
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_training_and_rollout_agree_about_the_first_tokens(whole: Path) -> None:
+    first = metrics(whole / "run")[1]
+    assert first["rollout/logprob_diff_max"] < 1e-4
+    assert first["distill/kl"] > 0
+    assert first["reference/kl"] >= 0
+
+
+def test_the_exported_model_is_the_trained_one(whole: Path) -> None:
+    trained, start = whole / "run" / "model", whole / "hf"
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    before = dict(AutoModelForCausalLM.from_pretrained(start).named_parameters())
+    assert AutoTokenizer.from_pretrained(trained).chat_template
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_second_call_says_that_the_run_is_done(whole: Path) -> None:
+    before = (whole / "run" / "metrics.jsonl").read_bytes()
+    again = train(whole / "run.yaml")
+    assert again.returncode == 0
+    assert "done already" in again.stdout
+    assert (whole / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    run = tmp_path / "run"
+    process = subprocess.Popen(command([config]), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    deadline = time.monotonic() + 120
+    for line in process.stdout:  # the row of step 1: the next steps are under way
+        assert time.monotonic() < deadline
+        if line.lstrip().startswith("1/4"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130, rest
+    assert "the same command continues" in rest
+    assert not (run / "summary.json").exists()
+
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "reward/mean": 1.0}\n{"step"')  # a line beyond the checkpoint, and half a line
+    continued = train(config)
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing after step" in continued.stdout
+    assert metrics(run) == metrics(whole / "run")
+    expected, found = weights(whole / "run"), weights(run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_another_configuration_does_not_continue_a_run(whole: Path) -> None:
+    refused = train(whole / "run.yaml", "steps=6")
+    assert refused.returncode == 2
+    assert "steps: found 6, expected 4, as the run was started" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor=3", "parallel.tensor: found 3"),
+        ("parallel.pipeline=5", "parallel.pipeline: found 5"),
+        ("objective.betta=1", "did you mean 'beta"),
+        ("rollout.group_size=1", "rollout.group_size"),
+        ("objective.beta_decay_steps=99", "beta_decay_steps: found 99"),
+        ("model.path=nowhere", "model.path"),
+        ("data.train=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("reward.verifier=tests.e2e.verifier:has_digits", "has_digit"),
+        ("parallel.tensor=2", "number of ranks"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, override: str, message: str) -> None:
+    refused = train(write_run(tmp_path), override)
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.pipeline=2"]),
+        (2, []),
+        (4, ["parallel.pipeline=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    ],
+    ids=["pp2", "dp2", "tp2_pp2_sp"],
+)
+def test_under_torchrun(tmp_path: Path, whole: Path, ranks: int, layout: list[str]) -> None:
+    config = write_run(tmp_path)
+    done = train(config, *layout, "steps=2", "optimizer.schedule=constant", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[1]["rollout/logprob_diff_max"] < 1e-4  # what was published is what is trained, on any layout
+    if "dp2" not in str(layout) and layout:
+        # One replica draws as a single process does, so even its first step is the same.
+        assert lines[1]["distill/kl"] == pytest.approx(metrics(whole / "run")[1]["distill/kl"], rel=1e-3)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

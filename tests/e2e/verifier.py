@@ -1,0 +1,7 @@
+"""A verifier that a random model can satisfy, now and then."""
+
+from sdpg_megatron.records import Prompt
+
+
+def has_digit(prompt: Prompt, response: str) -> float:
+    return float(any(character.isdigit() for character in response))

@@ -1,0 +1,123 @@
+"""From scored groups to micro-batches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
+from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, make_samples
+
+CPU = torch.device("cpu")
+
+
+def sample(prompt: int, response: int, *, teacher: int = 9, gate: bool = False, weight: float = 1.0) -> Sample:
+    """Tokens count up from 100 (student), 200 (teacher) and 300 (response)."""
+    return Sample(
+        student_prompt=tuple(range(100, 100 + prompt)),
+        teacher_prompt=tuple(range(200, 200 + teacher)),
+        response=tuple(range(300, 300 + response)),
+        logprobs=tuple(-0.5 for _ in range(response)),
+        advantage=1.0 if gate else -1.0,
+        gate=gate,
+        weight=weight,
+    )
+
+
+def some_samples(count: int = 23) -> list[Sample]:
+    draw = random.Random(0)
+    return [
+        sample(draw.randint(1, 9), draw.randint(1, 9), gate=draw.random() < 0.4, weight=draw.random())
+        for _ in range(count)
+    ]
+
+
+def step_of(samples: list[Sample], *, micro: int = 4, rank: int = 0, size: int = 1, multiple: int = 1) -> StepBatch:
+    return build_step(
+        samples, micro_batch_size=micro, data_rank=rank, data_size=size, length_multiple=multiple, device=CPU
+    )
+
+
+def test_rows_point_at_the_position_before_each_response_token() -> None:
+    batch = collate([sample(3, 2, gate=True), sample(1, 4)], 1)
+    following = batch.student.tokens_BS.flatten()[batch.student.rows_T + 1]
+    assert following.tolist() == batch.labels_T.tolist() == [300, 301, 300, 301, 302, 303]
+    assert batch.student.tokens_BS[0].tolist() == [100, 101, 102, 300, 301]
+    assert batch.teacher is not None
+    assert batch.teacher.tokens_BS.shape == (1, 11)
+    assert batch.teacher.tokens_BS.flatten()[batch.teacher.rows_T + 1].tolist() == [300, 301]
+    assert batch.gated_rows_G.tolist() == [0, 1]
+    assert batch.gates_T.tolist() == [1, 1, 0, 0, 0, 0]
+    assert batch.advantages_T.tolist() == [1, 1, -1, -1, -1, -1]
+
+
+def test_without_an_open_gate_there_is_no_teacher() -> None:
+    assert collate([sample(3, 2)], 1).teacher is None
+
+
+def test_padded_lengths_are_multiples() -> None:
+    batch = collate([sample(3, 2, gate=True)], 4)
+    assert batch.student.tokens_BS.shape == (1, 8)
+    assert batch.teacher is not None
+    assert batch.teacher.tokens_BS.shape == (1, 12)
+
+
+@pytest.mark.parametrize("empty", [collate([], 2), collate([sample(3, 2, gate=True)], 2).emptied()])
+def test_an_empty_micro_batch_has_tokens_to_run_and_none_to_learn_from(empty: MicroBatch) -> None:
+    assert empty.student.tokens_BS.numel() > 0
+    assert empty.num_tokens == 0
+    assert empty.student.rows_T.numel() == empty.weights_T.numel() == empty.gated_rows_G.numel() == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 30])
+@pytest.mark.parametrize("micro", [1, 4, 100])
+def test_ranks_share_all_samples_in_equally_many_micro_batches(size: int, micro: int) -> None:
+    samples = some_samples()
+    steps = [step_of(samples, micro=micro, rank=rank, size=size) for rank in range(size)]
+    assert len({len(step.micro_batches) for step in steps}) == 1
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert all(batch.student.tokens_BS.shape[0] <= micro for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == sum(len(s.response) for s in samples)
+    total = sum(s.weight * len(s.response) for s in samples)
+    assert sum(float(batch.weights_T.sum()) for batch in batches) == pytest.approx(total, rel=1e-5)
+    assert sum(batch.gated_rows_G.numel() for batch in batches) == sum(len(s.response) for s in samples if s.gate)
+
+
+def test_ranks_get_like_loads() -> None:
+    """The longest is dealt first, and with equal counts no rank is further behind than the longest sample."""
+    samples = some_samples(24)
+    shares = balance(samples, 4)
+    loads = [sum(s.cost for s in share) for share in shares]
+    assert {len(share) for share in shares} == {6}
+    assert max(loads) - min(loads) <= max(s.cost for s in samples)
+    unbalanced = [sum(s.cost for s in samples[rank::4]) for rank in range(4)]
+    assert max(loads) < max(unbalanced)
+
+
+def group(rewards: list[float], lengths: list[int]) -> ScoredGroup:
+    prompt = Prompt("p", (1, 2), (3, 4, 5), "answer")
+    completions = tuple(Completion((7,) * n, (-1.0,) * n, "stop", 0, "") for n in lengths)
+    mean = sum(rewards) / len(rewards)
+    return ScoredGroup(Group(prompt, completions), tuple(rewards), tuple(r - mean for r in rewards))
+
+
+def test_the_gate_opens_for_positive_advantages_alone() -> None:
+    groups = [group([1, 0], [2, 3]), group([1, 1], [1, 1])]
+    assert [s.gate for s in make_samples(groups, ObjectiveConfig(), distill=True)] == [True, False, False, False]
+    assert all(s.gate for s in make_samples(groups, ObjectiveConfig(gate=False), distill=True))
+    assert not any(s.gate for s in make_samples(groups, ObjectiveConfig(), distill=False))
+
+
+def test_weights_follow_the_aggregation_over_the_whole_step() -> None:
+    groups = [group([1, 0], [2, 6]), group([1, 0], [4, 4])]
+    weights = [s.weight for s in make_samples(groups, ObjectiveConfig(aggregation="sequence-mean"), distill=True)]
+    assert weights == pytest.approx([16 / 4 / 2, 16 / 4 / 6, 16 / 4 / 4, 16 / 4 / 4])
+
+
+def test_distill_scale_turns_a_mean_over_all_tokens_into_one_over_gated_ones() -> None:
+    step = step_of([sample(2, 3, gate=True), sample(2, 9)])
+    assert step.distill_scale == pytest.approx(12 / 3)
+    assert step_of([sample(2, 3)]).distill_scale == 1.0
