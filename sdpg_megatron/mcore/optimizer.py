@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             adam_eps=config.eps,
-            clip_grad=config.clip_grad,
+            clip_grad=config.clip_grad or math.inf,  # with 0 Megatron would not even compute the norm
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,

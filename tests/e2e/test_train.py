@@ -88,10 +88,21 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_another_configuration_does_not_continue_a_run(whole: Path) -> None:
-    refused = train(whole / "run.yaml", "steps=6")
+@pytest.mark.parametrize(("field", "found", "expected"), [("steps", 6, 4), ("objective.beta", 0.25, 0.5)])
+def test_another_configuration_neither_continues_a_run_nor_finds_it_done(
+    whole: Path, field: str, found: float, expected: float
+) -> None:
+    refused = train(whole / "run.yaml", f"{field}={found}")
     assert refused.returncode == 2
-    assert "steps: found 6, expected 4, as the run was started" in refused.stderr
+    assert f"{field}: found {found}, expected {expected}, as the run was started" in refused.stderr
+
+
+def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    checked = train(config, "--dry-run", "objective.beta=0.25")
+    assert checked.returncode == 0, checked.stderr
+    assert "beta: 0.25" in checked.stdout
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize(

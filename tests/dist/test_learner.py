@@ -1,0 +1,100 @@
+"""What the learner does besides the step that tests/dist/test_step.py compares."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdpg_megatron.checkpoint.store import CheckpointStore
+from tests.dist.test_step import config_of, scored_groups
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=True, seed=3)
+
+
+def updates(folder: Path, overrides: dict[str, object], scale: float) -> tuple[list[float], str]:
+    """Gradient norms of two updates on advantages multiplied by `scale`, and the error that ended them."""
+    from sdpg_megatron import objectives
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.errors import NumericsError
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.objectives.base import StepContext
+    from sdpg_megatron.train.batch import collate, make_samples
+
+    config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
+    ranks = parallel.initialize(config.parallel, 0)
+    learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    batch = collate(make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=False), 1)
+    batch = dataclasses.replace(batch, advantages_T=batch.advantages_T * scale)
+    norms: list[float] = []
+    try:
+        for step in range(2):
+            norms.append(learner.update([batch], StepContext(step, 4))["optimizer/grad_norm"].value)
+    except NumericsError as error:
+        return norms, str(error)
+    return norms, ""
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_ends_the_run_on_every_rank(model: Path, ranks: RankPool, clip: float) -> None:
+    found = ranks.run(updates, 2, model, {"parallel.tensor": 2, "optimizer.clip_grad": clip}, float("inf"))
+    assert [norms for norms, _ in found] == [[], []]
+    assert all("gradient norm" in error and "expected a finite one" in error for _, error in found)
+
+
+def test_the_norm_is_reported_without_a_bound_too(model: Path, ranks: RankPool) -> None:
+    (bounded, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0}, 1.0)
+    (free, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0}, 1.0)
+    assert bounded[0] == free[0] > 0
+
+
+def swap(folder: Path) -> tuple[bool, bool, bool]:
+    """(the frozen weights were in place, the live ones came back, also after an error)."""
+    from sdpg_megatron import objectives
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.passes import FrozenWeights
+
+    config = config_of(folder, {})
+    ranks = parallel.initialize(config.parallel, 0)
+    learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    frozen = FrozenWeights(learner.chunks)
+    first = {name: weight.clone() for name, weight in learner.named_weights().items()}
+    for weight in learner.named_weights().values():
+        weight += 1
+    live = {name: (weight.data_ptr(), weight.clone()) for name, weight in learner.named_weights().items()}
+
+    def is_live() -> bool:
+        now = learner.named_weights()
+        return all(now[n].data_ptr() == place and torch.equal(now[n], value) for n, (place, value) in live.items())
+
+    with frozen.swapped_in(learner.chunks):
+        in_place = all(torch.equal(weight, first[name]) for name, weight in learner.named_weights().items())
+    back = is_live()
+    try:
+        with frozen.swapped_in(learner.chunks):
+            raise RuntimeError
+    except RuntimeError:
+        return in_place, back, is_live()
+
+
+def test_frozen_weights_swap_in_and_out(model: Path, ranks: RankPool) -> None:
+    assert ranks.run(swap, 1, model) == [(True, True, True)]
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    for name in ("step_00000002", "step_00000010", "step_00000012.partial", "step_00000014"):
+        (tmp_path / name).mkdir()
+        if name != "step_00000014":
+            (tmp_path / name / "manifest.json").write_text("{}")
+    store = CheckpointStore(tmp_path, ranks=None, keep=1)  # type: ignore[arg-type]  # the listing asks no rank
+    assert [path.name for path in store.complete()] == ["step_00000002", "step_00000010"]
