@@ -41,7 +41,6 @@ def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         pipeline_dtype=torch.float32,
-        variable_seq_lengths=pipeline > 1,
         normalization="RMSNorm",
         add_bias_linear=False,
         hidden_dropout=0.0,

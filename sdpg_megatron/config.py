@@ -210,7 +210,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), str(error), "a readable YAML file in UTF-8", "check the path") from error
+        found = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(str(path), found, "a readable YAML file in UTF-8", "check the path") from error
     except yaml.YAMLError as error:
         raise ConfigError(str(path), str(error), "valid YAML", "correct the syntax") from error
     if not isinstance(tree, dict):

@@ -73,6 +73,7 @@ def make_samples(groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, dist
 def build_step(
     samples: Sequence[Sample],
     *,
+    regularized: bool,
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
@@ -83,19 +84,32 @@ def build_step(
 
     Args:
         samples: the whole step's, the same on every rank.
+        regularized: the loss has a term for every token. Otherwise samples without advantage and with a closed gate
+            give no gradient, and are left out.
         micro_batch_size: sequences of a micro-batch, at most.
         data_rank, data_size: this rank among the data-parallel ones. All get the same number of micro-batches.
         length_multiple: padded lengths are multiples of it (the tensor-parallel size under sequence parallelism).
         device: where the tensors go.
     """
-    shares = balance(samples, data_size)
-    count = -(-max(len(share) for share in shares) // micro_batch_size)
+    kept = samples if regularized else with_gradient(samples)
+    shares = balance(kept, data_size)
+    count = -(-max(1, *(len(share) for share in shares)) // micro_batch_size)
     mine = sorted(shares[data_rank], key=lambda sample: sample.cost)  # like with like: less padding
     parts = [mine[len(mine) * i // count : len(mine) * (i + 1) // count] for i in range(count)]
     return StepBatch(
         micro_batches=[collate(part, length_multiple).to(device) for part in parts],
         distill_scale=_weight(samples) / gated if (gated := _weight([s for s in samples if s.gate])) else 1.0,
     )
+
+
+def with_gradient(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that the outcome or the distillation term learns from.
+
+    Their weights shrink by their share of the tokens: the sum is divided by the number of tokens that are left.
+    """
+    kept = [sample for sample in samples if sample.gate or sample.advantage]
+    share = sum(len(s.response) for s in kept) / max(1, sum(len(s.response) for s in samples))
+    return [replace(sample, weight=sample.weight * share) for sample in kept]
 
 
 def _weight(samples: Sequence[Sample]) -> float:

@@ -116,7 +116,7 @@ class Trainer:
         stack.callback(self.rollouts.close)
         self._announce()
         self._publish()
-        if not self.evaluated:
+        if not self.evaluated and self.inputs.held_out:
             numbers = values(self._evaluate())
             self.baseline = self.baseline or numbers
             self._report(numbers)
@@ -176,6 +176,7 @@ class Trainer:
         needs = self.objective.needs(context)
         batch = build_step(
             make_samples(groups, self.config.objective, distill=needs.teacher),
+            regularized=needs.reference,
             micro_batch_size=self.config.optimizer.micro_batch_size,
             data_rank=self.ranks.data,
             data_size=self.ranks.data_size,

@@ -19,7 +19,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=True, seed=3)
 
 
-def updates(folder: Path, overrides: dict[str, object], scale: float) -> tuple[list[float], str]:
+def updates(
+    folder: Path, overrides: dict[str, object], scale: float = 1.0, regularized: bool = True
+) -> tuple[list[float], str]:
     """Gradient norms of two updates on advantages multiplied by `scale`, and the error that ended them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
@@ -27,17 +29,25 @@ def updates(folder: Path, overrides: dict[str, object], scale: float) -> tuple[l
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import collate, make_samples
+    from sdpg_megatron.train.batch import build_step, make_samples
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    batch = collate(make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=False), 1)
-    batch = dataclasses.replace(batch, advantages_T=batch.advantages_T * scale)
+    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=False)
+    batch = build_step(
+        [dataclasses.replace(sample, advantage=sample.advantage * scale) for sample in samples if sample.advantage or scale == 1],
+        regularized=regularized,
+        micro_batch_size=4,
+        data_rank=0,
+        data_size=1,
+        length_multiple=1,
+        device=learner.device,
+    )
     norms: list[float] = []
     try:
         for step in range(2):
-            norms.append(learner.update([batch], StepContext(step, 4))["optimizer/grad_norm"].value)
+            norms.append(learner.update(batch.micro_batches, StepContext(step, 4))["optimizer/grad_norm"].value)
     except NumericsError as error:
         return norms, str(error)
     return norms, ""
@@ -51,9 +61,15 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_every_rank(model: Path, r
 
 
 def test_the_norm_is_reported_without_a_bound_too(model: Path, ranks: RankPool) -> None:
-    (bounded, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0}, 1.0)
-    (free, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0}, 1.0)
+    (bounded, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0})
+    (free, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0})
     assert bounded[0] == free[0] > 0
+
+
+def test_leaving_out_what_teaches_nothing_changes_no_gradient(model: Path, ranks: RankPool) -> None:
+    ((all_samples, _),) = ranks.run(updates, 1, model, {})
+    ((live_samples, _),) = ranks.run(updates, 1, model, {}, regularized=False)
+    assert live_samples == pytest.approx(all_samples, rel=1e-5)
 
 
 def swap(folder: Path) -> tuple[bool, bool, bool]:

@@ -87,6 +87,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=True)
     batch = build_step(
         samples,
+        regularized=True,
         micro_batch_size=config.optimizer.micro_batch_size,
         data_rank=ranks.data,
         data_size=ranks.data_size,

@@ -29,6 +29,8 @@ def test_a_step_on_two_ranks(tmp_path: Path, layout: list[str]) -> None:
         "data.eval=[]",
         "steps=1",
         "optimizer.warmup_steps=0",
+        "objective.beta_decay_steps=0",
+        "objective.alpha=0.001",
         "rollout.prompts_per_step=2",
         "rollout.group_size=2",
         "objective.gate=false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -35,9 +36,17 @@ def some_samples(count: int = 23) -> list[Sample]:
     ]
 
 
-def step_of(samples: list[Sample], *, micro: int = 4, rank: int = 0, size: int = 1, multiple: int = 1) -> StepBatch:
+def step_of(
+    samples: list[Sample], *, regularized: bool = True, micro: int = 4, rank: int = 0, size: int = 1
+) -> StepBatch:
     return build_step(
-        samples, micro_batch_size=micro, data_rank=rank, data_size=size, length_multiple=multiple, device=CPU
+        samples,
+        regularized=regularized,
+        micro_batch_size=micro,
+        data_rank=rank,
+        data_size=size,
+        length_multiple=1,
+        device=CPU,
     )
 
 
@@ -115,6 +124,19 @@ def test_weights_follow_the_aggregation_over_the_whole_step() -> None:
     groups = [group([1, 0], [2, 6]), group([1, 0], [4, 4])]
     weights = [s.weight for s in make_samples(groups, ObjectiveConfig(aggregation="sequence-mean"), distill=True)]
     assert weights == pytest.approx([16 / 4 / 2, 16 / 4 / 6, 16 / 4 / 4, 16 / 4 / 4])
+
+
+def test_samples_that_teach_nothing_are_left_out_and_the_mean_stays_that_over_all() -> None:
+    dead = dataclasses.replace(sample(5, 6), advantage=0.0)
+    live = [sample(2, 3, gate=True), sample(4, 5)]
+    step = step_of([live[0], dead, live[1]], regularized=False)
+    (batch,) = step.micro_batches
+    assert batch.num_tokens == 8
+    # sum(weight * loss) / tokens left = sum(loss) / all tokens
+    assert (batch.weights_T / batch.num_tokens).tolist() == pytest.approx([1 / 14] * 8)
+    assert step.distill_scale == pytest.approx(14 / 3)
+    assert step_of([dead], regularized=False).micro_batches[0].num_tokens == 0
+    assert sum(b.num_tokens for b in step_of([live[0], dead], regularized=True).micro_batches) == 9
 
 
 def test_distill_scale_turns_a_mean_over_all_tokens_into_one_over_gated_ones() -> None:
