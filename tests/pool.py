@@ -1,4 +1,4 @@
-"""Worker processes that stand for ranks. They start once and serve every distributed test of the session.
+"""Worker processes that stand for ranks. They start once and serve every distributed test of a run of the suite.
 
 Jobs and results travel as plain pickles: functions by reference, tensors by value.
 """

@@ -16,8 +16,8 @@ from sdpg_megatron.errors import CheckpointError, ConfigError
 MANIFEST = "manifest.json"
 FORMAT = 1
 FREE_TO_CHANGE = ("run_dir", "parallel", "eval", "checkpoint", "model.path", "data.eval")
-"""Fields that may differ between the sessions of one run. The model may have moved, but not changed: `RunState.model`.
-Another number of data-parallel ranks draws other samples, from the same distribution."""
+"""Fields that may differ between the calls that make up one run. The model may have moved, but not changed: see
+`RunState.model`. Another number of data-parallel ranks draws other samples, from the same distribution."""
 
 _SAMPLE = 4 * 2**20
 

@@ -48,7 +48,7 @@ class Progress:
         """
         Args:
             total: steps of the whole run.
-            done: steps that an earlier session did; they do not count for the time left.
+            done: steps that earlier calls did; they do not count for the time left.
             enabled: true on the one rank that prints.
             clock: seconds from any origin.
         """
@@ -99,7 +99,7 @@ class Progress:
         self._bar.stop()
 
     def _seconds_left(self, step: int) -> float | None:
-        """From the mean time of this session's steps; None before the first."""
+        """From the mean time of the steps done here; None before the first."""
         steps_here = step - self._first
         if steps_here <= 0:
             return None

@@ -21,7 +21,7 @@ class Summary:
     greedy_after: float | None
     steps: int
     seconds: float
-    """Wall-clock training time over all of the run's sessions."""
+    """Wall-clock training time over all calls that the run took."""
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
