@@ -66,6 +66,7 @@ def _redirect_cuda_module() -> None:
     cuda: Any = torch.cuda  # these are plain functions of the module: replaced, not subclassed
     cuda.current_device = lambda: CPU
     cuda.synchronize = nothing
+    cuda.current_stream = nothing  # 0.19 asks for it before each gradient reduction, and uses it with CUDA graphs alone
     cuda.empty_cache = nothing
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
