@@ -1,0 +1,487 @@
+"""Time and memory of one step of the output head, forward and backward, beside other ways to compute it.
+
+    python benchmarks/head.py                                       CPU: T 1024, H 1024, V 151936, float32, tp 1 and 2
+    python benchmarks/head.py --device cuda --rows 8192 --hidden 2560 --dtype bfloat16 --out head.json
+
+What is computed, and by whom, is in `head_baselines.py`.
+
+Time. One process for each rank holds all contestants and runs them in turn, round after round, so that whatever slows
+the machine down slows all of them. A barrier precedes every step; a step takes as long as its slowest rank; the best
+round counts, after one that does not. On CPU each of tp ranks has its share of the cores (of OMP_NUM_THREADS, where
+that is set).
+
+Memory. Every contestant runs one step in fresh processes. Before it come the inputs, each page of them written, and a
+step on a tiny problem, which starts threads and loads libraries; then the allocator gives back what is free (CUDA:
+empty_cache; glibc: malloc_trim). From here on everything counts, up to the end of the step. On CUDA it is the most that
+torch's allocator had handed out (`max_memory_allocated`). On CPU it is the most resident memory of the process, which
+the kernel tracks (VmHWM, the counter behind getrusage's ru_maxrss, set back through /proc/self/clear_refs) and a thread
+samples every 5 ms, for machines without that counter; glibc is told to return blocks of a MiB or more when they are
+freed, or its habit of keeping some would count. The gradient of the vocabulary matrix is left out on all sides: its
+size, as returned, is subtracted. The figure is the largest rank's.
+
+Error. The largest absolute error of log-prob and KL in 64 rows against float64 on the same input values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, start_processes
+
+if not __package__:  # run as a script, whose folder is then the first place to look for modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.head_baselines import CONTESTANTS, Outcome, Problem, make_problem, weight_rows
+from sdpg_megatron.head import VocabShard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAMPLE_ROWS = 64
+SAMPLE_SECONDS = 0.005
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+TINY_ROWS, TINY_COLUMNS = 8, 256
+MIB = 1 << 20
+M_MMAP_THRESHOLD = -3
+"""Of glibc's mallopt: from how many bytes on a block is its own mapping, which goes back to the system when freed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One shape on one number of ranks."""
+
+    rows: int
+    hidden: int
+    vocab: int
+    tp: int
+    dtype: str
+    device: str
+    repeats: int
+    threads: int
+    """Of all ranks together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row of the output; the JSON has these keys and no others."""
+
+    name: str
+    T: int
+    H: int
+    V: int
+    tp: int
+    dtype: str
+    seconds: float
+    peak_bytes: int
+    tflops_8THV: float
+    max_error_vs_float64: float | None
+    """None where a contestant gives no terms by row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """log-prob and KL of some rows in float64."""
+
+    rows: list[int]
+    logprob: list[float]
+    divergence: list[float]
+
+
+# --- in a rank
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Where a rank stands."""
+
+    index: int
+    setting: Setting
+    device: torch.device
+
+    def problem(self, rows: int, vocab: int) -> Problem:
+        """This rank's part of a problem."""
+        width = -(-vocab // self.setting.tp)
+        start = self.index * width
+        group = dist.group.WORLD if self.setting.tp > 1 else None
+        shard = VocabShard(start, vocab, group)
+        columns = min(width, vocab - start)
+        return make_problem(rows, self.setting.hidden, shard, columns, DTYPES[self.setting.dtype], self.device)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+Job = Callable[..., Any]
+"""(rank, arguments of the job) -> what goes back, as JSON."""
+
+
+def run_ranks(setting: Setting, job: Job, *args: Any) -> list[Any]:
+    """Each rank's result of `job`, in fresh processes. Raises torch's `ProcessException` where one fails."""
+    # Or each process would import them anew; the second is what torch's checkpoint imports.
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "sdpg_megatron.head"])
+    with tempfile.TemporaryDirectory(prefix="head-benchmark-") as folder:
+        arguments = setting, job, args, folder
+        start_processes(_rank_main, arguments, setting.tp, start_method="forkserver")  # type: ignore[no-untyped-call]
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(setting.tp)]
+
+
+def _rank_main(index: int, setting: Setting, job: Job, args: tuple[Any, ...], folder: str) -> None:
+    gc.freeze()  # the collections between steps need not go over all that is imported
+    torch.set_num_threads(max(1, setting.threads // setting.tp))
+    device = torch.device(setting.device, index) if setting.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if setting.tp > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        meeting = f"file://{folder}/meeting"
+        dist.init_process_group(backend, meeting, COLLECTIVE_TIMEOUT, setting.tp, index)
+    found = job(Rank(index, setting, device), *args)
+    Path(folder, str(index)).write_text(json.dumps(found), encoding="utf-8")
+    if setting.tp > 1:
+        dist.destroy_process_group()
+
+
+def time_job(rank: Rank, names: Sequence[str], reference: Reference) -> dict[str, tuple[list[float], float | None]]:
+    """Of each contestant the seconds of each round on this rank, and its error."""
+    problem = rank.problem(rank.setting.rows, rank.setting.vocab)
+    steps = {name: CONTESTANTS[name].prepare(problem) for name in names}
+    errors = {name: max_error(step(), reference) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rank.setting.repeats):
+        for name, step in steps.items():
+            gc.collect()
+            rank.wait()
+            if rank.setting.tp > 1:
+                dist.barrier()
+            start = time.perf_counter()
+            step()
+            rank.wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (seconds[name], errors[name]) for name in names}
+
+
+def max_error(outcome: Outcome, reference: Reference) -> float | None:
+    """Largest absolute error in nats; None where the outcome has no terms by row."""
+    if outcome.logprob_T is None or outcome.divergence_T is None:
+        return None
+    found_2R = torch.stack([outcome.logprob_T[reference.rows].double(), outcome.divergence_T[reference.rows].double()])
+    expected_2R = torch.tensor([reference.logprob, reference.divergence], dtype=torch.float64)
+    return float((found_2R.cpu() - expected_2R).abs().max())
+
+
+def peak_job(rank: Rank, name: str) -> int:
+    """Bytes that one step holds at most, beyond its inputs and its gradient of the matrix."""
+    contestant = CONTESTANTS[name]
+    contestant.prepare(rank.problem(TINY_ROWS, TINY_COLUMNS))()
+    problem = rank.problem(rank.setting.rows, rank.setting.vocab)
+    rank.wait()
+    with peak_memory(rank.device) as extra:
+        outcome = contestant.prepare(problem)()
+        rank.wait()
+    gradient_VH = outcome.weight_grad_VH
+    return extra[0] - gradient_VH.numel() * gradient_VH.element_size()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Afterwards the list holds one number: the most bytes in use within, beyond those in use at the start."""
+    found: list[int] = []
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - start)
+        return
+    _give_back_freed_memory()
+    with _sampled() as samples:
+        start = samples[0]
+        mark = _reset_high_water()
+        yield found
+    # A counter that could not be set back says nothing unless it has risen.
+    high = _high_water()
+    found.append(max(samples[0], high if high > mark else 0) - start)
+
+
+@contextmanager
+def _sampled() -> Iterator[list[int]]:
+    """One number, the most resident bytes seen so far."""
+    process = psutil.Process()
+    most, done = [process.memory_info().rss], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    yield most
+    done.set()
+    thread.join()
+
+
+def _high_water() -> int:
+    """Most resident bytes of this process, since the counter was last set back."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1 << 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _reset_high_water() -> int:
+    """Bytes above which the counter tells of something new: 0 where it could be set back."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _high_water()
+    return 0
+
+
+def _give_back_freed_memory() -> None:
+    """To the system: what is free now, and from now on every freed tensor of a MiB or more. Nothing but glibc can."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, MIB)
+        library.malloc_trim(0)
+
+
+# --- in the parent
+
+
+@torch.no_grad()
+def make_reference(setting: Setting) -> Reference:
+    """In float64, over the vocabulary in blocks, from the inputs as rounded to the run's type."""
+    dtype = DTYPES[setting.dtype]
+    problem = make_problem(
+        setting.rows, setting.hidden, VocabShard(0, setting.vocab, None), 0, dtype, torch.device("cpu")
+    )
+    rows_R = torch.linspace(0, setting.rows - 1, min(SAMPLE_ROWS, setting.rows)).long()
+    hidden_2RH = torch.stack([problem.hidden_TH[rows_R], problem.teacher_TH[rows_R]]).double()
+    logits_2RV = torch.empty(2, rows_R.numel(), setting.vocab, dtype=torch.float64)
+    block = 1 << 15
+    for start in range(0, setting.vocab, block):
+        stop = min(start + block, setting.vocab)
+        logits_2RV[:, :, start:stop] = hidden_2RH @ weight_rows(start, stop, setting.hidden, dtype).double().T
+    logp_RV, logq_RV = torch.log_softmax(logits_2RV, 2)
+    logprob_R = logp_RV.gather(1, problem.labels_T[rows_R, None])[:, 0]
+    divergence_R = (logp_RV.exp() * (logp_RV - logq_RV)).sum(1)
+    return Reference(rows_R.tolist(), logprob_R.tolist(), divergence_R.tolist())
+
+
+def measure(setting: Setting, names: Sequence[str]) -> tuple[list[Result], dict[str, str]]:
+    """Results of those that can run, and of the others why not."""
+    device = torch.device(setting.device)
+    peaks: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        reason = _no_devices(setting) or CONTESTANTS[name].missing(device, setting.tp)
+        if reason:
+            left_out[name] = reason
+            continue
+        _say(f"tp {setting.tp}, {setting.rows} rows: memory of {name}")
+        try:
+            peaks[name] = max(run_ranks(setting, peak_job, name))
+        except ProcessException as error:
+            if "OutOfMemoryError" not in str(error):
+                raise
+            left_out[name] = "out of memory"
+    if not peaks:
+        return [], left_out
+    _say(f"tp {setting.tp}, {setting.rows} rows: time of {', '.join(peaks)}")
+    by_rank = run_ranks(setting, time_job, list(peaks), make_reference(setting))
+    return [_result(setting, name, peak, [found[name] for found in by_rank]) for name, peak in peaks.items()], left_out
+
+
+def _result(setting: Setting, name: str, peak: int, ranks: list[tuple[list[float], float | None]]) -> Result:
+    seconds = min(max(one_round) for one_round in zip(*(rounds for rounds, _ in ranks), strict=True))
+    errors = [error for _, error in ranks if error is not None]
+    flops = 8 * setting.rows * setting.hidden * setting.vocab
+    return Result(
+        name=name,
+        T=setting.rows,
+        H=setting.hidden,
+        V=setting.vocab,
+        tp=setting.tp,
+        dtype=setting.dtype,
+        seconds=seconds,
+        peak_bytes=peak,
+        tflops_8THV=flops / seconds / 1e12,
+        max_error_vs_float64=max(errors, default=None),
+    )
+
+
+def _no_devices(setting: Setting) -> str | None:
+    if setting.device == "cuda" and torch.cuda.device_count() < setting.tp:
+        return f"found {torch.cuda.device_count()} GPUs, needs {setting.tp}"
+    return None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+# --- what comes out
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lines of one shape, with time and memory relative to `naive` at the same number of ranks where that was run."""
+    lines = [
+        f"{'tp':>2}  {'':20}{'seconds':>9}{'of naive':>9}{'peak MiB':>10}{'of naive':>9}{'TFLOP/s':>9}{'error':>9}"
+    ]
+    for one in results:
+        base = next((r for r in results if r.name == "naive" and r.tp == one.tp), None)
+        time_share = f"{one.seconds / base.seconds:.2f}" if base else "-"
+        peak_share = f"{one.peak_bytes / base.peak_bytes:.2f}" if base and base.peak_bytes > 0 else "-"
+        error = "-" if one.max_error_vs_float64 is None else f"{one.max_error_vs_float64:.1e}"
+        lines.append(
+            f"{one.tp:>2}  {one.name:20}{one.seconds:9.4g}{time_share:>9}{one.peak_bytes / MIB:10.1f}{peak_share:>9}"
+            f"{one.tflops_8THV:9.3g}{error:>9}"
+        )
+    return "\n".join(lines)
+
+
+def scaling_table(results: Sequence[Result]) -> str:
+    """Time and memory of the same contestant at T and 2T rows."""
+    lines = [f"{'tp':>2}  {'':20}{'T':>7}{'seconds':>10}{'peak MiB':>10}"]
+    for one in sorted(results, key=lambda r: (r.tp, r.name, r.T)):
+        lines.append(f"{one.tp:>2}  {one.name:20}{one.T:>7}{one.seconds:10.4g}{one.peak_bytes / MIB:10.1f}")
+    return "\n".join(lines)
+
+
+def machine(device: str, threads: int) -> str:
+    """The processor that did the work."""
+    if device == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = psutil.virtual_memory().total >> 30
+    return f"{next(names, platform.processor() or platform.machine())}, {threads} threads, {memory} GiB"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Aside and renamed, so that nobody reads half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+# --- command line
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks/head.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json says of what run"
+    )
+    parser.add_argument("--rows", type=_positive, default=1024, metavar="T")
+    parser.add_argument("--hidden", type=_positive, default=1024, metavar="H")
+    parser.add_argument("--vocab", type=_positive, default=151936, metavar="V")
+    parser.add_argument("--tp", type=_ranks, default=[1, 2], metavar="1,2", help="numbers of ranks, each a run")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of hidden rows and matrix")
+    parser.add_argument("--names", type=_names, default=list(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed rounds, after one that is not")
+    parser.add_argument("--scaling", action="store_true", help="also print time and memory of ours at T and 2T rows")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
+    return number
+
+
+def _ranks(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected some of {', '.join(CONTESTANTS)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("--device cuda: torch finds no CUDA device. Fix: run on a machine with one, or --device cpu\n")
+        return 2
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    shape = options.rows, options.hidden, options.vocab
+    settings = [Setting(*shape, tp, options.dtype, options.device, options.repeats, threads) for tp in options.tp]
+    results: list[Result] = []
+    notes = {name: note for name in options.names if (note := CONTESTANTS[name].note)}
+    left_out: dict[str, str] = {}
+    for setting in settings:
+        found, missing = measure(setting, options.names)
+        results += found
+        left_out |= {f"{name}, tp {setting.tp}": reason for name, reason in missing.items()}
+    meta = {
+        "machine": machine(options.device, threads),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "benchmarks/head.py", *(sys.argv[1:] if argv is None else argv)]),
+        "torch": torch.__version__,
+        "notes": notes,
+        "left_out": left_out,
+    }
+    sys.stdout.write(report(options, results, meta))
+    if options.scaling:
+        sys.stdout.write("\n" + scaling_table(results_at_2T(settings, results)) + "\n")
+    if options.out:
+        write_json(options.out, [asdict(result) for result in results])
+        write_json(options.out.with_name(options.out.name + ".meta.json"), meta)
+    return 0
+
+
+def results_at_2T(settings: Sequence[Setting], results: Sequence[Result]) -> list[Result]:
+    """Ours among the results, and the same again with twice the rows."""
+    ours = [result for result in results if result.name.startswith("ours/")]
+    more: list[Result] = []
+    for setting in settings:
+        names = [result.name for result in ours if result.tp == setting.tp]
+        more += measure(replace(setting, rows=2 * setting.rows), names)[0]
+    return [*ours, *more]
+
+
+def report(options: argparse.Namespace, results: Sequence[Result], meta: dict[str, Any]) -> str:
+    """The table, with what it was measured on above it and what is to be known below it."""
+    above = [
+        f"{meta['machine']}; torch {meta['torch']}; {meta['date']}; {meta['command']}",
+        f"T {options.rows}, H {options.hidden}, V {options.vocab}, {options.dtype}; peak without the matrix's gradient",
+    ]
+    notes = [f"{name}: {note}" for name, note in meta["notes"].items() if any(r.name == name for r in results)]
+    missing = [f"left out: {which}: {reason}" for which, reason in meta["left_out"].items()]
+    return "\n".join([*above, table(results), *notes, *missing]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
