@@ -113,6 +113,18 @@ class ObjectiveConfig(Section):
     """Distil only responses with a positive advantage."""
     distill_average: Literal["all", "gated"] = "all"
     """Tokens that the distillation term is averaged over."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"] = "reverse_kl"
+    """Of the student from the teacher, exact over the vocabulary; or log p - log q of the sampled token alone."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """The teacher's share in jsd's mixture: beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta) p + beta q."""
+    top_k: int | None = Field(None, ge=1)
+    """Tell apart the student's top k tokens alone, all others being one outcome; null for the whole vocabulary."""
+    divergence_clip: float | None = Field(None, gt=0)
+    """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
+    distill_stop_tokens: bool = True
+    """Distil where the sampled token is a stop token, too. The privileged teacher keeps mass on going on."""
+    teacher_temperature: float | None = Field(None, gt=0)
+    """Divides the teacher's logits; null for the rollout's temperature, as the student's."""
     alpha: float = Field(1e-3, ge=0)
     """Weight of the reference term."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
@@ -121,14 +133,26 @@ class ObjectiveConfig(Section):
     """Near on-policy, weight the distillation and reference terms by the detached ratio pi / pi_old."""
     aggregation: Literal["token-mean", "group-token-mean", "sequence-mean"] = "token-mean"
     """How per-token losses become one number; denominators are global."""
-    head_chunk_rows: int = Field(256, ge=1)
-    """Rows of logits that the output head holds at a time."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_teacher(cls, tree: Any) -> Any:
         """GRPO has no teacher: its beta is 0 unless stated, and `check` refuses it where it is stated otherwise."""
         return {"beta": 0.0, **tree} if isinstance(tree, dict) and tree.get("name") == "grpo" else tree
+
+
+class HeadConfig(Section):
+    """How the output head is computed. None of this changes what is computed, beyond rounding."""
+
+    schedule: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
+    """Make the logits once and keep the gradients of hidden rows and vocabulary matrix until the backward pass; or keep
+    next to nothing and make the logits again in it."""
+    chunk_rows: int | None = Field(None, ge=1)
+    """Rows whose logits are held at a time; null for what fits the free memory."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Elementwise work; auto is Triton where there is a GPU and Triton, else plain torch."""
+    main_grad: bool = True
+    """Add the vocabulary matrix's gradient to Megatron's float32 buffer, never rounding it to the weight's type."""
 
 
 class OptimizerConfig(Section):
@@ -186,6 +210,7 @@ class RunConfig(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -297,6 +322,8 @@ def check(config: RunConfig) -> None:
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence", True, "false where parallel.tensor is 1", "remove it")
+    if objective.divergence == "sampled_token" and objective.top_k:
+        raise ConfigError("objective.top_k", objective.top_k, "null with sampled_token", "remove it")
     if objective.name == "grpo" and objective.beta:
         raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
 

@@ -1,18 +1,20 @@
-"""What the rest of the package knows of the head.
+"""What the rest of the package, and other frameworks' plugins, know of the head.
 
-Shapes: T response tokens, G the rows among them with a teacher, V this rank's columns of the vocabulary, H hidden size.
+Shapes: T rows (response tokens), G the rows among them with a teacher, V this rank's columns of the vocabulary,
+H hidden size, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sdpg_megatron.errors import NumericsError
-from sdpg_megatron.head.chunked import ChunkedHead, ChunkedLogits, HeadPlan, token_terms
+from sdpg_megatron.head.autograd import GradInForward, OfLogits, Recompute, Terms, measure_terms
+from sdpg_megatron.head.options import HeadOptions
 from sdpg_megatron.head.shard import VocabShard
 
 
@@ -24,6 +26,8 @@ class TeacherRows:
     """Before the output layer, in any float type."""
     rows_G: Tensor
     """int64 [G]: the row in T of each, distinct, in any order."""
+    weight_VH: Tensor | None = None
+    """The teacher's own output matrix, sharded like the student's, of any hidden size. None for the student's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,18 @@ class HeadTerms:
     logprob_T: Tensor
     """log p(label)."""
     entropy_T: Tensor
-    divergence_T: Tensor | None
-    """KL(student || teacher) over the whole vocabulary; None where no teacher was given."""
+    divergence_T: Tensor | None = None
+    """Of the student from the teacher, 0 on rows without a teacher. None where no teacher was given."""
+    teacher_logprob_T: Tensor | None = None
+    """log q(label), likewise; it carries no gradient."""
+
+    def detached(self) -> HeadTerms:
+        divergence_T = None if self.divergence_T is None else self.divergence_T.detach()
+        return HeadTerms(self.logprob_T.detach(), self.entropy_T.detach(), divergence_T, self.teacher_logprob_T)
+
+
+RowLoss = Callable[[HeadTerms, Tensor], Tensor]
+"""(terms of C rows, int64 [C] which of the T rows they are) -> loss [C], each row's from its own terms alone."""
 
 
 def head_terms(
@@ -43,47 +57,63 @@ def head_terms(
     labels_T: Tensor,
     *,
     vocab: VocabShard,
-    temperature: float = 1.0,
     teacher: TeacherRows | None = None,
-    teacher_temperature: float | None = None,
-    chunk_rows: int = 256,
-    reduce_hidden_grad: bool = True,
+    options: HeadOptions | None = None,
 ) -> HeadTerms:
     """Log-prob, entropy and divergence of each row, differentiable in `hidden_TH` and `weight_VH`.
 
     A collective over `vocab.group`: all its ranks give the same rows, labels and options, and get the same bits. The
-    number of gathers follows from T alone, hence zero rows need none. The teacher gives no gradient, neither to
-    `hidden_TH` nor to `weight_VH`, though both distributions come from that matrix.
+    number of gathers follows from T and G alone, hence zero rows need none. The teacher gives no gradient, neither to
+    `hidden_TH` nor to `weight_VH`, though both distributions come from that matrix. The logits are made again in the
+    backward pass; `head_loss` can spare that.
 
     Args:
         hidden_TH: student's last hidden states, equal on all ranks of the group.
         weight_VH: this rank's rows of the output matrix, padding included.
         labels_T: int64, columns of the whole vocabulary.
         vocab: which columns `weight_VH` holds.
-        temperature: divides the student's logits.
         teacher: where a divergence is wanted.
-        teacher_temperature: divides the teacher's logits; the student's temperature where None.
-        chunk_rows: rows of logits held at a time.
-        reduce_hidden_grad: sum the gradient of `hidden_TH` over the group. Otherwise it is this shard's part and the
-            caller sums, as sequence parallelism does with its reduce-scatter.
 
     Raises:
         NumericsError: a term is not finite: a broken hidden state, a label outside the vocabulary, or a token that the
             student can produce and the teacher cannot. Names the first such row; all ranks of the group raise alike.
     """
-    plan = HeadPlan(
-        vocab=vocab,
-        temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        chunk_rows=chunk_rows,
-        reduce_hidden_grad=reduce_hidden_grad,
-    )
-    given = teacher or _no_teacher(hidden_TH)
-    logprob_T, entropy_T, divergence_T = ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        hidden_TH, weight_VH, labels_T, given.hidden_GH.detach(), given.rows_G, plan
-    )
-    _check_finite(labels_T, {"log-prob": logprob_T, "entropy": entropy_T, "divergence": divergence_T})
-    return HeadTerms(logprob_T, entropy_T, divergence_T if teacher else None)
+    options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
+    inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options)
+    return _named(Recompute.apply(*inputs), labels_T, teacher is not None)  # type: ignore[no-untyped-call]
+
+
+def head_loss(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    loss: RowLoss,
+    *,
+    vocab: VocabShard,
+    teacher: TeacherRows | None = None,
+    options: HeadOptions | None = None,
+) -> tuple[Tensor, HeadTerms]:
+    """Sum of a loss over all rows, differentiable in `hidden_TH` and `weight_VH`, and the terms, without a graph.
+
+    Arguments, gradients and errors are those of `head_terms`.
+
+    Args:
+        loss: of each row from its own terms; anything else that it reads is a constant. With `grad_in_forward` it is
+            called once for each chunk, while the logits are there, with "recompute" once for all rows.
+    """
+    options = options or HeadOptions()
+    if options.schedule == "recompute" or not torch.is_grad_enabled():
+        terms = head_terms(hidden_TH, weight_VH, labels_T, vocab=vocab, teacher=teacher, options=options)
+        every_T = torch.arange(labels_T.shape[0], device=labels_T.device)
+        return loss(terms, every_T).sum(), terms.detached()
+    taught = teacher is not None
+
+    def of_chunk(terms: Terms, at_C: Tensor) -> Tensor:
+        return loss(HeadTerms(*terms) if taught else HeadTerms(*terms[:2]), at_C)
+
+    inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options.sized(weight_VH))
+    loss_sum, *found = GradInForward.apply(*inputs, of_chunk)  # type: ignore[no-untyped-call]
+    return loss_sum, _named(found, labels_T, taught)
 
 
 @torch.no_grad()
@@ -93,20 +123,77 @@ def head_logprobs(
     labels_T: Tensor,
     *,
     vocab: VocabShard,
-    temperature: float = 1.0,
-    chunk_rows: int = 256,
+    options: HeadOptions | None = None,
 ) -> Tensor:
-    """`head_terms(...).logprob_T` without gradient and at less cost: one product and no entropy. Raises alike."""
-    plan = HeadPlan(vocab=vocab, temperature=temperature, teacher_temperature=temperature, chunk_rows=chunk_rows)
-    none = _no_teacher(hidden_TH)
-    logits = ChunkedLogits(hidden_TH, weight_VH, labels_T, none.hidden_GH, none.rows_G, plan)
-    logprob_T, _, _ = token_terms(logits.measure(entropy=False), none.rows_G, logits.dtype)
-    _check_finite(labels_T, {"log-prob": logprob_T})
-    return logprob_T
+    """``head_terms(...).logprob_T`` without a graph: one product. Raises alike."""
+    options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
+    return _named(
+        measure_terms(*_inputs(hidden_TH, weight_VH, labels_T, vocab, None, options)), labels_T, False
+    ).logprob_T
 
 
-def _no_teacher(hidden_TH: Tensor) -> TeacherRows:
-    return TeacherRows(hidden_TH.detach()[:0], torch.empty(0, dtype=torch.int64, device=hidden_TH.device))
+def logits_terms(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    *,
+    vocab: VocabShard,
+    teacher_GV: Tensor | None = None,
+    rows_G: Tensor | None = None,
+    options: HeadOptions | None = None,
+) -> HeadTerms:
+    """`head_terms` for a loop that has its logits already; differentiable in `logits_TV`, without a further collective.
+
+    A logit of -inf means a token that cannot be produced. Beside the logits and their gradient no tensor of their size
+    is made.
+
+    Args:
+        logits_TV: this rank's columns, padding included, before temperature.
+        vocab: which columns these are.
+        teacher_GV: the teacher's, for the rows `rows_G`; for all rows where that is None.
+
+    Raises:
+        NumericsError: as `head_terms`.
+    """
+    options = replace(options or HeadOptions(), schedule="recompute").sized(logits_TV.T)
+    order_T = None
+    if teacher_GV is not None and rows_G is not None:
+        order_T = _teacher_first(rows_G, labels_T.shape[0])
+    given_GV = logits_TV.detach()[:0] if teacher_GV is None else teacher_GV.detach()
+    found = OfLogits.apply(logits_TV, given_GV, labels_T, order_T, vocab, options)  # type: ignore[no-untyped-call]
+    return _named(found, labels_T, teacher_GV is not None)
+
+
+def _inputs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    vocab: VocabShard,
+    teacher: TeacherRows | None,
+    options: HeadOptions,
+) -> tuple[Tensor | VocabShard | HeadOptions | None, ...]:
+    """The arguments that the autograd functions share."""
+    if teacher is None:
+        return hidden_TH, weight_VH, hidden_TH.detach()[:0], None, labels_T, None, vocab, options
+    own_VH = None if teacher.weight_VH is None else teacher.weight_VH.detach()
+    teacher_GH = teacher.hidden_GH.detach().to((weight_VH if own_VH is None else own_VH).dtype)
+    order_T = _teacher_first(teacher.rows_G, labels_T.shape[0])
+    return hidden_TH, weight_VH, teacher_GH, own_VH, labels_T, order_T, vocab, options
+
+
+def _teacher_first(rows_G: Tensor, total: int) -> Tensor:
+    """All rows, int64 [T]: those with a teacher in their given order, then the others in theirs."""
+    taught_T = torch.zeros(total, dtype=torch.bool, device=rows_G.device).index_fill_(0, rows_G, True)
+    # A stable sort instead of nonzero(): the number of rows is known, and the device need not be waited for.
+    return torch.cat((rows_G, taught_T.to(torch.uint8).argsort(stable=True)[: total - rows_G.shape[0]]))
+
+
+def _named(terms: Sequence[Tensor], labels_T: Tensor, taught: bool) -> HeadTerms:
+    logprob_T, entropy_T, divergence_T, teacher_logprob_T = terms
+    found = {"log-prob": logprob_T, "entropy": entropy_T, "divergence": divergence_T}
+    _check_finite(labels_T, found)
+    return (
+        HeadTerms(logprob_T, entropy_T, divergence_T, teacher_logprob_T) if taught else HeadTerms(logprob_T, entropy_T)
+    )
 
 
 def _check_finite(labels_T: Tensor, terms: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,6 @@
 """The forward step: what any loop hands to Megatron's ``get_forward_backward_func()``.
 
-Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, G rows with an open gate,
-V padded vocabulary.
+Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, C some of them.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from sdpg_megatron.head import HeadTerms, TeacherRows, VocabShard, head_logprobs, head_terms
-from sdpg_megatron.mcore.model import output_weight
+from sdpg_megatron.head import HeadTerms, TeacherRows
+from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
@@ -70,47 +68,6 @@ def rows(hidden_BSH: Tensor, batch: SequenceBatch) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """How hidden rows become log-probs: everything about the output head but the weights."""
-
-    vocab_size: int
-    """Columns that count; Megatron's padding above them does not."""
-    tensor_group: ProcessGroup
-    temperature: float = 1.0
-    chunk_rows: int = 256
-
-    def terms(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher: TeacherRows | None) -> HeadTerms:
-        """Log-prob, entropy and, with a teacher, divergence per row. See `sdpg_megatron.head.head_terms`."""
-        weight_VH = output_weight(model)
-        (gpt,) = unwrap_model([model])
-        return head_terms(
-            hidden_TH.to(weight_VH.dtype),  # Megatron's 16-bit wrapper hands out float32
-            weight_VH,
-            labels_T,
-            vocab=self._shard(weight_VH),
-            temperature=self.temperature,
-            teacher=teacher,
-            chunk_rows=self.chunk_rows,
-            reduce_hidden_grad=not gpt.output_layer.sequence_parallel,
-        )
-
-    def logprobs(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
-        """Log-probs alone, without gradient. See `sdpg_megatron.head.head_logprobs`."""
-        weight_VH = output_weight(model)
-        return head_logprobs(
-            hidden_TH.to(weight_VH.dtype),
-            weight_VH,
-            labels_T,
-            vocab=self._shard(weight_VH),
-            temperature=self.temperature,
-            chunk_rows=self.chunk_rows,
-        )
-
-    def _shard(self, weight_VH: Tensor) -> VocabShard:
-        return VocabShard(self.tensor_group.rank() * weight_VH.shape[0], self.vocab_size, self.tensor_group)
-
-
-@dataclass(frozen=True, slots=True)
 class ForwardStep:
     """A forward step function for one optimiser step: ``forward_step(data_iterator, model) -> (hidden, loss_func)``.
 
@@ -130,10 +87,13 @@ class ForwardStep:
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""
         teacher = None if batch.teacher_hidden_GH is None else TeacherRows(batch.teacher_hidden_GH, batch.gated_rows_G)
-        head = self.head.terms(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher)
-        terms = token_terms(batch, head)
-        loss = self.objective.loss(terms, self.context)
-        loss_sum = (loss.loss_T * batch.weights_T).sum()
+
+        def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
+            return self.objective.loss(token_terms(batch, terms, at_C), self.context).loss_T * batch.weights_T[at_C]
+
+        loss_sum, head = self.head.loss(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher, row_loss)
+        terms = token_terms(batch, head, slice(None))
+        loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         metrics = {
             "train/loss": TokenMetric(loss.loss_T * batch.weights_T),
             "train/entropy": TokenMetric(head.entropy_T),
@@ -144,16 +104,16 @@ class ForwardStep:
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 
 
-def token_terms(batch: MicroBatch, head: HeadTerms) -> TokenTerms:
-    """Join what the passes prepared with what the head computed."""
-    old_T = batch.old_logprobs_T
+def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> TokenTerms:
+    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens."""
+    old_T, reference_T = batch.old_logprobs_T, batch.reference_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
         divergence_T=head.divergence_T,
-        old_logprob_T=head.logprob_T.detach() if old_T is None else old_T,
-        reference_logprob_T=batch.reference_logprobs_T,
-        advantage_T=batch.advantages_T,
-        gate_T=batch.gates_T,
+        old_logprob_T=head.logprob_T.detach() if old_T is None else old_T[at],
+        reference_logprob_T=None if reference_T is None else reference_T[at],
+        advantage_T=batch.advantages_T[at],
+        gate_T=batch.gates_T[at],
     )
 
 

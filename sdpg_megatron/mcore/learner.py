@@ -16,7 +16,8 @@ from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import NumericsError
 from sdpg_megatron.mcore import device, passes
-from sdpg_megatron.mcore.forward_step import ForwardStep, Head
+from sdpg_megatron.mcore.forward_step import ForwardStep
+from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
 from sdpg_megatron.mcore.parallel import Ranks
@@ -38,12 +39,7 @@ class Learner:
         self.chunks = wrap(chunks, config.optimizer)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
-        self.head = Head(
-            vocab_size=self.arch.vocab_size,
-            tensor_group=ranks.tensor_group,
-            temperature=config.rollout.temperature,
-            chunk_rows=config.objective.head_chunk_rows,
-        )
+        self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         # The reference is the model that the run starts from: a resumed run reads it from the same folder.
         self._reference = passes.FrozenWeights(self.chunks) if config.objective.alpha else None
 

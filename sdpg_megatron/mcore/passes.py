@@ -16,7 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from sdpg_megatron.mcore.forward_step import Head, last_hidden, rows
+from sdpg_megatron.mcore.forward_step import last_hidden, rows
+from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.records import MicroBatch
 
 

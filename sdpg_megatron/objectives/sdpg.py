@@ -38,9 +38,20 @@ class SDPG:
         if not beta:
             return TokenLoss(loss.loss_T, metrics)
         divergence_T = _divergence(terms)
-        metrics["distill/kl"] = TokenMetric(divergence_T.detach(), mask_T=terms.gate_T > 0)
+        gated_T = terms.gate_T > 0
+        metrics["distill/kl"] = TokenMetric(divergence_T.detach(), mask_T=gated_T)
+        if self.config.divergence_clip is not None:
+            clipped_T = divergence_T.detach().abs() > self.config.divergence_clip
+            metrics["distill/clip_fraction"] = TokenMetric(clipped_T.float(), mask_T=gated_T)
+            divergence_T = clip(divergence_T, self.config.divergence_clip)
         weight_T = beta * context.distill_scale * regularizer_weight(terms, self.config) * terms.gate_T
         return TokenLoss(loss.loss_T + weight_T * divergence_T, metrics)
+
+
+def clip(divergence_T: Tensor, bound: float) -> Tensor:
+    """A divergence of at most `bound` in size. Beyond, its gradient is scaled by bound / divergence, not cut to 0."""
+    size_T = divergence_T.detach().abs()
+    return divergence_T * (bound / size_T.clamp(min=bound))
 
 
 def _divergence(terms: TokenTerms) -> Tensor:

@@ -26,9 +26,15 @@ class Sample:
     response: tuple[int, ...]
     logprobs: tuple[float, ...]
     advantage: float
-    gate: bool
+    gates: tuple[bool, ...]
+    """Which response tokens the distillation term counts."""
     weight: float
     """Loss weight of each of its tokens."""
+
+    @property
+    def gate(self) -> bool:
+        """It needs the teacher."""
+        return any(self.gates)
 
     @property
     def cost(self) -> int:
@@ -50,8 +56,11 @@ class StepBatch:
         return replace(self, micro_batches=micro_batches)
 
 
-def make_samples(groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, distill: bool) -> list[Sample]:
+def make_samples(
+    groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, distill: bool, stop_ids: Sequence[int] = ()
+) -> list[Sample]:
     """Flatten groups, with gates (all closed unless the step distils) and aggregation weights over the whole step."""
+    undistilled = frozenset[int]() if config.distill_stop_tokens else frozenset(stop_ids)
     lengths = [len(c.tokens) for scored in groups for c in scored.group.completions]
     group_ids = [number for number, scored in enumerate(groups) for _ in scored.group.completions]
     weights = iter(sequence_weights(lengths, group_ids, config.aggregation))
@@ -62,7 +71,10 @@ def make_samples(groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, dist
             response=completion.tokens,
             logprobs=completion.logprobs,
             advantage=advantage,
-            gate=distill and (advantage > 0 or not config.gate),
+            gates=tuple(
+                distill and (advantage > 0 or not config.gate) and token not in undistilled
+                for token in completion.tokens
+            ),
             weight=next(weights),
         )
         for scored in groups
@@ -98,7 +110,7 @@ def build_step(
     parts = [mine[len(mine) * i // count : len(mine) * (i + 1) // count] for i in range(count)]
     return StepBatch(
         micro_batches=[collate(part, length_multiple).to(device) for part in parts],
-        distill_scale=_weight(samples) / gated if (gated := _weight([s for s in samples if s.gate])) else 1.0,
+        distill_scale=_weight(samples) / gated if (gated := _gated_weight(samples)) else 1.0,
     )
 
 
@@ -114,6 +126,10 @@ def with_gradient(samples: Sequence[Sample]) -> list[Sample]:
 
 def _weight(samples: Sequence[Sample]) -> float:
     return sum(sample.weight * len(sample.response) for sample in samples)
+
+
+def _gated_weight(samples: Sequence[Sample]) -> float:
+    return sum(sample.weight * sum(sample.gates) for sample in samples)
 
 
 def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
@@ -132,10 +148,10 @@ def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 def collate(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
     """Pad samples into a micro-batch; no samples make one that contributes nothing."""
     gated = [sample for sample in samples if sample.gate]
-    gates_T = _per_token(samples, [float(sample.gate) for sample in samples])
+    gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
     batch = MicroBatch(
-        student=_pad([(s.student_prompt, s.response) for s in samples], length_multiple),
-        teacher=_pad([(s.teacher_prompt, s.response) for s in gated], length_multiple) if gated else None,
+        student=_pad([(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], length_multiple),
+        teacher=_pad([(s.teacher_prompt, s.response, s.gates) for s in gated], length_multiple) if gated else None,
         gated_rows_G=gates_T.nonzero().squeeze(1),
         labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64),
         advantages_T=_per_token(samples, [s.advantage for s in samples]),
@@ -152,14 +168,16 @@ def _per_token(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
 
 
-def _pad(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], length_multiple: int) -> SequenceBatch:
-    """Right-pad prompt + response, and mark the positions that predict the response tokens."""
-    longest = max((len(prompt) + len(response) for prompt, response in pairs), default=1)
+def _pad(
+    sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]], length_multiple: int
+) -> SequenceBatch:
+    """Right-pad prompt + response, and mark the positions that predict those response tokens which are asked for."""
+    longest = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=1)
     width = -(-longest // length_multiple) * length_multiple
-    tokens_BS = torch.zeros(max(len(pairs), 1), width, dtype=torch.int64)
+    tokens_BS = torch.zeros(max(len(sequences), 1), width, dtype=torch.int64)
     rows: list[int] = []
-    for b, (prompt, response) in enumerate(pairs):
+    for b, (prompt, response, asked) in enumerate(sequences):
         tokens_BS[b, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first = b * width + len(prompt) - 1
-        rows.extend(range(first, first + len(response)))
+        rows.extend(first + i for i, wanted in enumerate(asked) if wanted)
     return SequenceBatch(tokens_BS, torch.tensor(rows, dtype=torch.int64))

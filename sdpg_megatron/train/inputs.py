@@ -23,6 +23,8 @@ class Inputs:
     tokenizer: Any
     prompts: PromptDataset
     held_out: PromptDataset | None
+    stop_ids: tuple[int, ...]
+    """Tokens that end a response."""
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -37,7 +39,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     check_parallel(arch, config.parallel)
     check_lengths(arch, config)
     load_verifier(config.reward.verifier)
-    stop_ids(config.model.path)
+    stops = stop_ids(config.model.path)
     tokenizer = _tokenizer(config)
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -48,6 +50,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         tokenizer=tokenizer,
         prompts=PromptDataset.load(config.data, config.data.train, tokenizer),
         held_out=PromptDataset.load(config.data, config.data.eval, tokenizer) if config.data.eval else None,
+        stop_ids=stops,
     )
 
 

@@ -175,7 +175,7 @@ class Trainer:
         """Build one mini-batch, with what has to be computed before the rollout's weights change."""
         needs = self.objective.needs(context)
         batch = build_step(
-            make_samples(groups, self.config.objective, distill=needs.teacher),
+            make_samples(groups, self.config.objective, distill=needs.teacher, stop_ids=self.inputs.stop_ids),
             regularized=needs.reference,
             micro_batch_size=self.config.optimizer.micro_batch_size,
             data_rank=self.ranks.data,

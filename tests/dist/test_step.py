@@ -29,7 +29,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro_batches_of_3": (1, {"optimizer.micro_batch_size": 3}),
     "one_micro_batch": (1, {"optimizer.micro_batch_size": 64}),
     "recompute": (1, {"model.recompute": True}),
-    "small_head_chunks": (1, {"objective.head_chunk_rows": 3}),
+    "small_head_chunks": (1, {"head.chunk_rows": 3}),
+    "head_recompute": (1, {"head.schedule": "recompute"}),
+    "head_without_main_grad": (1, {"head.main_grad": False}),
+    "tp2_sp_head_recompute": (2, {"parallel.tensor": 2, "parallel.sequence": True, "head.schedule": "recompute"}),
+    "tp2_pp2_head_without_main_grad": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "head.main_grad": False}),
 }
 
 

@@ -23,7 +23,7 @@ def sample(prompt: int, response: int, *, teacher: int = 9, gate: bool = False, 
         response=tuple(range(300, 300 + response)),
         logprobs=tuple(-0.5 for _ in range(response)),
         advantage=1.0 if gate else -1.0,
-        gate=gate,
+        gates=(gate,) * response,
         weight=weight,
     )
 
@@ -118,6 +118,87 @@ def test_the_gate_opens_for_positive_advantages_alone() -> None:
     assert [s.gate for s in make_samples(groups, ObjectiveConfig(), distill=True)] == [True, False, False, False]
     assert all(s.gate for s in make_samples(groups, ObjectiveConfig(gate=False), distill=True))
     assert not any(s.gate for s in make_samples(groups, ObjectiveConfig(), distill=False))
+
+
+STOP, OTHER_STOP = 50, 51
+
+
+def stopping(rewards: list[float], responses: list[tuple[int, ...]]) -> ScoredGroup:
+    """A group of given responses."""
+    scored = group(rewards, [len(tokens) for tokens in responses])
+    completions = tuple(
+        dataclasses.replace(completion, tokens=tokens)
+        for completion, tokens in zip(scored.group.completions, responses, strict=True)
+    )
+    return dataclasses.replace(scored, group=Group(scored.group.prompt, completions))
+
+
+RESPONSES: list[tuple[int, ...]] = [(7, STOP, 8, OTHER_STOP), (7, 8, STOP), (STOP,), (9,)]
+REWARDS = [1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("distil_stops", "stop_ids", "expected"),
+    [
+        (True, (STOP, OTHER_STOP), [[1, 1, 1, 1], [0, 0, 0], [1], [1]]),
+        (False, (STOP, OTHER_STOP), [[1, 0, 1, 0], [0, 0, 0], [0], [1]]),
+        (False, (OTHER_STOP,), [[1, 1, 1, 0], [0, 0, 0], [1], [1]]),
+        (False, (), [[1, 1, 1, 1], [0, 0, 0], [1], [1]]),
+    ],
+)
+def test_stop_tokens_need_not_be_distilled(
+    distil_stops: bool, stop_ids: tuple[int, ...], expected: list[list[int]]
+) -> None:
+    groups = [stopping(REWARDS, RESPONSES)]
+    config = ObjectiveConfig(distill_stop_tokens=distil_stops)
+    samples = make_samples(groups, config, distill=True, stop_ids=stop_ids)
+    assert [list(map(int, s.gates)) for s in samples] == expected
+    # A response without anything to distil needs no teacher.
+    assert [s.gate for s in samples] == [any(gates) for gates in expected]
+    closed = make_samples(groups, config, distill=False, stop_ids=stop_ids)
+    assert not any(gate for s in closed for gate in s.gates)
+
+
+def test_stop_tokens_are_left_out_of_the_teachers_rows_and_stay_in_the_loss() -> None:
+    groups = [stopping(REWARDS, RESPONSES)]
+    config = ObjectiveConfig(distill_stop_tokens=False)
+    batch = collate(make_samples(groups, config, distill=True, stop_ids=(STOP, OTHER_STOP)), 1)
+    assert batch.labels_T.tolist() == [token for tokens in RESPONSES for token in tokens]
+    assert batch.gates_T.tolist() == [1, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert batch.gated_rows_G.tolist() == [0, 2, 8]
+    assert batch.weights_T.min() > 0 and batch.num_tokens == 9
+    # The teacher reads whole responses, those with a gate alone, and hands over a row for each gate.
+    assert batch.teacher is not None and batch.teacher.tokens_BS.shape[0] == 2
+    assert batch.teacher.tokens_BS[0].tolist() == [3, 4, 5, 7, STOP, 8, OTHER_STOP]
+    following = batch.teacher.tokens_BS.flatten()[batch.teacher.rows_T + 1]
+    assert following.tolist() == batch.labels_T[batch.gated_rows_G].tolist() == [7, 8, 9]
+    assert batch.student.rows_T.numel() == 9
+
+
+def test_a_micro_batch_whose_open_gates_are_all_stop_tokens_has_no_teacher() -> None:
+    groups = [stopping([1.0, 0.0], [(STOP,), (8, 9)])]
+    samples = make_samples(groups, ObjectiveConfig(distill_stop_tokens=False), distill=True, stop_ids=(STOP,))
+    batch = collate(samples, 1)
+    assert batch.teacher is None and batch.gated_rows_G.numel() == 0
+
+
+def test_distill_scale_counts_gated_tokens_alone() -> None:
+    """9 tokens in all; 6 of responses with a positive advantage, 3 of which are stop tokens."""
+    groups = [stopping(REWARDS, RESPONSES)]
+    scales = {}
+    for distil_stops in (True, False):
+        config = ObjectiveConfig(distill_stop_tokens=distil_stops)
+        scales[distil_stops] = step_of(make_samples(groups, config, distill=True, stop_ids=(STOP, OTHER_STOP)))
+    assert scales[True].distill_scale == pytest.approx(9 / 6)
+    assert scales[False].distill_scale == pytest.approx(9 / 3)
+
+
+def test_distill_scale_weighs_gated_tokens_as_the_loss_does() -> None:
+    samples = [
+        dataclasses.replace(sample(2, 3, weight=2.0), gates=(True, False, True)),
+        dataclasses.replace(sample(2, 4, weight=0.5), gates=(False, False, False, True)),
+    ]
+    assert step_of(samples).distill_scale == pytest.approx((3 * 2 + 4 * 0.5) / (2 * 2 + 0.5))
 
 
 def test_weights_follow_the_aggregation_over_the_whole_step() -> None:

@@ -1,4 +1,4 @@
-"""The head on one rank against its dense float64 twin."""
+"""The head on one rank against its dense float64 twin: all ways to ask for its terms, all divergences."""
 
 from __future__ import annotations
 
@@ -7,222 +7,355 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from sdpg_megatron.errors import NumericsError
-from sdpg_megatron.head import HeadTerms, TeacherRows, VocabShard, head_logprobs, head_terms
-from tests.head_twin import Problem, dense_gradients, dense_terms, make_problem
+from sdpg_megatron.head import HeadOptions, HeadTerms, VocabShard, head_logprobs, head_terms, logits_terms
+from tests.head_twin import (
+    DIVERGENCES,
+    WAYS,
+    Problem,
+    ask,
+    assert_answers,
+    dense,
+    dense_of_logits,
+    logits_problem,
+    make_problem,
+    options_of,
+    package,
+)
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 SINGLE = {"rtol": 2e-5, "atol": 2e-5}
+TEMPERATURES = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 0.6, "teacher_temperature": 1.5},
+    {"teacher_temperature": 1.5},
+]
+
+ways = pytest.mark.parametrize("way", WAYS)
+names = pytest.mark.parametrize("name", DIVERGENCES)
 
 
-def run(problem: Problem, **options: Any) -> HeadTerms:
-    return head_terms(
-        problem.hidden_TH,
-        problem.weight_VH,
-        problem.labels_T,
-        vocab=VocabShard(0, problem.valid, None),
-        teacher=TeacherRows(problem.teacher_GH, problem.rows_G),
-        **{"chunk_rows": 4, **options},
+@ways
+@names
+@pytest.mark.parametrize("temperatures", TEMPERATURES)
+def test_answers_are_the_twins(way: str, name: str, temperatures: dict[str, float]) -> None:
+    """With all terms in the loss, and with each alone."""
+    problem = make_problem(divergence=DIVERGENCES[name], **temperatures)
+    for asked in (problem, *map(problem.alone, range(3))):
+        assert_answers(package(way, asked), dense(asked), **EXACT)
+
+
+@ways
+@names
+def test_a_teacher_with_a_matrix_of_its_own(way: str, name: str) -> None:
+    problem = make_problem(teacher_hidden=4, divergence=DIVERGENCES[name], temperature=0.6, teacher_temperature=1.5)
+    assert_answers(package(way, problem), dense(problem), **EXACT)
+
+
+@ways
+@names
+def test_sizes_of_chunks_and_tiles_change_nothing(way: str, name: str) -> None:
+    """11 rows, 5 of them with a teacher, and 21 columns: few of these sizes divide them."""
+    problem = make_problem(divergence=DIVERGENCES[name], temperature=0.6)
+    expected = dense(problem)
+    for rows, columns in ((1, 1), (4, 21), (3, 8), (11, 2), (256, 7), (2, 4096), (None, None)):
+        assert_answers(package(way, problem, chunk_rows=rows, tile_columns=columns), expected, **EXACT)
+
+
+# --- finite differences: the teacher has a matrix of its own, so that nudging the student's leaves it alone
+
+
+def small_problem(name: str) -> Problem:
+    return make_problem(
+        rows=4, columns=7, valid=6, hidden=3, gated=2, teacher_hidden=2, divergence=DIVERGENCES[name], temperature=0.7
     )
 
 
-def values(terms: HeadTerms) -> list[Tensor]:
-    assert terms.divergence_T is not None
-    return [terms.logprob_T, terms.entropy_T, terms.divergence_T]
+DIFFERENTIABLE = [name for name in DIVERGENCES if name != "sampled_token"]
+"""The gradient of the sampled token's is not that of its value."""
 
 
-def gradients(problem: Problem, weights_3: list[float], **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = replace(
-        problem,
-        hidden_TH=problem.hidden_TH.clone().requires_grad_(),
-        weight_VH=problem.weight_VH.clone().requires_grad_(),
-    )
-    # A term of weight 0 stays out of the graph, so that nothing comes back for it.
-    parts = [
-        weight * (grad_T * term_T).sum()
-        for weight, grad_T, term_T in zip(weights_3, leaf.upstream_3T, values(run(leaf, **options)), strict=True)
-        if weight
-    ]
-    return torch.autograd.grad(torch.stack(parts).sum(), (leaf.hidden_TH, leaf.weight_VH))
+@pytest.mark.parametrize("way", ["terms", "logits"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck_of_every_term(way: str, name: str) -> None:
+    problem = small_problem(name)
+
+    def terms(hidden_TH: Tensor, weight_VH: Tensor) -> tuple[Tensor | None, ...]:
+        found, _ = ask(way, replace(problem, hidden_TH=hidden_TH, weight_VH=weight_VH), chunk_rows=3, tile_columns=4)
+        return found.logprob_T, found.entropy_T, found.divergence_T
+
+    leaves = problem.hidden_TH.requires_grad_(), problem.weight_VH.requires_grad_()
+    assert torch.autograd.gradcheck(terms, leaves)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 11, 256])
-@pytest.mark.parametrize("temperatures", [{}, {"temperature": 0.6}, {"temperature": 0.6, "teacher_temperature": 1.5}])
-def test_values_equal_the_dense_twin(chunk_rows: int, temperatures: dict[str, float]) -> None:
-    problem = make_problem()
-    for found, expected in zip(
-        values(run(problem, chunk_rows=chunk_rows, **temperatures)), dense_terms(problem, **temperatures), strict=True
-    ):
-        assert_close(found, expected, **EXACT)
+@ways
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_slopes_of_a_loss(way: str, name: str) -> None:
+    """Along random directions, since `gradcheck` runs each graph twice, which one schedule does not allow."""
+    problem = small_problem(name)
+    generator = torch.Generator().manual_seed(1)
+    for asked in (problem, *map(problem.alone, range(3))):
+        answer = package(way, asked)
+        for field, gradient in (("hidden_TH", answer.hidden_grad_TH), ("weight_VH", answer.weight_grad_VH)):
+            base = getattr(asked, field)
+            step = 1e-5 * torch.randn(base.shape, generator=generator, dtype=base.dtype)
+            above, below = (package(way, replace(asked, **{field: base + s * step})).loss for s in (1, -1))
+            assert_close((gradient * step).sum(), (above - below) / 2, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("weights_3", [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.7, -0.3, 1.9]])
-@pytest.mark.parametrize("temperatures", [{}, {"temperature": 0.6}, {"temperature": 0.6, "teacher_temperature": 1.5}])
-def test_gradients_equal_the_dense_twin(weights_3: list[float], temperatures: dict[str, float]) -> None:
-    problem = make_problem()
-    found = gradients(problem, weights_3, **temperatures)
-    expected = dense_gradients(problem, weights_3, **temperatures)
-    assert_close(found[0], expected[0], **EXACT)
-    assert_close(found[1], expected[1], **EXACT)
+# --- the teacher
 
 
-def test_gradcheck() -> None:
-    problem = make_problem(rows=4, columns=7, valid=6, hidden=3, gated=2)
-    labels_T, vocab = problem.labels_T, VocabShard(0, 6, None)
+@ways
+@names
+def test_the_teacher_gets_no_gradient_though_its_matrix_is_the_students(way: str, name: str) -> None:
+    """One matrix embeds the inputs of both and puts out both: its gradient is the student's alone."""
+    problem = make_problem(divergence=DIVERGENCES[name], temperature=0.6)
+    tokens_T = torch.randint(0, problem.valid, (11,), generator=torch.Generator().manual_seed(3))
+    weight_VH = problem.weight_VH.clone().requires_grad_()
+    teacher_GH = weight_VH[tokens_T[problem.rows_G]].sin()
+    teacher_GH.retain_grad()
+    tied = replace(problem, weight_VH=weight_VH, hidden_TH=weight_VH[tokens_T].tanh(), teacher_GH=teacher_GH)
+    terms, loss = ask(way, tied)
+    loss.backward()
+    assert teacher_GH.grad is None
+    assert terms.teacher_logprob_T is not None and not terms.teacher_logprob_T.requires_grad
 
-    # The divergence is left out: its gradient in the matrix excludes the teacher's use of it.
-    def terms(hidden_TH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
-        out = head_terms(hidden_TH, weight_VH, labels_T, vocab=vocab, temperature=0.7, chunk_rows=3)
-        return out.logprob_T, out.entropy_T
-
-    def divergence(hidden_TH: Tensor) -> Tensor:
-        return values(run(replace(problem, hidden_TH=hidden_TH), temperature=0.7))[2]
-
-    hidden_TH = problem.hidden_TH.clone().requires_grad_()
-    assert torch.autograd.gradcheck(terms, (hidden_TH, problem.weight_VH.clone().requires_grad_()))
-    assert torch.autograd.gradcheck(divergence, (hidden_TH,))
+    alone = problem.weight_VH.clone().requires_grad_()
+    exact = replace(problem, weight_VH=alone, teacher_GH=teacher_GH.detach())
+    logits_TV = alone[tokens_T].tanh() @ alone[: problem.valid].T
+    assert_close(weight_VH.grad, dense_of_logits(exact, logits_TV, (alone, alone)).weight_grad_VH, **EXACT)
 
 
+@pytest.mark.parametrize("way", ["terms", "recompute", "grad_in_forward"])
+def test_a_teachers_own_matrix_gets_no_gradient(way: str) -> None:
+    problem = make_problem(teacher_hidden=4)
+    own_VH = problem.teacher_weight_VH
+    assert own_VH is not None
+    leaf = replace(problem, teacher_weight_VH=own_VH.requires_grad_(), hidden_TH=problem.hidden_TH.requires_grad_())
+    _, loss = ask(way, leaf)
+    loss.backward()
+    assert own_VH.grad is None and leaf.hidden_TH.grad is not None
+
+
+@ways
+@pytest.mark.parametrize("rows_G", [[], [10], [0, 1, 2], [10, 9, 8], [7, 0, 3, 10], list(range(10, -1, -1))])
+def test_teachers_on_any_rows_in_any_order(way: str, rows_G: list[int]) -> None:
+    problem = make_problem(gated=len(rows_G))
+    holed = replace(problem, rows_G=torch.tensor(rows_G, dtype=torch.int64))
+    found = package(way, holed)
+    assert_answers(found, dense(holed), **EXACT)
+    without = [row for row in range(11) if row not in rows_G]
+    assert found.terms_4T[2:, without].eq(0).all()
+
+
+# --- types
+
+
+@ways
+@names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_inputs_accumulate_in_float32(dtype: torch.dtype) -> None:
+def test_narrow_inputs_accumulate_in_float32(way: str, name: str, dtype: torch.dtype) -> None:
     """Against float64 of the same values. bfloat16 gradients are rounded once, when they are handed back."""
-    narrow = make_problem(rows=40, columns=1000, valid=990, hidden=64, gated=30).to(dtype)
-    wide = narrow.to(torch.float64)
-    for found, expected in zip(values(run(narrow)), dense_terms(wide), strict=True):
-        assert found.dtype == torch.float32
-        assert_close(found.double(), expected, **SINGLE)
+    problem = make_problem(rows=40, columns=1000, valid=990, hidden=64, gated=30, divergence=DIVERGENCES[name])
+    if way == "logits":
+        logits_TV = (problem.hidden_TH @ problem.weight_VH[:990].T).to(dtype)
+        teacher_GV = (problem.teacher_GH @ problem.weight_VH[:990].T).to(dtype)
+        # Logits rounded to 8 bits are often equal, and then which of them is among the top k is anyone's guess.
+        spread_V = torch.linspace(0, 3, 990).to(dtype)[torch.randperm(990, generator=torch.Generator().manual_seed(2))]
+        students_TV = spread_V.expand_as(logits_TV) if name.startswith("top3") else logits_TV
+        every = logits_problem(students_TV, teacher_GV, problem.labels_T, divergence=problem.divergence)
+        problem = replace(every, rows_G=problem.rows_G, upstream_3T=problem.upstream_3T)
+    narrow = problem.to(dtype)
+    expected = dense(narrow)
+    found = package(way, narrow, chunk_rows=16, tile_columns=333)
+    assert found.terms_4T.dtype == found.loss.dtype == torch.float32
+    assert found.hidden_grad_TH.dtype == found.weight_grad_VH.dtype == dtype
+    assert_close(found.terms_4T.double(), expected.terms_4T, **SINGLE)
     rounding = {"rtol": 2**-8, "atol": 1e-4} if dtype == torch.bfloat16 else SINGLE
-    for found, expected in zip(gradients(narrow, [1.0, 0.5, 1.0]), dense_gradients(wide, [1.0, 0.5, 1.0]), strict=True):
-        assert found.dtype == dtype
-        assert_close(found.double(), expected, **rounding)
+    assert_close(found.hidden_grad_TH.double(), expected.hidden_grad_TH, **rounding)
+    if way != "logits":  # the identity matrix of that case is the test's own
+        assert_close(found.weight_grad_VH.double(), expected.weight_grad_VH, **rounding)
 
 
+# --- padding and rows that do not count
+
+
+@ways
+@names
 @pytest.mark.parametrize("padding", [0.0, 1e4, torch.nan])
-def test_padding_never_counts(padding: float) -> None:
+def test_padding_never_counts(way: str, name: str, padding: float) -> None:
+    problem = make_problem(divergence=DIVERGENCES[name])
+    found = package(way, problem.padded(padding))
+    assert_answers(found, dense(problem), **EXACT)
+    assert found.weight_grad_VH[problem.valid :].eq(0).all()
+
+
+@ways
+def test_padding_of_a_teachers_own_matrix_never_counts(way: str) -> None:
+    problem = make_problem(teacher_hidden=4)
+    assert problem.teacher_weight_VH is not None
+    padded_VH = problem.teacher_weight_VH.clone()
+    padded_VH[problem.valid :] = torch.nan
+    assert_answers(package(way, replace(problem, teacher_weight_VH=padded_VH)), dense(problem), **EXACT)
+
+
+@ways
+@names
+def test_an_empty_response_gives_connected_zero_gradients(way: str, name: str) -> None:
+    found = package(way, make_problem(rows=0, gated=0, divergence=DIVERGENCES[name]))
+    assert found.terms_4T.shape == (4, 0)
+    assert found.loss == 0
+    assert found.hidden_grad_TH.shape == (0, 6)
+    assert found.weight_grad_VH.shape == (24, 6) and found.weight_grad_VH.eq(0).all()
+
+
+@ways
+@names
+@pytest.mark.parametrize("gated", [0, 1])
+def test_a_single_token(way: str, name: str, gated: int) -> None:
+    problem = make_problem(rows=1, gated=gated, divergence=DIVERGENCES[name])
+    assert_answers(package(way, problem), dense(problem), **EXACT)
+
+
+@ways
+@names
+def test_a_vocabulary_of_one_token(way: str, name: str) -> None:
+    problem = make_problem(columns=3, valid=1, divergence=DIVERGENCES[name])
+    found = package(way, problem)
+    assert found.terms_4T.abs().max() <= 1e-6 and found.hidden_grad_TH.abs().max() <= 1e-6
+
+
+@ways
+def test_a_masked_micro_batch_gives_zeros(way: str) -> None:
     problem = make_problem()
-    problem.weight_VH[problem.valid :] = padding
-    for found, expected in zip(values(run(problem)), dense_terms(problem), strict=True):
-        assert_close(found, expected, **EXACT)
-    _, weight_grad_VH = gradients(problem, [1.0, 1.0, 1.0])
-    assert weight_grad_VH[problem.valid :].eq(0).all()
-    assert_close(weight_grad_VH, dense_gradients(make_problem(), [1.0, 1.0, 1.0])[1], **EXACT)
+    found = package(way, replace(problem, upstream_3T=torch.zeros(3, 11, dtype=torch.float64)))
+    assert found.loss == 0
+    assert found.hidden_grad_TH.eq(0).all() and found.weight_grad_VH.eq(0).all()
 
 
-def logits_problem(student_TV: Tensor, teacher_TV: Tensor, labels_T: Tensor) -> Problem:
-    """A problem with the given logits: the matrix is the identity."""
-    rows, columns = student_TV.shape
-    upstream_3T = torch.ones(3, rows, dtype=student_TV.dtype)
-    eye_VH = torch.eye(columns, dtype=student_TV.dtype)
-    return Problem(student_TV, eye_VH, labels_T, teacher_TV, torch.arange(rows), columns, upstream_3T)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_extreme_logits_in_float32(offset: float) -> None:
-    """Gaps of 1e4 and common offsets of 1e4; all inputs are exact in float32."""
-    student_TV = torch.tensor([[1e4, -1e4, 0.0, 1.0], [3.0, 2.0, 1.0, 0.5], [0.0, -1e4, -1e4, -1e4]]) + offset
-    teacher_TV = torch.tensor([[2.0, 1e4, 0.0, 1.0], [1.0, 1e4, 0.0, -4.0], [0.0, -1e4, -1e4, -1e4]]) - offset
-    problem = logits_problem(student_TV, teacher_TV, torch.tensor([1, 2, 0]))
-    for found, expected in zip(values(run(problem)), dense_terms(problem), strict=True):
-        assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
-    for found, expected in zip(
-        gradients(problem, [1.0, 1.0, 1.0]), dense_gradients(problem, [1.0, 1.0, 1.0]), strict=True
-    ):
-        assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_same_distribution_has_no_divergence() -> None:
-    problem = make_problem(gated=11).to(torch.float32)
-    same = replace(problem, teacher_GH=problem.hidden_TH[problem.rows_G])
-    divergence_T = values(run(same))[2]
-    assert divergence_T.abs().max() <= 1e-6
-    for gradient in gradients(same, [0, 0, 1.0]):
-        assert gradient.abs().max() <= 1e-5
-
-
-def test_divergence_is_not_negative_near_zero() -> None:
-    problem = make_problem(rows=200, columns=4000, valid=4000, hidden=32, gated=200).to(torch.float32)
-    noise_GH = 1e-4 * torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
-    near = replace(problem, teacher_GH=problem.hidden_TH[problem.rows_G] + noise_GH)
-    assert values(run(near))[2].min() >= -1e-6
-
-
-def infinite_problem(student_T: Tensor) -> Problem:
-    """Two hidden columns read one logit each of an infinite token: (h_0 > 0) gives it -inf."""
-    weight_VH = torch.tensor([[1.0, 0.5], [0.3, 1.0], [-torch.inf, 0.0]], dtype=torch.float64)
-    teacher_TH = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
-    labels_T = torch.tensor([0, 1])
-    return Problem(student_T, weight_VH, labels_T, teacher_TH, torch.arange(2), 3, torch.ones(3, 2).double())
-
-
-def test_a_token_that_neither_can_produce_contributes_nothing() -> None:
-    problem = infinite_problem(torch.tensor([[1.0, 1.0], [0.5, 2.0]], dtype=torch.float64))
-    finite = replace(problem, weight_VH=problem.weight_VH[:2], valid=2)
-    for found, expected in zip(values(run(problem)), dense_terms(finite), strict=True):
-        assert_close(found, expected, **EXACT)
-    _, weight_grad_VH = gradients(problem, [1.0, 1.0, 1.0])
-    assert_close(weight_grad_VH[:2], dense_gradients(finite, [1.0, 1.0, 1.0])[1], **EXACT)
-    assert weight_grad_VH[2].eq(0).all()
-
-
-def test_a_token_that_only_the_teacher_rules_out_is_an_error() -> None:
-    problem = make_problem(gated=1)
-    problem.rows_G[0] = 7
-    weight_VH = problem.weight_VH.abs()
-    teacher_GH = torch.full_like(problem.teacher_GH, -1e200)
-    weight_VH[3] = 1e200  # the teacher's logit overflows to -inf, the student's is merely large
-    hidden_TH = problem.hidden_TH.abs() * 1e-200
-    broken = replace(problem, weight_VH=weight_VH, teacher_GH=teacher_GH, hidden_TH=hidden_TH)
-    with pytest.raises(NumericsError, match=r"token row 7 of 11: .* divergence inf"):
-        run(broken)
-
-
-@pytest.mark.parametrize("call", ["head_terms", "head_logprobs"])
-@pytest.mark.parametrize("fault", ["hidden", "label", "padding label"])
-def test_what_is_not_finite_is_named(call: str, fault: str) -> None:
+@ways
+def test_rows_without_an_upstream_gradient_might_as_well_not_be_there(way: str) -> None:
     problem = make_problem()
-    if fault == "hidden":
-        problem.hidden_TH[5, 2] = torch.nan
-    else:
-        problem.labels_T[5] = -1 if fault == "label" else problem.valid
-    function = {"head_terms": head_terms, "head_logprobs": head_logprobs}[call]
-    with pytest.raises(NumericsError, match="token row 5 of 11"):
-        function(problem.hidden_TH, problem.weight_VH, problem.labels_T, vocab=VocabShard(0, problem.valid, None))
+    kept_T = torch.arange(11) % 3 != 0
+    masked = replace(problem, upstream_3T=problem.upstream_3T * kept_T)
+    found = package(way, masked)
+    assert found.hidden_grad_TH[~kept_T].eq(0).all()
+    assert_answers(found, dense(masked), **EXACT)
 
 
-def test_no_rows_give_connected_zero_gradients() -> None:
-    problem = make_problem(rows=0, gated=0)
-    leaf = replace(problem, hidden_TH=problem.hidden_TH.requires_grad_(), weight_VH=problem.weight_VH.requires_grad_())
-    total = torch.stack([term_T.sum() for term_T in values(run(leaf))]).sum()
-    total.backward()
-    assert leaf.hidden_TH.grad is not None and leaf.hidden_TH.grad.shape == (0, 6)
-    assert leaf.weight_VH.grad is not None and leaf.weight_VH.grad.eq(0).all()
-
-
-def test_only_wanted_gradients_are_made() -> None:
+@ways
+def test_masked_rows_are_not_handed_over_whatever_they_hold(way: str) -> None:
+    """As the forward step gathers them: NaN where a position predicts no response token."""
     problem = make_problem()
-    frozen = replace(problem, hidden_TH=problem.hidden_TH.clone().requires_grad_())
-    run(frozen).logprob_T.sum().backward()
-    expected, _ = dense_gradients(replace(problem, upstream_3T=torch.ones(3, 11)), [1.0, 0.0, 0.0])
-    assert_close(frozen.hidden_TH.grad, expected, **EXACT)
+    positions_T = torch.arange(11) * 2 + 1
+    whole_SH = torch.full((24, 6), torch.nan, dtype=torch.float64)
+    whole_SH[positions_T] = problem.hidden_TH
+    whole_SH.requires_grad_()
+    _, loss = ask(way, replace(problem, hidden_TH=whole_SH.index_select(0, positions_T)))
+    (gradient_SH,) = torch.autograd.grad(loss, whole_SH)
+    assert_close(gradient_SH[positions_T], dense(problem).hidden_grad_TH, **EXACT)
+    assert gradient_SH[::2].eq(0).all()
+
+
+# --- what is asked for, and what is left alone
+
+
+@ways
+@pytest.mark.parametrize("wanted", ["hidden_TH", "weight_VH"])
+def test_only_wanted_gradients_are_made(way: str, wanted: str) -> None:
+    problem = make_problem()
+    leaf = getattr(problem, wanted).clone().requires_grad_()
+    _, loss = ask(way, replace(problem, **{wanted: leaf}))
+    loss.backward()
+    expected = dense(problem)
+    answers = {"hidden_TH": expected.hidden_grad_TH, "weight_VH": expected.weight_grad_VH}
+    assert_close(leaf.grad, answers[wanted], **EXACT)
 
 
 def test_logprobs_alone_are_the_same_bits_without_a_graph() -> None:
-    problem = make_problem().to(torch.float32)
+    problem = make_problem(temperature=0.7).to(torch.float32)
     weight_VH = problem.weight_VH.requires_grad_()
-    vocab = VocabShard(0, problem.valid, None)
-    alone_T = head_logprobs(problem.hidden_TH, weight_VH, problem.labels_T, vocab=vocab, temperature=0.7)
-    terms = head_terms(problem.hidden_TH, weight_VH, problem.labels_T, vocab=vocab, temperature=0.7)
+    vocab, options = VocabShard(0, problem.valid, None), options_of(problem)
+    alone_T = head_logprobs(problem.hidden_TH, weight_VH, problem.labels_T, vocab=vocab, options=options)
+    terms = head_terms(problem.hidden_TH, weight_VH, problem.labels_T, vocab=vocab, options=options)
     assert torch.equal(alone_T, terms.logprob_T)
     assert not alone_T.requires_grad
-    assert terms.divergence_T is None
+    assert terms.divergence_T is None and terms.teacher_logprob_T is None
 
 
-def test_inputs_come_back_unmodified() -> None:
+@ways
+@names
+def test_inputs_come_back_unmodified(way: str, name: str) -> None:
+    problem, before = (make_problem(teacher_hidden=4, divergence=DIVERGENCES[name]) for _ in range(2))
+    leaf = replace(problem, hidden_TH=problem.hidden_TH.requires_grad_(), weight_VH=problem.weight_VH.requires_grad_())
+    _, loss = ask(way, leaf)
+    loss.backward()
+    for field, value in vars(before).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(problem, field), value), field
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_given_logits_come_back_unmodified(dtype: torch.dtype) -> None:
+    student_TV, teacher_TV = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given_TV, given_teacher_TV = student_TV.clone().requires_grad_(), teacher_TV.clone()
+    options = HeadOptions(chunk_rows=2, tile_columns=4)
+    vocab = VocabShard(0, 8, None)
+    terms = logits_terms(given_TV, torch.arange(5), vocab=vocab, teacher_GV=given_teacher_TV, options=options)
+    assert terms.divergence_T is not None
+    (terms.logprob_T + terms.entropy_T + terms.divergence_T).sum().backward()
+    assert torch.equal(given_TV, student_TV) and torch.equal(given_teacher_TV, teacher_TV)
+
+
+def test_given_logits_without_a_teacher() -> None:
     problem = make_problem()
-    before = make_problem()
-    gradients(problem, [1.0, 1.0, 1.0])
-    for name in ("hidden_TH", "weight_VH", "labels_T", "teacher_GH", "rows_G"):
-        assert torch.equal(getattr(problem, name), getattr(before, name)), name
+    logits_TV = problem.hidden_TH @ problem.weight_VH.T
+    terms = logits_terms(logits_TV, problem.labels_T, vocab=VocabShard(0, problem.valid, None))
+    assert terms.divergence_T is None and terms.teacher_logprob_T is None
+    assert_close(torch.stack((terms.logprob_T, terms.entropy_T)), dense(problem).terms_4T[:2], **EXACT)
+
+
+def test_terms_detached_have_no_graph() -> None:
+    problem = make_problem()
+    terms, _ = ask("terms", replace(problem, hidden_TH=problem.hidden_TH.requires_grad_()))
+    detached = terms.detached()
+    for name in HeadTerms.__slots__:
+        assert torch.equal(getattr(detached, name), getattr(terms, name))
+        assert not getattr(detached, name).requires_grad
+
+
+# --- any shape
+
+
+@st.composite
+def questions(draw: Any) -> tuple[Problem, dict[str, int]]:
+    rows = draw(st.integers(0, 9))
+    columns = draw(st.integers(1, 30))
+    temperature = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    problem = make_problem(
+        rows=rows,
+        columns=columns,
+        valid=draw(st.integers(1, columns)),
+        hidden=draw(st.integers(1, 5)),
+        gated=draw(st.integers(0, rows)),
+        seed=draw(st.integers(0, 2**20)),
+        teacher_hidden=draw(st.sampled_from([None, 3])),
+        divergence=DIVERGENCES[draw(st.sampled_from(sorted(DIVERGENCES)))],
+        temperature=temperature,
+        teacher_temperature=draw(st.sampled_from([None, 0.7])),
+    )
+    padded = problem.padded(draw(st.sampled_from([0.0, 1e4, torch.nan])))
+    return padded, {"chunk_rows": draw(st.integers(1, 10)), "tile_columns": draw(st.integers(1, 31))}
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(questions(), st.sampled_from(WAYS))
+def test_any_shape(question: tuple[Problem, dict[str, int]], way: str) -> None:
+    problem, sizes = question
+    assert_answers(package(way, problem, **sizes), dense(problem.padded(0.0)), rtol=1e-9, atol=1e-9)

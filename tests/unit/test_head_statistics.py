@@ -6,44 +6,114 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from sdpg_megatron.head.statistics import Terms, join, read, student_statistics, teacher_statistics
+from sdpg_megatron.head import tile
+from sdpg_megatron.head.statistics import STUDENT, TAUGHT, StudentSums, TeacherSums, gather, join
+from sdpg_megatron.head.tile import Gap
 
-ROWS_G = torch.tensor([0, 2])
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+CUTS = [[0, 9], [0, 4, 9], [0, 0, 3, 3, 8, 9, 9], [*range(10)]]
+
+gaps = pytest.mark.parametrize("gap", [Gap.STUDENT, Gap.TEACHER])
+cuts = pytest.mark.parametrize("bounds", CUTS)
 
 
-def terms(student_CV: Tensor, teacher_GV: Tensor, labels_C: Tensor, bounds: list[int]) -> Terms:
+def sums(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, bounds: list[int], gap: Gap) -> Tensor:
     """Measure each run of columns between bounds on its own, then join."""
-    students, teachers = [], []
-    for low, high in pairwise(bounds):
-        shifted_CV = student_CV[:, low:high].clone()
-        student_4C, weight_CV = student_statistics(shifted_CV, labels_C - low, entropy=True)
-        students.append(student_4C)
-        teachers.append(teacher_statistics(teacher_GV[:, low:high].clone(), shifted_CV[ROWS_G], weight_CV[ROWS_G]))
-    return read(join(torch.stack(students), torch.stack(teachers), ROWS_G), ROWS_G)
+    parts = [
+        tile.measure(
+            student_CV[:, low:high],
+            None if teacher_CV is None else teacher_CV[:, low:high],
+            labels_C - low,
+            gap,
+            masked=True,
+        )
+        for low, high in pairwise(bounds)
+    ]
+    return join(torch.stack(parts), gap)
 
 
-@pytest.mark.parametrize("bounds", [[0, 9], [0, 4, 9], [0, 0, 3, 3, 8, 9, 9]])
-def test_any_cut_of_the_columns(bounds: list[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    student_CV, teacher_GV = (10 * torch.randn(n, 9, generator=generator, dtype=torch.float64) for n in (3, 2))
-    labels_C = torch.tensor([0, 4, 8])
-    found = terms(student_CV, teacher_GV, labels_C, bounds)
-    logp_CV, logq_GV = student_CV.log_softmax(1), teacher_GV.log_softmax(1)
-    logp_GV = logp_CV[ROWS_G]
-    assert_close(found.logprob_C, logp_CV[torch.arange(3), labels_C], rtol=1e-12, atol=1e-12)
-    assert_close(found.entropy_C, -(logp_CV.exp() * logp_CV).sum(1), rtol=1e-12, atol=1e-12)
-    assert_close(found.divergence_G, (logp_GV.exp() * (logp_GV - logq_GV)).sum(1), rtol=1e-12, atol=1e-12)
+def random_logits(seed: int = 0, scale: float = 10.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student_CV, teacher_CV = scale * torch.randn(2, 3, 9, generator=generator, dtype=torch.float64)
+    return student_CV, teacher_CV, torch.tensor([0, 4, 8])
 
 
-def test_a_shard_without_weight_contributes_nothing_whatever_its_teacher_says() -> None:
-    """Within its own shard the student's third token has weight and the teacher's none; in the whole neither has."""
-    student_CV = torch.tensor([[0.0, 1.0, -5000.0, -5001.0]], dtype=torch.float64).expand(3, 4)
-    teacher_GV = torch.tensor([[1.0, 0.0, -torch.inf, -3.0]], dtype=torch.float64).expand(2, 4)
-    labels_C = torch.zeros(3, dtype=torch.int64)
-    whole = terms(student_CV, teacher_GV, labels_C, [0, 4])
-    cut = terms(student_CV, teacher_GV, labels_C, [0, 2, 4])
-    assert whole.divergence_G.isfinite().all()
-    assert_close(cut.divergence_G, whole.divergence_G, rtol=1e-14, atol=1e-14)
+@gaps
+@cuts
+def test_any_cut_of_the_columns(bounds: list[int], gap: Gap) -> None:
+    student_CV, teacher_CV, labels_C = random_logits()
+    found_KC = sums(student_CV, teacher_CV, labels_C, bounds, gap)
+    assert found_KC.shape == (TAUGHT, 3) and found_KC.dtype == torch.float64
+    student, teacher = StudentSums.of(found_KC), TeacherSums.of(found_KC)
+    logp_CV, logq_CV = student_CV.log_softmax(1), teacher_CV.log_softmax(1)
+    every_C = torch.arange(3)
+    assert_close(student.logprob, logp_CV[every_C, labels_C], **EXACT)
+    assert_close(student.entropy, -(logp_CV.exp() * logp_CV).sum(1), **EXACT)
+    assert_close(teacher.logprob, logq_CV[every_C, labels_C], **EXACT)
+    # D is of log-weights: what they lack to log-probs is a constant of the row.
+    if gap is Gap.STUDENT:
+        kl_C = teacher.gap / student.sum - student.sum.log() + teacher.sum.log()
+        assert_close(kl_C, (logp_CV.exp() * (logp_CV - logq_CV)).sum(1), **EXACT)
+    else:
+        kl_C = teacher.gap / teacher.sum - teacher.sum.log() + student.sum.log()
+        assert_close(kl_C, (logq_CV.exp() * (logq_CV - logp_CV)).sum(1), **EXACT)
+
+
+@cuts
+def test_a_student_alone_has_the_same_sums(bounds: list[int]) -> None:
+    student_CV, teacher_CV, labels_C = random_logits()
+    alone_KC = sums(student_CV, None, labels_C, bounds, Gap.NONE)
+    assert alone_KC.shape == (STUDENT, 3)
+    assert torch.equal(alone_KC, sums(student_CV, teacher_CV, labels_C, bounds, Gap.STUDENT)[:STUDENT])
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from([1.0, 30.0, 3000.0]),
+    st.lists(st.integers(0, 9), max_size=8).map(lambda inner: [0, *sorted(inner), 9]),
+    st.sampled_from([Gap.STUDENT, Gap.TEACHER]),
+)
+def test_joining_is_the_same_in_any_steps(seed: int, scale: float, bounds: list[int], gap: Gap) -> None:
+    """Also of what was joined before, as tiles are and then shards."""
+    student_CV, teacher_CV, labels_C = random_logits(seed, scale)
+    whole_KC = sums(student_CV, teacher_CV, labels_C, [0, 9], gap)
+    middle = len(bounds) // 2
+    halves = [
+        sums(student_CV, teacher_CV, labels_C, part, gap) for part in (bounds[: middle + 1], [*bounds[middle:], 9])
+    ]
+    for found_KC in (sums(student_CV, teacher_CV, labels_C, bounds, gap), join(torch.stack(halves), gap)):
+        assert_close(found_KC, whole_KC, rtol=1e-11, atol=1e-11)
+
+
+@gaps
+def test_columns_without_weight_contribute_nothing_whatever_the_other_side_says(gap: Gap) -> None:
+    """Within its own columns the third token has weight and the other side's none; in the whole neither has."""
+    one_CV = torch.tensor([[0.0, 1.0, -5000.0, -5001.0]], dtype=torch.float64)
+    other_CV = torch.tensor([[1.0, 0.0, -torch.inf, -3.0]], dtype=torch.float64)
+    student_CV, teacher_CV = (one_CV, other_CV) if gap is Gap.STUDENT else (other_CV, one_CV)
+    labels_C = torch.zeros(1, dtype=torch.int64)
+    whole_KC = sums(student_CV, teacher_CV, labels_C, [0, 4], gap)
+    cut_KC = sums(student_CV, teacher_CV, labels_C, [0, 2, 4], gap)
+    assert whole_KC.isfinite().all()
+    assert_close(cut_KC, whole_KC, rtol=1e-14, atol=1e-14)
+
+
+@gaps
+def test_a_weight_that_the_other_side_lacks_makes_the_gap_infinite(gap: Gap) -> None:
+    one_CV = torch.tensor([[0.0, 1.0, -3.0, 2.0]], dtype=torch.float64)
+    other_CV = torch.tensor([[1.0, 0.0, -torch.inf, -3.0]], dtype=torch.float64)
+    student_CV, teacher_CV = (one_CV, other_CV) if gap is Gap.STUDENT else (other_CV, one_CV)
+    for bounds in ([0, 4], [0, 2, 4], [0, 2, 3, 4], [0, 0, 1, 2, 3, 4]):
+        found_KC = sums(student_CV, teacher_CV, torch.zeros(1, dtype=torch.int64), bounds, gap)
+        assert found_KC[TAUGHT - 1] == torch.inf and found_KC[: TAUGHT - 1].isfinite().all()
+
+
+def test_nobody_else_is_asked_without_a_group() -> None:
+    packed_NC = torch.randn(5, 3)
+    assert torch.equal(gather(packed_NC, None), packed_NC[None])

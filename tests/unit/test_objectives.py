@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.head import TeacherRows, VocabShard, head_terms
+from sdpg_megatron.head import HeadOptions, TeacherRows, VocabShard, head_terms
 from sdpg_megatron.objectives import build
 from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
 
@@ -103,7 +103,7 @@ def package_loss(sample: Sample, hidden_TH: Tensor, weight_VH: Tensor, objective
         sample.labels_T,
         vocab=VocabShard(0, COLUMNS, None),
         teacher=TeacherRows(sample.teacher_TH[rows_G], rows_G),
-        chunk_rows=5,
+        options=HeadOptions(chunk_rows=5),
     )
     loss: TokenLoss = objective.loss(token_terms(sample, head.logprob_T, head.divergence_T), CONTEXT)
     return loss
@@ -225,6 +225,35 @@ def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: 
     if not expected.reference:
         terms = replace(terms, reference_logprob_T=None)
     assert objective.loss(terms, context).loss_T.isfinite().all()
+
+
+def test_the_divergence_clip_bounds_what_is_learned_and_is_reported() -> None:
+    """Rows 0..3 have the open gate; their gradients keep their direction, those beyond the bound at its size."""
+    sample = make_sample(near_policy=False)
+    size_T = torch.tensor([0.5, -0.5, 4.0, -8.0], dtype=torch.float64).repeat(3)
+    divergence_T = size_T.clone().requires_grad_()
+    terms = token_terms(sample, sample.old_logprob_T, divergence_T)
+    ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
+    loss = build(ObjectiveConfig(beta=0.7, alpha=0.3, divergence_clip=2.0, **ramps), TOTAL).loss(terms, CONTEXT)
+    bare = build(ObjectiveConfig(beta=0.0, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    expected = [0.5, -0.5, 2.0, -2.0, *8 * [0.0]]
+    assert_close(loss.loss_T - bare.loss_T, 0.7 * torch.tensor(expected, dtype=torch.float64))
+    (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), divergence_T)
+    assert gradient_T.tolist() == pytest.approx([0.7, 0.7, 0.7 / 2, 0.7 / 4, *8 * [0.0]])
+    fraction = loss.metrics["distill/clip_fraction"]
+    assert fraction.mask_T is not None
+    assert fraction.values_T[fraction.mask_T].tolist() == [0, 0, 1, 1]
+    reported = loss.metrics["distill/kl"].values_T[fraction.mask_T]
+    assert reported.tolist() == [0.5, -0.5, 4.0, -8.0]
+
+
+def test_without_a_divergence_clip_nothing_is_bounded() -> None:
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T, torch.full((ROWS,), 1e3, dtype=torch.float64))
+    ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
+    free = build(ObjectiveConfig(beta=0.7, alpha=0.3, **ramps), TOTAL).loss(terms, CONTEXT)
+    assert free.loss_T[:4].min() > 0.7 * 900
+    assert "distill/clip_fraction" not in free.metrics
 
 
 def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:

@@ -16,6 +16,7 @@ from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.reference import reference_term, reference_value
 from sdpg_megatron.objectives.schedules import BetaSchedule
+from sdpg_megatron.objectives.sdpg import clip
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
 
@@ -110,6 +111,34 @@ def test_ratio_loss_does_not_overflow_without_a_dual_clip() -> None:
     (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), logprob_T)
     assert loss.loss_T.isfinite().all() and gradient_T.isfinite().all()
     assert gradient_T[0] == 0 and gradient_T[1] > 0 and gradient_T[2] == 0
+
+
+def test_a_clipped_divergence_keeps_the_sign_and_direction_of_its_gradient() -> None:
+    """Value bound * sign; gradient bound / size. Inside the bound, and at 0, nothing is changed."""
+    divergence_T = torch.tensor([0.0, 1.5, -1.5, 2.0, -2.0, 8.0, -8.0, 1e30, -1e30], dtype=torch.float64)
+    leaf_T = divergence_T.clone().requires_grad_()
+    clipped_T = clip(leaf_T, 2.0)
+    (gradient_T,) = torch.autograd.grad(clipped_T.sum(), leaf_T)
+    assert_close(clipped_T.detach(), divergence_T.clamp(-2, 2), rtol=1e-15, atol=0)
+    expected_T = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.25, 2e-30, 2e-30], dtype=torch.float64)
+    assert_close(gradient_T, expected_T, rtol=1e-15, atol=0)
+    assert torch.equal(leaf_T.detach(), divergence_T)
+
+
+def test_a_clipped_divergence_pulls_where_the_free_one_does() -> None:
+    """Through what the divergence is made of: one direction, a smaller step; a plain clamp gives no step."""
+    logits_V = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    logq_V = torch.tensor([-30.0, -0.1, -5.0], dtype=torch.float64)
+
+    def divergence() -> torch.Tensor:
+        logp_V = logits_V.log_softmax(0)
+        return (logp_V.exp() * (logp_V - logq_V)).sum()[None]
+
+    (free_V,) = torch.autograd.grad(divergence().sum(), logits_V)
+    (clipped_V,) = torch.autograd.grad(clip(divergence(), 4.0).sum(), logits_V)
+    size = float(divergence().detach())
+    assert_close(clipped_V, free_V * 4 / size, rtol=1e-13, atol=0)
+    assert size > 20 and clipped_V.abs().min() > 0
 
 
 def test_aggregations_are_the_means_they_are_named_after() -> None:

@@ -1,0 +1,288 @@
+"""The head's autograd functions: two schedules from hidden rows, and one from logits that the caller has.
+
+Shapes as in `chunked`. Inside, rows with a teacher come first; `order_T` says which of the caller's rows each one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdpg_megatron.head.chunked import ChunkedHead, Given, Products, Upstream
+from sdpg_megatron.head.options import HeadOptions
+from sdpg_megatron.head.products import WeightGradient, multiply, wide
+from sdpg_megatron.head.shard import VocabShard
+
+Terms = tuple[Tensor, Tensor, Tensor, Tensor]
+"""log p(y), H, divergence and log q(y), each [T] in a `products.wide` type."""
+ChunkLoss = Callable[[Terms, Tensor], Tensor]
+"""(terms of a chunk, int64 [C] the caller's rows they are) -> their loss [C]."""
+
+
+def head_of_rows(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    teacher_GH: Tensor,
+    teacher_weight_VH: Tensor | None,
+    labels_T: Tensor,
+    order_T: Tensor | None,
+    vocab: VocabShard,
+    options: HeadOptions,
+    *,
+    held: bool = False,
+) -> tuple[ChunkedHead, Tensor]:
+    """The head over hidden rows in the caller's order, and the rows in the head's."""
+    ordered_TH = hidden_TH if order_T is None else hidden_TH[order_T]
+    tau = options.temperature
+    teacher_tau = tau if options.teacher_temperature is None else options.teacher_temperature
+    tokens_VH = vocab.tokens(weight_VH)
+    teacher_VH = tokens_VH if teacher_weight_VH is None else vocab.tokens(teacher_weight_VH)
+    logits = Products(ordered_TH, tokens_VH, teacher_GH, teacher_VH, (tau, teacher_tau), held=held)
+    labels_T = labels_T if order_T is None else labels_T[order_T]
+    return ChunkedHead(logits, labels_T, teacher_GH.shape[0], tokens_VH.shape[0], vocab, options), ordered_TH
+
+
+def measure_terms(*inputs: Any) -> Terms:
+    """Terms without a graph. Arguments as for `head_of_rows`."""
+    head, ordered_TH = head_of_rows(*inputs)
+    return _terms(head, [head.measure(rows) for rows in head.chunks()], inputs[5], wide(ordered_TH.dtype))
+
+
+def _terms(head: ChunkedHead, kept: Sequence[Tensor], order_T: Tensor | None, dtype: torch.dtype) -> Terms:
+    if not kept:
+        none_T = head.labels_T.new_zeros(0, dtype=dtype)
+        return none_T, none_T.clone(), none_T.clone(), none_T.clone()
+    ordered = [torch.cat(parts).to(dtype) for parts in zip(*map(head.terms, kept), strict=True)]
+    logprob_T, entropy_T, divergence_T, teacher_T = (_restore(term_T, order_T) for term_T in ordered)
+    return logprob_T, entropy_T, divergence_T, teacher_T
+
+
+def _restore(ordered: Tensor, order_T: Tensor | None) -> Tensor:
+    """From the head's order of rows to the caller's."""
+    return ordered if order_T is None else torch.empty_like(ordered).index_copy_(0, order_T, ordered)
+
+
+class Gradients:
+    """Gradients of the hidden rows, in the head's order, and of the vocabulary matrix, summed up tile by tile."""
+
+    def __init__(
+        self,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        vocab: VocabShard,
+        options: HeadOptions,
+        wanted: tuple[bool, bool],
+        *,
+        deferred: bool,
+    ) -> None:
+        """`wanted`: of hidden rows, of the matrix. `deferred`: nothing outside is written before `finish`."""
+        self.hidden_TH = hidden_TH
+        self.weight_VH = vocab.tokens(weight_VH)
+        self.group = vocab.group if options.reduce_hidden_grad and vocab.ranks > 1 else None
+        self.hidden_grad_TH = torch.zeros_like(hidden_TH, dtype=wide(hidden_TH.dtype)) if wanted[0] else None
+        self.weight = WeightGradient(weight_VH, fused=options.main_grad, deferred=deferred) if wanted[1] else None
+        # On CUDA the products that follow take the inputs' type; on a CPU widening those is what is faster.
+        self.narrow = weight_VH.dtype if weight_VH.is_cuda and weight_VH.dtype != wide(weight_VH.dtype) else None
+        self._reductions: list[Any] = []
+
+    def add_chunk(self, head: ChunkedHead, rows: slice, sums_NC: Tensor, upstream: Upstream) -> None:
+        coefficients = head.coefficients(sums_NC, upstream)
+        for number, columns in enumerate(head.tiles):
+            out = None
+            if self.narrow is not None:
+                size = rows.stop - rows.start, columns.stop - columns.start
+                out = self.hidden_TH.new_empty(size, dtype=self.narrow)
+            gradient_CV = head.gradient(rows, columns, coefficients, out)
+            if self.hidden_grad_TH is not None:
+                multiply(gradient_CV, self.weight_VH[columns], self.hidden_grad_TH[rows], add=number > 0)
+            if self.weight is not None:
+                self.weight.add(columns, gradient_CV, self.hidden_TH[rows])
+        if self.hidden_grad_TH is not None and self.group is not None:
+            # Overlaps with the products of the chunks that follow.
+            self._reductions.append(dist.all_reduce(self.hidden_grad_TH[rows], group=self.group, async_op=True))
+
+    def finish(self, order_T: Tensor | None, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd is to be given for hidden rows and matrix; `scale`, a scalar tensor, multiplies both."""
+        self.wait()
+        hidden_grad_TH = self.hidden_grad_TH
+        if hidden_grad_TH is not None:
+            scaled_TH = hidden_grad_TH if scale is None else hidden_grad_TH.mul_(scale)
+            hidden_grad_TH = _restore(scaled_TH.to(self.hidden_TH.dtype), order_T)
+        return hidden_grad_TH, None if self.weight is None else self.weight.finish(scale)
+
+    def wait(self) -> None:
+        """For the reductions of hidden rows' gradients."""
+        for work in self._reductions:
+            work.wait()
+        self._reductions.clear()
+
+
+class Recompute(torch.autograd.Function):
+    """`head_of_rows`' arguments -> `Terms`. Kept for the backward pass: the inputs and some numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        teacher_GH: Tensor,
+        teacher_weight_VH: Tensor | None,
+        labels_T: Tensor,
+        order_T: Tensor | None,
+        vocab: VocabShard,
+        options: HeadOptions,
+    ) -> Terms:
+        tensors = hidden_TH, weight_VH, teacher_GH, teacher_weight_VH, labels_T, order_T
+        head, _ = head_of_rows(*tensors, vocab, options)
+        kept = [head.measure(rows) for rows in head.chunks()]
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.vocab, ctx.options = vocab, options
+        ctx.set_materialize_grads(False)
+        terms = _terms(head, kept, order_T, wide(hidden_TH.dtype))
+        ctx.mark_non_differentiable(terms[3])
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_TH, weight_VH, teacher_GH, teacher_weight_VH, labels_T, order_T, *kept = ctx.saved_tensors
+        tensors = hidden_TH, weight_VH, teacher_GH, teacher_weight_VH, labels_T, order_T
+        head, ordered_TH = head_of_rows(*tensors, ctx.vocab, ctx.options)
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        gradients = Gradients(ordered_TH, weight_VH, ctx.vocab, ctx.options, wanted, deferred=False)
+        for rows, sums_NC in zip(head.chunks(), kept, strict=True):
+            head.logits.begin(rows)
+            gradients.add_chunk(head, rows, sums_NC, _of_rows(upstream, rows, order_T))
+        return *gradients.finish(order_T), None, None, None, None, None, None
+
+
+def _of_rows(upstream: Sequence[Tensor | None], rows: slice, order_T: Tensor | None) -> Upstream:
+    at = rows if order_T is None else order_T[rows]
+    logprob_C, entropy_C, divergence_C = (None if g_T is None else g_T[at] for g_T in upstream[:3])
+    return logprob_C, entropy_C, divergence_C
+
+
+class GradInForward(torch.autograd.Function):
+    """`head_of_rows`' arguments and a loss -> (loss summed over rows, *`Terms`), of which the sum alone has a gradient.
+
+    The gradients are made while a chunk's logits are there, from the loss's own, and scaled in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        teacher_GH: Tensor,
+        teacher_weight_VH: Tensor | None,
+        labels_T: Tensor,
+        order_T: Tensor | None,
+        vocab: VocabShard,
+        options: HeadOptions,
+        loss: ChunkLoss,
+    ) -> tuple[Tensor, ...]:
+        tensors = hidden_TH, weight_VH, teacher_GH, teacher_weight_VH, labels_T, order_T
+        head, ordered_TH = head_of_rows(*tensors, vocab, options, held=True)
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        gradients = Gradients(ordered_TH, weight_VH, vocab, options, wanted, deferred=True)
+        dtype = wide(hidden_TH.dtype)
+        loss_sum = hidden_TH.new_zeros((), dtype=dtype)
+        kept = []
+        for rows in head.chunks():
+            sums_NC = head.measure(rows)
+            at_C = _numbers(rows, order_T, labels_T)
+            part, upstream = _differentiate(loss, [term_C.to(dtype) for term_C in head.terms(sums_NC)], at_C)
+            loss_sum += part
+            gradients.add_chunk(head, rows, sums_NC, upstream)
+            kept.append(sums_NC)
+        gradients.wait()
+        ctx.gradients, ctx.order_T = gradients, order_T
+        terms = _terms(head, kept, order_T, dtype)
+        ctx.mark_non_differentiable(*terms)
+        return loss_sum, *terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the head's gradients were handed out already, expected one backward pass. Fix: schedule=recompute "
+                "where a graph is to be kept"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.finish(ctx.order_T, scale), None, None, None, None, None, None, None
+
+
+def _numbers(rows: slice, order_T: Tensor | None, labels_T: Tensor) -> Tensor:
+    """Which of the caller's rows these are."""
+    return torch.arange(rows.start, rows.stop, device=labels_T.device) if order_T is None else order_T[rows]
+
+
+def _differentiate(loss: ChunkLoss, terms: Sequence[Tensor], at_C: Tensor) -> tuple[Tensor, Upstream]:
+    """A chunk's loss, and its gradients in log-prob, entropy and divergence."""
+    with torch.enable_grad():
+        leaves = [term_C.detach().requires_grad_() for term_C in terms[:3]]
+        total = loss((leaves[0], leaves[1], leaves[2], terms[3]), at_C).sum()
+        if not total.requires_grad:
+            return total, (None, None, None)
+        logprob_C, entropy_C, divergence_C = torch.autograd.grad(total, leaves, allow_unused=True)
+    return total.detach(), (logprob_C, entropy_C, divergence_C)
+
+
+class OfLogits(torch.autograd.Function):
+    """(student_TV, teacher_GV, labels_T, order_T, vocab, options) -> `Terms`. Kept: the logits, as the caller does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TV: Tensor,
+        teacher_GV: Tensor,
+        labels_T: Tensor,
+        order_T: Tensor | None,
+        vocab: VocabShard,
+        options: HeadOptions,
+    ) -> Terms:
+        head = _head_of_logits(student_TV, teacher_GV, labels_T, order_T, vocab, options)
+        kept = [head.measure(rows) for rows in head.chunks()]
+        ctx.save_for_backward(student_TV, teacher_GV, labels_T, order_T, *kept)
+        ctx.vocab, ctx.options = vocab, options
+        ctx.set_materialize_grads(False)
+        terms = _terms(head, kept, order_T, wide(student_TV.dtype))
+        ctx.mark_non_differentiable(terms[3])
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        student_TV, teacher_GV, labels_T, order_T, *kept = ctx.saved_tensors
+        head = _head_of_logits(student_TV, teacher_GV, labels_T, order_T, ctx.vocab, ctx.options)
+        gradient_TV = torch.zeros_like(student_TV)
+        for rows, sums_NC in zip(head.chunks(), kept, strict=True):
+            head.logits.begin(rows)
+            coefficients = head.coefficients(sums_NC, _of_rows(upstream, rows, order_T))
+            at_C = _numbers(rows, order_T, labels_T)
+            for columns in head.tiles:
+                part_CV = head.gradient(rows, columns, coefficients).to(student_TV.dtype)
+                gradient_TV[:, columns].index_copy_(0, at_C, part_CV)
+        return gradient_TV, None, None, None, None, None
+
+
+def _head_of_logits(
+    student_TV: Tensor,
+    teacher_GV: Tensor,
+    labels_T: Tensor,
+    order_T: Tensor | None,
+    vocab: VocabShard,
+    options: HeadOptions,
+) -> ChunkedHead:
+    tau = options.temperature
+    teacher_tau = tau if options.teacher_temperature is None else options.teacher_temperature
+    columns = vocab.tokens(student_TV.T).shape[0]
+    logits = Given(student_TV, teacher_GV, order_T, (tau, teacher_tau))
+    labels_T = labels_T if order_T is None else labels_T[order_T]
+    return ChunkedHead(logits, labels_T, teacher_GV.shape[0], columns, vocab, options)

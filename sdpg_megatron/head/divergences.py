@@ -1,0 +1,255 @@
+"""Divergences of the student's p from the teacher's q: per-token value, and what each asks of the gradient.
+
+The symbols are those of `tile`. With phi = d divergence / d p, the gradient in the student's logits over temperature
+is ``p_v (phi_v - sum p phi)``; `pull` brings it to the row coefficients of `tile`. Shapes: C rows, k top tokens,
+n = k + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.head.statistics import StudentSums, TeacherSums
+from sdpg_megatron.head.tile import Gap
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What an upstream gradient adds to `tile.RowCoefficients`, each float64 [C]; None for nothing."""
+
+    constant: Tensor
+    label: Tensor | None = None
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+    drawn: Tensor | None = None
+    mixture: Tensor | None = None
+    top_Ck: Tensor | None = None
+    """To be added at the columns of the top tokens."""
+
+
+class Divergence(Protocol):
+    """One number a row, from sums over the whole vocabulary."""
+
+    @property
+    def gap(self) -> Gap:
+        """Which D of `tile` it reads."""
+        ...
+
+    @property
+    def top(self) -> int:
+        """How many of the student's top tokens it reads: `extra_NC` then is `TopTokens.packed`."""
+        ...
+
+    @property
+    def keep(self) -> float | None:
+        """The student's share in the mixture M, if it reads KL(p || M) and KL(q || M): `extra_NC` then is these two."""
+        ...
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        """Nats, float64 [C]."""
+        ...
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        """Its gradient under an upstream gradient, float64 [C]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """The student's k largest logits, the teacher's on the same tokens, and which tokens of the vocabulary they are."""
+
+    student_Ck: Tensor
+    teacher_Ck: Tensor
+    token_Ck: Tensor
+
+    def best(self, k: int) -> TopTokens:
+        """The k largest of them, the first among equals, in their present order; or all where there are fewer."""
+        if self.student_Ck.shape[1] <= k:
+            return TopTokens(*(part_Cn.clone() for part_Cn in self._parts()))  # they may be views of a tile
+        found_Cn = self.student_Ck.nan_to_num(nan=torch.inf)  # what is broken is reported later, from the sums
+        least_C1 = found_Cn.topk(k, 1).values[:, -1:]
+        above_Cn, equal_Cn = found_Cn > least_C1, found_Cn == least_C1
+        room_C1 = k - above_Cn.sum(1, keepdim=True)
+        index_Ck = (above_Cn | (equal_Cn & (equal_Cn.cumsum(1) <= room_C1))).nonzero()[:, 1].view(-1, k)
+        return TopTokens(
+            self.student_Ck.gather(1, index_Ck), self.teacher_Ck.gather(1, index_Ck), self.token_Ck.gather(1, index_Ck)
+        )
+
+    def beside(self, other: TopTokens) -> TopTokens:
+        pairs = zip(self._parts(), other._parts(), strict=True)
+        return TopTokens(*(torch.cat(pair, 1) for pair in pairs))
+
+    def packed(self, k: int) -> Tensor:
+        """float64 [3 k, C], filled up with tokens of no weight; token numbers are exact in float64."""
+        short = k - self.student_Ck.shape[1]
+        fills = (-torch.inf, 0.0, -1.0)
+        padded = (
+            torch.nn.functional.pad(part_Ck.double(), (0, short), value=fill)
+            for part_Ck, fill in zip(self._parts(), fills, strict=True)
+        )
+        return torch.cat([part_Ck.T for part_Ck in padded])
+
+    @classmethod
+    def unpacked(cls, packed_NC: Tensor) -> TopTokens:
+        return cls(*(part_kC.T for part_kC in packed_NC.chunk(3)))
+
+    def real(self) -> TopTokens:
+        """Without what `packed` filled up with, which is the same number for every row."""
+        real_n = self.token_Ck[0] >= 0
+        return TopTokens(*(part_Cn[:, real_n] for part_Cn in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.student_Ck, self.teacher_Ck, self.token_Ck
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseKL:
+    """KL(p || q) = D/S - ln S + ln U, with phi = log p - log q."""
+
+    gap = Gap.STUDENT
+    top = 0
+    keep = None
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        return teacher.gap / student.sum - student.sum.log() + teacher.sum.log()
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        slope_C = upstream_C / student.sum
+        return Pull(-slope_C * teacher.gap / student.sum, student=slope_C, teacher=-slope_C)
+
+    def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Value [C] and phi [C, n] for the log-probs of n outcomes."""
+        gap_Cn = logp_Cn - logq_Cn
+        return _mean(logp_Cn, gap_Cn), gap_Cn
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKL:
+    """KL(q || p) = D/U - ln U + ln S, with phi = -q / p: its gradient is p - q."""
+
+    gap = Gap.TEACHER
+    top = 0
+    keep = None
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        return teacher.gap / teacher.sum - teacher.sum.log() + student.sum.log()
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        return Pull(upstream_C / student.sum, drawn=upstream_C / teacher.sum)
+
+    def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Value [C] and phi [C, n] for the log-probs of n outcomes."""
+        gap_Cn = logq_Cn - logp_Cn
+        return _mean(logq_Cn, gap_Cn), -gap_Cn.exp()
+
+
+@dataclass(frozen=True, slots=True)
+class JensenShannon:
+    """beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta) p + beta q, with phi = (1 - beta) (log p - log M).
+
+    The generalised Jensen-Shannon divergence of arXiv 2306.13649. M needs normalised p and q, hence a second look at
+    the logits and a second collective.
+    """
+
+    beta: float = 0.5
+
+    gap = Gap.NONE
+    top = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta: found {self.beta}, expected between 0 and 1. Fix: use a KL for the ends themselves"
+            )
+
+    @property
+    def keep(self) -> float:
+        return 1 - self.beta
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        return self.keep * extra_NC[0] + self.beta * extra_NC[1]
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        slope_C = self.keep * upstream_C / student.sum
+        return Pull(-slope_C * extra_NC[0], mixture=slope_C)
+
+    def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
+        """Value [C] and phi [C, n] for the log-probs of n outcomes."""
+        logm_Cn = torch.logaddexp(logp_Cn + math.log(self.keep), logq_Cn + math.log(self.beta))
+        value_C = self.keep * _mean(logp_Cn, logp_Cn - logm_Cn) + self.beta * _mean(logq_Cn, logq_Cn - logm_Cn)
+        return value_C, self.keep * (logp_Cn - logm_Cn)
+
+
+def _mean(logweight_Cn: Tensor, values_Cn: Tensor) -> Tensor:
+    """Mean under a distribution; what has no weight adds 0, even if it is infinite."""
+    weight_Cn = logweight_Cn.exp()
+    return (weight_Cn * values_Cn).masked_fill(weight_Cn == 0, 0).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """log p(y) - log q(y) of the label alone: a one-sample estimate of KL(p || q).
+
+    Its gradient is ``(log p(y) - log q(y)) d log p(y)``, the one-sample estimate of the KL's gradient. That of the
+    value itself would be 0 in expectation.
+    """
+
+    gap = Gap.NONE
+    top = 0
+    keep = None
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        return student.logprob - teacher.logprob
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        label_C = upstream_C * self.value(student, teacher, extra_NC)
+        return Pull(-label_C / student.sum, label=label_C)
+
+
+TAIL_FLOOR = 1e-7
+"""Least probability that all tokens outside the top k count with together: less is lost in float32 sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """A divergence over k + 1 outcomes: the student's k likeliest tokens, and all others as one (arXiv 2601.20802)."""
+
+    k: int = 100
+    over: ReverseKL | ForwardKL | JensenShannon = JensenShannon()
+
+    gap = Gap.NONE
+    keep = None
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k: found {self.k}, expected 1 or more. Fix: 100 is usual")
+
+    @property
+    def top(self) -> int:
+        return self.k
+
+    def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
+        return self.over.over(*self._outcomes(student, teacher, extra_NC))[0]
+
+    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+        logp_Cn, logq_Cn = self._outcomes(student, teacher, extra_NC)
+        slope_Cn = self.over.over(logp_Cn, logq_Cn)[1].nan_to_num(0.0)  # NaN: neither has a weight
+        others_C = slope_Cn[:, -1] - _mean(logp_Cn, slope_Cn)
+        apart_Ck = slope_Cn[:, :-1] - slope_Cn[:, -1:]
+        return Pull(upstream_C * others_C / student.sum, top_Ck=upstream_C[:, None] * logp_Cn[:, :-1].exp() * apart_Ck)
+
+    def _outcomes(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and log q of the k + 1 outcomes."""
+        tokens = TopTokens.unpacked(extra_NC)
+        return _outcomes(tokens.student_Ck, student), _outcomes(tokens.teacher_Ck, teacher)
+
+
+def _outcomes(logits_Ck: Tensor, sums: StudentSums | TeacherSums) -> Tensor:
+    logp_Ck = logits_Ck - sums.max[:, None] - sums.sum.log()[:, None]
+    tail_C1 = (1 - logp_Ck.exp().sum(1, keepdim=True)).clamp(min=TAIL_FLOOR)
+    return torch.cat((logp_Ck, tail_C1.log()), 1)

@@ -1,0 +1,206 @@
+"""The head's elementwise work on one tile of logits, in plain torch. `tile_triton` does the same in fewer reads.
+
+With z the student's and u the teacher's logits of a tile's columns, both already over temperature, a row's sums are
+
+    m = max z    S = sum e^(z-m)    B = sum e^(z-m) (z-m)    y = z[label], -inf where the label is not among the columns
+    n = max u    U = sum e^(u-n)    x = u[label], likewise   D = sum e^(z-m) [(z-m) - (u-n)]  (`Gap.STUDENT`)
+                                                             D = sum e^(u-n) [(u-n) - (z-m)]  (`Gap.TEACHER`)
+
+Shapes: C rows, V columns of a tile. Sums over a tile are made in the logits' type (float32 or float64) and handed on in
+float64, being but a few numbers a row: beside a logit of 1e4, float32 has no digits left for ln S.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+LEAST = -1000.0
+"""Stands for every smaller log-weight, -inf included: e^-1000 is 0 in float64 too, and 0 times this is no NaN."""
+
+
+class Gap(Enum):
+    """Which distribution weighs the difference of the log-weights in D."""
+
+    NONE = 0
+    STUDENT = 1
+    TEACHER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowCoefficients:
+    """What turns a tile of logits into its gradient, each [C] in float64:
+
+        e^(z-m) [constant + student (z-m) + teacher (u-n) + mixture (log p - log M)] - drawn e^(u-n) + label 1[v = y]
+
+    with log M = log(keep p + (1 - keep) q). A part that is None costs nothing.
+    """
+
+    max: Tensor
+    """m; and n below: those of the whole vocabulary, as every sum here is."""
+    constant: Tensor
+    label: Tensor | None = None
+    student: Tensor | None = None
+    teacher_max: Tensor | None = None
+    teacher: Tensor | None = None
+    drawn: Tensor | None = None
+    mixture: Tensor | None = None
+    log_sum: Tensor | None = None
+    """ln S; wanted with `mixture`, as are the next two."""
+    teacher_log_sum: Tensor | None = None
+    """ln U."""
+    keep: float = 0.5
+    """The student's share of the mixture."""
+
+
+def measure(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap: Gap, *, masked: bool) -> Tensor:
+    """Statistics of a tile. The tile is left as it is.
+
+    Args:
+        labels_C: column of each row's label in this tile; anything outside 0..V-1 belongs to another.
+        masked: the logits may hold -inf.
+
+    Returns:
+        float64: (m, S, B, y) [4, C], or with a teacher (m, S, B, y, n, U, x, D) [8, C]. D is +inf where a token has
+        e^(z-m) > 0 and u = -inf (`Gap.STUDENT`), or the other way round (`Gap.TEACHER`).
+    """
+    max_C = _row_max(student_CV)
+    shifted_CV = _shift(student_CV, max_C, masked)
+    weight_CV = shifted_CV.exp()
+    found = [max_C, weight_CV.sum(1), _dot(weight_CV, shifted_CV), _at(student_CV, labels_C)]
+    if teacher_CV is not None:
+        top_C = _row_max(teacher_CV)
+        # Not bounded below: where only one of the two has a weight, the gap is infinite and must stay so.
+        lower_CV = teacher_CV - top_C[:, None]
+        drawn_CV = lower_CV.exp()
+        match gap:
+            case Gap.STUDENT:
+                gap_C = _weighted_gap(weight_CV, shifted_CV, lower_CV, masked)
+            case Gap.TEACHER:
+                shifted_CV = student_CV - max_C[:, None] if masked else shifted_CV
+                gap_C = _weighted_gap(drawn_CV, lower_CV, shifted_CV, masked)
+            case Gap.NONE:
+                gap_C = torch.zeros_like(top_C)
+        found += [top_C, drawn_CV.sum(1), _at(teacher_CV, labels_C), gap_C]
+    return torch.stack(found).double()
+
+
+def measure_mixture(student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, *, masked: bool) -> Tensor:
+    """A tile's part of KL(p || M) and KL(q || M), with M = keep p + (1 - keep) q: float64 [2, C]. Tile left as it is.
+
+    Args:
+        row: its `max`, `log_sum`, `teacher_max`, `teacher_log_sum` and `keep` are read.
+    """
+    logp_CV, logq_CV, logm_CV = _mixture(student_CV, teacher_CV, row, masked)
+    found = _dot(logp_CV.exp(), logp_CV - logm_CV), _dot(logq_CV.exp(), logq_CV - logm_CV)
+    return torch.stack(found).double()
+
+
+def gradient_(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    row: RowCoefficients,
+    *,
+    masked: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The formula of `RowCoefficients`, rounded into `out` where it is given, else in the student's tile.
+
+    Both tiles are overwritten. Arguments as for `measure`.
+    """
+    kind = student_CV.dtype
+    mixed_CV = _mixture_part(student_CV, teacher_CV, row, masked)
+    gradient_CV = _shift(student_CV, row.max, masked, out=student_CV)
+    weight_CV = gradient_CV.exp()
+    if teacher_CV is not None and row.teacher_max is not None:
+        torch.sub(teacher_CV, _column(row.teacher_max, kind), out=teacher_CV)
+        if masked:
+            # q = 0 occurs only with p = 0 here, or the forward pass had failed: any finite number gives the due 0.
+            torch.nan_to_num(teacher_CV, nan=torch.nan, posinf=torch.inf, neginf=LEAST, out=teacher_CV)
+    if row.student is None:
+        gradient_CV.copy_(_column(row.constant, kind).expand_as(gradient_CV))
+    else:
+        gradient_CV.mul_(_column(row.student, kind)).add_(_column(row.constant, kind))
+    if row.teacher is not None:
+        gradient_CV.addcmul_(_given(teacher_CV), _column(row.teacher, kind))
+    if mixed_CV is not None:
+        gradient_CV.add_(mixed_CV)
+    gradient_CV.mul_(weight_CV)
+    if row.drawn is not None:
+        gradient_CV.addcmul_(_given(teacher_CV).exp_(), _column(row.drawn, kind), value=-1)
+    if row.label is not None and gradient_CV.shape[1]:
+        owned_C, column_C = locate(labels_C, gradient_CV.shape[1])
+        at_label_C = torch.where(owned_C, row.label.to(kind), 0)
+        gradient_CV.scatter_add_(1, column_C[:, None], at_label_C[:, None])
+    return gradient_CV if out is None else out.copy_(gradient_CV)
+
+
+def locate(labels_C: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which labels are among `columns` > 0 columns, and a valid column for every row: the label's own where it is."""
+    return (labels_C >= 0) & (labels_C < columns), labels_C.clamp(0, columns - 1)
+
+
+def _row_max(logits_CV: Tensor) -> Tensor:
+    """Largest logit of each row; the least finite number over no columns or where all are -inf."""
+    least = torch.finfo(logits_CV.dtype).min
+    if not logits_CV.shape[1]:
+        return logits_CV.new_full((logits_CV.shape[0],), least)
+    return logits_CV.amax(1).clamp_(min=least)
+
+
+def _column(row_C: Tensor, kind: torch.dtype) -> Tensor:
+    return row_C.to(kind)[:, None]
+
+
+def _given(tile_CV: Tensor | None) -> Tensor:
+    assert tile_CV is not None, "coefficients of the teacher come with its logits"
+    return tile_CV
+
+
+def _shift(logits_CV: Tensor, max_C: Tensor, masked: bool, out: Tensor | None = None) -> Tensor:
+    """``logits - max``; where -inf is possible bounded below, so that a column without weight yields 0 everywhere."""
+    shifted_CV = torch.sub(logits_CV, _column(max_C, logits_CV.dtype), out=out)
+    return shifted_CV.clamp_(min=LEAST) if masked else shifted_CV
+
+
+def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
+    dots_C: Tensor = torch.linalg.vecdot(left_CV, right_CV)
+    return dots_C
+
+
+def _at(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """The label's logit; -inf where the label is not among the columns."""
+    rows, columns = logits_CV.shape
+    nowhere_C = logits_CV.new_full((rows,), -torch.inf)
+    if not columns:
+        return nowhere_C
+    owned_C, column_C = locate(labels_C, columns)
+    return torch.where(owned_C, logits_CV.gather(1, column_C[:, None])[:, 0], nowhere_C)
+
+
+def _weighted_gap(weight_CV: Tensor, over_CV: Tensor, under_CV: Tensor, masked: bool) -> Tensor:
+    """Sum of ``weight (over - under)``. A column without weight adds nothing, even where the difference is infinite."""
+    gap_CV = over_CV - under_CV
+    return _dot(weight_CV, gap_CV.masked_fill_(weight_CV == 0, 0) if masked else gap_CV)
+
+
+def _mixture(
+    student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, masked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p, log q and log M."""
+    kind = student_CV.dtype
+    logp_CV = _shift(student_CV, row.max, masked).sub_(_column(_given(row.log_sum), kind))
+    logq_CV = _shift(teacher_CV, _given(row.teacher_max), masked).sub_(_column(_given(row.teacher_log_sum), kind))
+    return logp_CV, logq_CV, torch.logaddexp(logp_CV + math.log(row.keep), logq_CV + math.log1p(-row.keep))
+
+
+def _mixture_part(student_CV: Tensor, teacher_CV: Tensor | None, row: RowCoefficients, masked: bool) -> Tensor | None:
+    if row.mixture is None:
+        return None
+    logp_CV, _, logm_CV = _mixture(student_CV, _given(teacher_CV), row, masked)
+    return logp_CV.sub_(logm_CV).mul_(_column(row.mixture, student_CV.dtype))

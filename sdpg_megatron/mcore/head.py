@@ -1,0 +1,104 @@
+"""The output head of a Megatron model: which matrix, which shard, which options. The maths is `sdpg_megatron.head`.
+
+Shapes: T response tokens of a micro-batch, H hidden size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.head import (
+    Divergence,
+    ForwardKL,
+    HeadOptions,
+    HeadTerms,
+    JensenShannon,
+    ReverseKL,
+    RowLoss,
+    SampledToken,
+    TeacherRows,
+    TopK,
+    VocabShard,
+    head_logprobs,
+    head_loss,
+)
+from sdpg_megatron.mcore.model import output_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How hidden rows become log-probs and losses: everything about the output head but the weights."""
+
+    vocab_size: int
+    """Columns that count; Megatron's padding above them does not."""
+    tensor_group: ProcessGroup
+    options: HeadOptions
+
+    @classmethod
+    def build(cls, config: RunConfig, vocab_size: int, tensor_group: ProcessGroup, chunks: Sequence[nn.Module]) -> Head:
+        """The head that a run's configuration asks for, in chunks that fit the memory which is free now.
+
+        A collective over `tensor_group` on the stages that end the model.
+        """
+        head = cls(vocab_size, tensor_group, head_options(config))
+        (last,) = unwrap_model([chunks[-1]])
+        if not last.post_process:
+            return head
+        weight_VH = output_weight(chunks[-1])
+        return replace(head, options=head.options.fitted(weight_VH, head.shard(weight_VH)))
+
+    def loss(
+        self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher: TeacherRows | None, loss: RowLoss
+    ) -> tuple[Tensor, HeadTerms]:
+        """A loss summed over rows, and the terms it was made of. See `sdpg_megatron.head.head_loss`."""
+        weight_VH = output_weight(model)
+        (gpt,) = unwrap_model([model])
+        options = replace(self.options, reduce_hidden_grad=not gpt.output_layer.sequence_parallel)
+        # Megatron's 16-bit wrapper hands out float32.
+        rows_TH = hidden_TH.to(weight_VH.dtype)
+        return head_loss(
+            rows_TH, weight_VH, labels_T, loss, vocab=self.shard(weight_VH), teacher=teacher, options=options
+        )
+
+    def logprobs(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
+        """Log-probs alone, without gradient. See `sdpg_megatron.head.head_logprobs`."""
+        weight_VH = output_weight(model)
+        rows_TH = hidden_TH.to(weight_VH.dtype)
+        return head_logprobs(rows_TH, weight_VH, labels_T, vocab=self.shard(weight_VH), options=self.options)
+
+    def shard(self, weight_VH: Tensor) -> VocabShard:
+        """Where this rank's rows of the matrix lie in the vocabulary."""
+        return VocabShard(self.tensor_group.rank() * weight_VH.shape[0], self.vocab_size, self.tensor_group)
+
+
+def head_options(config: RunConfig) -> HeadOptions:
+    """A run's configuration in the head's terms."""
+    head = config.head
+    return HeadOptions(
+        divergence=divergence(config),
+        temperature=config.rollout.temperature,
+        teacher_temperature=config.objective.teacher_temperature,
+        schedule=head.schedule,
+        chunk_rows=head.chunk_rows,
+        kernels=head.kernels,
+        main_grad=head.main_grad,
+    )
+
+
+def divergence(config: RunConfig) -> Divergence:
+    """What the distillation term measures."""
+    objective = config.objective
+    whole: dict[str, ReverseKL | ForwardKL | JensenShannon] = {
+        "reverse_kl": ReverseKL(),
+        "forward_kl": ForwardKL(),
+        "jsd": JensenShannon(objective.jsd_beta),
+    }
+    if objective.divergence == "sampled_token":
+        return SampledToken()
+    return TopK(objective.top_k, whole[objective.divergence]) if objective.top_k else whole[objective.divergence]
