@@ -6,7 +6,7 @@ Shapes: T response tokens of a micro-batch, H hidden size, V padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Head:
     vocab_size: int
     """Columns that count; Megatron's padding above them does not."""
     tensor_group: ProcessGroup
-    options: HeadOptions
+    options: HeadOptions = field(default_factory=HeadOptions)
 
     @classmethod
     def build(cls, config: RunConfig, vocab_size: int, tensor_group: ProcessGroup, chunks: Sequence[nn.Module]) -> Head:
