@@ -146,6 +146,26 @@ def test_terms_without_a_graph_need_some_numbers_a_row() -> None:
     assert growth(make)[0] <= NUMBERS
 
 
+@pytest.mark.parametrize("schedule", ["grad_in_forward", "recompute"])
+def test_a_loss_without_a_graph_makes_no_gradients(schedule: Any) -> None:
+    """The rows in order of their teachers, and numbers; nothing of the matrix's size."""
+    options = HeadOptions(schedule=schedule, **SIZES)
+    vocab = VocabShard(0, 2048, None)
+
+    def make(rows: int) -> Callable[[], Any]:
+        hidden_TH, weight_VH, labels_T, teacher_TH = leaves(rows, 2048)
+        teacher = TeacherRows(teacher_TH, torch.arange(rows))
+
+        @torch.no_grad()
+        def call() -> None:
+            head_loss(hidden_TH, weight_VH, labels_T, loss, vocab=vocab, teacher=teacher, options=options)
+
+        return call
+
+    assert growth(make)[0] <= HIDDEN * FLOAT + NUMBERS
+    assert usage(make(96)).peak < 2048 * HIDDEN * FLOAT
+
+
 def test_bfloat16_is_widened_a_tile_at_a_time() -> None:
     """Nowhere is there a float32 copy of the matrix beside its gradient, let alone of the logits."""
     hidden_TH, weight_VH, labels_T, teacher_TH = leaves(64, 4096)
