@@ -201,7 +201,7 @@ def _check_finite(labels_T: Tensor, terms: Mapping[str, Tensor]) -> None:
     if bool(finite_T.all()):
         return
     row = int(finite_T.logical_not().nonzero()[0])
-    found = ", ".join(f"{name} {float(values_T[row])}" for name, values_T in terms.items())
+    found = ", ".join(f"{name} {float(values_T[row].detach())}" for name, values_T in terms.items())
     raise NumericsError(
         f"token row {row} of {finite_T.numel()}: found {found} at label {int(labels_T[row])}, expected finite values. "
         "Fix: look for non-finite hidden states or weights, a label outside the vocabulary, or (divergence alone) a "

@@ -23,6 +23,9 @@ FREE_SHARE = 0.25
 CPU_TILE = 2048
 """Columns whose elementwise work is done at a time: a tile of some hundred rows then stays in the processor's cache."""
 LEAST_ROWS, MOST_ROWS = 16, 8192
+CPU_ROWS = 256
+"""Most rows of a chunk on a CPU: reading and writing the matrix's gradient for each chunk then costs a small part of
+the chunk's products, however few columns a rank has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +93,8 @@ def chunk_rows(schedule: Schedule, columns: int, budget: int, weight_VH: Tensor)
     tile = min(columns, tile_columns(schedule, columns, weight_VH.device))
     held = 2 * columns if schedule == "grad_in_forward" else 0
     rows = budget // (width * (held + 5 * tile) or 1)
-    return max(LEAST_ROWS, min(MOST_ROWS, 1 << max(rows, 1).bit_length() - 1))
+    most = MOST_ROWS if weight_VH.device.type == "cuda" else CPU_ROWS
+    return max(LEAST_ROWS, min(most, 1 << max(rows, 1).bit_length() - 1))
 
 
 def _free_bytes(device: torch.device) -> int:

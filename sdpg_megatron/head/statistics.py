@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 from sdpg_megatron.head.tile import Gap
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 gave the older of the two this name."""
 STUDENT, TAUGHT = 4, 8
 """Statistics of a row without and with a teacher."""
 
@@ -99,5 +101,5 @@ def gather(packed_NC: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None or group.size() == 1:
         return packed_NC[None]
     gathered = packed_NC.new_empty(group.size() * packed_NC.numel())
-    dist.all_gather_into_tensor(gathered, packed_NC.contiguous().view(-1), group=group)
+    _all_gather(gathered, packed_NC.contiguous().view(-1), group=group)
     return gathered.view(group.size(), *packed_NC.shape)

@@ -11,7 +11,7 @@ import torch
 from sdpg_megatron import head
 from sdpg_megatron.head import HeadOptions, VocabShard, tile
 from sdpg_megatron.head.chunked import kernels
-from sdpg_megatron.head.options import CPU_BYTES, LEAST_ROWS, MOST_ROWS
+from sdpg_megatron.head.options import CPU_BYTES, CPU_ROWS, LEAST_ROWS
 from tests.head_twin import assert_answers, dense, make_problem, package
 
 CPU = torch.device("cpu")
@@ -39,12 +39,12 @@ def test_rows_fit_the_memory_that_is_free() -> None:
 
 def test_little_memory_still_gives_some_rows_and_much_no_more_than_help() -> None:
     assert HeadOptions().fitted(matrix(1 << 17), ALONE, free_bytes=0).chunk_rows == LEAST_ROWS
-    assert HeadOptions().fitted(matrix(1), ALONE, free_bytes=1 << 50).chunk_rows == MOST_ROWS
-    assert HeadOptions().fitted(matrix(0), ALONE, free_bytes=1 << 50).chunk_rows == MOST_ROWS
+    assert HeadOptions().fitted(matrix(1), ALONE, free_bytes=1 << 50).chunk_rows == CPU_ROWS
+    assert HeadOptions().fitted(matrix(0), ALONE, free_bytes=1 << 50).chunk_rows == CPU_ROWS
 
 
 def test_more_rows_fit_where_no_logits_are_held() -> None:
-    free = 256 * MIB
+    free = 64 * MIB
     held = HeadOptions(schedule="grad_in_forward").fitted(matrix(1 << 17), ALONE, free_bytes=free).chunk_rows
     made_anew = HeadOptions(schedule="recompute").fitted(matrix(1 << 17), ALONE, free_bytes=free).chunk_rows
     assert held is not None and made_anew is not None and made_anew > 4 * held
@@ -63,7 +63,7 @@ def test_rows_that_were_given_stay() -> None:
 
 def test_what_is_free_is_looked_up() -> None:
     rows = HeadOptions().fitted(matrix(1 << 17), ALONE).chunk_rows
-    assert rows is not None and LEAST_ROWS <= rows <= MOST_ROWS
+    assert rows is not None and LEAST_ROWS <= rows <= CPU_ROWS
 
 
 @pytest.mark.parametrize("columns", [0, 1, 24, 1 << 17])
