@@ -79,9 +79,71 @@ class RewardConfig(Section):
     """Processes that run verifiers."""
 
 
+class SGLangConfig(Section):
+    """Servers of `rollout.engine` sglang: started by the run's first rank, or running already at `urls`."""
+
+    urls: tuple[str, ...] = ()
+    """Servers to use, for example http://10.0.0.2:30000; empty to start `servers` of them beside the first rank."""
+    servers: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks of each server that is started."""
+    data: int = Field(1, ge=1)
+    """Data-parallel replicas within each server that is started."""
+    host: str = "127.0.0.1"
+    """Address that started servers listen on; other machines can reach them only where it is one of theirs."""
+    ports: tuple[int, ...] = ()
+    """One for each started server; empty for free ones."""
+    python: str | None = None
+    """Interpreter that has sglang; null for this one, or for $SDPG_SGLANG_PYTHON where that is set."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Null for `model.dtype`."""
+    mem_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the device's memory for weights and keys and values; null for SGLang's choice."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of sglang.launch_server, as on its command line."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the servers' API key; the key itself is never written anywhere."""
+    admin_key_variable: str | None = None
+    """Likewise, for the calls that change a server."""
+    start_timeout: float = Field(600.0, gt=0)
+    """Seconds until a started server answers; until a lost one is back."""
+    request_timeout: float = Field(3600.0, gt=0)
+    """Seconds for one group of responses."""
+    update_timeout: float = Field(600.0, gt=0)
+    """Seconds for one bucket of weights."""
+    health_interval: float = Field(10.0, gt=0)
+    """Seconds between looks at a server's health."""
+    health_timeout: float = Field(30.0, gt=0)
+    """Seconds that an answer to such a look may take."""
+    health_misses: int = Field(3, ge=1)
+    """Looks in a row without an answer after which a server counts as lost: its requests go elsewhere, and it is
+    started anew where this run had started it."""
+    attempts: int = Field(5, ge=1)
+    """Times that a group of responses is asked for before the run ends with an error."""
+    restarts: int = Field(3, ge=0)
+    """Times that servers are started anew, all together, before the run ends with an error."""
+    concurrency: int = Field(256, ge=1)
+    """Groups asked of one server at a time."""
+    sink: Literal["broadcast", "shared", "disk"] = "broadcast"
+    """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
+    shared with servers on the same machine; or a folder that the servers can read."""
+    bucket_mib: int = Field(256, ge=1)
+    """Bound of one piece of the weight stream; two of them are held at a time."""
+    address: str | None = None
+    """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
+    folder: Path | None = None
+    """Where the disk sink writes; null for a folder in `run_dir`."""
+    colocated: bool = False
+    """Servers share the trainer's devices: they give their memory back while training, and the trainer moves its
+    optimizer state and gradients to the host while they generate."""
+    verify_every: int = Field(0, ge=0)
+    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never."""
+
+
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
-    """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank."""
+    engine: Literal["hf", "sglang"] = "hf"
+    """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank; "sglang" uses servers."""
+    sglang: SGLangConfig = SGLangConfig()
     prompts_per_step: int = Field(128, ge=1)
     group_size: int = Field(8, ge=2)
     """Responses per prompt; advantages compare them, so one is not a group."""
@@ -91,6 +153,9 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(64, ge=1)
     """Sequences generated at a time by the embedded engine."""
+    mismatch_limit: float | None = Field(0.05, gt=0)
+    """Largest mean |log-prob in training - log-prob in rollout| of a response token, in nats, in the first step of a
+    run or of its continuation; beyond, the run stops. Null for no such gate."""
 
 
 class ObjectiveConfig(Section):
@@ -131,6 +196,14 @@ class ObjectiveConfig(Section):
     """Reference term as a function of log(pi / pi_ref) of the sampled token."""
     ratio_weighted_regularizers: bool = True
     """Near on-policy, weight the distillation and reference terms by the detached ratio pi / pi_old."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """What is done about the difference of trainer and rollout engine. The importance weight of a token is the ratio of
+    its probability in training, under the weights that it was sampled from, to that in rollout. "truncate": its loss is
+    multiplied by min(weight, `correction_bound`); "mask": by the weight where that lies between the bound and
+    its inverse, and left out elsewhere. Costs one forward pass where a step has one mini-batch."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """Weight of each token, or one of a whole response: the geometric mean of its tokens' weights."""
+    correction_bound: float = Field(2.0, gt=1)
     aggregation: Literal["token-mean", "group-token-mean", "sequence-mean"] = "token-mean"
     """How per-token losses become one number; denominators are global."""
 
@@ -281,6 +354,20 @@ def dump(config: RunConfig) -> str:
 
 def check(config: RunConfig) -> None:
     """Cross-field checks that need nothing but the configuration. Raises `ConfigError`."""
+    _check_objective(config.objective)
+    _check_steps(config)
+    _check_parallel(config.parallel)
+    _check_servers(config.rollout.sglang)
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    if objective.divergence == "sampled_token" and objective.top_k:
+        raise ConfigError("objective.top_k", objective.top_k, "null with sampled_token", "remove it")
+    if objective.name == "grpo" and objective.beta:
+        raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
+
+
+def _check_steps(config: RunConfig) -> None:
     objective, rollout, optimizer = config.objective, config.rollout, config.optimizer
     if rollout.prompts_per_step % optimizer.minibatches:
         raise ConfigError(
@@ -313,19 +400,32 @@ def check(config: RunConfig) -> None:
         )
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError("optimizer.min_lr", optimizer.min_lr, f"at most lr ({optimizer.lr})", "lower it")
-    if config.parallel.virtual_pipeline and config.parallel.pipeline < 2:
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    if parallel.virtual_pipeline and parallel.pipeline < 2:
         raise ConfigError(
             "parallel.virtual_pipeline",
-            config.parallel.virtual_pipeline,
+            parallel.virtual_pipeline,
             "null where parallel.pipeline is 1",
             "remove it or raise parallel.pipeline",
         )
-    if config.parallel.sequence and config.parallel.tensor == 1:
+    if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence", True, "false where parallel.tensor is 1", "remove it")
-    if objective.divergence == "sampled_token" and objective.top_k:
-        raise ConfigError("objective.top_k", objective.top_k, "null with sampled_token", "remove it")
-    if objective.name == "grpo" and objective.beta:
-        raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
+
+
+def _check_servers(sglang: SGLangConfig) -> None:
+    if sglang.ports and len(sglang.ports) != sglang.servers:
+        raise ConfigError(
+            "rollout.sglang.ports", sglang.ports, f"{sglang.servers}, one for each server", "name all or none"
+        )
+    if sglang.sink == "broadcast" and sglang.data > 1 and not sglang.urls:
+        raise ConfigError(
+            "rollout.sglang.sink",
+            "broadcast",
+            "shared or disk where rollout.sglang.data is over 1: all replicas of a server would take the same rank",
+            "use several servers, or another sink",
+        )
 
 
 def _raise_first(error: ValidationError) -> NoReturn:

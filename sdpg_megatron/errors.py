@@ -38,6 +38,16 @@ class RolloutError(SdpgError):
     """A rollout engine could not do what was asked of it."""
 
 
+class ServerError(RolloutError):
+    """A rollout server did not do what one request asked of it."""
+
+    def __init__(self, url: str, call: str, found: str, *, retryable: bool = False) -> None:
+        super().__init__(f"{url}{call}: {found}")
+        self.url = url
+        self.retryable = retryable
+        """Whether the same request may succeed later, or elsewhere."""
+
+
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 

@@ -103,6 +103,8 @@ class MicroBatch:
     rollout_logprobs_T: Tensor
     old_logprobs_T: Tensor | None = None
     """Log-probs under the weights before the first optimiser step on this batch; None where there is but one step."""
+    corrections_T: Tensor | None = None
+    """What each token's loss is multiplied by, because the rollout engine is not the trainer; None for 1."""
     reference_logprobs_T: Tensor | None = None
     teacher_hidden_GH: Tensor | None = None
     """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
@@ -124,9 +126,15 @@ class MicroBatch:
             weights_T=self.weights_T[:0],
             rollout_logprobs_T=self.rollout_logprobs_T[:0],
             old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[:0],
+            corrections_T=None if self.corrections_T is None else self.corrections_T[:0],
             reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
             teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
         )
+
+    @property
+    def sequence_T(self) -> Tensor:
+        """int64 [T]: which sequence each response token is of."""
+        return self.student.rows_T // self.student.tokens_BS.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with every tensor on `device`."""

@@ -6,7 +6,7 @@ Shapes: B sequences, S padded length, H hidden size, T response tokens of a micr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.mismatch import mismatch
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
@@ -88,18 +89,22 @@ class ForwardStep:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""
         teacher = None if batch.teacher_hidden_GH is None else TeacherRows(batch.teacher_hidden_GH, batch.gated_rows_G)
 
+        weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
+
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
-            return self.objective.loss(token_terms(batch, terms, at_C), self.context).loss_T * batch.weights_T[at_C]
+            return self.objective.loss(token_terms(batch, terms, at_C), self.context).loss_T * weights_T[at_C]
 
         loss_sum, head = self.head.loss(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher, row_loss)
         terms = token_terms(batch, head, slice(None))
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         metrics = {
-            "train/loss": TokenMetric(loss.loss_T * batch.weights_T),
+            "train/loss": TokenMetric(loss.loss_T * weights_T),
             "train/entropy": TokenMetric(head.entropy_T),
             **mismatch(terms.old_logprob_T, batch.rollout_logprobs_T),
             **loss.metrics,
         }
+        if batch.corrections_T is not None:
+            metrics["rollout/correction"] = TokenMetric(batch.corrections_T)
         count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 
@@ -115,15 +120,6 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> Token
         advantage_T=batch.advantages_T[at],
         gate_T=batch.gates_T[at],
     )
-
-
-def mismatch(old_logprob_T: Tensor, rollout_T: Tensor) -> Mapping[str, TokenMetric]:
-    """How far training and rollout disagree about the same tokens under the same weights: near 0."""
-    difference_T = (old_logprob_T - rollout_T).abs()
-    return {
-        "rollout/logprob_diff_mean": TokenMetric(difference_T),
-        "rollout/logprob_diff_max": TokenMetric(difference_T, Reduction.MAX),
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.weights import Bucket as Bucket
 
@@ -23,6 +24,17 @@ class Sampling:
     """The same seed, prompts and weights give the same responses."""
 
 
+class WeightsWanted(RolloutError):
+    """No server has the current weights, though some are there to take them: publish the same version again.
+
+    The groups that were finished before are kept in `done`, by their prompt's place in the call.
+    """
+
+    def __init__(self, message: str, done: Mapping[int, Group]) -> None:
+        super().__init__(message)
+        self.done = dict(done)
+
+
 class RolloutEngine(Protocol):
     """A source of completions that follows the trainer's weights."""
 
@@ -36,6 +48,7 @@ class RolloutEngine(Protocol):
 
         Raises:
             RolloutError: no weights were published yet, or a group could not be completed.
+            WeightsWanted: the current weights have to be published again, and then the rest asked for.
         """
         ...
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.mismatch import correction
 from sdpg_megatron.records import MicroBatch, ScoredGroup, SequenceBatch
 
 
@@ -122,6 +123,22 @@ def with_gradient(samples: Sequence[Sample]) -> list[Sample]:
     kept = [sample for sample in samples if sample.gate or sample.advantage]
     share = sum(len(s.response) for s in kept) / max(1, sum(len(s.response) for s in samples))
     return [replace(sample, weight=sample.weight * share) for sample in kept]
+
+
+def with_corrections(batches: Sequence[MicroBatch], config: ObjectiveConfig) -> list[MicroBatch]:
+    """Add what each token's loss is multiplied by, to micro-batches that have the sampling weights' log-probs.
+
+    Those of a pipeline stage that has no log-probs stay as they are: it computes no loss.
+    """
+    return [
+        batch
+        if batch.old_logprobs_T is None
+        else replace(
+            batch,
+            corrections_T=correction(batch.old_logprobs_T, batch.rollout_logprobs_T, batch.sequence_T, config),
+        )
+        for batch in batches
+    ]
 
 
 def _weight(samples: Sequence[Sample]) -> float:

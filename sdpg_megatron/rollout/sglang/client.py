@@ -1,0 +1,296 @@
+"""One SGLang server over HTTP: tokens in, tokens and log-probs out, and the calls that replace its weights.
+
+Every method is a coroutine, has a timeout, and is one request. Nothing here tries again: what may be repeated, and
+where, only the pool and the publishing session know.
+
+Source of the endpoints: sglang.srt.entrypoints.http_server of SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from sdpg_megatron.errors import ServerError
+from sdpg_megatron.records import FinishReason
+from sdpg_megatron.rollout.base import Sampling
+
+QUOTED = 300
+"""Characters of a server's answer that an error repeats."""
+REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
+"""SGLang's finish types; everything else counts as aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds."""
+
+    control: float = 60.0
+    """For a call that answers when something small is done."""
+    update: float = 600.0
+    """For a call that moves weights."""
+    generate: float = 3600.0
+    """For a whole response."""
+    health: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response as the server gave it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    versions: frozenset[str]
+    """Of the weights that made its tokens; more than one where they changed in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankChecksums:
+    """Checksums of one of the server's ranks, by its own parameter names."""
+
+    tensor_rank: int
+    tensor_size: int
+    by_name: Mapping[str, str]
+
+
+class Client:
+    """A server at one URL. Made and used in one event loop, closed at the end."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """
+        Args:
+            url: scheme, host and port.
+            api_key: for generation, and for all else where `admin_key` is None.
+            admin_key: for calls that change the server.
+        """
+        self.url = url.rstrip("/")
+        self.timeouts = timeouts or Timeouts()
+        self._keys = {False: api_key, True: admin_key or api_key}
+        # No bound on connections: whoever sends requests bounds them.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._paths: frozenset[str] | None = None
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    # --- generation
+
+    async def generate(self, tokens: Sequence[int], sampling: Sampling, stop_ids: Sequence[int]) -> list[Sample]:
+        """`sampling.n` responses to one prompt, which the server reads once.
+
+        Log-probs are of the softmax at `sampling.temperature` (1 where that is 0), before top-p.
+
+        Raises:
+            ServerError: see `_call`; also where the answer is not what was asked for.
+        """
+        params: dict[str, Any] = {
+            "n": sampling.n,
+            "max_new_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop_token_ids": list(stop_ids),
+        }
+        body = {"input_ids": list(tokens), "sampling_params": params, "return_logprob": True}
+        found = await self._call("POST", "/generate", body, timeout=self.timeouts.generate)
+        answers = found if isinstance(found, list) else [found]
+        if len(answers) != sampling.n:
+            raise ServerError(self.url, "/generate", f"{len(answers)} responses, expected {sampling.n}", retryable=True)
+        return [self._sample(answer) for answer in answers]
+
+    def _sample(self, answer: Mapping[str, Any]) -> Sample:
+        try:
+            meta = answer["meta_info"]
+            pairs = meta.get("output_token_logprobs") or []
+            spans = meta.get("weight_versions") or []
+            versions = {str(span["weight_version"]) for span in spans} | {str(meta["weight_version"])}
+            kind = (meta["finish_reason"] or {}).get("type")
+            tokens = tuple(int(token) for token in answer["output_ids"])
+            sample = Sample(
+                tokens=tokens,
+                logprobs=tuple(float(pair[0]) for pair in pairs),
+                finish_reason=REASONS.get(str(kind), "abort"),
+                versions=frozenset(versions),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ServerError(self.url, "/generate", f"an answer that cannot be read ({error!r})") from error
+        if sample.finish_reason != "abort" and [int(pair[1]) for pair in pairs] != list(tokens):
+            raise ServerError(self.url, "/generate", "log-probs of other tokens than the response's")
+        return sample
+
+    # --- what the server is
+
+    async def alive(self) -> bool:
+        """Whether it answers that it is well, and in time."""
+        try:
+            await self._call("GET", "/health", timeout=self.timeouts.health)
+        except ServerError:
+            return False
+        return True
+
+    async def model_info(self) -> Mapping[str, Any]:
+        """``model_path``, ``weight_version`` and more."""
+        info: Mapping[str, Any] = await self._call("GET", "/model_info")
+        return info
+
+    async def server_info(self) -> Mapping[str, Any]:
+        """Its arguments, for example ``tp_size``, ``dp_size``, ``context_length``."""
+        info: Mapping[str, Any] = await self._call("GET", "/server_info")
+        return info
+
+    async def weight_version(self) -> str:
+        return str((await self.model_info())["weight_version"])
+
+    async def offers(self, path: str) -> bool:
+        """Whether the server has an endpoint; read from /openapi.json once."""
+        if self._paths is None:
+            self._paths = frozenset((await self._call("GET", "/openapi.json"))["paths"])
+        return path in self._paths
+
+    # --- weights
+
+    async def pause(self) -> None:
+        """End all running requests, as aborted, and hold new ones back until `resume`."""
+        await self._admin("/pause_generation", {"mode": "abort"})
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._admin("/continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        """Forget the keys and values of all prompts."""
+        await self._admin("/flush_cache", None)
+
+    async def begin_update(self) -> None:
+        """Open a session of weight updates; nothing on servers that know no sessions."""
+        if await self.offers("/begin_weight_update"):
+            await self._admin("/begin_weight_update", {})
+
+    async def end_update(self) -> None:
+        """Close the session of weight updates."""
+        if await self.offers("/end_weight_update"):
+            await self._admin("/end_weight_update", {}, timeout=self.timeouts.update)
+
+    async def set_version(self, version: str) -> None:
+        """What samples will say from now on of the weights that they come from."""
+        await self._admin("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def join_group(
+        self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
+    ) -> None:
+        """Have the server's ranks join a process group, from `rank_offset` on. Returns once all members are there."""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group,
+            "backend": backend,
+        }
+        await self._admin("/init_weights_update_group", body, timeout=self.timeouts.update)
+
+    async def leave_group(self, group: str) -> None:
+        await self._admin("/destroy_weights_update_group", {"group_name": group})
+
+    async def receive(
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group: str
+    ) -> None:
+        """Take tensors from one broadcast of their bytes, laid end to end, by rank 0 of a process group.
+
+        Args:
+            dtypes: as torch names them, without "torch.".
+        """
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self._admin("/update_weights_from_distributed", body, timeout=self.timeouts.update)
+
+    async def take(self, handles: Sequence[str], load_format: str | None = None) -> None:
+        """Read tensors from memory that the sender shares with it.
+
+        Args:
+            handles: for each of the server's tensor-parallel ranks a base64 pickle of (name, tensor) pairs.
+        """
+        body = {"serialized_named_tensors": list(handles), "load_format": load_format, "flush_cache": False}
+        await self._admin("/update_weights_from_tensor", body, timeout=self.timeouts.update)
+
+    async def load(self, folder: str) -> None:
+        """Read a Hugging Face folder that the server can see."""
+        body = {"model_path": folder, "flush_cache": False}
+        await self._admin("/update_weights_from_disk", body, timeout=self.timeouts.update)
+
+    async def checksums(self) -> list[RankChecksums]:
+        """Of every parameter, for every rank of the server."""
+        found = await self._admin("/weights_checker", {"action": "checksum"}, timeout=self.timeouts.update)
+        try:
+            return [
+                RankChecksums(
+                    rank["parallelism_info"]["tp_rank"], rank["parallelism_info"]["tp_size"], rank["checksums"]
+                )
+                for rank in found["ranks"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ServerError(self.url, "/weights_checker", f"an answer that cannot be read ({error!r})") from error
+
+    # --- memory
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give back the memory of "weights", "kv_cache", "cuda_graph"; the server must be idle."""
+        await self._admin("/release_memory_occupation", {"tags": list(tags)}, timeout=self.timeouts.update)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take memory again; what was in it is gone."""
+        await self._admin("/resume_memory_occupation", {"tags": list(tags)}, timeout=self.timeouts.update)
+
+    # --- requests
+
+    async def _admin(self, path: str, body: object, *, timeout: float | None = None) -> Any:
+        """Change the server. Besides what `_call` refuses, an answer that says it did not work is an error."""
+        found = await self._call("POST", path, body, timeout=timeout, admin=True)
+        if isinstance(found, dict) and found.get("success") is False:
+            raise ServerError(self.url, path, str(found.get("message"))[:QUOTED])
+        return found
+
+    async def _call(
+        self, method: str, path: str, body: object = None, *, timeout: float | None = None, admin: bool = False
+    ) -> Any:
+        """One request; the answer's JSON, or its text where it is none.
+
+        Raises:
+            ServerError: no connection, no answer in time, or an answer of status 400 or more. `retryable` unless the
+                server says that the request itself is at fault.
+        """
+        seconds = self.timeouts.control if timeout is None else timeout
+        headers = {"Authorization": f"Bearer {key}"} if (key := self._keys[admin]) else {}
+        limit = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self._session.request(
+                method, self.url + path, json=body, headers=headers, timeout=limit
+            ) as answer:
+                if answer.status >= 400:
+                    text = (await answer.text())[:QUOTED]
+                    at_fault = answer.status < 500 and answer.status not in (408, 429)
+                    raise ServerError(self.url, path, f"status {answer.status}: {text}", retryable=not at_fault)
+                return await (answer.json() if answer.content_type == "application/json" else answer.text())
+        except asyncio.TimeoutError as error:
+            raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
+
+
