@@ -48,6 +48,17 @@ class ServerError(RolloutError):
         """Whether the same request may succeed later, or elsewhere."""
 
 
+class MismatchError(SdpgError):
+    """Rollout engine and trainer give the same tokens log-probs that are too far apart."""
+
+    def __init__(self, step: int, found: float, limit: float) -> None:
+        super().__init__(
+            f"step {step}: found a mean |log-prob in training - log-prob in rollout| of {found:.4g} nats, expected at "
+            f"most {limit:g} (rollout.mismatch_limit). Fix: give both the same weights, dtype and temperature, and the "
+            "server arguments that keep its numerics close; or, where the difference is understood, raise the limit"
+        )
+
+
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 

@@ -22,6 +22,7 @@ from sdpg_megatron.mcore.model import build_chunks, load_weights, named_paramete
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.objectives.mismatch import effective_sample_size
 from sdpg_megatron.observe.metrics import Metric, merge
 from sdpg_megatron.records import MicroBatch
 
@@ -42,6 +43,22 @@ class Learner:
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         # The reference is the model that the run starts from: a resumed run reads it from the same folder.
         self._reference = passes.FrozenWeights(self.chunks) if config.objective.alpha else None
+
+    def offload(self) -> None:
+        """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
+        cuda = self.device.type == "cuda"
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers(synchronize=cuda, empty_cache=cuda)
+        if cuda:
+            self.optimizer.offload_to_cpu()
+
+    def onload(self) -> None:
+        """Undo `offload`; the gradients are 0. Nothing where it was not called."""
+        cuda = self.device.type == "cuda"
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers(synchronize=cuda)
+        if cuda:
+            self.optimizer.restore_from_cpu()
 
     def named_weights(self) -> dict[str, Tensor]:
         """This rank's weight shards under global Megatron names: live storage, not copies."""
@@ -92,8 +109,10 @@ class Learner:
         self.scheduler.step(increment=1)
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
+        merged = merge(self.ranks.gather_all(local))
         return {
-            **merge(self.ranks.gather_all(local)),
+            **merged,
+            **effective_sample_size(merged),
             "optimizer/grad_norm": Metric(float(grad_norm)),
             "optimizer/lr": Metric(learning_rate),
             "optimizer/skipped": Metric(float(not succeeded)),

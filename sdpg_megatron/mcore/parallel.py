@@ -48,6 +48,11 @@ class Ranks:
     def on_last_stage(self) -> bool:
         return self.pipeline == self.pipeline_size - 1
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
     def gather_all(self, value: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
         values: list[Any] = [None] * self.world

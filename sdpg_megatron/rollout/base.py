@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.records import Group, Prompt
@@ -63,4 +63,29 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release everything. A closed engine generates nothing; closing twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class SharedEngine(RolloutEngine, Protocol):
+    """An engine on servers that other processes' engines use too. One process of a run publishes to them."""
+
+    def follow(self, version: int) -> None:
+        """Another process published a version: take only its responses from now on."""
+        ...
+
+    def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Compare the weights of every server that serves `version` with the stream's.
+
+        Raises:
+            WeightError: they differ; names servers and tensors.
+        """
+        ...
+
+    def release(self) -> None:
+        """Have the servers give their memory back; they have no weights until `resume` and the next publish."""
+        ...
+
+    def resume(self) -> None:
+        """Have the servers take memory for their weights."""
         ...

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,23 +17,24 @@ from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_run, f
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig, dump
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.mcore import device, parallel
+from sdpg_megatron.errors import MismatchError
+from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import StepContext
+from sdpg_megatron.objectives.mismatch import DIFFERENCE
 from sdpg_megatron.observe.metrics import Metric, merge, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.observe.writers import MultiWriter, open_writers
 from sdpg_megatron.records import Prompt, ScoredGroup
-from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import Bucket, Sampling
-from sdpg_megatron.rollout.hf import HFEngine
-from sdpg_megatron.train.batch import StepBatch, build_step, make_samples
+from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, with_corrections
+from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
-from sdpg_megatron.train.rollouts import Rollouts, describe, mean_reward
+from sdpg_megatron.train.rollouts import describe, mean_reward
 from sdpg_megatron.weights import stream, write_folder
 
 CONFIG_FILE = "config.yaml"
@@ -93,6 +93,8 @@ class Trainer:
         self.baseline: Mapping[str, float] = {}
         self.evaluated = False
         self.phase_seconds: dict[str, float] = {}
+        self.gated = config.rollout.mismatch_limit is None
+        """Whether the rollout engine's log-probs were held against the trainer's."""
 
     def resume(self, checkpoint: Path, state: RunState) -> None:
         """Go on where a checkpoint was written."""
@@ -112,7 +114,7 @@ class Trainer:
         stack.callback(self.progress.close)
         self.writer = open_writers(config.run_dir, self.step) if main else MultiWriter([])
         stack.callback(self.writer.close)
-        self.rollouts = _start_rollouts(config, self.ranks, self.inputs.tokenizer)
+        self.rollouts = start_rollouts(config, self.inputs, self.ranks)
         stack.callback(self.rollouts.close)
         self._announce()
         self._publish()
@@ -144,11 +146,13 @@ class Trainer:
         with self._phase("rollout"):
             prompts = [self.prompts[i] for i in self.cursor.take(config.rollout.prompts_per_step)]
             groups = self.rollouts.run(prompts, self._sampling())
+        self._to_training()
         parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
         with self._phase("prepare"):
             batches = [self._prepare(part, self._context(number)) for number, part in enumerate(parts)]
         with self._phase("update"):
             updates = [self._update(batch, self._context(number)) for number, batch in enumerate(batches)]
+        self._check_mismatch(merge(updates))
         self.step += 1
         self._publish()
         seconds = time.perf_counter() - started
@@ -183,8 +187,11 @@ class Trainer:
             length_multiple=self.ranks.tensor_size if self.config.parallel.sequence else 1,
             device=self.learner.device,
         )
-        if self._minibatches > 1:
+        corrected = self.config.objective.correction != "none"
+        if self._minibatches > 1 or corrected:
             batch = batch.with_micro_batches(self.learner.with_old_logprobs(batch.micro_batches))
+        if corrected:
+            batch = batch.with_micro_batches(with_corrections(batch.micro_batches, self.config.objective))
         if needs.reference:
             batch = batch.with_micro_batches(self.learner.with_reference(batch.micro_batches))
         return batch
@@ -194,18 +201,56 @@ class Trainer:
         scale = batch.distill_scale if gated else 1.0
         return self.learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
 
-    def _stream(self) -> Iterator[Bucket]:
+    def _check_mismatch(self, metrics: Mapping[str, Metric]) -> None:
+        """Hold the first step's rollout against its training, once: both have computed the same tokens' log-probs.
+
+        Raises:
+            MismatchError: on every rank, before the step's weights are published or saved.
+        """
+        limit = self.config.rollout.mismatch_limit
+        if self.gated or limit is None or DIFFERENCE not in metrics:
+            return
+        self.gated = True
+        if not metrics[DIFFERENCE].value <= limit:
+            raise MismatchError(self.step, metrics[DIFFERENCE].value, limit)
+
+    def _stream(self, dtype: torch.dtype | None = None) -> Iterator[Bucket]:
         """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
         return stream(
             self.learner.named_weights(),
             self.learner.arch,
             tp_group=self.ranks.tensor_group,
             pp_group=self.ranks.pipeline_group,
+            bucket_bytes=self.config.rollout.sglang.bucket_mib << 20,
+            dtype=dtype,
         )
 
+    def _weights(self) -> Iterator[Bucket]:
+        """The stream as the rollout engine wants it."""
+        served = self.config.rollout.sglang.dtype if self.config.rollout.engine == "sglang" else None
+        return self._stream(getattr(torch, served) if served else None)
+
     def _publish(self) -> None:
+        """Bring the weights to the rollout engine; where it shares the trainer's devices, it gets them back."""
         with self._phase("publish"):
-            self.rollouts.publish(self.step, self._stream())
+            if self._colocated:
+                self.learner.offload()
+                self.rollouts.resume()
+            self.rollouts.publish(self.step, self._weights)
+            every = self.config.rollout.sglang.verify_every
+            if every and self.step % every == 0:
+                self.rollouts.verify(self.step, self._weights)
+
+    def _to_training(self) -> None:
+        """Take the devices from a rollout engine that shares them."""
+        if self._colocated:
+            with self._phase("switch"):
+                self.rollouts.release()
+                self.learner.onload()
+
+    @property
+    def _colocated(self) -> bool:
+        return self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated
 
     def _sampling(self) -> Sampling:
         rollout = self.config.rollout
@@ -302,19 +347,6 @@ class Trainer:
         started = time.perf_counter()
         yield
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-def _start_rollouts(config: RunConfig, ranks: Ranks, tokenizer: Any) -> Rollouts:
-    if not ranks.leads_replica:
-        return Rollouts(ranks, None, None)
-    engine = HFEngine(
-        config.model.path,
-        batch_size=config.rollout.batch_size,
-        device=device.training_device(),
-        dtype=getattr(torch, config.model.dtype),
-        tokenizer=tokenizer,
-    )
-    return Rollouts(ranks, engine, VerifierPool(config.reward))
 
 
 def done_message(run_dir: Path) -> str:

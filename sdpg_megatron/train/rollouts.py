@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 from sdpg_megatron.mcore.parallel import Ranks, split_evenly
@@ -10,32 +10,73 @@ from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
-from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling
+from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling, SharedEngine, WeightsWanted
+
+Weights = Callable[[], Iterable[Bucket]]
+"""A new stream of a replica's weights; every rank of the replica iterates it to its end."""
 
 
 class Rollouts:
     """The rollout side of a run. Every rank calls every method; only replica leaders have an engine and a verifier."""
 
-    def __init__(self, ranks: Ranks, engine: RolloutEngine | None, verifiers: VerifierPool | None) -> None:
+    def __init__(
+        self, ranks: Ranks, engine: RolloutEngine | None, verifiers: VerifierPool | None, *, shared: bool = False
+    ) -> None:
+        """`shared`: the engines are `SharedEngine`s, all on the same servers; the first replica's publishes."""
         assert (engine is not None) == (verifiers is not None) == ranks.leads_replica
         self._ranks = ranks
         self._engine = engine
         self._verifiers = verifiers
+        self._shared = shared
+        self._published: tuple[int, Weights] | None = None
 
-    def publish(self, version: int, stream: Iterable[Bucket]) -> None:
-        """Hand the weight stream to the replica's engine; the other ranks drive their part of the gathering."""
-        if self._engine is not None:
-            self._engine.publish(version, stream)
-        else:
-            for _ in stream:
-                pass
+    def publish(self, version: int, weights: Weights) -> None:
+        """Bring the weights to the engines.
+
+        Where each replica has an engine of its own, each streams its weights. Servers that are shared need them once:
+        the first replica's.
+        """
+        self._published = version, weights
+        if self._streams:
+            if self._engine is not None:
+                self._engine.publish(version, weights())
+            else:
+                _drive(weights())
+        if self._shared:
+            self._ranks.barrier()  # nobody asks the servers for what they do not have yet
+            if isinstance(self._engine, SharedEngine) and not self._streams:
+                self._engine.follow(version)
+
+    def verify(self, version: int, weights: Weights) -> None:
+        """Compare what shared servers have with what the trainer has; see `SharedEngine`."""
+        if self._shared and self._streams:
+            if isinstance(self._engine, SharedEngine):
+                self._engine.verify(version, weights())
+            else:
+                _drive(weights())
+
+    def release(self) -> None:
+        """Have the servers give their memory to the trainer."""
+        if self._streams and isinstance(self._engine, SharedEngine):
+            self._engine.release()
+        self._ranks.barrier()
+
+    def resume(self) -> None:
+        """The servers may take their memory again; the next thing that they need are weights."""
+        self._ranks.barrier()  # all ranks have made room
+        if self._streams and isinstance(self._engine, SharedEngine):
+            self._engine.resume()
+
+    @property
+    def _streams(self) -> bool:
+        """Whether this rank's replica hands out weights."""
+        return not self._shared or self._ranks.data == 0
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ScoredGroup]:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank."""
         share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
-        if self._engine is not None and self._verifiers is not None:
-            mine = split_evenly(prompts, self._ranks.data, self._ranks.data_size)
-            groups = self._engine.generate(mine, sampling) if mine else []
+        groups = self._generate(split_evenly(prompts, self._ranks.data, self._ranks.data_size), sampling)
+        if self._verifiers is not None:
             share = [(g.completions, s) for g, s in zip(groups, self._verifiers.score(groups), strict=True)]
         # Every rank has the prompts, and replicas are in the order of their leaders' ranks.
         gathered = chain.from_iterable(self._ranks.gather_all(share))
@@ -44,11 +85,34 @@ class Rollouts:
             for prompt, (completions, score) in zip(prompts, gathered, strict=True)
         ]
 
+    def _generate(self, mine: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """This replica's groups, on its leader. Servers that came back without weights get them in between."""
+        groups: dict[int, Group] = {}
+        missing = list(range(len(mine))) if self._engine is not None else []
+        while True:
+            if self._engine is not None and missing:
+                try:
+                    found = dict(enumerate(self._engine.generate([mine[i] for i in missing], sampling)))
+                except WeightsWanted as wanted:
+                    found = wanted.done
+                groups.update({missing[place]: group for place, group in found.items()})
+                missing = [i for i in missing if i not in groups]
+            if not any(self._ranks.gather_all(bool(missing))):
+                return [groups[i] for i in sorted(groups)]
+            assert self._published is not None, "engines ask for weights that they had"
+            self.publish(*self._published)
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
         if self._verifiers is not None:
             self._verifiers.close()
+
+
+def _drive(weights: Iterable[Bucket]) -> None:
+    """Take this rank's part in gathering weights that another rank uses."""
+    for _ in weights:
+        pass
 
 
 def describe(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:

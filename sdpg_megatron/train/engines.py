@@ -1,0 +1,73 @@
+"""The rollout engine of this rank, and the verifiers beside it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Literal
+
+import torch
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.mcore import device
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.rewards.pool import VerifierPool
+from sdpg_megatron.rollout.base import RolloutEngine
+from sdpg_megatron.rollout.hf import HFEngine
+from sdpg_megatron.train.inputs import Inputs
+from sdpg_megatron.train.rollouts import Rollouts
+
+
+def start_rollouts(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Rollouts:
+    """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise."""
+    served = config.rollout.engine == "sglang"
+    engine = _served(config, inputs, ranks) if served else _embedded(config, inputs, ranks)
+    verifiers = VerifierPool(config.reward) if ranks.leads_replica else None
+    return Rollouts(ranks, engine, verifiers, shared=served)
+
+
+def _embedded(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | None:
+    if not ranks.leads_replica:
+        return None
+    return HFEngine(
+        config.model.path,
+        batch_size=config.rollout.batch_size,
+        device=device.training_device(),
+        dtype=getattr(torch, config.model.dtype),
+        tokenizer=inputs.tokenizer,
+    )
+
+
+def _served(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | None:
+    """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
+    from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
+
+    rollout = config.rollout
+    kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
+    model = ServedModel(
+        folder=config.model.path,
+        tokenizer=inputs.tokenizer,
+        stop_ids=inputs.stop_ids,
+        dtype=config.model.dtype,
+        device=kind,
+        prompt_tokens=config.data.max_prompt_tokens,
+        response_tokens=max(rollout.max_response_tokens, config.eval.max_response_tokens or 0),
+    )
+    nonce = secrets.token_hex(4)
+    engine: SGLangEngine | None = None
+    answer: tuple[tuple[str, ...], str] | SdpgError | None = None
+    if ranks.is_main:
+        try:
+            engine = SGLangEngine(rollout.sglang, model, run_dir=config.run_dir, nonce=nonce, seed=config.seed)
+            answer = engine.urls, nonce
+        except SdpgError as error:
+            answer = error
+    shared = ranks.gather_all(answer)[0]
+    if isinstance(shared, SdpgError):
+        raise shared
+    assert shared is not None
+    if ranks.leads_replica and not ranks.is_main:
+        urls, nonce = shared
+        attached = rollout.sglang.model_copy(update={"urls": urls})
+        engine = SGLangEngine(attached, model, run_dir=config.run_dir, nonce=nonce, publishes=False)
+    return engine
