@@ -15,9 +15,12 @@ from sdpg_megatron.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-FREE_TO_CHANGE = ("run_dir", "parallel", "eval", "checkpoint", "model.path", "data.eval")
+FREE_TO_CHANGE = (
+    "run_dir", "parallel", "head", "eval", "checkpoint", "model.path", "data.eval",
+    "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
+)  # fmt: skip
 """Fields that may differ between the calls that make up one run. The model may have moved, but not changed: see
-`RunState.model`. Another number of data-parallel ranks draws other samples, from the same distribution."""
+`RunState.model`. Another engine, or number of data-parallel ranks, draws other samples, from the same distribution."""
 
 _SAMPLE = 4 * 2**20
 

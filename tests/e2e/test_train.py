@@ -45,6 +45,16 @@ def test_training_and_rollout_agree_about_the_first_tokens(whole: Path) -> None:
     assert first["reference/kl"] >= 0
 
 
+def test_a_rollout_engine_that_is_too_far_off_stops_the_run(tmp_path: Path) -> None:
+    """No two ways to compute a log-prob are closer than this limit."""
+    stopped = train(write_run(tmp_path), "rollout.mismatch_limit=1.0e-12")
+    assert stopped.returncode == 2
+    assert "step 0: found a mean |log-prob in training - log-prob in rollout| of" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
 def test_the_exported_model_is_the_trained_one(whole: Path) -> None:
     trained, start = whole / "run" / "model", whole / "hf"
     model = AutoModelForCausalLM.from_pretrained(trained)
@@ -137,9 +147,13 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, override: str, message: 
 )
 def test_under_torchrun(tmp_path: Path, whole: Path, ranks: int, layout: list[str]) -> None:
     config = write_run(tmp_path)
-    done = train(config, *layout, "steps=2", "optimizer.schedule=constant", ranks=ranks)
+    done = train(
+        config, *layout, "steps=2", "optimizer.schedule=constant", "objective.correction=truncate", ranks=ranks
+    )
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
+    assert lines[1]["rollout/correction"] == pytest.approx(1, abs=1e-4)
+    assert lines[1]["rollout/effective_sample_size"] == pytest.approx(1, abs=1e-4)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[1]["rollout/logprob_diff_max"] < 1e-4  # what was published is what is trained, on any layout
     if "dp2" not in str(layout) and layout:

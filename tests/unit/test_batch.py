@@ -10,7 +10,7 @@ import torch
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
-from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, make_samples
+from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, make_samples, with_corrections
 
 CPU = torch.device("cpu")
 
@@ -61,6 +61,18 @@ def test_rows_point_at_the_position_before_each_response_token() -> None:
     assert batch.gated_rows_G.tolist() == [0, 1]
     assert batch.gates_T.tolist() == [1, 1, 0, 0, 0, 0]
     assert batch.advantages_T.tolist() == [1, 1, -1, -1, -1, -1]
+
+
+def test_corrections_go_to_the_tokens_of_their_own_response() -> None:
+    batch = collate([sample(3, 2, gate=True), sample(1, 4)], 1)
+    assert batch.sequence_T.tolist() == [0, 0, 1, 1, 1, 1]
+    old_T = batch.rollout_logprobs_T + torch.tensor([0.4, 0.8, 0.0, 0.1, -0.1, 0.0])
+    config = ObjectiveConfig(correction="truncate", correction_level="sequence", correction_bound=9.0)
+    here, elsewhere = with_corrections([dataclasses.replace(batch, old_logprobs_T=old_T), batch], config)
+    assert here.corrections_T is not None
+    torch.testing.assert_close(here.corrections_T, torch.tensor([0.6, 0.6, 0.0, 0.0, 0.0, 0.0]).exp())
+    assert elsewhere.corrections_T is None  # a pipeline stage without log-probs computes no loss
+    assert here.emptied().corrections_T is not None and here.emptied().num_tokens == 0
 
 
 def test_without_an_open_gate_there_is_no_teacher() -> None:
