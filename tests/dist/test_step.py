@@ -81,7 +81,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.mcore.model import named_parameters
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step, make_samples
+    from sdpg_megatron.train.batch import build_step, make_samples, with_corrections
     from sdpg_megatron.weights import stream
 
     config = config_of(folder, overrides)
@@ -98,8 +98,11 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
         device=learner.device,
     )
+    batches = batch.micro_batches
+    if config.objective.correction != "none":
+        batches = with_corrections(learner.with_old_logprobs(batches), config.objective)
     metrics = [
-        learner.update(learner.with_reference(batch.micro_batches), StepContext(step, config.total_optimizer_steps))
+        learner.update(learner.with_reference(batches), StepContext(step, config.total_optimizer_steps))
         for step in range(2)
     ]
 
@@ -131,13 +134,29 @@ def test_layouts_and_splits_agree(model: Path, single: dict[str, Any], ranks: Ra
         assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
     assert single["weights"].keys() == found["weights"].keys()
     for name, expected in single["weights"].items():
-        torch.testing.assert_close(found["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     if world == 1 or overrides.get("optimizer.distributed") is False or "dp" not in layout:
         # With a sharded optimizer each data-parallel rank holds its own part of the summed gradient only.
         for name, expected in single["gradients"].items():
             torch.testing.assert_close(
                 found["gradients"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_corrections_weigh_the_loss_alike_on_any_layout(model: Path, single: dict[str, Any], ranks: RankPool) -> None:
+    """The log-probs that the responses came with are far from the model's: masks and weights are not 1."""
+    corrected = {"objective.correction": "mask", "objective.correction_level": "sequence"}
+    alone = ranks.run(two_steps, 1, model, corrected)[0]
+    spread = {"parallel.tensor": 2, "parallel.pipeline": 2, "optimizer.micro_batch_size": 3}
+    found = ranks.run(two_steps, 4, model, {**corrected, **spread})[0]
+    for expected, step in zip(alone["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+    assert 0 < alone["metrics"][0]["rollout/correction"] != 1
+    assert alone["metrics"][0]["train/loss"] != pytest.approx(single["metrics"][0]["train/loss"], rel=0.05)
 
 
 def test_the_step_teaches(single: dict[str, Any]) -> None:
