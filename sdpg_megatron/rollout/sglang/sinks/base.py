@@ -1,0 +1,51 @@
+"""What a sink is: one way for buckets of weights to reach servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from sdpg_megatron.errors import ServerError
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.weights import Bucket
+
+Failures = Mapping[Client, ServerError]
+"""Servers that do not get the weights, with the reason."""
+
+Send = Callable[[], Coroutine[Any, Any, Failures]]
+"""Sends one bucket."""
+
+
+class Sink(Protocol):
+    """Used for one session after the other. A server that failed gets nothing more in its session.
+
+    All but `pack` runs in the event loop.
+    """
+
+    in_session: ClassVar[bool]
+    """Whether servers take what it sends only between `Client.begin_update` and `end_update`."""
+
+    async def open(self, clients: Sequence[Client]) -> Failures:
+        """Get ready to send to these servers, which are paused and, for `in_session`, begun."""
+        ...
+
+    def pack(self, bucket: Bucket) -> Send:
+        """Bring a bucket into the form that it travels in. Called in the thread that makes the buckets, never before
+        the previous bucket was sent. What it returns holds the bucket, or a copy; not both.
+
+        Raises:
+            RolloutError: this machine lacks room for it.
+        """
+        ...
+
+    async def finish(self) -> Failures:
+        """All buckets were sent: see to it that servers have them in place."""
+        ...
+
+    async def close(self) -> None:
+        """The session is over, well or not: keep nothing that only a session needs."""
+        ...
+
+    async def dispose(self) -> None:
+        """There will be no other session."""
+        ...

@@ -1,0 +1,138 @@
+"""The process group that carries weights: rank 0 is this process, the others are ranks of servers.
+
+It stands beside `torch.distributed`'s default group, which it neither needs nor changes. Everything that may wait for
+another process runs in a thread and ends after a bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import distributed_c10d as c10d
+
+T = TypeVar("T")
+
+
+class WeightGroup:
+    """Rank 0's side of a group. Joined once, used for many broadcasts, destroyed once."""
+
+    def __init__(self, name: str, *, address: str, size: int, backend: Literal["gloo", "nccl"]) -> None:
+        """Open the meeting point, at a free port.
+
+        Args:
+            name: unlike that of any other group in this process, or in its servers.
+            address: this machine's, as the servers reach it.
+            size: ranks, this one included.
+        """
+        self.name, self.address, self.size, self.backend = name, address, size, backend
+        # The meeting point and this rank's own connection to it are two objects, so that closing the former ends all
+        # waiting in the latter, and in the servers.
+        meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        self.port: int = meeting.port
+        self._meeting: Store | None = meeting
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether it can be used."""
+        return self._group is not None
+
+    async def join(self, seconds: float) -> None:
+        """Meet the other ranks. Raises whatever torch raises where they do not come in time."""
+        self._group = await in_thread(lambda: self._join(timedelta(seconds=seconds)))
+
+    def _join(self, limit: timedelta) -> dist.ProcessGroup:
+        """As SGLang's side does it: sglang.srt.utils.common.init_custom_process_group of SGLang 0.5.23."""
+        store = TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=limit)
+        found = c10d._new_process_group_helper(
+            self.size,
+            0,
+            [],
+            c10d.Backend(self.backend),
+            c10d.PrefixStore(self.name, store),
+            group_name=self.name,  # type: ignore[arg-type]
+            timeout=limit,
+        )
+        group: dist.ProcessGroup = found[0]
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.size)}
+        return group
+
+    async def broadcast(self, run: Tensor, seconds: float) -> None:
+        """Send to all other ranks; on return it was sent. Raises whatever torch raises where that fails."""
+        group = self._group
+        assert group is not None, "not joined"
+
+        def send() -> None:
+            options = dist.BroadcastOptions()
+            options.rootRank = 0
+            options.timeout = timedelta(seconds=seconds)
+            if run.is_cuda:
+                torch.cuda.set_device(run.device)
+            group.broadcast([run], options).wait()
+            if run.is_cuda:
+                torch.cuda.current_stream(run.device).synchronize()
+
+        await in_thread(send)
+
+    async def interrupt(self) -> None:
+        """End whatever waits here, where the backend can: NCCL can, Gloo cannot."""
+        self._meeting = None
+        if self._group is not None and self.backend == "nccl":
+            await in_thread(self._group.abort)
+
+    def destroy(self) -> None:
+        """Close all connections, which ends the other ranks' waiting. No broadcast may be under way."""
+        group, self._group, self._meeting = self._group, None, None
+        if group is not None:
+            with suppress(ValueError):  # `torch.distributed` was shut down as a whole before
+                dist.destroy_process_group(group)
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run what may block in a thread that does not keep the process alive; where the caller is cancelled it goes on."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            outcome: Any = work()
+            how: Callable[[Any], None] = future.set_result
+        except Exception as error:
+            outcome, how = error, future.set_exception
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, how, outcome)
+
+    threading.Thread(target=run, name="weight-group", daemon=True).start()
+    return await future
+
+
+def address_towards(urls: Sequence[str]) -> str:
+    """This machine's address as those servers reach it: the loopback where all of them are on it."""
+    hosts = [urlsplit(url).hostname or "localhost" for url in urls]
+    for host in hosts:
+        with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # a datagram socket sends nothing here; it only learns the route
+            found: str = probe.getsockname()[0]
+        if not ipaddress.ip_address(found.partition("%")[0]).is_loopback:
+            return found
+    return "127.0.0.1"
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0][0]

@@ -1,0 +1,201 @@
+"""Weights in memory that servers on this machine share with this process: on CPUs a file of /dev/shm, on GPUs CUDA IPC.
+
+SGLang reads a base64 pickle for each of its ranks, by an unpickler that knows few globals: torch's own functions that
+open shared memory, and `types.SimpleNamespace`, which here describes where tensors lie.
+Source: sglang.srt.utils.common.SafeUnpickler, sglang.srt.utils.patch_torch and
+sglang.srt.model_executor.model_runner_components.weight_updater of SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import psutil
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
+from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to, size_of
+from sdpg_megatron.weights import Bucket
+
+MEMORY_FILES = Path("/dev/shm")
+DEVICE_ARGUMENT = 6
+"""Place of the storage's device among the arguments of torch's `rebuild_cuda_tensor`."""
+
+
+class SharedSink:
+    """A bucket lies in memory that all servers read at the same time."""
+
+    in_session: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._ranks: dict[Client, int] = {}
+        self._segment: _Segment | None = None
+
+    async def open(self, clients: Sequence[Client]) -> Failures:
+        """See `Sink`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
+        found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
+        failures: dict[Client, ServerError] = {}
+        self._ranks = {}
+        for client, ranks in zip(clients, found, strict=True):
+            if isinstance(ranks, int):
+                self._ranks[client] = ranks
+            elif isinstance(ranks, ServerError):
+                failures[client] = ranks
+            else:
+                raise ranks
+        return failures
+
+    def pack(self, bucket: Bucket) -> Send:
+        """See `Sink`. On a GPU the servers read the bucket where it is, otherwise a copy."""
+        if bucket[0][1].is_cuda:
+            flat = as_run(bucket)
+            torch.cuda.current_stream(flat.run.device).synchronize()
+            return partial(self._send, flat, None)
+        if self._segment is None or self._segment.size < size_of(bucket):
+            self._release()
+            self._segment = _Segment(size_of(bucket))
+        return partial(self._send, copy_to(self._segment.memory, bucket), self._segment)
+
+    async def finish(self) -> Failures:
+        """See `Sink`."""
+        return {}
+
+    async def close(self) -> None:
+        """See `Sink`. Servers have let go of the memory, or are given up: it goes either way."""
+        self._release()
+        self._ranks = {}
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+    async def dispose(self) -> None:
+        """See `Sink`."""
+        self._release()
+
+    async def _send(self, flat: Flat, segment: _Segment | None) -> Failures:
+        # A handle is for one reader: the memory counts them.
+        handles = {client: [_handle(flat, segment) for _ in range(ranks)] for client, ranks in self._ranks.items()}
+        found = await asyncio.gather(
+            *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
+        )
+        failures: dict[Client, ServerError] = {}
+        for client, error in zip(handles, found, strict=True):
+            if isinstance(error, ServerError):
+                failures[client] = error
+                del self._ranks[client]
+            elif error is not None:
+                raise error
+        return failures
+
+    def _release(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.release()
+
+
+class _Segment:
+    """Shared memory that any process of this machine opens by its name, with torch's bookkeeping of its readers.
+
+    Made without `torch.multiprocessing.set_sharing_strategy`, which is the whole process's.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Raises `RolloutError` where there is not so much: writing beyond would end this process."""
+        self.size = size
+        self.storage: torch.UntypedStorage = torch.UntypedStorage._new_using_filename_cpu(size)
+        manager, name, _ = self.storage._share_filename_cpu_()
+        self.metadata = (manager, name, size)
+        self._file = MEMORY_FILES / os.fsdecode(name).lstrip("/")
+        self.memory: Tensor = torch.empty(0, dtype=torch.uint8).set_(self.storage)  # type: ignore[call-overload]
+        try:
+            with self._file.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            self.release()
+            raise RolloutError(
+                f"{MEMORY_FILES} has no room for a bucket of {size >> 20} MiB ({error}). Fix: enlarge it (for Docker "
+                "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
+            ) from error
+
+    def release(self) -> None:
+        """Also where a reader that died was still counted, and the file would stay as long as this process."""
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        del self.storage
+        self._file.unlink(missing_ok=True)
+
+
+class _Pickler(ForkingPickler):
+    """Pickles a segment's storage by name, whatever the process's sharing strategy is."""
+
+    def __init__(self, file: io.BytesIO, segment: _Segment | None) -> None:
+        super().__init__(file)
+        self._segment = segment
+
+    def reducer_override(self, found: Any) -> Any:
+        if isinstance(found, torch.UntypedStorage) and self._segment is not None:
+            found._shared_incref()  # type: ignore[no-untyped-call]
+            return reductions.rebuild_storage_filename, (torch.UntypedStorage, *self._segment.metadata)
+        if isinstance(found, Tensor) and found.is_cuda:
+            rebuild, arguments = reductions.reduce_tensor(found)  # type: ignore[no-untyped-call]
+            # Processes may number devices differently; SGLang takes their names as well.
+            name = str(torch.cuda.get_device_properties(found.device).uuid)
+            return rebuild, (*arguments[:DEVICE_ARGUMENT], name, *arguments[DEVICE_ARGUMENT + 1 :])
+        return NotImplemented
+
+
+def _handle(flat: Flat, segment: _Segment | None) -> str:
+    """What lets one process read the bytes: base64."""
+    spans = [
+        SimpleNamespace(
+            name=span.name,
+            shape=span.shape,
+            dtype=span.dtype,
+            start_idx=span.start,
+            end_idx=span.end,
+            numel=span.end - span.start,
+        )
+        for span in flat.spans
+    ]
+    content: Mapping[str, object] = {"flattened_tensor": flat.run, "metadata": spans}
+    file = io.BytesIO()
+    _Pickler(file, segment).dump(content)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+async def _ranks(client: Client) -> int:
+    """Tensor-parallel ranks of a server on this machine.
+
+    Raises:
+        ServerError: it is elsewhere, does not answer, or SGLang cannot update it in this way.
+    """
+    if not await _is_here(client.url):
+        raise ServerError(client.url, "", "is on another machine and shares no memory. Fix: use another sink")
+    info = await client.server_info()
+    if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
+        raise ServerError(client.url, "", "SGLang shares with no data-parallel replicas. Fix: use the disk sink")
+    return int(info["tp_size"])
+
+
+async def _is_here(url: str) -> bool:
+    """Whether the host is this machine."""
+    host = urlsplit(url).hostname or "localhost"
+    own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError:
+        return False
+    addresses = [str(entry[4][0]) for entry in found]
+    return all(address.startswith("127.") or address in own for address in addresses)
