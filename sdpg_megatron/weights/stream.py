@@ -79,8 +79,9 @@ def stream(
 
     Every rank of one model replica iterates to the end, in step. The leader's buckets hold the tensors; those of the
     other ranks are empty, as many of them. The tensors are copies on the parameters' device, which neither an
-    optimizer step nor the stream itself changes later. A rank holds one bucket and one parameter at a time,
-    as long as its consumer lets go of a bucket before it asks for the next.
+    optimizer step nor the stream itself changes later; those of a bucket lie end to end in one piece of memory. A rank
+    holds one bucket and one parameter at a time, as long as its consumer lets go of a bucket before it asks for the
+    next.
 
     Args:
         local_params: the rank's parameters, all model chunks together, under their Megatron names with global layer
@@ -99,16 +100,19 @@ def stream(
             missing, or is owned by two stages.
     """
     place = _Replica(tp_group, pp_group, next(iter(local_params.values())).device)
-    bucket: list[tuple[str, Tensor]] = []
+    for items in _in_buckets(_plan(local_params, arch, place, dtype), bucket_bytes):
+        yield _gather(items, local_params, place)
+
+
+def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item]]:
+    bucket: list[_Item] = []
     held = 0
-    for item in _plan(local_params, arch, place, dtype):
+    for item in plan:
         if held and held + item.nbytes > bucket_bytes:
-            _let_go(place)
             yield bucket
             bucket, held = [], 0
-        bucket.extend(_fetch(item, local_params, place))
+        bucket.append(item)
         held += item.nbytes
-    _let_go(place)
     yield bucket
 
 
@@ -132,24 +136,35 @@ def _plan(
     return [items[name] for name in parameters if name in items]
 
 
-def _fetch(item: _Item, local_params: Mapping[str, Tensor], place: _Replica) -> Bucket:
-    """Bring one parameter's whole tensors to the leader; nothing anywhere else."""
+def _gather(items: Sequence[_Item], local_params: Mapping[str, Tensor], place: _Replica) -> Bucket:
+    """Bring a bucket's whole tensors to the leader; nothing anywhere else."""
+    leads = place.stage == 0 and place.tp_rank == 0
+    bucket: list[tuple[str, Tensor]] = []
+    for item, whole in zip(items, _room(items, place) if leads else [None] * len(items), strict=True):
+        _fetch(item, local_params, place, whole)
+        bucket += whole or []
+    _let_go(place)
+    return bucket
+
+
+def _fetch(
+    item: _Item, local_params: Mapping[str, Tensor], place: _Replica, whole: Sequence[tuple[str, Tensor]] | None
+) -> None:
+    """Fill `whole`, the leader's, with one parameter's tensors; elsewhere it is None."""
     if place.stage == item.stage:
-        tensors = _assemble(item, local_params[item.name].detach(), place)
-        if place.stage == 0:
-            return tensors
-        for _, tensor in tensors:
-            dist.send(tensor, group=place.pp_group, group_dst=0)
-    elif place.stage == 0 and place.tp_rank == 0:
-        received = [(name, _empty(shape, item, place)) for name, shape in item.parameter.tensors.items()]
-        for _, tensor in received:
+        assembled = _assemble(item, local_params[item.name].detach(), place, whole)
+        if place.stage:
+            for _, tensor in assembled:
+                dist.send(tensor, group=place.pp_group, group_dst=0)
+    elif whole is not None:
+        for _, tensor in whole:
             dist.recv(tensor, group=place.pp_group, group_src=item.stage)
-        return received
-    return []
 
 
-def _assemble(item: _Item, local: Tensor, place: _Replica) -> Bucket:
-    """Join the owning stage's shards on its tensor-parallel rank 0; empty on the stage's other ranks."""
+def _assemble(
+    item: _Item, local: Tensor, place: _Replica, whole: Sequence[tuple[str, Tensor]] | None
+) -> Sequence[tuple[str, Tensor]]:
+    """Join the owning stage's shards on its tensor-parallel rank 0, in `whole` if given; empty on its other ranks."""
     layout, size = item.parameter.layout, place.tp_size
     shards = [local]
     if layout.sharded and size > 1:
@@ -159,7 +174,7 @@ def _assemble(item: _Item, local: Tensor, place: _Replica) -> Bucket:
         dist.gather(local, shards if first else None, group=place.tp_group, group_dst=0)
     if place.tp_rank:
         return []
-    whole = [(name, _empty(shape, item, place)) for name, shape in item.parameter.tensors.items()]
+    whole = whole or _room([item], place)[0]
     for rank, shard in enumerate(shards):
         start = 0
         for piece in item.parameter.pieces(rank, size):
@@ -170,8 +185,19 @@ def _assemble(item: _Item, local: Tensor, place: _Replica) -> Bucket:
     return whole
 
 
-def _empty(shape: Shape, item: _Item, place: _Replica) -> Tensor:
-    return torch.empty(shape, dtype=item.dtype, device=place.device)
+def _room(items: Sequence[_Item], place: _Replica) -> list[list[tuple[str, Tensor]]]:
+    """Memory for the whole tensors of each item: one run of bytes without gaps, as process groups like to send it.
+
+    Larger elements come first, so that each tensor begins at a multiple of its own.
+    """
+    run = torch.empty(sum(item.nbytes for item in items), dtype=torch.uint8, device=place.device)
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for item in sorted(items, key=lambda item: -item.dtype.itemsize):
+        for name, shape in item.parameter.tensors.items():
+            start, end = end, end + prod(shape) * item.dtype.itemsize
+            tensors[name] = run[start:end].view(item.dtype).view(shape)
+    return [[(name, tensors[name]) for name in item.parameter.tensors] for item in items]
 
 
 def _let_go(place: _Replica) -> None:

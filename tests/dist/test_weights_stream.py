@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdpg_megatron.architecture import Architecture, Family, read_architecture
 from sdpg_megatron.errors import WeightError
@@ -169,14 +169,39 @@ def test_tensors_do_not_follow_the_optimizer(folders: list[Path]) -> None:
     assert all(torch.equal(tensor, saved[name]) for name, tensor in sent)
 
 
-def test_holds_one_bucket_at_a_time(folders: list[Path]) -> None:
+def test_keeps_no_bucket_that_it_gave_out(folders: list[Path]) -> None:
     params, arch = single(folders[0])
     buckets = stream(params, arch, bucket_bytes=50_000)
     for _ in range(5):
-        alive = [weakref.ref(tensor) for _, tensor in next(buckets)]
-        assert all(tensor() is not None for tensor in alive), "the stream itself holds the bucket that it gave out"
-        next(buckets)
-        assert all(tensor() is None for tensor in alive)
+        bucket = next(buckets)
+        memory = StorageWeakRef(bucket[0][1].untyped_storage())
+        assert not memory.expired()
+        del bucket
+        assert memory.expired()
+
+
+def spans(folder: Path, tp: int, pp: int) -> list[list[tuple[int, int, int, int]]]:
+    """Of each bucket's tensors, by address: start and end from the bucket's first byte, element size, memory's size."""
+    rank = Rank(folder, tp, pp)
+    params = {n: p if "norm" in n else p.bfloat16() for n, p in rank.params.items()}
+    found = []
+    for bucket in stream(params, rank.arch, bucket_bytes=50_000, **rank.groups):
+        starts = sorted((t.data_ptr(), t.nbytes, t.itemsize, t.untyped_storage().nbytes()) for _, t in bucket)
+        found.append([(start - starts[0][0], start - starts[0][0] + n, size, room) for start, n, size, room in starts])
+    return found
+
+
+@pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
+def test_a_bucket_is_one_run_of_bytes(ranks: RankPool, folders: list[Path], tp: int, pp: int) -> None:
+    """Without gaps, each tensor at a multiple of its element size, though the types are mixed."""
+    buckets = ranks.run(spans, tp * pp, folders[3], tp, pp)[0]
+    assert any(len({size for _, _, size, _ in bucket}) == 2 for bucket in buckets)
+    for bucket in buckets:
+        end = 0
+        for start, stop, size, room in bucket:
+            assert start == end and start % size == 0
+            end = stop
+            assert room == bucket[-1][1]
 
 
 def faulty(folder: Path, fault: str) -> str:
