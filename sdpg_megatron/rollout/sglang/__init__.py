@@ -1,0 +1,1 @@
+"""Rollouts by SGLang servers, and live publishing of weights into them."""

@@ -1,0 +1,326 @@
+"""One SGLang server as a process of this machine: start it, see what it says, and leave nothing of it behind.
+
+    this process --(pipe: job, then the order to stop)--> guard.py --> serve.py, which becomes the server --> its ranks
+
+All but this process form one session and process group, the guard's. The guard ends the rest when this process says so
+or is gone, takes API keys out of what the server prints, and exits when the server does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sdpg_megatron.errors import RolloutError
+from sdpg_megatron.rollout.sglang import guard, serve
+
+PYTHON_VARIABLE = "SDPG_SGLANG_PYTHON"
+PORTS = range(20000, 30000)
+"""Free ports are taken from here: below those that Linux gives to outgoing connections. A server listens only when its
+model is loaded, and such a connection could take its port until then."""
+TRIES = 64
+MARGIN = 2 * guard.KILL_LIMIT + 5
+"""Seconds that the guard gets beyond the server's grace."""
+TAIL_BYTES = 64 * 1024
+LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
+"""Beginnings of what torchrun tells its ranks. The server's ranks are a job of their own: with
+TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How to start one server."""
+
+    model: Path
+    """Hugging Face folder."""
+    log: Path
+    """What the server prints is appended here, without the keys."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int | None = None
+    """None for a free one."""
+    tensor: int = 1
+    data: int = 1
+    dtype: str
+    """As SGLang names it: float32, bfloat16, float16."""
+    device: Literal["cpu", "cuda"]
+    mem_fraction: float | None = None
+    """Share of the device's memory for weights and keys and values; None for SGLang's choice."""
+    memory_saver: bool = False
+    """Let the server give its memory back on request (CUDA only)."""
+    seed: int = 0
+    python: str
+    """Interpreter that has sglang."""
+    arguments: tuple[str, ...] = ()
+    """More arguments of sglang.launch_server; they win over those made from the fields above."""
+    api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+
+
+def default_python() -> str:
+    """``$SDPG_SGLANG_PYTHON``, or this process's interpreter."""
+    return os.environ.get(PYTHON_VARIABLE) or sys.executable
+
+
+class ServerProcess:
+    """At most one running server. Not for use by several threads at a time."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Choose a port; start nothing.
+
+        Raises:
+            RolloutError: `launch.host` is no address of this machine, or has no free port.
+        """
+        self._launch = launch
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._held = _hold_free_port(launch.host) if launch.port is None else None
+        self.port: int = launch.port or self._held.getsockname()[1]
+        self.url = f"http://{_reachable(launch.host)}:{self.port}"
+
+    def start(self) -> None:
+        """Start the server, and return without waiting until it answers. A stopped one may be started again.
+
+        Raises:
+            RolloutError: the interpreter does not run or has no sglang, the port is taken, or the log cannot be
+                written. Nothing is running then.
+        """
+        if self.alive():
+            raise RolloutError(f"{self.url}: the server is running already. Fix: stop it first")
+        self._end(0.0)
+        _check_interpreter(self._launch.python)
+        if self._held is None:
+            self._held = _hold(self._launch.host, self.port)
+        job: guard.Job = {
+            "command": command(self._launch, self.port),
+            "parent": os.getpid(),
+            "input": json.dumps(_key_arguments(self._launch)),
+            "secrets": _secrets(self._launch),
+        }
+        self._guard = self._start_guard(job)
+
+    def _start_guard(self, job: guard.Job) -> subprocess.Popen[bytes]:
+        try:
+            self._launch.log.parent.mkdir(parents=True, exist_ok=True)
+            with self._launch.log.open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", guard.__file__],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C at the terminal is for the trainer, which then stops the server
+                    env=environment(self._launch, os.environ),
+                )
+        except OSError as error:
+            raise RolloutError(
+                f"{self._launch.log}: the server's log cannot be written ({error}). Fix: choose another run_dir"
+            ) from error
+        _tell(process, json.dumps(job))
+        return process
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the guard, which is the number of the server's session and process group; None when stopped."""
+        return None if self._guard is None else self._guard.pid
+
+    def alive(self) -> bool:
+        """Whether the server's process is there; it may not answer yet, or no more."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the log; of a progress bar, what it showed last."""
+        try:
+            with self._launch.log.open("rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+                text = log.read().decode(errors="replace")
+        except OSError as error:
+            return f"(the log cannot be read: {error})"
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.splitlines()[-lines:])
+
+    def stop(self, grace: float = 10.0) -> None:
+        """End the server and every process that it started; nothing where none is running.
+
+        Args:
+            grace: seconds that the server gets to end by itself; 0 to kill it at once.
+        """
+        self._end(grace)
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _end(self, grace: float) -> None:
+        process, self._guard = self._guard, None
+        if process is not None:
+            _end(process, grace)
+
+
+def command(launch: Launch, port: int) -> list[str]:
+    """The server's command line, without keys."""
+    arguments = {
+        "--model-path": str(launch.model.absolute()),
+        "--host": launch.host,
+        "--port": str(port),
+        "--dtype": launch.dtype,
+        "--tp-size": str(launch.tensor),
+        "--dp-size": str(launch.data),
+        "--random-seed": str(launch.seed),
+        "--device": launch.device,
+    }
+    flags = []
+    if launch.mem_fraction is not None:
+        arguments["--mem-fraction-static"] = str(launch.mem_fraction)
+    if launch.device == "cpu":
+        arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
+        flags += ["--disable-overlap-schedule", "--skip-server-warmup"]
+    elif launch.memory_saver:
+        flags.append("--enable-memory-saver")
+    pairs = [part for pair in arguments.items() for part in pair]
+    return [launch.python, serve.__file__, *pairs, *flags, *launch.arguments]
+
+
+def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
+    """`base` for a server: without torchrun's variables, and without those that hold one of the keys."""
+    secrets = _secrets(launch)
+    found = {
+        name: value
+        for name, value in base.items()
+        if not name.startswith(LAUNCHER_VARIABLES) and name not in RANK_VARIABLES and value not in secrets
+    }
+    found["PYTHONUNBUFFERED"] = "1"
+    if launch.device == "cpu":
+        found["SGLANG_USE_CPU_ENGINE"] = "1"
+        if (ranks := launch.tensor * launch.data) > 1:
+            found.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _share_cores(ranks))
+    return found
+
+
+def _share_cores(ranks: int) -> str:
+    """Cores for each rank, as SGLang reads them; by itself it allows no more CPU ranks than the machine has sockets."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
+def _secrets(launch: Launch) -> list[str]:
+    return [key for key in (launch.api_key, launch.admin_key) if key]
+
+
+def _key_arguments(launch: Launch) -> dict[str, str]:
+    keys = {"--api-key": launch.api_key, "--admin-api-key": launch.admin_key}
+    return {name: key for name, key in keys.items() if key}
+
+
+def _check_interpreter(python: str) -> None:
+    """That it runs and has sglang, from its installed packages' records: importing it would take seconds."""
+    fix = (
+        "Fix: install sglang there, or name an interpreter that has it in rollout.sglang.python or "
+        f"${PYTHON_VARIABLE}. scripts/install_sglang_cpu.sh makes one for machines without a GPU"
+    )
+    code = "import importlib.metadata as m; m.version('sglang')"
+    try:
+        found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RolloutError(f"{python}: the interpreter for SGLang servers does not run ({error}). {fix}") from error
+    if found.returncode != 0:
+        reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RolloutError(f"{python}: the interpreter for SGLang servers has no sglang ({reason}). {fix}")
+
+
+# --- ports
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, ...]]:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise RolloutError(f"{host}: not an address ({error}). Fix: set rollout.sglang.host") from error
+    return family, address
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port from others, but not from the server.
+
+    Linux lets a second socket bind to a port where both say SO_REUSEADDR and none listens. Servers say it; a bind to
+    port 0, or an outgoing connection, does not get the port.
+    """
+    family, address = _address(host, port)
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def _hold(host: str, port: int) -> socket.socket:
+    try:
+        return _bind(host, port)
+    except OSError as error:
+        raise RolloutError(
+            f"port {port} of {host} cannot be used ({error.strerror}). Fix: end what listens there, choose another in "
+            "rollout.sglang.ports, or leave that empty for free ones"
+        ) from error
+
+
+def _hold_free_port(host: str) -> socket.socket:
+    error: OSError | None = None
+    for port in _some_ports():
+        try:
+            return _bind(host, port)
+        except OSError as found:
+            error = found
+    raise RolloutError(f"{host}: no free port ({error}). Fix: set rollout.sglang.host and rollout.sglang.ports")
+
+
+def _some_ports() -> Iterator[int]:
+    # Not from the global generator: the trainer's seed would give every run on the machine the same ports.
+    yield from random.SystemRandom().sample(PORTS, TRIES)
+
+
+def _reachable(host: str) -> str:
+    """`host` for a URL; loopback where it means every address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+# --- the guard
+
+
+def _tell(process: subprocess.Popen[bytes], line: str) -> None:
+    """Send the guard a line; nothing where it is gone."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(line.encode() + b"\n")
+        process.stdin.flush()
+
+
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    if process.poll() is None:
+        _tell(process, str(grace))
+        _signal_group(process, signal.SIGCONT)  # the guard itself may have been stopped
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace + MARGIN)
+    if process.returncode is None or process.returncode < 0:
+        # It hangs, or was killed and could end nothing. The group still has its number while it has members.
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
