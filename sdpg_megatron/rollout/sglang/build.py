@@ -1,0 +1,137 @@
+"""From a configuration to the parts of an engine: processes, pool, the way that weights go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.rollout.sglang.client import Client, Timeouts
+from sdpg_megatron.rollout.sglang.identity import Wanted
+from sdpg_megatron.rollout.sglang.member import Member
+from sdpg_megatron.rollout.sglang.pool import Pool
+from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, default_python
+from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink
+
+CONTROL_SECONDS = 60.0
+"""Bound of calls to a server that answer when something small is done."""
+PUBLISH_FOLDER = "published"
+"""In the run's folder: where the disk sink writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What the servers serve, and for whom."""
+
+    folder: Path
+    """Hugging Face folder. Servers start with its weights; no response comes from them before the first publish."""
+    tokenizer: Any
+    """transformers tokenizer; decodes responses."""
+    stop_ids: tuple[int, ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    prompt_tokens: int
+    """Longest prompt."""
+    response_tokens: int
+    """Longest response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What servers ask for; read from the environment, and written nowhere."""
+
+    api: str | None = field(repr=False)
+    admin: str | None = field(repr=False)
+
+    @classmethod
+    def read(cls, config: SGLangConfig) -> Keys:
+        """Raises `ConfigError` where a variable that is named is not set."""
+        return cls(
+            _secret("api_key_variable", config.api_key_variable),
+            _secret("admin_key_variable", config.admin_key_variable),
+        )
+
+
+def _secret(name: str, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(
+            f"rollout.sglang.{name}", variable, "an environment variable that holds the key", f"export {variable}"
+        )
+    return os.environ[variable]
+
+
+def make_processes(
+    config: SGLangConfig, model: ServedModel, keys: Keys, *, run_dir: Path, seed: int
+) -> list[ServerProcess]:
+    """The servers that this run starts, not yet started.
+
+    Raises:
+        RolloutError: `host` is none of this machine's addresses, or there is no port.
+    """
+    common = Launch(
+        model=model.folder,
+        log=run_dir,
+        host=config.host,
+        tensor=config.tensor,
+        data=config.data,
+        dtype=config.dtype or model.dtype,
+        device=model.device,
+        mem_fraction=config.mem_fraction,
+        memory_saver=config.colocated,
+        python=config.python or default_python(),
+        arguments=config.arguments,
+        api_key=keys.api,
+        admin_key=keys.admin,
+    )
+    ports = config.ports or (None,) * config.servers
+    logs = run_dir / "logs"
+    return [
+        # Servers that share a seed would give the same responses to the same prompts.
+        ServerProcess(replace(common, log=logs / f"sglang-{number}.log", port=port, seed=seed + number))
+        for number, port in enumerate(ports)
+    ]
+
+
+async def make_pool(
+    config: SGLangConfig, model: ServedModel, keys: Keys, processes: Sequence[ServerProcess], *, publishes: bool
+) -> Pool:
+    """A pool of these processes, or of the servers at `config.urls`; in the event loop that it is to live in."""
+    timeouts = Timeouts(
+        control=CONTROL_SECONDS,
+        update=config.update_timeout,
+        generate=config.request_timeout,
+        health=config.health_timeout,
+    )
+    wanted = Wanted(
+        architecture=read_architecture(model.folder),
+        prompt_tokens=model.prompt_tokens,
+        response_tokens=model.response_tokens,
+        memory_saver=config.colocated,
+    )
+    places: list[tuple[str, ServerProcess | None]] = [(process.url, process) for process in processes]
+    members = [
+        Member(url, Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts), process)
+        for url, process in places or [(url, None) for url in config.urls]
+    ]
+    return Pool(members, config, publishes=publishes, check=wanted.check)
+
+
+def make_sink(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Sink:
+    match config.sink:
+        case "broadcast":
+            device = torch.device(model.device)
+            return BroadcastSink(nonce=nonce, device=device, address=config.address, seconds=config.update_timeout)
+        case "shared":
+            return SharedSink()
+        case "disk":
+            folder = config.folder or run_dir / PUBLISH_FOLDER
+            return DiskSink(folder=folder, source_folder=model.folder, shard_bytes=config.bucket_mib << 20)

@@ -1,0 +1,223 @@
+"""The rollout engine on SGLang servers: a synchronous face on a pool, with one thread behind it that talks to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
+from sdpg_megatron.records import Group, Prompt
+from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.sglang import checksum, memory
+from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_sink
+from sdpg_megatron.rollout.sglang.checksum import Served
+from sdpg_megatron.rollout.sglang.groups import GroupSource, OnProgress
+from sdpg_megatron.rollout.sglang.loop import LoopThread
+from sdpg_megatron.rollout.sglang.member import Member
+from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
+from sdpg_megatron.weights import hf_shapes
+
+__all__ = ["SGLangEngine", "ServedModel"]
+
+logger = logging.getLogger(__name__)
+
+
+class SGLangEngine:
+    """A `RolloutEngine` on one or more servers.
+
+    Responses differ from run to run whatever `Sampling.seed` says: SGLang seeds requests only in its deterministic
+    mode, and there all responses of a group would be the same.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        model: ServedModel,
+        *,
+        run_dir: Path,
+        nonce: str,
+        seed: int = 0,
+        publishes: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Start the servers, or attach to those at `config.urls`, and wait until all answer.
+
+        Args:
+            run_dir: servers log to logs/sglang-<i>.log in it.
+            nonce: marks this run's weight versions, so that a server that served another run is not taken for current.
+            publishes: False in all processes but one of a run: there the engine attaches to the one's `urls` and is
+                told by `follow` what was published.
+            on_progress: called with the finished groups and all, from another thread, while `generate` runs.
+
+        Raises:
+            RolloutError: a server does not start, does not answer in time, or is not what the run needs.
+            ConfigError: a key's environment variable is not set.
+        """
+        if not publishes and not config.urls:
+            raise ConfigError("rollout.sglang.urls", (), "the publishing engine's urls", "attach to them")
+        self._config = config
+        self._model = model
+        self._architecture = read_architecture(model.folder)
+        self._nonce = nonce
+        self._on_progress = on_progress
+        self._version = -1
+        self._fruitless = 0
+        self._publisher: Publisher | None = None
+        self.report: PublishReport | None = None
+        """Of the last publish: bytes, and seconds by phase."""
+        keys = Keys.read(config)
+        processes = [] if config.urls else make_processes(config, model, keys, run_dir=run_dir, seed=seed)
+        thread = LoopThread("sglang")
+        self._thread: LoopThread | None = thread
+        self._pool = thread.run(make_pool(config, model, keys, processes, publishes=publishes))
+        try:
+            thread.run(self._pool.start())
+            if publishes:
+                sink = make_sink(config, model, run_dir=run_dir, nonce=nonce)
+                self._publisher = Publisher(sink, hf_shapes(self._architecture), thread)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- RolloutEngine
+
+    @property
+    def weight_version(self) -> int:
+        """See `RolloutEngine`; -1 also after a failed publish, and when the servers' memory was released."""
+        return self._version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """See `RolloutEngine`. What a server fails to complete is asked for again, elsewhere where that is possible."""
+        thread = self._open()
+        if self._version < 0:
+            raise RolloutError("generate: no complete set of weights was published. Fix: publish first")
+        source = GroupSource(
+            pool=self._pool,
+            stop_ids=self._model.stop_ids,
+            tokenizer=self._model.tokenizer,
+            attempts=self._config.attempts,
+            concurrency=self._config.concurrency * len(self._pool.members),
+        )
+        return thread.run(source.collect(prompts, sampling, self._version, self._on_progress))
+
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """See `RolloutEngine`. A server that fails is left out until a later publish; where all fail, `generate` asks
+        for another one.
+
+        Raises:
+            WeightError: see `RolloutEngine`.
+            RolloutError: `attempts` publishes in a row reached none of the servers.
+        """
+        thread, wire = self._open(), self._wire(version)
+        assert self._publisher is not None, "this process follows another's engine"
+        self._version = -1
+        members = thread.run(self._expect(wire))
+        clients = [member.client for member in members]
+        report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
+        thread.run(self._settle(members, report))
+        self.report = report
+        self._count_fruitless(report)
+        self._version = version
+
+    def close(self) -> None:
+        """See `RolloutEngine`. Servers that this engine started end; others go on."""
+        thread, self._thread = self._thread, None
+        self._version = -1
+        if thread is not None:
+            try:
+                if self._publisher is not None:
+                    self._publisher.close()
+            finally:
+                thread.run(self._pool.close())
+                thread.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._thread is None
+
+    # --- SharedEngine
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where the servers are, for the engines of other processes to attach to."""
+        return tuple(member.url for member in self._pool.members)
+
+    def follow(self, version: int) -> None:
+        """Another process's engine publishes a version, and is done before the next `generate` here: ask for that."""
+        self._open().run(self._expect(self._wire(version)))
+        self._version = version
+
+    def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
+        """Compare the weights of every server that serves `version` with the stream's, which is read to its end.
+
+        Raises:
+            WeightError: they differ; names servers and tensors.
+            RolloutError: they cannot be compared, or a server does not tell its checksums.
+        """
+        stream = iter(buckets)
+        try:
+            servers = self._open().run(self._served()) if version == self._version else []
+            checksum.verify(self._architecture, servers, stream)
+        finally:
+            deque(stream, maxlen=0)  # its source is collective
+
+    def release(self) -> None:
+        """Have the servers give their memory back. They have no weights until `resume` and the next publish.
+
+        Nothing may be asked of them meanwhile. Only the publishing engine does it; the others take note.
+        """
+        thread = self._open()
+        self._version = -1
+        thread.run(memory.release(self._pool) if self._publisher else self._expect(None))
+
+    def resume(self) -> None:
+        """Have the servers take memory for their weights; that for keys and values they take when weights are there."""
+        thread = self._open()
+        if self._publisher:
+            thread.run(memory.resume(self._pool))
+
+    # --- in the loop
+
+    async def _expect(self, wire: str | None) -> list[Member]:
+        """The servers that are to get this version."""
+        self._pool.expect(wire)
+        return self._pool.targets()
+
+    async def _settle(self, members: Sequence[Member], report: PublishReport) -> None:
+        for member in members:
+            if member.client in report.served:
+                self._pool.admit(member, report.version)
+        failed = (member for member in members if member.client in report.failures)
+        await asyncio.gather(*(self._judge(member, report.failures[member.client]) for member in failed))
+
+    async def _judge(self, member: Member, error: ServerError) -> None:
+        """A server that did not get the weights waits for the next publish, if it is well."""
+        logger.warning("%s did not get the weights: %s", member.url, error)
+        if member.released or member.ended or not await member.client.alive():
+            self._pool.fence(member, str(error))
+
+    async def _served(self) -> list[Served]:
+        return await asyncio.gather(*(checksum.ask(member.client) for member in self._pool.ready()))
+
+    # --- small things
+
+    def _open(self) -> LoopThread:
+        if self._thread is None:
+            raise RolloutError("the engine is closed")
+        return self._thread
+
+    def _wire(self, version: int) -> str:
+        return f"{self._nonce}-{version}"
+
+    def _count_fruitless(self, report: PublishReport) -> None:
+        """Raises `RolloutError` where servers never take the weights, though they answer."""
+        self._fruitless = self._fruitless + 1 if report.failures and not report.served else 0
+        if self._fruitless >= self._config.attempts:
+            reasons = "\n".join(f"{client.url}: {error}" for client, error in report.failures.items())
+            raise RolloutError(f"{self._fruitless} publishes in a row reached no server; the last:\n{reasons}")

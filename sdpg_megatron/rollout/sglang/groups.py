@@ -1,0 +1,132 @@
+"""Whole groups of responses from a pool of servers: each is asked for until it is complete and of one version."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.rollout.base import Sampling, WeightsWanted
+from sdpg_megatron.rollout.sglang.client import Sample
+from sdpg_megatron.rollout.sglang.member import Member
+from sdpg_megatron.rollout.sglang.pool import Pool
+from sdpg_megatron.rollout.sglang.tasks import together
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of finished groups, and of all."""
+
+BACKOFF, BACKOFF_LIMIT = 0.5, 10.0
+"""Seconds before the second attempt; each further one waits twice as long, up to the limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSource:
+    """Asks a pool for groups."""
+
+    pool: Pool
+    stop_ids: Sequence[int]
+    tokenizer: Any
+    attempts: int
+    """Times that a group is asked for."""
+    concurrency: int
+    """Groups asked for at a time."""
+
+    async def collect(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, on_progress: OnProgress | None = None
+    ) -> list[Group]:
+        """One group for each prompt, in order.
+
+        Args:
+            version: the current one, for the records.
+            on_progress: called in the event loop's thread; it must be quick.
+
+        Raises:
+            WeightsWanted: no server has the current weights; it holds the groups that were finished.
+            RolloutError: a group could not be completed.
+        """
+        done: dict[int, Group] = {}
+        places = iter(range(len(prompts)))
+
+        async def work() -> None:
+            for place in places:
+                done[place] = await self._group(prompts[place], sampling, version)
+                if on_progress:
+                    on_progress(len(done), len(prompts))
+
+        try:
+            with self.pool.generating():
+                await self.pool.refresh()
+                await together(work() for _ in range(min(self.concurrency, len(prompts))))
+        except WeightsWanted as wanted:
+            raise WeightsWanted(str(wanted), done) from None
+        return [done[place] for place in range(len(prompts))]
+
+    async def _group(self, prompt: Prompt, sampling: Sampling, version: int) -> Group:
+        """Ask for one group until it is whole, each time of the server that has least to do."""
+        last: ServerError | None = None
+        for attempt in range(self.attempts):
+            if attempt:
+                await asyncio.sleep(_backoff(attempt))
+            member = await self.pool.acquire()
+            try:
+                samples = await self._ask(member, prompt, sampling)
+                return Group(prompt, tuple(self._completion(sample, version) for sample in samples))
+            except ServerError as error:
+                if not error.retryable:
+                    raise
+                last = error
+            finally:
+                self.pool.release(member)
+        raise RolloutError(f"prompt {prompt.uid}: no whole group in {self.attempts} attempts; the last: {last}")
+
+    async def _ask(self, member: Member, prompt: Prompt, sampling: Sampling) -> list[Sample]:
+        """A whole group of the current version.
+
+        Raises:
+            ServerError: the request failed, or what came is not that.
+        """
+        try:
+            samples = await self.pool.run(
+                member, member.client.generate(prompt.student_tokens, sampling, self.stop_ids)
+            )
+        except ServerError as error:
+            if error.retryable:
+                self.pool.report(member, error)
+            raise
+        if any(sample.finish_reason == "abort" for sample in samples):
+            raise ServerError(member.url, "/generate", "an aborted response", retryable=True)
+        found = frozenset().union(*(sample.versions for sample in samples))
+        if found != {self.pool.version}:
+            self.pool.outdated(member)
+            versions = ", ".join(sorted(found))
+            raise ServerError(member.url, "/generate", f"a response of weights {versions}", retryable=True)
+        for sample in samples:
+            self._check_end(member, sample, sampling)
+        return samples
+
+    def _check_end(self, member: Member, sample: Sample, sampling: Sampling) -> None:
+        """A response ends with a stop token, or has its full length: anything else would train on a cut response."""
+        if sample.finish_reason == "length" and len(sample.tokens) != sampling.max_tokens:
+            found = f"a response cut at {len(sample.tokens)} of {sampling.max_tokens} tokens: its context is too small"
+            raise ServerError(member.url, "/generate", found)
+        if sample.finish_reason == "stop" and (not sample.tokens or sample.tokens[-1] not in self.stop_ids):
+            raise ServerError(member.url, "/generate", f"a response that ends without any of {list(self.stop_ids)}")
+
+    def _completion(self, sample: Sample, version: int) -> Completion:
+        return Completion(
+            tokens=sample.tokens,
+            logprobs=sample.logprobs,
+            finish_reason=sample.finish_reason,
+            weight_version=version,
+            text=self.tokenizer.decode(sample.tokens, skip_special_tokens=True),
+        )
+
+
+def _backoff(attempt: int) -> float:
+    """Seconds; between half and all of the doubling bound, so that groups that failed together come back apart."""
+    bound = min(BACKOFF * 2.0 ** (attempt - 1), BACKOFF_LIMIT)
+    return random.SystemRandom().uniform(bound / 2, bound)

@@ -1,0 +1,79 @@
+"""Whether a server is what the run needs: the model that is trained, room for its responses, plain sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.errors import ConfigError, RolloutError
+from sdpg_megatron.rollout.sglang.client import Client
+
+RESERVED = 4
+"""A prompt and its response may have this many tokens more than the ``max_req_input_len`` that a server states.
+
+It states the smaller of its context and its cache of keys and values, less 6, and lets both together have that size
+less 2; a response that would go beyond is cut without a word.
+Source: sglang.srt.managers.tp_worker and scheduler (init_req_max_new_tokens) of SGLang 0.5.23.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What every server of a run has to be."""
+
+    architecture: Architecture
+    prompt_tokens: int
+    response_tokens: int
+    memory_saver: bool
+    """It must be able to give its memory back."""
+
+    async def check(self, client: Client) -> None:
+        """Raises `RolloutError` naming what does not fit, or `ServerError` where the server does not say."""
+        model, server = await client.model_info(), await client.server_info()
+        for found in (self._model(model, server), self._room(server), _sampling(model, server), self._memory(server)):
+            if found is not None:
+                raise RolloutError(f"{client.url}: {found}")
+
+    def _model(self, model: Mapping[str, Any], server: Mapping[str, Any]) -> str | None:
+        family, path = model.get("model_type"), Path(str(server.get("model_path")))
+        fix = "Fix: start it with --model-path model.path"
+        if family != self.architecture.family:
+            return f"it serves a {family} model ({path}); the run trains a {self.architecture.family}. {fix}"
+        if not (path / "config.json").exists():
+            return None  # On another machine: shapes show when weights are published.
+        try:
+            served = read_architecture(path)
+        except ConfigError as error:
+            return f"it serves {path}, which cannot be the model that the run trains: {error}"
+        if replace(served, max_positions=self.architecture.max_positions) != self.architecture:
+            return f"it serves {path}, whose shape is not that of the model that the run trains. {fix}"
+        return None
+
+    def _room(self, server: Mapping[str, Any]) -> str | None:
+        input_limit = int(server["max_req_input_len"])
+        wanted, room = self.prompt_tokens + self.response_tokens, input_limit + RESERVED
+        if wanted <= room and self.prompt_tokens < input_limit:
+            return None
+        return (
+            f"it has room for {room} tokens of prompt and response, and prompts of less than {input_limit}; the run "
+            f"needs {wanted}, {self.prompt_tokens} of them for the prompt. Fix: lower data.max_prompt_tokens or "
+            "rollout.max_response_tokens, or start the server with a larger --context-length, --mem-fraction-static "
+            "or --max-total-tokens"
+        )
+
+    def _memory(self, server: Mapping[str, Any]) -> str | None:
+        if self.memory_saver and server.get("device") != "cpu" and not server.get("enable_memory_saver"):
+            return "it cannot give its memory back (rollout.sglang.colocated). Fix: start it with --enable-memory-saver"
+        return None
+
+
+def _sampling(model: Mapping[str, Any], server: Mapping[str, Any]) -> str | None:
+    if server.get("enable_deterministic_inference"):
+        # Its random numbers are a function of seed and position, which all responses of a group share.
+        return "all responses of a group would be the same. Fix: start it without --enable-deterministic-inference"
+    if preferred := model.get("preferred_sampling_params"):
+        return f"it samples with {preferred} unless told otherwise. Fix: start it without --preferred-sampling-params"
+    return None

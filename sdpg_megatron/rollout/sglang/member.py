@@ -1,0 +1,59 @@
+"""One server as the pool sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.server import ServerProcess
+
+
+class State(Enum):
+    STARTING = "starting"
+    """Its process is up; it does not answer yet."""
+    WAITING = "waiting for weights"
+    """It answers, and does not have the current weights."""
+    READY = "ready"
+    """It has the current weights. Only such a server gets requests."""
+    LOST = "lost"
+    """Dead, stuck or misbehaving."""
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """A server, what the pool knows of it, and what runs there."""
+
+    url: str
+    client: Client
+    process: ServerProcess | None = None
+    """None for a server that someone else started."""
+    state: State = State.STARTING
+    reason: str = ""
+    """Why it was lost last."""
+    given_up: bool = False
+    """Lost for good: there are no restarts left."""
+    running: int = 0
+    """Groups asked of it and not yet answered."""
+    doubted: bool = False
+    """A request failed there; it gets no other before it has answered a look at its health."""
+    released: frozenset[str] = frozenset()
+    """What it has given back of its memory, by SGLang's tags."""
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """Has its keeper look at once."""
+
+    @property
+    def answers(self) -> bool:
+        return self.state in (State.WAITING, State.READY)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run started its process, and that is gone."""
+        return self.process is not None and not self.process.alive()
+
+    def log_tail(self) -> str:
+        """The last lines of its log; nothing for a server that someone else started."""
+        return "" if self.process is None else self.process.log_tail()

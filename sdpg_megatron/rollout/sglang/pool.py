@@ -1,0 +1,343 @@
+"""The servers of a run: which of them are well and have the current weights, and which one gets the next request.
+
+Every server has a keeper, a task that waits until the server answers, watches it, and brings it back when it is lost.
+Health is looked at only while responses are generated: SGLang answers such a look by generating a token, which a server
+that is paused for new weights, or has given its memory back, must not do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+
+from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.rollout.base import WeightsWanted
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.member import Member, State
+from sdpg_megatron.rollout.sglang.server import ServerProcess
+from sdpg_megatron.rollout.sglang.tasks import nap, together
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+POLL = 0.25
+"""Seconds between looks at what costs nothing: whether a process is there, whether a server answers yet."""
+
+
+class Pool:
+    """Lives in one event loop; none of its methods may be called from another thread."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        config: SGLangConfig,
+        *,
+        publishes: bool,
+        check: Callable[[Client], Awaitable[None]],
+    ) -> None:
+        """
+        Args:
+            publishes: whether this pool's owner publishes weights. Otherwise a server becomes READY when it says that
+                it has the current version.
+            check: raises RolloutError where a server is not what the run needs; called whenever one has come up.
+        """
+        self.members = tuple(members)
+        self.version: str | None = None
+        """The current version on the wire; None before the first publish, and while one is under way."""
+        self._config = config
+        self._publishes = publishes
+        self._check = check
+        self._restarts_left = config.restarts
+        self._keepers: list[asyncio.Task[None]] = []
+        self._threads: set[asyncio.Future[Any]] = set()
+        self._changed = asyncio.Event()
+        self._generating = asyncio.Event()
+        self._may_start = asyncio.Event()
+        self._may_start.set()
+
+    # --- life
+
+    async def start(self) -> None:
+        """Start the servers that are this run's own, and wait until all answer.
+
+        Raises:
+            RolloutError: one ends, is not what was wanted, or does not answer within `start_timeout`.
+        """
+        own = [member.process for member in self.members if member.process is not None]
+        await asyncio.gather(*(self._in_thread(process.start) for process in own))
+        await together(self._come_up(member) for member in self.members)
+        self._keepers = [asyncio.create_task(self._keep(member)) for member in self.members]
+
+    async def close(self) -> None:
+        """Stop the servers that are this run's own; leave the others as they are."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        # A thread cannot be cancelled: one that starts a server must be done before that server is stopped.
+        await asyncio.gather(*self._keepers, *self._threads, return_exceptions=True)
+        own = [member.process for member in self.members if member.process is not None]
+        await asyncio.gather(*(self._in_thread(process.stop) for process in own))
+        await asyncio.gather(*(member.client.close() for member in self.members))
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While entered, health is looked at, and servers that others started are asked whether they are back."""
+        self._generating.set()
+        for member in self.members:
+            member.wake.set()
+        try:
+            yield
+        finally:
+            self._generating.clear()
+
+    def hold_starts(self, hold: bool) -> None:
+        """Start no server anew while the trainer has the memory that it would take."""
+        if hold:
+            self._may_start.clear()
+        else:
+            self._may_start.set()
+
+    async def settled(self) -> None:
+        """Wait until no server is on its way up."""
+        while any(member.state is State.STARTING for member in self.members):
+            await self._changed.wait()
+
+    # --- weights
+
+    def targets(self) -> list[Member]:
+        """Servers to publish to."""
+        return [member for member in self.members if member.answers]
+
+    def ready(self) -> list[Member]:
+        """Servers with the current weights."""
+        return [member for member in self.members if member.state is State.READY]
+
+    def expect(self, version: str | None) -> None:
+        """From now on no server is READY, until it is admitted with this version."""
+        self.version = version
+        for member in self.members:
+            if member.state is State.READY:
+                self._move(member, State.WAITING)
+
+    def admit(self, member: Member, version: str) -> None:
+        """The server has a version of the weights; where that is the current one, it may serve."""
+        if member.state is State.WAITING and version == self.version:
+            member.doubted = False
+            self._move(member, State.READY)
+
+    def outdated(self, member: Member) -> None:
+        """A sample of this server says that it does not have the current weights."""
+        if member.state is State.READY:
+            logger.warning("%s has other weights than the current ones", member.url)
+            self._move(member, State.WAITING)
+
+    async def refresh(self) -> None:
+        """Admit the servers that say they have the current version, where another process publishes."""
+        if not self._publishes:
+            await asyncio.gather(*(self._inquire(member) for member in self.members if member.state is State.WAITING))
+
+    async def _inquire(self, member: Member) -> None:
+        try:
+            self.admit(member, await member.client.weight_version())
+        except ServerError as error:
+            self.report(member, error)
+
+    # --- requests
+
+    async def acquire(self) -> Member:
+        """The least loaded server that may take one more group; the caller gives it back with `release`.
+
+        Raises:
+            WeightsWanted: none has the current weights, and some are there to take them.
+            RolloutError: none is there, and none came within `start_timeout`.
+        """
+        deadline: float | None = None
+        while True:
+            ready = self.ready()
+            free = [member for member in ready if not member.doubted and member.running < self._config.concurrency]
+            if free:
+                member = min(free, key=lambda candidate: candidate.running)
+                member.running += 1
+                return member
+            if ready:
+                deadline = None
+            elif self.targets():
+                raise WeightsWanted("no server has the current weights. Fix: publish them again", {})
+            elif all(member.given_up for member in self.members):
+                raise RolloutError(f"no server is left:\n{self.describe()}")
+            else:
+                deadline = deadline or asyncio.get_running_loop().time() + self._config.start_timeout
+            await self._change(deadline)
+
+    def release(self, member: Member) -> None:
+        member.running -= 1
+        self._pulse()
+
+    async def run(self, member: Member, work: Coroutine[Any, Any, T]) -> T:
+        """Await a request to a server; when the server is lost, the request is cancelled at once.
+
+        Raises:
+            ServerError: the request's own, or a retryable one where the server was lost.
+        """
+        task = asyncio.ensure_future(work)
+        member.requests.add(task)
+        try:
+            if not member.answers:
+                task.cancel()
+            await asyncio.wait({task})
+            if task.cancelled():
+                raise ServerError(member.url, "", f"lost ({member.reason})", retryable=True)
+            return task.result()
+        finally:
+            task.cancel()
+            member.requests.discard(task)
+
+    def report(self, member: Member, error: ServerError) -> None:
+        """A request failed. The server gets no other before it has shown that it is well."""
+        if not member.answers:
+            return
+        if member.ended:
+            self.fence(member, "its process ended")
+        elif isinstance(error.__cause__, aiohttp.ClientConnectorError):
+            self.fence(member, str(error))
+        else:
+            member.doubted = True
+            member.wake.set()
+
+    def fence(self, member: Member, reason: str) -> None:
+        """Give a server up: its running requests end now, and its keeper brings it back."""
+        if not member.answers:
+            return
+        logger.warning("%s is lost: %s", member.url, reason)
+        self._lose(member, reason)
+        for task in member.requests:
+            task.cancel()
+
+    def describe(self) -> str:
+        """Each server's state, with why it was lost."""
+        return "\n".join(
+            f"{member.url}: {member.state.value}" + (f" ({member.reason})" if member.state is State.LOST else "")
+            for member in self.members
+        )
+
+    # --- keepers
+
+    async def _keep(self, member: Member) -> None:
+        while not member.given_up:
+            if member.state is State.LOST:
+                await self._bring_back(member)
+            else:
+                await self._watch(member)
+
+    async def _watch(self, member: Member) -> None:
+        """Look after a server until it is lost."""
+        now = asyncio.get_running_loop().time
+        misses, due = 0, now() + self._config.health_interval
+        while member.answers:
+            woken = await nap(member.wake, POLL)
+            if member.ended:
+                self.fence(member, "its process ended")
+            elif not self._generating.is_set():
+                misses, due = 0, now() + self._config.health_interval
+            elif now() >= due or (woken and member.doubted):
+                misses = 0 if await self._look(member) else misses + 1
+                if misses >= self._config.health_misses:
+                    self.fence(member, f"no answer to {misses} looks at its health")
+                due = now() + self._config.health_interval
+
+    async def _look(self, member: Member) -> bool:
+        """Whether a server is well, which ends all doubt about it."""
+        well = await member.client.alive()
+        if not self._generating.is_set():
+            return True
+        if well:
+            member.doubted = False
+            self._pulse()
+            if member.state is State.WAITING and not self._publishes:
+                await self._inquire(member)
+        return well
+
+    async def _bring_back(self, member: Member) -> None:
+        try:
+            if member.process is not None:
+                await self._restart(member, member.process)
+            elif not self._publishes:
+                # Between two calls of generate the publisher may have paused it.
+                await self._generating.wait()
+            await self._come_up(member)
+            logger.warning("%s is back", member.url)
+            if not self._publishes:
+                await self._inquire(member)
+        except RolloutError as error:
+            self._lose(member, str(error))
+            if not member.given_up:
+                await asyncio.sleep(POLL)
+
+    async def _restart(self, member: Member, process: ServerProcess) -> None:
+        await self._in_thread(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
+        if not self._restarts_left:
+            member.given_up = True
+            raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{process.log_tail()}")
+        await self._may_start.wait()
+        self._restarts_left -= 1
+        await self._in_thread(process.start)
+        self._move(member, State.STARTING)
+
+    async def _come_up(self, member: Member) -> None:
+        """Wait until a server answers and is what the run needs; it is WAITING then.
+
+        Raises:
+            RolloutError: it ended, is something else, or did not answer within `start_timeout`.
+        """
+        seconds = self._config.start_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                while not await member.client.alive():
+                    if member.ended:
+                        raise RolloutError(f"{member.url}: the server ended while it started\n{member.log_tail()}")
+                    await asyncio.sleep(POLL)
+                await self._check(member.client)
+        except TimeoutError:
+            raise RolloutError(
+                f"{member.url}: no healthy server answered within {seconds:g} s. Fix: start it, or raise "
+                f"rollout.sglang.start_timeout\n{member.log_tail()}".rstrip()
+            ) from None
+        member.doubted = False
+        self._move(member, State.WAITING)
+
+    # --- changes
+
+    def _lose(self, member: Member, reason: str) -> None:
+        member.reason = reason
+        member.released = frozenset()
+        self._move(member, State.LOST)
+
+    def _move(self, member: Member, state: State) -> None:
+        member.state = state
+        member.wake.set()
+        self._pulse()
+
+    def _pulse(self) -> None:
+        """Wake everyone who waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._changed.wait()
+        except TimeoutError:
+            seconds = self._config.start_timeout
+            raise RolloutError(f"no server came back within {seconds:g} s:\n{self.describe()}") from None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run something that blocks; it goes on where the caller is cancelled, and `close` waits for it."""
+        future = asyncio.ensure_future(asyncio.to_thread(work))
+        self._threads.add(future)
+        future.add_done_callback(self._threads.discard)
+        return await asyncio.shield(future)
