@@ -8,7 +8,6 @@ Source of the endpoints: sglang.srt.entrypoints.http_server of SGLang 0.5.23.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +113,7 @@ class Client:
             meta = answer["meta_info"]
             pairs = meta.get("output_token_logprobs") or []
             spans = meta.get("weight_versions") or []
-            versions = {str(span["weight_version"]) for span in spans} | {str(meta["weight_version"])}
+            versions = {str(span["version"]) for span in spans} | {str(meta["weight_version"])}
             kind = (meta["finish_reason"] or {}).get("type")
             tokens = tuple(int(token) for token in answer["output_ids"])
             sample = Sample(
@@ -168,9 +167,14 @@ class Client:
         """Go on after `pause`."""
         await self._admin("/continue_generation", {})
 
-    async def flush_cache(self) -> None:
-        """Forget the keys and values of all prompts."""
-        await self._admin("/flush_cache", None)
+    async def flush_cache(self, wait: float = 0.0) -> None:
+        """Forget the keys and values of all prompts.
+
+        Args:
+            wait: seconds that the server may take to become idle; one that is not is an error.
+        """
+        query = f"?timeout={wait:g}" if wait else ""
+        await self._admin(f"/flush_cache{query}", None, timeout=self.timeouts.control + wait)
 
     async def begin_update(self) -> None:
         """Open a session of weight updates; nothing on servers that know no sessions."""
@@ -239,13 +243,13 @@ class Client:
         """Of every parameter, for every rank of the server."""
         found = await self._admin("/weights_checker", {"action": "checksum"}, timeout=self.timeouts.update)
         try:
+            # A rank states its place once for each model that it runs: a draft model, where there is one, comes last.
+            places = [rank["parallelism_info"][0] for rank in found["ranks"]]
             return [
-                RankChecksums(
-                    rank["parallelism_info"]["tp_rank"], rank["parallelism_info"]["tp_size"], rank["checksums"]
-                )
-                for rank in found["ranks"]
+                RankChecksums(place["tp_rank"], place["tp_size"], rank["checksums"])
+                for place, rank in zip(places, found["ranks"], strict=True)
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise ServerError(self.url, "/weights_checker", f"an answer that cannot be read ({error!r})") from error
 
     # --- memory
@@ -288,7 +292,7 @@ class Client:
                     at_fault = answer.status < 500 and answer.status not in (408, 429)
                     raise ServerError(self.url, path, f"status {answer.status}: {text}", retryable=not at_fault)
                 return await (answer.json() if answer.content_type == "application/json" else answer.text())
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
