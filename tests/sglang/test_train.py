@@ -1,0 +1,61 @@
+"""Whole runs whose rollouts come from a real server: sharded trainers, several of them, and one that shares devices."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.runs import metrics, train, write_run
+from tests.sglang.conftest import Running
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "dp2_shared_memory": (2, ["rollout.sglang.sink=shared"]),
+    "colocated_disk": (1, ["rollout.sglang.colocated=true", "rollout.sglang.sink=disk"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_steps_on_a_server(server: Running, model: Path, tmp_path: Path, layout: str) -> None:
+    """Each publish is proved three ways: checksums, the next samples' log-probs, and transformers on the export."""
+    ranks, overrides = LAYOUTS[layout]
+    config = write_run(tmp_path, steps=2)
+    served = ["rollout.engine=sglang", f"rollout.sglang.urls=[{server.url}]", "rollout.sglang.verify_every=1"]
+    done = train(
+        config, f"model.path={model}", *served, *overrides, "optimizer.schedule=constant", "eval.every=0", ranks=ranks
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in metrics(tmp_path / "run")[1:]:
+        assert step["rollout/logprob_diff_max"] < 1e-3
+        assert step["rollout/effective_sample_size"] == pytest.approx(1, abs=1e-3)
+    trained = tmp_path / "run" / "model"
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, trained))
+    assert any(not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
+    assert_answers_as(server.url, after)
+
+
+@torch.no_grad()
+def assert_answers_as(url: str, model: Any) -> None:
+    """The server's greedy tokens are the model's, and their log-probs within 1e-3."""
+    prompts = [[11, 12, 13, 14], [7], list(range(30, 60))]
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True},
+        "return_logprob": True,
+    }
+    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        found = json.load(answer)
+    for prompt, one in zip(prompts, found, strict=True):
+        tokens = one["output_ids"]
+        logits_NV = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        assert tokens == logits_NV.argmax(-1).tolist()
+        expected_N = logits_NV.log_softmax(-1)[range(len(tokens)), tokens]
+        logprobs_N = torch.tensor([pair[0] for pair in one["meta_info"]["output_token_logprobs"]])
+        torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=1e-3)
