@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
 # Set up and run the tests; arguments go to pytest:
 #
-#   bash scripts/test.sh                          all of them
+#   bash scripts/test.sh                          all of them, less those that need SGLang
+#   bash scripts/test.sh --sglang                 those, with an SGLang for CPUs (scripts/install_sglang_cpu.sh)
 #   bash scripts/test.sh tests/unit -k config     some of them
 #   SDPG_PYTHON=python3.12 bash scripts/test.sh   the same in .venv-312, with the newest megatron-core of Python 3.12
+#
+# With SDPG_SGLANG_PYTHON set to an interpreter that has sglang, --sglang uses that one and installs none.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [[ "${1:-}" == --sglang ]]; then
+  shift
+  SDPG_SGLANG_PYTHON="${SDPG_SGLANG_PYTHON:-$(SDPG_PYTHON='' bash scripts/install_sglang_cpu.sh)}"
+  export SDPG_SGLANG_PYTHON
+  if (($# == 0)); then set -- tests/sglang; fi
+fi
 exec "$PYTHON" -m pytest "$@"

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -84,8 +84,12 @@ class ServerProcess:
         """
         self._launch = launch
         self._guard: subprocess.Popen[bytes] | None = None
-        self._held = _hold_free_port(launch.host) if launch.port is None else None
-        self.port: int = launch.port or self._held.getsockname()[1]
+        self._held: socket.socket | None = None
+        if launch.port is None:
+            self._held = _hold_free_port(launch.host)
+            self.port: int = self._held.getsockname()[1]
+        else:
+            self.port = launch.port
         self.url = f"http://{_reachable(launch.host)}:{self.port}"
 
     def start(self) -> None:
@@ -247,17 +251,21 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, 
     return family, address
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, *, alone: bool) -> socket.socket:
     """A socket that keeps a port from others, but not from the server.
 
-    Linux lets a second socket bind to a port where both say SO_REUSEADDR and none listens. Servers say it; a bind to
-    port 0, or an outgoing connection, does not get the port.
+    Linux lets a second socket bind to a port where both say SO_REUSEADDR and none listens. Servers say it; an outgoing
+    connection, or a bind to port 0, does not get the port.
+
+    Args:
+        alone: fail where anybody else has the port, even another socket of this kind, or a closed connection.
     """
     family, address = _address(host, port)
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(not alone))
         held.bind(address)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     except OSError:
         held.close()
         raise
@@ -266,7 +274,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _hold(host: str, port: int) -> socket.socket:
     try:
-        return _bind(host, port)
+        return _bind(host, port, alone=False)
     except OSError as error:
         raise RolloutError(
             f"port {port} of {host} cannot be used ({error.strerror}). Fix: end what listens there, choose another in "
@@ -276,17 +284,15 @@ def _hold(host: str, port: int) -> socket.socket:
 
 def _hold_free_port(host: str) -> socket.socket:
     error: OSError | None = None
-    for port in _some_ports():
+    # Not from the global generator: the trainer's seed would give every run on the machine the same ports.
+    for port in random.SystemRandom().sample(PORTS, TRIES):
         try:
-            return _bind(host, port)
+            return _bind(host, port, alone=True)
         except OSError as found:
             error = found
-    raise RolloutError(f"{host}: no free port ({error}). Fix: set rollout.sglang.host and rollout.sglang.ports")
-
-
-def _some_ports() -> Iterator[int]:
-    # Not from the global generator: the trainer's seed would give every run on the machine the same ports.
-    yield from random.SystemRandom().sample(PORTS, TRIES)
+    raise RolloutError(
+        f"{host}: no port can be used ({error}). Fix: set rollout.sglang.host to an address of this machine"
+    )
 
 
 def _reachable(host: str) -> str:
