@@ -1,0 +1,203 @@
+"""What a run makes of real servers that are killed, or hang.
+
+The tests are one story and run in the order in which they stand: they share an engine with two servers, and one that a
+test kills comes back in the next.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.records import Group, Prompt
+from sdpg_megatron.rollout.base import Sampling, WeightsWanted
+from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
+from sdpg_megatron.rollout.sglang.member import Member, State
+from tests.rollout.contract import completions, prompts_of, stream, versions
+from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, members, wait_until_gone
+
+HEALTH = {"health_interval": 0.5, "health_timeout": 3.0, "health_misses": 2}
+FENCED = 2 * (0.5 + 3.0) + 5.0
+"""Seconds after which a hanging server is given up: as many looks as may be missed, and some for a busy machine."""
+SAMPLING = Sampling(n=3, max_tokens=100)
+COUNT = 24
+
+
+class Trigger:
+    """Does something once, when so many groups are finished."""
+
+    def __init__(self) -> None:
+        self.action: Callable[[], None] | None = None
+        self.after = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.action is not None and done >= self.after:
+            action, self.action = self.action, None
+            action()
+
+    def set(self, after: int, action: Callable[[], None]) -> None:
+        self.after, self.action = after, action
+
+
+@pytest.fixture(scope="module")
+def trigger() -> Trigger:
+    return Trigger()
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path) -> dict[str, Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def questions(model: Path) -> list[Prompt]:
+    return prompts_of(AutoTokenizer.from_pretrained(model), *(f"What is {i}?" for i in range(COUNT)))
+
+
+@pytest.fixture(scope="module")
+def engine(
+    model: Path,
+    trained: dict[str, Tensor],
+    trigger: Trigger,
+    sglang_python: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[SGLangEngine]:
+    """Two servers of its own, with version 1. Nothing is left of them afterwards."""
+    config = SGLangConfig(
+        servers=2,
+        python=sglang_python,
+        start_timeout=START_LIMIT,
+        restarts=4,
+        concurrency=4,
+        arguments=CPU_ARGUMENTS,
+        **HEALTH,
+    )
+    served = ServedModel(
+        folder=model,
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        stop_ids=stop_ids(model),
+        dtype="float32",
+        device="cpu",
+        prompt_tokens=100,
+        response_tokens=100,
+    )
+    engine = SGLangEngine(config, served, run_dir=tmp_path_factory.mktemp("run"), nonce="faults", on_progress=trigger)
+    engine.publish(1, stream(trained))
+    yield engine
+    sessions = [session_of(member) for member in servers(engine)]
+    engine.close()
+    for session in sessions:
+        wait_until_gone(session)
+
+
+def servers(engine: SGLangEngine) -> Sequence[Member]:
+    return engine._pool.members
+
+
+def session_of(member: Member) -> int:
+    assert member.process is not None and member.process.pid is not None
+    return member.process.pid
+
+
+def kill(member: Member) -> None:
+    """As the kernel does when memory runs out: the server itself, without a word to anyone."""
+    guard = psutil.Process(session_of(member))
+    (server,) = guard.children()
+    server.kill()
+
+
+def hang(member: Member) -> None:
+    """The process that computes stands still; the one that speaks HTTP goes on."""
+    schedulers = [process for process in members(session_of(member)) if "scheduler" in " ".join(process.cmdline())]
+    assert schedulers
+    for process in schedulers:
+        process.send_signal(signal.SIGSTOP)
+
+
+def wait_for(member: Member, state: State) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while member.state is not state:
+        assert time.monotonic() < deadline, f"{member.state} after {START_LIMIT:g} s: {member.reason}"
+        time.sleep(0.1)
+
+
+def assert_whole(groups: Sequence[Group], questions: Sequence[Prompt], version: int) -> None:
+    """One group for each prompt, in order, all of it from this version's weights."""
+    assert [group.prompt for group in groups] == list(questions)
+    assert all(len(group.completions) == SAMPLING.n for group in groups)
+    assert versions(groups) == {version}
+    assert all(c.finish_reason in ("stop", "length") for _, c in completions(groups))
+
+
+def test_when_a_server_is_killed_the_other_takes_over(
+    engine: SGLangEngine, trigger: Trigger, questions: list[Prompt]
+) -> None:
+    victim, other = servers(engine)
+    trigger.set(2, lambda: kill(victim))
+    groups = engine.generate(questions, SAMPLING)
+    assert trigger.action is None
+    assert_whole(groups, questions, 1)
+    assert victim.state in (State.LOST, State.STARTING) and victim.reason
+    assert other.state is State.READY
+
+
+def test_when_the_last_server_hangs_the_weights_are_wanted_and_nothing_is_lost(
+    engine: SGLangEngine, trigger: Trigger, questions: list[Prompt], trained: dict[str, Tensor]
+) -> None:
+    """The one that was killed is on its way up meanwhile, with the weights of its folder: it must not answer."""
+    back, victim = servers(engine)
+    trigger.set(3, lambda: hang(victim))
+    with pytest.raises(WeightsWanted) as wanted:
+        engine.generate(questions, SAMPLING)
+    assert "health" in victim.reason
+    assert back.state is State.WAITING
+    done = wanted.value.done
+    assert 3 <= len(done) < COUNT
+    engine.publish(1, stream(trained))
+    assert back.state is State.READY
+    rest = [place for place in range(COUNT) if place not in done]
+    found = engine.generate([questions[place] for place in rest], SAMPLING)
+    whole = {**done, **dict(zip(rest, found, strict=True))}
+    assert_whole([whole[place] for place in range(COUNT)], questions, 1)
+
+
+def test_servers_that_were_started_anew_get_weights_and_serve(
+    engine: SGLangEngine, questions: list[Prompt], trained: dict[str, Tensor], trigger: Trigger
+) -> None:
+    for member in servers(engine):
+        if member.state is not State.READY:
+            wait_for(member, State.WAITING)
+    engine.publish(2, stream(trained))
+    assert [member.state for member in servers(engine)] == [State.READY] * 2
+    engine.verify(2, stream(trained))
+    running: list[list[int]] = []
+    trigger.set(1, lambda: running.append([member.running for member in servers(engine)]))
+    assert_whole(engine.generate(questions, SAMPLING), questions, 2)
+    assert all(running[0]), "both are asked"
+
+
+def test_a_hanging_server_is_given_up_in_time(engine: SGLangEngine, trigger: Trigger, questions: list[Prompt]) -> None:
+    """Afterwards the engine is closed while the server is on its way up again."""
+    victim, other = servers(engine)
+    times: list[float] = []
+
+    def stop() -> None:
+        times.append(time.monotonic())
+        hang(victim)
+
+    trigger.set(2, stop)
+    groups = engine.generate(questions, SAMPLING)
+    assert time.monotonic() - times[0] < FENCED + 10.0
+    assert_whole(groups, questions, 2)
+    assert victim.state in (State.LOST, State.STARTING) and "health" in victim.reason
+    assert other.state is State.READY
