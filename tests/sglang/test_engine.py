@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rollout.base import RolloutEngine, Sampling, SharedEngine, WeightsWanted
 from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
 from tests.rollout.contract import EngineContract, MakeEngine, assert_same, prompts_of, stream, versions
 from tests.sglang.conftest import Running
@@ -138,6 +140,21 @@ def test_the_same_version_of_another_run_is_not_taken(
     assert wanted.value.done == {}
     mine.publish(1, stream(trained))
     assert versions(mine.generate(questions, SHORT)) == {1}
+
+
+def test_a_server_that_a_killed_run_left_in_a_publish_is_used(
+    open_engine: Open, server: Running, trained: dict[str, Tensor], questions: list[Prompt]
+) -> None:
+    async def break_off() -> None:
+        client = Client(server.url)
+        await client.pause()
+        await client.begin_update()
+        await client.close()
+
+    asyncio.run(break_off())
+    engine = open_engine()
+    engine.publish(1, stream(trained))
+    assert versions(engine.generate(questions, SHORT)) == {1}
 
 
 # Weights and memory

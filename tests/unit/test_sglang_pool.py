@@ -20,6 +20,7 @@ from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang import groups
+from sdpg_megatron.rollout.sglang import pool as pool_module
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.member import Member, State
@@ -57,6 +58,7 @@ class Misbehaving:
         self.answer = answer
         self.well = True
         self.hangs = False
+        self.paused = False
         self.version = WIRE
         self.looks = 0
         self.asked: list[list[int]] = []
@@ -68,6 +70,7 @@ class Misbehaving:
                 web.get("/health", self._health),
                 web.get("/model_info", self._model_info),
                 web.post("/generate", self._generate),
+                web.post("/continue_generation", self._resume),
             ]
         )
         self.server = TestServer(app)
@@ -80,7 +83,11 @@ class Misbehaving:
         self.looks += 1
         if self.hangs:
             await asyncio.sleep(BOUND)
-        return web.Response(status=200 if self.well else 503)
+        return web.Response(status=200 if self.well and not self.paused else 503)
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self.paused = False
+        return web.json_response({})
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
@@ -192,8 +199,9 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "BACKOFF", 0.02)
+    monkeypatch.setattr(pool_module, "POLL", 0.05)
 
 
 # Routing
@@ -418,12 +426,12 @@ def test_health_is_looked_at_only_while_responses_are_generated() -> None:
         async with opened(server) as pool:
             looks = server.looks
             server.hangs = True
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
             assert server.looks == looks and pool.members[0].state is State.READY
             server.hangs = False
 
             async def slow(before: int, running: int) -> web.Response:
-                await asyncio.sleep(1.5)
+                await asyncio.sleep(0.5)
                 return whole()
 
             server.answer = slow
@@ -437,9 +445,9 @@ def test_a_few_missed_looks_are_forgiven() -> None:
     async def test() -> None:
         async def slow(before: int, running: int) -> web.Response:
             server.well = False
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
             server.well = True
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
             return whole()
 
         server = Misbehaving(slow)
@@ -493,7 +501,7 @@ def test_no_server_is_started_while_the_trainer_has_the_memory() -> None:
             pool.hold_starts(True)
             process.up = False
             await until(lambda: pool.members[0].state is State.LOST)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
             assert process.starts == 1
             pool.hold_starts(False)
             await until(lambda: pool.members[0].state is State.WAITING)
@@ -518,11 +526,11 @@ def test_a_server_of_someone_else_is_taken_back_when_it_answers_again() -> None:
 
 def test_without_any_server_waiting_is_bounded() -> None:
     async def test() -> None:
-        server, config = Misbehaving(good), QUICK.model_copy(update={"start_timeout": 1.0})
+        server, config = Misbehaving(good), QUICK.model_copy(update={"start_timeout": 0.5})
         async with opened(server, config=config) as pool:
             pool.fence(pool.members[0], "a test")
             server.well = False
-            with pytest.raises(RolloutError, match=r"within 1 s"):
+            with pytest.raises(RolloutError, match=r"within 0\.5 s"):
                 await collect(pool, 1, config)
 
     run(test)
@@ -547,8 +555,8 @@ def test_a_server_that_never_answers_is_an_error_in_time() -> None:
     async def test() -> None:
         server = Misbehaving(good)
         server.hangs = True
-        with pytest.raises(RolloutError, match="within 1 s"):
-            async with opened(server, config=QUICK.model_copy(update={"start_timeout": 1.0})):
+        with pytest.raises(RolloutError, match=r"within 0\.5 s"):
+            async with opened(server, config=QUICK.model_copy(update={"start_timeout": 0.5})):
                 pass
 
     run(test)
@@ -565,6 +573,40 @@ def test_a_server_that_ends_while_it_starts_is_an_error_with_its_log() -> None:
         with pytest.raises(RolloutError, match=r"(?s)ended while it started.*the last words"):
             async with opened(server, processes=[Dies()]):
                 pass
+
+    run(test)
+
+
+def test_a_server_that_a_killed_run_left_paused_goes_on() -> None:
+    """Only the publisher may do that: to the others a pause means that it publishes."""
+
+    async def test() -> None:
+        server = Misbehaving(good)
+        server.paused = True
+        with pytest.raises(RolloutError, match=r"within 0\.5 s"):
+            async with opened(server, config=QUICK.model_copy(update={"start_timeout": 0.5}), publishes=False):
+                pass
+        server = Misbehaving(good)
+        server.paused = True
+        async with opened(server) as pool:
+            assert len(await collect(pool, 2)) == 2
+
+    run(test)
+
+
+def test_a_fault_of_the_pool_itself_is_raised_where_it_is_waited_for() -> None:
+    async def test() -> None:
+        checks: list[Client] = []
+
+        async def breaks(client: Client) -> None:
+            checks.append(client)
+            if len(checks) > 1:
+                raise ZeroDivisionError
+
+        async with opened(Misbehaving(good), check=breaks) as pool:
+            pool.fence(pool.members[0], "a test")
+            with pytest.raises(ZeroDivisionError):
+                await collect(pool, 1)
 
     run(test)
 

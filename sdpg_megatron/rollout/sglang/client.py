@@ -140,16 +140,20 @@ class Client:
 
     async def model_info(self) -> Mapping[str, Any]:
         """``model_path``, ``weight_version`` and more."""
-        info: Mapping[str, Any] = await self._call("GET", "/model_info")
-        return info
+        return await self._ask("/model_info")
 
     async def server_info(self) -> Mapping[str, Any]:
         """Its arguments, for example ``tp_size``, ``dp_size``, ``context_length``."""
-        info: Mapping[str, Any] = await self._call("GET", "/server_info")
+        return await self._ask("/server_info")
+
+    async def _ask(self, path: str) -> Mapping[str, Any]:
+        info = await self._call("GET", path)
+        if not isinstance(info, dict):
+            raise ServerError(self.url, path, "no JSON object: is it an SGLang server?")
         return info
 
     async def weight_version(self) -> str:
-        return str((await self.model_info())["weight_version"])
+        return str((await self.model_info()).get("weight_version"))
 
     async def offers(self, path: str) -> bool:
         """Whether the server has an endpoint; read from /openapi.json once."""
@@ -296,5 +300,3 @@ class Client:
             raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
-
-

@@ -53,7 +53,8 @@ class Wanted:
         return None
 
     def _room(self, server: Mapping[str, Any]) -> str | None:
-        input_limit = int(server["max_req_input_len"])
+        if (input_limit := server.get("max_req_input_len")) is None:
+            return None  # Another version of SGLang. Responses that were cut are found out one by one.
         wanted, room = self.prompt_tokens + self.response_tokens, input_limit + RESERVED
         if wanted <= room and self.prompt_tokens < input_limit:
             return None

@@ -21,7 +21,7 @@ from sdpg_megatron.rollout.base import WeightsWanted
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.member import Member, State
 from sdpg_megatron.rollout.sglang.server import ServerProcess
-from sdpg_megatron.rollout.sglang.tasks import nap, together
+from sdpg_megatron.rollout.sglang.tasks import Threads, nap, together
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Pool:
         self._check = check
         self._restarts_left = config.restarts
         self._keepers: list[asyncio.Task[None]] = []
-        self._threads: set[asyncio.Future[Any]] = set()
+        self._threads = Threads()
         self._changed = asyncio.Event()
         self._generating = asyncio.Event()
         self._may_start = asyncio.Event()
@@ -70,18 +70,20 @@ class Pool:
             RolloutError: one ends, is not what was wanted, or does not answer within `start_timeout`.
         """
         own = [member.process for member in self.members if member.process is not None]
-        await asyncio.gather(*(self._in_thread(process.start) for process in own))
+        await asyncio.gather(*(self._threads.run(process.start) for process in own))
         await together(self._come_up(member) for member in self.members)
         self._keepers = [asyncio.create_task(self._keep(member)) for member in self.members]
+        for keeper in self._keepers:
+            keeper.add_done_callback(lambda _: self._pulse())
 
     async def close(self) -> None:
         """Stop the servers that are this run's own; leave the others as they are."""
         for keeper in self._keepers:
             keeper.cancel()
-        # A thread cannot be cancelled: one that starts a server must be done before that server is stopped.
-        await asyncio.gather(*self._keepers, *self._threads, return_exceptions=True)
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await self._threads.join()  # one that starts a server must be done before that server is stopped
         own = [member.process for member in self.members if member.process is not None]
-        await asyncio.gather(*(self._in_thread(process.stop) for process in own))
+        await asyncio.gather(*(self._threads.run(process.stop) for process in own))
         await asyncio.gather(*(member.client.close() for member in self.members))
 
     @contextmanager
@@ -158,6 +160,7 @@ class Pool:
         """
         deadline: float | None = None
         while True:
+            self._raise_faults()
             ready = self.ready()
             free = [member for member in ready if not member.doubted and member.running < self._config.concurrency]
             if free:
@@ -220,10 +223,7 @@ class Pool:
 
     def describe(self) -> str:
         """Each server's state, with why it was lost."""
-        return "\n".join(
-            f"{member.url}: {member.state.value}" + (f" ({member.reason})" if member.state is State.LOST else "")
-            for member in self.members
-        )
+        return "\n".join(f"{m.url}: {m.state.value} {m.reason if m.state is State.LOST else ''}" for m in self.members)
 
     # --- keepers
 
@@ -279,13 +279,13 @@ class Pool:
                 await asyncio.sleep(POLL)
 
     async def _restart(self, member: Member, process: ServerProcess) -> None:
-        await self._in_thread(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
+        await self._threads.run(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
         if not self._restarts_left:
             member.given_up = True
             raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{process.log_tail()}")
         await self._may_start.wait()
         self._restarts_left -= 1
-        await self._in_thread(process.start)
+        await self._threads.run(process.start)
         self._move(member, State.STARTING)
 
     async def _come_up(self, member: Member) -> None:
@@ -297,11 +297,10 @@ class Pool:
         seconds = self._config.start_timeout
         try:
             async with asyncio.timeout(seconds):
-                while not await member.client.alive():
+                while not await self._answers(member):
                     if member.ended:
                         raise RolloutError(f"{member.url}: the server ended while it started\n{member.log_tail()}")
                     await asyncio.sleep(POLL)
-                await self._check(member.client)
         except TimeoutError:
             raise RolloutError(
                 f"{member.url}: no healthy server answered within {seconds:g} s. Fix: start it, or raise "
@@ -309,6 +308,19 @@ class Pool:
             ) from None
         member.doubted = False
         self._move(member, State.WAITING)
+
+    async def _answers(self, member: Member) -> bool:
+        """Whether a server is there and well. Raises `RolloutError` where it is the wrong one."""
+        try:
+            await self._check(member.client)
+            if self._publishes and member.process is None:
+                # A run that was killed while it published has left it paused.
+                await member.client.resume()
+        except ServerError as error:
+            if not error.retryable:
+                raise
+            return False
+        return await member.client.alive()
 
     # --- changes
 
@@ -322,6 +334,12 @@ class Pool:
         member.wake.set()
         self._pulse()
 
+    def _raise_faults(self) -> None:
+        """A keeper ends with an error only where this code is at fault; nobody else would ever hear of it."""
+        for keeper in self._keepers:
+            if keeper.done() and not keeper.cancelled() and (error := keeper.exception()):
+                raise error
+
     def _pulse(self) -> None:
         """Wake everyone who waits for a change."""
         self._changed.set()
@@ -334,10 +352,3 @@ class Pool:
         except TimeoutError:
             seconds = self._config.start_timeout
             raise RolloutError(f"no server came back within {seconds:g} s:\n{self.describe()}") from None
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Run something that blocks; it goes on where the caller is cancelled, and `close` waits for it."""
-        future = asyncio.ensure_future(asyncio.to_thread(work))
-        self._threads.add(future)
-        future.add_done_callback(self._threads.discard)
-        return await asyncio.shield(future)

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs what blocks in threads. A thread cannot be cancelled: it goes on where its caller is, until `join`."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Future[Any]] = set()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        future = asyncio.ensure_future(asyncio.to_thread(work))
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return await asyncio.shield(future)
+
+    async def join(self) -> None:
+        await asyncio.gather(*self._running, return_exceptions=True)
 
 
 async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
