@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -25,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
 from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to, size_of
+from sdpg_megatron.rollout.sglang.sinks.segment import Segment, remove_leftovers
 from sdpg_megatron.weights import Bucket
 
-MEMORY_FILES = Path("/dev/shm")
 DEVICE_ARGUMENT = 6
 """Place of the storage's device among the arguments of torch's `rebuild_cuda_tensor`."""
 
@@ -43,10 +41,11 @@ class SharedSink:
 
     def __init__(self) -> None:
         self._ranks: dict[Client, int] = {}
-        self._segment: _Segment | None = None
+        self._segment: Segment | None = None
 
     async def open(self, clients: Sequence[Client]) -> Failures:
         """See `Sink`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
+        remove_leftovers()
         found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
         failures: dict[Client, ServerError] = {}
         self._ranks = {}
@@ -67,7 +66,7 @@ class SharedSink:
             return partial(self._send, flat, None)
         if self._segment is None or self._segment.size < size_of(bucket):
             self._release()
-            self._segment = _Segment(size_of(bucket))
+            self._segment = Segment(size_of(bucket))
         return partial(self._send, copy_to(self._segment.memory, bucket), self._segment)
 
     async def finish(self) -> Failures:
@@ -85,8 +84,8 @@ class SharedSink:
         """See `Sink`."""
         self._release()
 
-    async def _send(self, flat: Flat, segment: _Segment | None) -> Failures:
-        # A handle is for one reader: the memory counts them.
+    async def _send(self, flat: Flat, segment: Segment | None) -> Failures:
+        # On a GPU a handle is for one reader: the memory counts them.
         handles = {client: [_handle(flat, segment) for _ in range(ranks)] for client, ranks in self._ranks.items()}
         found = await asyncio.gather(
             *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
@@ -106,48 +105,16 @@ class SharedSink:
             segment.release()
 
 
-class _Segment:
-    """Shared memory that any process of this machine opens by its name, with torch's bookkeeping of its readers.
-
-    Made without `torch.multiprocessing.set_sharing_strategy`, which is the whole process's.
-    """
-
-    def __init__(self, size: int) -> None:
-        """Raises `RolloutError` where there is not so much: writing beyond would end this process."""
-        self.size = size
-        self.storage: torch.UntypedStorage = torch.UntypedStorage._new_using_filename_cpu(size)
-        manager, name, _ = self.storage._share_filename_cpu_()
-        self.metadata = (manager, name, size)
-        self._file = MEMORY_FILES / os.fsdecode(name).lstrip("/")
-        self.memory: Tensor = torch.empty(0, dtype=torch.uint8).set_(self.storage)  # type: ignore[call-overload]
-        try:
-            with self._file.open("rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            self.release()
-            raise RolloutError(
-                f"{MEMORY_FILES} has no room for a bucket of {size >> 20} MiB ({error}). Fix: enlarge it (for Docker "
-                "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
-            ) from error
-
-    def release(self) -> None:
-        """Also where a reader that died was still counted, and the file would stay as long as this process."""
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        del self.storage
-        self._file.unlink(missing_ok=True)
-
-
 class _Pickler(ForkingPickler):
-    """Pickles a segment's storage by name, whatever the process's sharing strategy is."""
+    """Pickles a segment's storage by name, whatever `torch.multiprocessing`'s sharing strategy is."""
 
-    def __init__(self, file: io.BytesIO, segment: _Segment | None) -> None:
+    def __init__(self, file: io.BytesIO, segment: Segment | None) -> None:
         super().__init__(file)
         self._segment = segment
 
     def reducer_override(self, found: Any) -> Any:
         if isinstance(found, torch.UntypedStorage) and self._segment is not None:
-            found._shared_incref()  # type: ignore[no-untyped-call]
-            return reductions.rebuild_storage_filename, (torch.UntypedStorage, *self._segment.metadata)
+            return self._segment.reduced()
         if isinstance(found, Tensor) and found.is_cuda:
             rebuild, arguments = reductions.reduce_tensor(found)  # type: ignore[no-untyped-call]
             # Processes may number devices differently; SGLang takes their names as well.
@@ -156,7 +123,7 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-def _handle(flat: Flat, segment: _Segment | None) -> str:
+def _handle(flat: Flat, segment: Segment | None) -> str:
     """What lets one process read the bytes: base64."""
     spans = [
         SimpleNamespace(

@@ -1,0 +1,77 @@
+"""Memory that other processes of this machine open by name, through torch's own way of opening a storage by its file.
+
+torch would make such memory itself, but by way of a helper process (torch_shm_manager) that lives as long as any reader
+does, and with it the trainer's standard output stays open. The file is therefore made here; readers bring helpers of
+their own. It is laid out as torch's readers expect: a counter of readers, the last of whom removes the file, and from
+byte 64 on the content. The counter starts so high that no reader ever is the last.
+Source: RefcountedMapAllocator in ATen/MapAllocator.cpp of torch 2.13, unchanged since 1.0.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from sdpg_megatron.errors import RolloutError
+
+FOLDER = Path("/dev/shm")
+PREFIX = "sdpg-weights-"
+HEADER = 64
+READERS = 1 << 30
+
+
+class Segment:
+    """`memory`, uint8 [size], until `release`."""
+
+    def __init__(self, size: int) -> None:
+        """Raises `RolloutError` where there is not so much: a write beyond what is there would end this process."""
+        self.size = size
+        self._file = FOLDER / f"{PREFIX}{secrets.token_hex(8)}"
+        # The lock says that the file is in use; the kernel gives it back when this process ends, however that happens.
+        self._descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            os.posix_fallocate(self._descriptor, 0, HEADER + size)
+        except OSError as error:
+            self.release()
+            raise RolloutError(
+                f"{FOLDER} has no room for a bucket of {size >> 20} MiB ({error}). Fix: enlarge it (Docker: "
+                "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
+            ) from error
+        content = mmap.mmap(self._descriptor, HEADER + size)
+        struct.pack_into("i", content, 0, READERS)
+        self.memory: Tensor = torch.frombuffer(content, dtype=torch.uint8, offset=HEADER)
+
+    def reduced(self) -> tuple[Any, tuple[Any, ...]]:
+        """How a pickle says it: what the reader calls, and with what, to get `memory`'s storage."""
+        no_manager, name = b"", f"/{self._file.name}".encode()
+        return reductions.rebuild_storage_filename, (torch.UntypedStorage, no_manager, name, self.size)
+
+    def release(self) -> None:
+        """Nobody can open it any more; the memory goes when the last who has it open lets go."""
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+
+def remove_leftovers() -> None:
+    """Free segments of processes that were killed: files that nobody has locked."""
+    for file in FOLDER.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            descriptor = os.open(file, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink()
+            finally:
+                os.close(descriptor)
