@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.runs import metrics, train, write_run
-from tests.sglang.conftest import Running
+from tests.e2e.runs import ROOT, command, environment, metrics, train, write_run
+from tests.sglang.conftest import CPU_ARGUMENTS, Running, members, wait_until_gone
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
@@ -38,6 +40,38 @@ def test_two_steps_on_a_server(server: Running, model: Path, tmp_path: Path, lay
     before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, trained))
     assert any(not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
     assert_answers_as(server.url, after)
+
+
+def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
+    """The server that the run has started is killed after the first step: it comes back, gets weights, and goes on."""
+    config = write_run(tmp_path, steps=3)
+    arguments = [config, f"model.path={model}", "rollout.engine=sglang", "optimizer.schedule=constant", "eval.every=0"]
+    arguments.append(f"rollout.sglang.arguments={json.dumps(CPU_ARGUMENTS)}")
+    run = subprocess.Popen(command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    guards: list[int] = []
+    try:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.lstrip().startswith("1/3"):
+                guards = [child.pid for child in psutil.Process(run.pid).children() if is_guard(child)]
+                schedulers = [p for guard in guards for p in members(guard) if p.name().startswith("sglang::scheduler")]
+                assert schedulers
+                for process in schedulers:
+                    process.kill()
+        assert run.wait(timeout=60) == 0
+    finally:
+        run.kill()
+    steps = metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert all(step["rollout/logprob_diff_max"] < 1e-3 for step in steps[1:])
+    log = (tmp_path / "run" / "logs" / "sglang-0.log").read_text()
+    assert log.count("The server is fired up and ready to roll!") == 2
+    for guard in guards:
+        wait_until_gone(guard)
+
+
+def is_guard(process: psutil.Process) -> bool:
+    return any(part.endswith("/guard.py") for part in process.cmdline())
 
 
 @torch.no_grad()
