@@ -3,8 +3,9 @@
 torch would make such memory itself, but by way of a helper process (torch_shm_manager) that lives as long as any reader
 does, and with it the trainer's standard output stays open. The file is therefore made here; readers bring helpers of
 their own. It is laid out as torch's readers expect: a counter of readers, the last of whom removes the file, and from
-byte 64 on the content. The counter starts so high that no reader ever is the last.
-Source: RefcountedMapAllocator in ATen/MapAllocator.cpp of torch 2.13, unchanged since 1.0.
+byte 64 on the content. The counter starts so high that no reader ever is the last. A reader's helper also removes what
+the reader had open when it died: every reader gets a name of its own, a link to the file.
+Source: RefcountedMapAllocator in ATen/MapAllocator.cpp and libshm/manager.cpp of torch 2.13.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Segment:
     def __init__(self, size: int) -> None:
         """Raises `RolloutError` where there is not so much: a write beyond what is there would end this process."""
         self.size = size
+        self._readers = 0
         self._file = FOLDER / f"{PREFIX}{secrets.token_hex(8)}"
         # The lock says that the file is in use; the kernel gives it back when this process ends, however that happens.
         self._descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -52,17 +54,25 @@ class Segment:
         struct.pack_into("i", content, 0, READERS)
         self.memory: Tensor = torch.frombuffer(content, dtype=torch.uint8, offset=HEADER)
 
-    def reduced(self) -> tuple[Any, tuple[Any, ...]]:
-        """How a pickle says it: what the reader calls, and with what, to get `memory`'s storage."""
-        no_manager, name = b"", f"/{self._file.name}".encode()
+    def reduced(self, reader: int) -> tuple[Any, tuple[Any, ...]]:
+        """How a pickle for reader number `reader` says it: what is called, and with what, to get `memory`'s storage."""
+        link = self._link(reader)
+        with suppress(FileExistsError):
+            link.hardlink_to(self._file)
+        self._readers = max(self._readers, 1 + reader)
+        no_manager, name = b"", f"/{link.name}".encode()
         return reductions.rebuild_storage_filename, (torch.UntypedStorage, no_manager, name, self.size)
 
     def release(self) -> None:
         """Nobody can open it any more; the memory goes when the last who has it open lets go."""
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self._file.unlink(missing_ok=True)
+        for file in (self._file, *map(self._link, range(self._readers))):
+            file.unlink(missing_ok=True)
         with suppress(OSError):
             os.close(self._descriptor)
+
+    def _link(self, reader: int) -> Path:
+        return self._file.with_name(f"{self._file.name}-{reader}")
 
 
 def remove_leftovers() -> None:

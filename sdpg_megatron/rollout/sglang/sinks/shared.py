@@ -13,6 +13,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -85,8 +86,11 @@ class SharedSink:
         self._release()
 
     async def _send(self, flat: Flat, segment: Segment | None) -> Failures:
-        # On a GPU a handle is for one reader: the memory counts them.
-        handles = {client: [_handle(flat, segment) for _ in range(ranks)] for client, ranks in self._ranks.items()}
+        readers = count()
+        handles = {
+            client: [_handle(flat, segment, next(readers)) for _ in range(ranks)]
+            for client, ranks in self._ranks.items()
+        }
         found = await asyncio.gather(
             *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
         )
@@ -108,13 +112,13 @@ class SharedSink:
 class _Pickler(ForkingPickler):
     """Pickles a segment's storage by name, whatever `torch.multiprocessing`'s sharing strategy is."""
 
-    def __init__(self, file: io.BytesIO, segment: Segment | None) -> None:
+    def __init__(self, file: io.BytesIO, segment: Segment | None, reader: int) -> None:
         super().__init__(file)
-        self._segment = segment
+        self._segment, self._reader = segment, reader
 
     def reducer_override(self, found: Any) -> Any:
         if isinstance(found, torch.UntypedStorage) and self._segment is not None:
-            return self._segment.reduced()
+            return self._segment.reduced(self._reader)
         if isinstance(found, Tensor) and found.is_cuda:
             rebuild, arguments = reductions.reduce_tensor(found)  # type: ignore[no-untyped-call]
             # Processes may number devices differently; SGLang takes their names as well.
@@ -123,8 +127,8 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-def _handle(flat: Flat, segment: Segment | None) -> str:
-    """What lets one process read the bytes: base64."""
+def _handle(flat: Flat, segment: Segment | None, reader: int) -> str:
+    """What lets one process, reader number `reader`, read the bytes once: base64."""
     spans = [
         SimpleNamespace(
             name=span.name,
@@ -138,7 +142,7 @@ def _handle(flat: Flat, segment: Segment | None) -> str:
     ]
     content: Mapping[str, object] = {"flattened_tensor": flat.run, "metadata": spans}
     file = io.BytesIO()
-    _Pickler(file, segment).dump(content)
+    _Pickler(file, segment, reader).dump(content)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
