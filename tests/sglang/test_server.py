@@ -172,6 +172,17 @@ def test_a_stopped_server_is_ended_with_all_its_processes(own_servers: Servers) 
     running.process.stop()  # twice is harmless
 
 
+def test_a_killed_guard_takes_the_server_along(own_servers: Servers) -> None:
+    running = own_servers.begin()
+    session = running.process.pid
+    assert session is not None
+    time.sleep(2)  # it asks to be killed first of all, and starts others only after seconds of imports
+    assert len(members(session)) == 2
+    os.kill(session, signal.SIGKILL)
+    wait_until_gone(session)
+    assert not running.process.alive()
+
+
 def test_serves_the_model_as_transformers_computes_it(ready: Trainer, model: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for prompt in ([1, 5, 9], [7], list(range(40, 90))):

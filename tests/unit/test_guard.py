@@ -15,7 +15,7 @@ from typing import IO
 import psutil
 import pytest
 
-from sdpg_megatron.rollout.sglang import guard
+from sdpg_megatron.rollout.sglang import guard, server
 
 LIMIT = 15.0
 """Seconds within which anything here happens."""
@@ -199,3 +199,23 @@ def test_the_command_ends_with_a_parent_whose_pipe_stays_open(log: Path) -> None
 def test_a_parent_that_is_gone_before_the_job_starts_nothing(log: Path) -> None:
     process = subprocess.run([sys.executable, "-I", guard.__file__], stdin=subprocess.DEVNULL, timeout=LIMIT)
     assert process.returncode == 1
+
+
+def test_what_a_killed_guard_leaves_is_ended_by_its_parent(log: Path) -> None:
+    program = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('started', child.pid, flush=True); child.wait()"
+    )
+    with log.open("ab") as target:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=target, start_new_session=True
+        )
+    (pid,) = started(log)
+    process.kill()
+    process.wait(LIMIT)
+    assert lives(pid)
+    server.end(process, grace=LIMIT)
+    deadline = time.monotonic() + LIMIT
+    while lives(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not lives(pid)

@@ -165,7 +165,7 @@ class ServerProcess:
     def _end(self, grace: float) -> None:
         process, self._guard = self._guard, None
         if process is not None:
-            _end(process, grace)
+            end(process, grace)
 
 
 def command(launch: Launch, port: int) -> list[str]:
@@ -312,7 +312,8 @@ def _tell(process: subprocess.Popen[bytes], line: str) -> None:
         process.stdin.flush()
 
 
-def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+def end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End a guard and all of its process group, also where the guard hangs or was killed."""
     if process.poll() is None:
         _tell(process, str(grace))
         _signal_group(process, signal.SIGCONT)  # the guard itself may have been stopped
