@@ -25,8 +25,8 @@ from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerP
 
 START_LIMIT = 240.0
 """Seconds within which a server answers, on two cores that are busy otherwise."""
-CPU_ARGUMENTS = ("--max-total-tokens", "20000", "--mem-fraction-static", "0.3")
-"""Little memory for keys and values; SGLang would take a share of the machine's."""
+CPU_ARGUMENTS = ("--max-total-tokens", "20000", "--max-running-requests", "64", "--mem-fraction-static", "0.3")
+"""Little memory and time for keys and values; SGLang would take a share of the machine's."""
 HERE = Path(__file__).parent
 
 
