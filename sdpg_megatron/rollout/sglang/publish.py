@@ -174,7 +174,9 @@ class _Session:
         self._paused.add(client)
         await client.pause()
         await client.set_version(f"{UNFINISHED}-{self._version}")
+        # A publisher that was killed may have left its session open; a second one is refused.
         if not self._sink.in_session:
+            await _tolerate_refusal(client.end_update())
             return
         self._begun.add(client)
         try:
@@ -182,7 +184,6 @@ class _Session:
         except ServerError as error:
             if error.retryable:
                 raise
-            # A publisher that was killed left its session open.
             await client.end_update()
             await client.begin_update()
 
@@ -220,6 +221,14 @@ class _Session:
     def _drop(self, failures: Failures) -> None:
         self._failures.update(failures)
         self.live = [client for client in self.live if client not in failures]
+
+
+async def _tolerate_refusal(call: Coroutine[Any, Any, None]) -> None:
+    try:
+        await call
+    except ServerError as error:
+        if error.retryable:
+            raise
 
 
 class _Checked(Iterator[Bucket]):
