@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
@@ -524,6 +525,32 @@ def test_a_server_of_someone_else_is_taken_back_when_it_answers_again() -> None:
     run(test)
 
 
+def test_one_that_follows_leaves_lost_servers_alone_between_its_calls() -> None:
+    """The publisher may have paused them, or have their memory: a look at their health would end them."""
+
+    async def test() -> None:
+        lost, fine = Misbehaving(good), Misbehaving(good)
+        async with opened(lost, fine, publishes=False) as pool:
+            lost.well = False
+            pool.fence(pool.members[0], "a test")
+            await collect(pool, 4)
+            await asyncio.sleep(0.2)  # a look may have been under way
+            looks = lost.looks
+            lost.well = True
+            await asyncio.sleep(0.5)
+            assert lost.looks == looks and pool.members[0].state is State.LOST
+
+            async def slow(before: int, running: int) -> web.Response:
+                await asyncio.sleep(0.5)
+                return whole()
+
+            fine.answer = slow
+            await collect(pool, 1)
+            assert pool.members[0].state is State.READY
+
+    run(test)
+
+
 def test_without_any_server_waiting_is_bounded() -> None:
     async def test() -> None:
         server, config = Misbehaving(good), QUICK.model_copy(update={"start_timeout": 0.5})
@@ -635,5 +662,25 @@ def test_progress_counts_finished_groups() -> None:
         async with opened(Misbehaving(good)) as pool:
             await source(pool, QUICK).collect(prompts(3), SAMPLING, 3, lambda *counts: seen.append(counts))
         assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    run(test)
+
+
+@pytest.mark.parametrize("first", [0.05, 0.15])
+def test_a_request_that_is_cancelled_when_its_time_is_up_is_cancelled(first: float) -> None:
+    """Where both come while the loop is busy, neither swallows the other: whoever waits for the end would go on."""
+
+    async def test() -> None:
+        server = Misbehaving(never)
+        await server.server.start_server()
+        client = Client(server.url, timeouts=Timeouts(generate=0.3))
+        request = asyncio.create_task(client.generate([1], SAMPLING, [STOP]))
+        await until(lambda: server.running == 1)
+        asyncio.get_running_loop().call_later(first, request.cancel)
+        time.sleep(0.5)
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await client.close()
+        await server.server.close()
 
     run(test)

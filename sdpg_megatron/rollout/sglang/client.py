@@ -8,6 +8,7 @@ Source of the endpoints: sglang.srt.entrypoints.http_server of SGLang 0.5.23.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from sdpg_megatron.errors import ServerError
 from sdpg_megatron.records import FinishReason
 from sdpg_megatron.rollout.base import Sampling
 
+UNLIMITED = aiohttp.ClientTimeout(total=None)
 QUOTED = 300
 """Characters of a server's answer that an error repeats."""
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
@@ -286,11 +288,12 @@ class Client:
         """
         seconds = self.timeouts.control if timeout is None else timeout
         headers = {"Authorization": f"Bearer {key}"} if (key := self._keys[admin]) else {}
-        limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self._session.request(
-                method, self.url + path, json=body, headers=headers, timeout=limit
-            ) as answer:
+            # aiohttp's own limit swallows a cancellation that comes when it is reached (3.14).
+            async with (
+                asyncio.timeout(seconds),
+                self._session.request(method, self.url + path, json=body, headers=headers, timeout=UNLIMITED) as answer,
+            ):
                 if answer.status >= 400:
                     text = (await answer.text())[:QUOTED]
                     at_fault = answer.status < 500 and answer.status not in (408, 429)

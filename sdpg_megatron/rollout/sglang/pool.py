@@ -266,9 +266,6 @@ class Pool:
         try:
             if member.process is not None:
                 await self._restart(member, member.process)
-            elif not self._publishes:
-                # Between two calls of generate the publisher may have paused it.
-                await self._generating.wait()
             await self._come_up(member)
             logger.warning("%s is back", member.url)
             if not self._publishes:
@@ -285,8 +282,8 @@ class Pool:
             raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{process.log_tail()}")
         await self._may_start.wait()
         self._restarts_left -= 1
-        await self._threads.run(process.start)
         self._move(member, State.STARTING)
+        await self._threads.run(process.start)
 
     async def _come_up(self, member: Member) -> None:
         """Wait until a server answers and is what the run needs; it is WAITING then.
@@ -311,6 +308,8 @@ class Pool:
 
     async def _answers(self, member: Member) -> bool:
         """Whether a server is there and well. Raises `RolloutError` where it is the wrong one."""
+        if self._keepers and not self._publishes:
+            await self._generating.wait()  # in between, the publisher may have paused it, or have its memory
         try:
             await self._check(member.client)
             if self._publishes and member.process is None:
