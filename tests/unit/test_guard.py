@@ -147,6 +147,22 @@ def test_a_stopped_command_ends_in_order(start: Start, log: Path) -> None:
     assert log.read_text().endswith("bye\n")
 
 
+def test_what_cleans_up_after_the_command_gets_to_do_so(start: Start, log: Path) -> None:
+    """As Python's resource tracker does: it waits for the end of a pipe that all others hold."""
+    helper = "import sys, time; sys.stdin.read(); time.sleep(0.3); print('clean', flush=True)"
+    program = f"""
+import os, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", {helper!r}], stdin=subprocess.PIPE)
+print("started", os.getpid(), helper.pid, flush=True)
+time.sleep(600)
+"""
+    process = start(program)
+    pids = started(log)
+    tell(process, "0")
+    assert process.wait(LIMIT) == 128 + 9
+    assert log.read_text().endswith("clean\n") and not any(map(lives, pids))
+
+
 def test_without_grace_it_is_killed_at_once(start: Start, log: Path) -> None:
     process = start(POLITE)
     started(log)

@@ -29,6 +29,9 @@ LOOK = 0.2
 """Seconds between looks at the command and the parent."""
 ORPHAN_GRACE = 5.0
 """Seconds that the command gets to end by itself when the parent is gone."""
+SETTLE = 2.0
+"""Seconds for what the command started to end by itself after it: the helpers of Python and torch that remove shared
+memory and semaphores do that when all others are gone."""
 KILL_LIMIT = 10.0
 """Seconds until killed processes are gone; one that hangs in a device's driver may stay longer, and is left."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -103,21 +106,21 @@ def _end(child: subprocess.Popen[bytes], grace: float) -> int:
     child.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(KILL_LIMIT)
-    deadline = time.monotonic() + KILL_LIMIT
-    while (left := children()) and time.monotonic() < deadline:
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)  # its children become this process's: the next round finds them
-        while _reap():
-            pass
-        time.sleep(0.02)
+    _until_no_children(signal.SIGCONT, SETTLE)
+    _until_no_children(signal.SIGKILL, KILL_LIMIT)
     return -signal.SIGKILL if child.returncode is None else child.returncode
 
 
-def _reap() -> bool:
-    try:
-        return os.waitpid(-1, os.WNOHANG)[0] != 0
-    except ChildProcessError:
-        return False
+def _until_no_children(number: signal.Signals, limit: float) -> None:
+    """Send a signal to all children again and again until none is left, or the time is up."""
+    deadline = time.monotonic() + limit
+    while (left := children()) and time.monotonic() < deadline:
+        for pid in left:
+            os.kill(pid, number)  # the children of one that ends become this process's: the next round finds them
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.02)
 
 
 def children() -> list[int]:
