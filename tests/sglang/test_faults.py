@@ -94,6 +94,10 @@ def engine(
     engine = SGLangEngine(config, served, run_dir=tmp_path_factory.mktemp("run"), nonce="faults", on_progress=trigger)
     engine.publish(1, stream(trained))
     yield engine
+    deadline = time.monotonic() + 30.0
+    while any(member.process is None or member.process.pid is None for member in servers(engine)):
+        assert time.monotonic() < deadline, "a lost server was not started anew"
+        time.sleep(0.05)
     sessions = [session_of(member) for member in servers(engine)]
     engine.close()
     for session in sessions:

@@ -479,6 +479,23 @@ def test_a_dead_process_is_started_anew_and_waits_for_weights() -> None:
                 await asked
             pool.admit(member, WIRE)
             assert len(await collect(pool, 2)) == 2
+            process.up = False
+            await until(lambda: member.given_up)  # the one restart is used up
+            assert process.starts == 2
+
+    run(test)
+
+
+def test_one_that_follows_goes_on_where_its_only_server_comes_back_with_the_weights() -> None:
+    async def test() -> None:
+        server = Misbehaving(good)
+        async with opened(server, publishes=False) as pool:
+            server.well = False
+            pool.fence(pool.members[0], "a test")
+            asked = asyncio.create_task(collect(pool, 2))
+            await asyncio.sleep(0.2)
+            server.well = True
+            assert len(await asked) == 2
 
     run(test)
 

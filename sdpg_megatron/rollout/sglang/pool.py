@@ -268,8 +268,6 @@ class Pool:
                 await self._restart(member, member.process)
             await self._come_up(member)
             logger.warning("%s is back", member.url)
-            if not self._publishes:
-                await self._inquire(member)
         except RolloutError as error:
             self._lose(member, str(error))
             if not member.given_up:
@@ -286,7 +284,7 @@ class Pool:
         await self._threads.run(process.start)
 
     async def _come_up(self, member: Member) -> None:
-        """Wait until a server answers and is what the run needs; it is WAITING then.
+        """Wait until a server answers and is what the run needs; it is WAITING then, or READY.
 
         Raises:
             RolloutError: it ended, is something else, or did not answer within `start_timeout`.
@@ -298,6 +296,7 @@ class Pool:
                     if member.ended:
                         raise RolloutError(f"{member.url}: the server ended while it started\n{member.log_tail()}")
                     await asyncio.sleep(POLL)
+                version = None if self._publishes else await member.client.weight_version()
         except TimeoutError:
             raise RolloutError(
                 f"{member.url}: no healthy server answered within {seconds:g} s. Fix: start it, or raise "
@@ -305,6 +304,8 @@ class Pool:
             ) from None
         member.doubted = False
         self._move(member, State.WAITING)
+        if version is not None:
+            self.admit(member, version)  # before anyone sees that it waits
 
     async def _answers(self, member: Member) -> bool:
         """Whether a server is there and well. Raises `RolloutError` where it is the wrong one."""
