@@ -253,7 +253,8 @@ def test_a_failed_request_is_asked_for_again() -> None:
             return web.Response(status=500, text="out of luck") if before == 1 else whole()
 
         server = Misbehaving(fails_once)
-        async with opened(server) as pool:
+        # The next look would come too late: it must be made at once.
+        async with opened(server, config=QUICK.model_copy(update={"health_interval": 2 * BOUND})) as pool:
             looks = server.looks
             found = await collect(pool, 4)
             assert pool.members[0].state is State.READY
