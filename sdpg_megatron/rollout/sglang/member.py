@@ -10,6 +10,9 @@ from typing import Any
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.server import ServerProcess
 
+LINE = 400
+"""Characters of a line of a server's log that an error shows: SGLang prints all its arguments in one."""
+
 
 class State(Enum):
     STARTING = "starting"
@@ -55,5 +58,6 @@ class Member:
         return self.process is not None and not self.process.alive()
 
     def log_tail(self) -> str:
-        """The last lines of its log; nothing for a server that someone else started."""
-        return "" if self.process is None else self.process.log_tail()
+        """The last lines of its log, none of them too long; nothing for a server that someone else started."""
+        lines = [] if self.process is None else self.process.log_tail().splitlines()
+        return "\n".join(line[:LINE] for line in lines)

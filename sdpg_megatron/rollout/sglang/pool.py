@@ -277,7 +277,7 @@ class Pool:
         await self._threads.run(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
         if not self._restarts_left:
             member.given_up = True
-            raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{process.log_tail()}")
+            raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{member.log_tail()}")
         await self._may_start.wait()
         self._restarts_left -= 1
         self._move(member, State.STARTING)
