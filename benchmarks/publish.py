@@ -57,7 +57,7 @@ from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import Publisher
 from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess, default_python
-from sdpg_megatron.rollout.sglang.sinks import make_sink
+from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink
 from sdpg_megatron.weights import hf_shapes, stream, weight_map
 
 SMOLLM2 = Path("~/.cache/sdpg_megatron/smollm2-135m-instruct").expanduser()
@@ -196,6 +196,18 @@ def _measure(sink: str, publish: Callable[[Iterator[Any]], Any], trainer: Traine
     return best | {"peak": extra[0]}
 
 
+def make_sink(name: str, setting: Setting) -> Sink:
+    match name:
+        case "broadcast":
+            nonce, cpu = f"benchmark-{os.getpid()}", torch.device("cpu")
+            return BroadcastSink(nonce=nonce, device=cpu, address=None, seconds=Timeouts().update)
+        case "shared":
+            return SharedSink()
+        case _:
+            folder = setting.scratch / "published"
+            return DiskSink(folder=folder, source_folder=setting.folder, shard_bytes=setting.bucket_mib * MIB)
+
+
 @contextmanager
 def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]], Any]]]:
     """The first rank's way to publish a stream, by sink."""
@@ -209,14 +221,7 @@ def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]],
     versions = iter(range(10**6))
 
     def make(name: str) -> Callable[[Iterator[Any]], Any]:
-        config = SGLangConfig(sink=name, bucket_mib=setting.bucket_mib)  # type: ignore[arg-type]
-        sink = make_sink(
-            config,
-            nonce=f"benchmark-{os.getpid()}",
-            device=torch.device("cpu"),
-            run_dir=setting.scratch,
-            model_folder=setting.folder,
-        )
+        sink = make_sink(name, setting)
         made.append(publisher := Publisher(sink, shapes, thread))
 
         def publish(buckets: Iterator[Any]) -> Any:
@@ -273,7 +278,8 @@ def raw_seconds(setting: Setting) -> float:
     """Of the best round."""
     sizes = run_ranks(setting.tp * setting.pp, setting, sizes_job)[0]
     (setting.scratch / "sizes.json").write_text(json.dumps(sizes))
-    return min(max(one) for one in zip(*run_ranks(2, setting, raw_job), strict=True))
+    rounds: list[list[float]] = run_ranks(2, setting, raw_job)
+    return min(max(one) for one in zip(*rounds, strict=True))
 
 
 def measure(model: str, setting: Setting) -> tuple[list[Result], dict[str, dict[str, float]]]:

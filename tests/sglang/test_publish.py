@@ -26,8 +26,8 @@ from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.rollout.sglang.client import Client, Sample, Timeouts
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher, PublishReport
-from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink
-from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER, PREFIX
+from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink, segment
+from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER
 from sdpg_megatron.weights import hf_shapes, write_folder
 from tests.rollout.contract import stream
 from tests.sglang.conftest import Running, Servers, members
@@ -240,19 +240,24 @@ def test_the_group_is_kept_between_publishes(
 
 
 def test_nothing_is_left_of_shared_memory_and_folders(
-    publishers: dict[str, Publisher], sinks: dict[str, Any], one: Server, weights: Weights
+    publishers: dict[str, Publisher],
+    sinks: dict[str, Any],
+    one: Server,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(segment, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     segments: list[str] = []
 
     def watched() -> Iterator[Bucket]:
         for bucket in stream(weights):
             yield bucket
-            segments.extend(path.name for path in FOLDER.glob(f"{PREFIX}*"))
+            segments.extend(path.name for path in FOLDER.glob(f"{prefix}*"))
 
-    (FOLDER / f"{PREFIX}left-by-a-killed-run").write_bytes(b"")
+    (FOLDER / f"{prefix}left-by-a-killed-run").write_bytes(b"")
     publishers["shared"].publish([one.client], "shared", watched())
     assert segments, "the shared sink shares nothing"
-    assert not list(FOLDER.glob(f"{PREFIX}*"))
+    assert not list(FOLDER.glob(f"{prefix}*"))
     leftover = sinks["disk"]._target / "half"
     leftover.mkdir(parents=True)
     publishers["disk"].publish([one.client], "disk", stream(weights))
@@ -267,7 +272,7 @@ def test_a_publish_while_responses_are_made_mixes_nothing(
 ) -> None:
     """A response ends as aborted, or has tokens of one version; whoever asked before or during the publish gets one."""
     publisher.publish([one.client], "first", stream(weights))
-    sampling = Sampling(n=4, max_tokens=150)
+    sampling = Sampling(n=16, max_tokens=450)
     early = [thread.submit(one.client.generate(PROMPT, sampling, [])) for _ in range(3)]
     late = []
 
@@ -277,7 +282,7 @@ def test_a_publish_while_responses_are_made_mixes_nothing(
                 late.append(thread.submit(one.client.generate(PROMPT, sampling, [])))
             yield bucket
 
-    time.sleep(0.5)
+    time.sleep(0.2)
     assert_all_served(publisher.publish([one.client], "second", asking()), one.client)
     for samples in (future.result(timeout=120) for future in early):
         assert all(sample.finish_reason == "abort" or sample.versions == {"first"} for sample in samples)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
@@ -26,9 +27,10 @@ from sdpg_megatron.rollout.sglang.client import Timeouts
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher
 from sdpg_megatron.rollout.sglang.sinks import attempt as attempt_module
+from sdpg_megatron.rollout.sglang.sinks import segment as segment_module
 from sdpg_megatron.rollout.sglang.sinks.attempt import Outcome, attempt
 from sdpg_megatron.rollout.sglang.sinks.flat import as_run, copy_to, lay_out
-from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER, PREFIX, Segment, remove_leftovers
+from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER, Segment, remove_leftovers
 from sdpg_megatron.rollout.sglang.sinks.shared import _handle
 
 # --- a bucket as one run of bytes
@@ -92,13 +94,13 @@ HOLDER = """
 import sys
 from sdpg_megatron.rollout.sglang.sinks.segment import Segment
 segment = Segment(1000)
-print("ready", flush=True)
+print(segment._file, flush=True)
 sys.stdin.read()
 """
 
 
 def test_other_processes_read_a_segment_and_nothing_stays() -> None:
-    before, there = torch.multiprocessing.get_sharing_strategy(), set(FOLDER.glob(f"{PREFIX}*"))
+    before = torch.multiprocessing.get_sharing_strategy()
     segment = Segment(100)
     flat = copy_to(segment.memory, [("w", torch.arange(5.0))])
     for reader in range(2):
@@ -109,29 +111,30 @@ def test_other_processes_read_a_segment_and_nothing_stays() -> None:
         assert found.stdout == "w 10.0\nw 10.0\n", found.stderr
     assert torch.multiprocessing.get_sharing_strategy() == before
     assert not [child for child in psutil.Process().children(recursive=True) if "shm_manager" in child.name()]
+    files = f"{segment._file.name}*"
+    assert list(FOLDER.glob(files))
     segment.release()
-    assert set(FOLDER.glob(f"{PREFIX}*")) == there
+    assert not list(FOLDER.glob(files))
 
 
-def test_memory_that_is_not_there_is_an_error_and_not_the_end() -> None:
-    before = set(FOLDER.iterdir())
+def test_memory_that_is_not_there_is_an_error_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     with pytest.raises(RolloutError, match="has no room for a bucket of"):
         Segment(1 << 50)
-    assert not {path for path in set(FOLDER.iterdir()) - before if path.name.startswith(PREFIX)}
+    assert not list(FOLDER.glob(f"{prefix}*"))
 
 
 def test_segments_of_the_dead_go_and_those_of_the_living_stay() -> None:
-    before = set(FOLDER.glob(f"{PREFIX}*"))
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"ready\n"
-        (file,) = set(FOLDER.glob(f"{PREFIX}*")) - before
+        assert holder.stdout is not None
+        file = Path(holder.stdout.readline().decode().strip())
         remove_leftovers()
         assert file.exists()
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    assert file.exists()
+    # Another run on this machine may have removed it by now.
     remove_leftovers()
     assert not file.exists()
 
