@@ -415,16 +415,15 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 
 
 def _check_servers(sglang: SGLangConfig) -> None:
-    if sglang.ports and len(sglang.ports) != sglang.servers:
-        raise ConfigError(
-            "rollout.sglang.ports", sglang.ports, f"{sglang.servers}, one for each server", "name all or none"
-        )
-    if sglang.sink == "broadcast" and sglang.data > 1 and not sglang.urls:
+    if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
+        expected = f"{sglang.servers} different ones, one for each server"
+        raise ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
+    if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
         raise ConfigError(
             "rollout.sglang.sink",
-            "broadcast",
-            "shared or disk where rollout.sglang.data is over 1: all replicas of a server would take the same rank",
-            "use several servers, or another sink",
+            sglang.sink,
+            "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
+            "use several servers, or the disk sink",
         )
 
 

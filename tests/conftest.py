@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tests.pool import RankPool
 
+hypothesis.settings.register_profile("suite", deadline=None)  # no test may depend on how busy the machine is
+hypothesis.settings.load_profile("suite")
 DIST = Path(__file__).parent / "dist"
 
 

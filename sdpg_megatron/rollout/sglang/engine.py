@@ -158,14 +158,20 @@ class SGLangEngine:
 
         Raises:
             WeightError: they differ; names servers and tensors.
-            RolloutError: they cannot be compared, or a server does not tell its checksums.
+            RolloutError: `version` is not the current one, no server serves it, the weights cannot be compared, or a
+                server does not tell its checksums.
         """
         stream = iter(buckets)
         try:
             servers = self._open().run(self._served()) if version == self._version else []
-            checksum.verify(self._architecture, servers, stream)
-        finally:
+            if not servers:
+                raise RolloutError(f"verify: no server serves version {version}. Fix: publish it first")
+        except Exception:
             deque(stream, maxlen=0)  # its source is collective
+            raise
+        for found in checksum.verify(self._architecture, servers, stream):
+            if found.not_compared:
+                logger.warning("%s has parameters that the trainer does not know: %s", found.url, found.not_compared)
 
     def release(self) -> None:
         """Have the servers give their memory back. They have no weights until `resume` and the next publish.
