@@ -6,6 +6,7 @@ Jobs and results travel as plain pickles: functions by reference, tensors by val
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -184,4 +185,19 @@ def _run_job(job: bytes, folder: Path, rank: int, world_size: int) -> Any:
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    _let_go_of_groups()
     return result
+
+
+def _let_go_of_groups() -> None:
+    """Free what a job left behind. Models hold process groups, whose threads would poll as long as the worker lives.
+
+    Python's collector does not see the cycle from Megatron's wrapper over its optimizer to its gradient hooks and back:
+    nodes of autograd's graph are part of it.
+    """
+    distributed = sys.modules.get("megatron.core.distributed")
+    if distributed is not None:
+        for found in gc.get_objects():
+            if isinstance(found, distributed.DistributedDataParallel):
+                vars(found).clear()
+    gc.collect()
