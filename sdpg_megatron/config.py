@@ -42,6 +42,8 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage (interleaved schedule); null for the plain 1F1B schedule."""
     sequence: bool = False
     """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks."""
+    timeout: float = Field(4 * 3600.0, gt=0)
+    """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
 
 
 class DataConfig(Section):
@@ -89,6 +91,9 @@ class SGLangConfig(Section):
     """Tensor-parallel ranks of each server that is started."""
     data: int = Field(1, ge=1)
     """Data-parallel replicas within each server that is started."""
+    first_gpu: int | None = Field(None, ge=0)
+    """Device number of the first started server; the others follow. Null for the one after the trainer's ranks on this
+    machine, or for 0 where `colocated`."""
     host: str = "127.0.0.1"
     """Address that started servers listen on; other machines can reach them only where it is one of theirs."""
     ports: tuple[int, ...] = ()
@@ -134,8 +139,8 @@ class SGLangConfig(Section):
     folder: Path | None = None
     """Where the disk sink writes; null for a folder in `run_dir`."""
     colocated: bool = False
-    """Servers share the trainer's devices: they give their memory back while training, and the trainer moves its
-    optimizer state and gradients to the host while they generate."""
+    """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
+    its optimizer state and gradients to the host while they generate. Needs another sink than broadcast."""
     verify_every: int = Field(0, ge=0)
     """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never."""
 
@@ -415,6 +420,12 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 
 
 def _check_servers(sglang: SGLangConfig) -> None:
+    if sglang.colocated and sglang.urls:
+        fix = "have the run start its servers, or give them devices of their own"
+        raise ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
+    if sglang.colocated and sglang.sink == "broadcast":
+        # NCCL has no two ranks of a group on one device.
+        raise ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
     if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
         expected = f"{sglang.servers} different ones, one for each server"
         raise ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")

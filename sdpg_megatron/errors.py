@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SdpgError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. All of them travel between ranks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as they are: the default calls the constructor, which takes other arguments, with the message."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[SdpgError], args: tuple[object, ...], state: dict[str, object]) -> SdpgError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(SdpgError):

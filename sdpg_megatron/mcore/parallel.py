@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +76,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        distributed_timeout_minutes=max(1, round(parallel.timeout / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current()
@@ -91,12 +93,14 @@ def _start_process_group(parallel: ParallelConfig) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = timedelta(seconds=parallel.timeout)
     # Objects (token lists, metrics) travel over Gloo, tensors over NCCL, each by the device it lives on.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=limit)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        alone: Any = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=limit, store=alone, rank=0, world_size=1)
 
 
 def current() -> Ranks:

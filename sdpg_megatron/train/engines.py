@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.mcore import device
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
@@ -44,6 +44,7 @@ def _served(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | 
 
     rollout = config.rollout
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
+    _check(config, inputs, kind)
     model = ServedModel(
         folder=config.model.path,
         tokenizer=inputs.tokenizer,
@@ -71,3 +72,14 @@ def _served(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | 
         attached = rollout.sglang.model_copy(update={"urls": urls})
         engine = SGLangEngine(attached, model, run_dir=config.run_dir, nonce=nonce, publishes=False)
     return engine
+
+
+def _check(config: RunConfig, inputs: Inputs, kind: str) -> None:
+    """Raises `ConfigError`, alike on every rank."""
+    end = inputs.tokenizer.eos_token_id
+    if end is not None and end not in inputs.stop_ids:
+        fix = "add it to eos_token_id in the model's generation_config.json"
+        raise ConfigError("model.path", end, f"the tokenizer's end token among the stop tokens {inputs.stop_ids}", fix)
+    if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
+        # The optimizer's parameters are then the model's own, which have to stay for the next publish.
+        raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")

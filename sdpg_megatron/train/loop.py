@@ -114,6 +114,9 @@ class Trainer:
         stack.callback(self.progress.close)
         self.writer = open_writers(config.run_dir, self.step) if main else MultiWriter([])
         stack.callback(self.writer.close)
+        if self._colocated:  # servers divide up the memory that they find
+            self.learner.offload()
+            self.ranks.barrier()
         self.rollouts = start_rollouts(config, self.inputs, self.ranks)
         stack.callback(self.rollouts.close)
         self._announce()
@@ -208,7 +211,7 @@ class Trainer:
             MismatchError: on every rank, before the step's weights are published or saved.
         """
         limit = self.config.rollout.mismatch_limit
-        if self.gated or limit is None or DIFFERENCE not in metrics:
+        if self.gated or limit is None or DIFFERENCE not in metrics or not metrics[DIFFERENCE].weight:
             return
         self.gated = True
         if not metrics[DIFFERENCE].value <= limit:

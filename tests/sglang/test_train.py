@@ -1,4 +1,4 @@
-"""Whole runs whose rollouts come from a real server: sharded trainers, several of them, and one that shares devices."""
+"""Whole runs on a real server: of sharded trainers, of several replicas, and of one that owns its server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.sglang.conftest import CPU_ARGUMENTS, Running, members, wait_until_go
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
-    "dp2_colocated_disk": (2, ["rollout.sglang.colocated=true", "rollout.sglang.sink=disk"]),
+    "dp2_disk": (2, ["rollout.sglang.sink=disk"]),
 }
 
 
@@ -42,9 +42,13 @@ def test_two_steps_on_a_server(server: Running, model: Path, tmp_path: Path, lay
 
 
 def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
-    """The server that the run has started is killed after the first step: it comes back, gets weights, and goes on."""
+    """The server that the run has started is killed after the first step: it comes back, gets weights, and goes on.
+
+    It shares the trainer's device, in that all calls for it are made: a CPU has no memory to give back.
+    """
     config = write_run(tmp_path, steps=2)
     arguments = [config, f"model.path={model}", "rollout.engine=sglang", "optimizer.schedule=constant", "eval.every=0"]
+    arguments += ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
     arguments.append(f"rollout.sglang.arguments={json.dumps(CPU_ARGUMENTS)}")
     run = subprocess.Popen(command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     guards: list[int] = []

@@ -93,10 +93,19 @@ def make_processes(
         admin_key=keys.admin,
     )
     ports = config.ports or (None,) * config.servers
-    logs = run_dir / "logs"
+    first_gpu = config.first_gpu
+    if first_gpu is None:
+        first_gpu = 0 if config.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return [
-        # Servers that share a seed would give the same responses to the same prompts.
-        ServerProcess(replace(common, log=logs / f"sglang-{number}.log", port=port, seed=seed + number))
+        ServerProcess(
+            replace(
+                common,
+                log=run_dir / "logs" / f"sglang-{number}.log",
+                port=port,
+                seed=seed + number,  # servers that share one would give the same responses to the same prompts
+                base_gpu=first_gpu + number * config.tensor * config.data,
+            )
+        )
         for number, port in enumerate(ports)
     ]
 

@@ -301,5 +301,5 @@ class Client:
                 return await (answer.json() if answer.content_type == "application/json" else answer.text())
         except TimeoutError as error:
             raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # the last: what is said to be JSON and is not
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error

@@ -117,7 +117,7 @@ class SGLangEngine:
         thread, wire = self._open(), self._wire(version)
         assert self._publisher is not None, "this process follows another's engine"
         self._version = -1
-        members = thread.run(self._expect(wire))
+        members = thread.run(self._targets(wire))
         clients = [member.client for member in members]
         report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
         thread.run(self._settle(members, report))
@@ -156,19 +156,22 @@ class SGLangEngine:
     def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
         """Compare the weights of every server that serves `version` with the stream's, which is read to its end.
 
+        Servers that do not answer are left out: they get the weights once more before they serve again.
+
         Raises:
             WeightError: they differ; names servers and tensors.
-            RolloutError: `version` is not the current one, no server serves it, the weights cannot be compared, or a
-                server does not tell its checksums.
+            RolloutError: `version` is not the current one, or the weights cannot be compared.
         """
         stream = iter(buckets)
         try:
-            servers = self._open().run(self._served()) if version == self._version else []
-            if not servers:
-                raise RolloutError(f"verify: no server serves version {version}. Fix: publish it first")
+            if version != self._version:
+                raise RolloutError(f"verify: version {version} is not the current one. Fix: publish it first")
+            servers = self._open().run(self._served())
         except Exception:
             deque(stream, maxlen=0)  # its source is collective
             raise
+        if not servers:
+            logger.warning("no server's weights were compared: none serves version %d", version)
         for found in checksum.verify(self._architecture, servers, stream):
             if found.not_compared:
                 logger.warning("%s has parameters that the trainer does not know: %s", found.url, found.not_compared)
@@ -176,17 +179,15 @@ class SGLangEngine:
     def release(self) -> None:
         """Have the servers give their memory back. They have no weights until `resume` and the next publish.
 
-        Nothing may be asked of them meanwhile. Only the publishing engine does it; the others take note.
+        Nothing may be asked of them meanwhile. Only the publishing engine does it.
         """
         thread = self._open()
         self._version = -1
-        thread.run(memory.release(self._pool) if self._publisher else self._expect(None))
+        thread.run(memory.release(self._pool))
 
     def resume(self) -> None:
         """Have the servers take memory for their weights; that for keys and values they take when weights are there."""
-        thread = self._open()
-        if self._publisher:
-            thread.run(memory.resume(self._pool))
+        self._open().run(memory.resume(self._pool))
 
     # --- in the loop
 
@@ -194,6 +195,10 @@ class SGLangEngine:
         """The servers that are to get this version."""
         self._pool.expect(wire)
         return self._pool.targets()
+
+    async def _targets(self, wire: str) -> list[Member]:
+        self._pool.expect(wire)
+        return await self._pool.reachable()
 
     async def _settle(self, members: Sequence[Member], report: PublishReport) -> None:
         for member in members:
@@ -209,7 +214,15 @@ class SGLangEngine:
             self._pool.fence(member, str(error))
 
     async def _served(self) -> list[Served]:
-        return await asyncio.gather(*(checksum.ask(member.client) for member in self._pool.ready()))
+        found = await asyncio.gather(*(self._ask(member) for member in self._pool.ready()))
+        return [served for served in found if served is not None]
+
+    async def _ask(self, member: Member) -> Served | None:
+        try:
+            return await checksum.ask(member.client)
+        except ServerError as error:
+            self._pool.report(member, error)
+            return None
 
     # --- small things
 
@@ -223,7 +236,7 @@ class SGLangEngine:
 
     def _count_fruitless(self, report: PublishReport) -> None:
         """Raises `RolloutError` where servers never take the weights, though they answer."""
-        self._fruitless = self._fruitless + 1 if report.failures and not report.served else 0
+        self._fruitless = 0 if report.served else self._fruitless + 1
         if self._fruitless >= self._config.attempts:
             reasons = "\n".join(f"{client.url}: {error}" for client, error in report.failures.items())
             raise RolloutError(f"{self._fruitless} publishes in a row reached no server; the last:\n{reasons}")

@@ -114,7 +114,9 @@ class GroupSource:
             found = f"a response cut at {len(sample.tokens)} of {sampling.max_tokens} tokens: its context is too small"
             raise ServerError(member.url, "/generate", found)
         if sample.finish_reason == "stop" and (not sample.tokens or sample.tokens[-1] not in self.stop_ids):
-            raise ServerError(member.url, "/generate", f"a response that ends without any of {list(self.stop_ids)}")
+            found = f"a response that ends without any of {list(self.stop_ids)}: the server stops at other tokens, too"
+            fix = "Fix: name all of them as eos_token_id in the model's generation_config.json"
+            raise ServerError(member.url, "/generate", f"{found}. {fix}")
 
     def _completion(self, sample: Sample, version: int) -> Completion:
         return Completion(

@@ -31,6 +31,7 @@ async def release(pool: Pool) -> None:
     await pool.settled()
     pool.expect(None)
     await asyncio.gather(*(_give_back(pool, member) for member in pool.targets() if not member.released))
+    await pool.ended()
 
 
 async def _give_back(pool: Pool, member: Member) -> None:

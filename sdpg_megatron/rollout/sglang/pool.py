@@ -107,7 +107,14 @@ class Pool:
     async def settled(self) -> None:
         """Wait until no server is on its way up."""
         while any(member.state is State.STARTING for member in self.members):
+            self._raise_faults()
             await self._changed.wait()
+
+    async def ended(self) -> None:
+        """Wait until lost servers that are this run's own have ended, and hold no memory."""
+        while any(m.state is State.LOST and m.process is not None and not m.ended for m in self.members):
+            self._raise_faults()
+            await asyncio.sleep(POLL)
 
     # --- weights
 
@@ -148,6 +155,18 @@ class Pool:
             self.admit(member, await member.client.weight_version())
         except ServerError as error:
             self.report(member, error)
+
+    async def reachable(self) -> list[Member]:
+        """`targets`; where there is none, but some server may come back, as soon as there is one.
+
+        Raises:
+            RolloutError: none came within `start_timeout`.
+        """
+        deadline = asyncio.get_running_loop().time() + self._config.start_timeout
+        while not self.targets() and not all(member.given_up for member in self.members):
+            self._raise_faults()
+            await self._change(deadline)
+        return self.targets()
 
     # --- requests
 

@@ -57,6 +57,8 @@ class Launch:
     device: Literal["cpu", "cuda"]
     mem_fraction: float | None = None
     """Share of the device's memory for weights and keys and values; None for SGLang's choice."""
+    base_gpu: int = 0
+    """Device number of its first rank (CUDA only)."""
     memory_saver: bool = False
     """Let the server give its memory back on request (CUDA only)."""
     seed: int = 0
@@ -186,8 +188,9 @@ def command(launch: Launch, port: int) -> list[str]:
     if launch.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         flags += ["--disable-overlap-schedule", "--skip-server-warmup"]
-    elif launch.memory_saver:
-        flags.append("--enable-memory-saver")
+    else:
+        arguments["--base-gpu-id"] = str(launch.base_gpu)
+        flags += ["--enable-memory-saver"] if launch.memory_saver else []
     pairs = [part for pair in arguments.items() for part in pair]
     return [launch.python, serve.__file__, *pairs, *flags, *launch.arguments]
 
