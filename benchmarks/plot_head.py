@@ -29,7 +29,7 @@ def draw_bars(axes: Axes, results: Sequence[dict[str, Any]], key: str, scale: fl
     names = [result["name"] for result in results]
     values = [result[key] / scale for result in results]
     bars = axes.barh(range(len(names)), values, color=[color(name) for name in names])
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
+    axes.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.15)
