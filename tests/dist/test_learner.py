@@ -36,7 +36,11 @@ def updates(
     learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
     samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=False)
     batch = build_step(
-        [dataclasses.replace(sample, advantage=sample.advantage * scale) for sample in samples if sample.advantage or scale == 1],
+        [
+            dataclasses.replace(sample, advantage=sample.advantage * scale)
+            for sample in samples
+            if sample.advantage or scale == 1
+        ],
         regularized=regularized,
         micro_batch_size=4,
         data_rank=0,
@@ -61,8 +65,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_every_rank(model: Path, r
 
 
 def test_the_norm_is_reported_without_a_bound_too(model: Path, ranks: RankPool) -> None:
-    (bounded, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0})
-    (free, _), = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0})
+    ((bounded, _),) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0})
+    ((free, _),) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0})
     assert bounded[0] == free[0] > 0
 
 

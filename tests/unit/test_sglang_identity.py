@@ -119,7 +119,7 @@ def test_keys_come_from_the_environment_and_go_nowhere(
 
 def test_servers_differ_in_seed_log_and_port(served: ServedModel, tmp_path: Path) -> None:
     processes = make_processes(SGLangConfig(servers=3), served, Keys(None, None), run_dir=tmp_path, seed=7)
-    launches = [process._launch for process in processes]
+    launches = [process.launch for process in processes]
     assert [launch.seed for launch in launches] == [7, 8, 9]
     assert [launch.log for launch in launches] == [tmp_path / "logs" / f"sglang-{i}.log" for i in range(3)]
     assert len({process.port for process in processes}) == 3

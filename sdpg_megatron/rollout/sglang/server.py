@@ -84,7 +84,7 @@ class ServerProcess:
         Raises:
             RolloutError: `launch.host` is no address of this machine, or has no free port.
         """
-        self._launch = launch
+        self.launch = launch
         self._guard: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
         if launch.port is None:
@@ -104,32 +104,32 @@ class ServerProcess:
         if self.alive():
             raise RolloutError(f"{self.url}: the server is running already. Fix: stop it first")
         self._end(0.0)
-        _check_interpreter(self._launch.python)
+        _check_interpreter(self.launch.python)
         if self._held is None:
-            self._held = _hold(self._launch.host, self.port)
+            self._held = _hold(self.launch.host, self.port)
         job: guard.Job = {
-            "command": command(self._launch, self.port),
+            "command": command(self.launch, self.port),
             "parent": os.getpid(),
-            "input": json.dumps(_key_arguments(self._launch)),
-            "secrets": _secrets(self._launch),
+            "input": json.dumps(_key_arguments(self.launch)),
+            "secrets": _secrets(self.launch),
         }
         self._guard = self._start_guard(job)
 
     def _start_guard(self, job: guard.Job) -> subprocess.Popen[bytes]:
         try:
-            self._launch.log.parent.mkdir(parents=True, exist_ok=True)
-            with self._launch.log.open("ab") as log:
+            self.launch.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.launch.log.open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-I", guard.__file__],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C at the terminal is for the trainer, which then stops the server
-                    env=environment(self._launch, os.environ),
+                    env=environment(self.launch, os.environ),
                 )
         except OSError as error:
             raise RolloutError(
-                f"{self._launch.log}: the server's log cannot be written ({error}). Fix: choose another run_dir"
+                f"{self.launch.log}: the server's log cannot be written ({error}). Fix: choose another run_dir"
             ) from error
         _tell(process, json.dumps(job))
         return process
@@ -146,7 +146,7 @@ class ServerProcess:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of the log; of a progress bar, what it showed last."""
         try:
-            with self._launch.log.open("rb") as log:
+            with self.launch.log.open("rb") as log:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError as error:
