@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sdpg_megatron.config import RewardConfig
@@ -84,9 +85,13 @@ def test_groups_are_scored_at_the_same_time(pool: VerifierPool) -> None:
 def test_a_process_that_died_between_steps_is_replaced(pool: VerifierPool) -> None:
     (before,) = pool.score([group("a", "pid")])
     (other,) = pool.score([group("a", "pid")])
-    for pid in {int(before.rewards[0]), int(other.rewards[0])}:
-        os.kill(pid, 9)
-    time.sleep(0.1)
+    processes = [psutil.Process(pid) for pid in {int(before.rewards[0]), int(other.rewards[0])}]
+    for process in processes:
+        process.kill()
+    deadline = time.monotonic() + 30
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert pool.score([group("a", "x"), group("b", "x")]) == [GroupRewards((1.0,), 0)] * 2
 
 
