@@ -1,7 +1,6 @@
 """The pool: whatever a verifier does costs its own sample and nothing else."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
