@@ -23,6 +23,7 @@ import pytest
 
 from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the servers, of which several share two cores
 START_LIMIT = 240.0
 """Seconds within which a server answers, on two cores that are busy otherwise."""
 CPU_ARGUMENTS = ("--max-total-tokens", "20000", "--max-running-requests", "64", "--mem-fraction-static", "0.3")

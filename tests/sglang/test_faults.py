@@ -26,8 +26,8 @@ from sdpg_megatron.rollout.sglang.member import Member, State
 from tests.rollout.contract import completions, prompts_of, stream, versions
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, members, wait_until_gone
 
-HEALTH = {"health_interval": 0.5, "health_timeout": 3.0, "health_misses": 2}
-FENCED = 2 * (0.5 + 3.0) + 5.0
+HEALTH = {"health_interval": 0.5, "health_timeout": 8.0, "health_misses": 2}
+FENCED = 2 * (0.5 + 8.0) + 5.0
 """Seconds after which a hanging server is given up: as many looks as may be missed, and some for a busy machine."""
 SAMPLING = Sampling(n=3, max_tokens=100)
 COUNT = 24

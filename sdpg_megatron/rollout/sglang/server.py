@@ -187,7 +187,8 @@ def command(launch: Launch, port: int) -> list[str]:
         arguments["--mem-fraction-static"] = str(launch.mem_fraction)
     if launch.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-        flags += ["--disable-overlap-schedule", "--skip-server-warmup"]
+        # A server that has nothing to do would otherwise keep a core busy, which here is one of the trainer's.
+        flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
     else:
         arguments["--base-gpu-id"] = str(launch.base_gpu)
         flags += ["--enable-memory-saver"] if launch.memory_saver else []
