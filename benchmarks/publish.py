@@ -463,6 +463,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if not os.environ.get(PYTHON_VARIABLE):
-        sys.stderr.write(f"set {PYTHON_VARIABLE} to an interpreter that has sglang (scripts/setup.sh --sglang)\n")
+        sys.stderr.write(f"set {PYTHON_VARIABLE} to an interpreter that has sglang (scripts/install_sglang_cpu.sh)\n")
         sys.exit(2)
     sys.exit(main())

@@ -56,6 +56,7 @@ class Progress:
         self._console = console or Console()
         self._started = clock()
         self._rows = 0
+        self._phase = ""
         self._step_width = max(len("step"), 2 * len(str(total)) + 1)
         self._bar = RichProgress(
             TextColumn("{task.description:<10}"),
@@ -71,7 +72,12 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Say what the step is doing now; seen on a terminal only."""
+        self._phase = name
         self._bar.update(self._task, description=name, refresh=True)
+
+    def count(self, done: int, total: int) -> None:
+        """Say how far the phase is; from any thread."""
+        self._bar.update(self._task, description=f"{self._phase} {done}/{total}", refresh=True)
 
     def message(self, text: str) -> None:
         """Print a line of its own."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.weights import Bucket as Bucket
+
+OnProgress = Callable[[int, int], None]
+"""Called with the number of finished groups, and of all."""
 
 
 @dataclass(frozen=True, slots=True)

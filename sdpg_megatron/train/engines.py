@@ -12,16 +12,19 @@ from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.mcore import device
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
-from sdpg_megatron.rollout.base import RolloutEngine
+from sdpg_megatron.rollout.base import OnProgress, RolloutEngine
 from sdpg_megatron.rollout.hf import HFEngine
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.rollouts import Rollouts
 
 
-def start_rollouts(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Rollouts:
-    """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise."""
+def start_rollouts(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress: OnProgress) -> Rollouts:
+    """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise.
+
+    `on_progress`: told by the first rank's servers, from another thread, of finished groups and all.
+    """
     served = config.rollout.engine == "sglang"
-    engine = _served(config, inputs, ranks) if served else _embedded(config, inputs, ranks)
+    engine = _served(config, inputs, ranks, on_progress) if served else _embedded(config, inputs, ranks)
     verifiers = VerifierPool(config.reward) if ranks.leads_replica else None
     return Rollouts(ranks, engine, verifiers, shared=served)
 
@@ -38,7 +41,7 @@ def _embedded(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine 
     )
 
 
-def _served(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | None:
+def _served(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
 
@@ -59,7 +62,9 @@ def _served(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | 
     answer: tuple[tuple[str, ...], str] | SdpgError | None = None
     if ranks.is_main:
         try:
-            engine = SGLangEngine(rollout.sglang, model, run_dir=config.run_dir, nonce=nonce, seed=config.seed)
+            engine = SGLangEngine(
+                rollout.sglang, model, run_dir=config.run_dir, nonce=nonce, seed=config.seed, on_progress=on_progress
+            )
             answer = engine.urls, nonce
         except SdpgError as error:
             answer = error

@@ -117,7 +117,7 @@ class Trainer:
         if self._colocated:  # servers divide up the memory that they find
             self.learner.offload()
             self.ranks.barrier()
-        self.rollouts = start_rollouts(config, self.inputs, self.ranks)
+        self.rollouts = start_rollouts(config, self.inputs, self.ranks, self.progress.count)
         stack.callback(self.rollouts.close)
         self._announce()
         self._publish()

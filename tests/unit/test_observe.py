@@ -150,6 +150,7 @@ def show(steps: range, *, terminal: bool = False, enabled: bool = True, done: in
     progress = Progress(30, done=done, enabled=enabled, console=console, clock=lambda: now[0])
     for step in steps:
         progress.phase("rollout")
+        progress.count(3, 8)
         now[0] += 10.0
         progress.step(step, STEP | ({"eval/greedy_accuracy": 0.65} if step == 10 else {}))
     progress.message("[saved]")
@@ -174,7 +175,7 @@ def test_the_header_returns() -> None:
 
 def test_a_terminal_gets_the_rows_and_a_bar() -> None:
     shown = show(range(1, 4), terminal=True)
-    assert "rollout" in shown and "3/30" in shown and "4:30 left" in shown
+    assert "rollout 3/8" in shown and "3/30" in shown and "4:30 left" in shown
     assert "\x1b[" in shown
 
 

@@ -1,387 +1,31 @@
-"""The pool of servers and the collecting of groups, against servers that misbehave on demand.
-
-A real server cannot be made to show these faults at a chosen moment; what one does by itself, tests/sglang has.
-"""
+"""The pool of servers: who is well, who has the weights, who is given up and comes back."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, cast
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.errors import RolloutError, ServerError
-from sdpg_megatron.records import Group, Prompt
-from sdpg_megatron.rollout.base import Sampling, WeightsWanted
-from sdpg_megatron.rollout.sglang import groups
-from sdpg_megatron.rollout.sglang import pool as pool_module
-from sdpg_megatron.rollout.sglang.client import Client, Timeouts
-from sdpg_megatron.rollout.sglang.groups import GroupSource
-from sdpg_megatron.rollout.sglang.member import Member, State
-from sdpg_megatron.rollout.sglang.pool import Pool
-from sdpg_megatron.rollout.sglang.server import ServerProcess
-
-WIRE, STOP = "run-3", 9
-QUICK = SGLangConfig(
-    start_timeout=3.0, health_interval=0.1, health_timeout=0.3, health_misses=2, attempts=3, restarts=1, concurrency=8
+from sdpg_megatron.errors import RolloutError
+from sdpg_megatron.rollout.base import WeightsWanted
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.member import State
+from tests.sglang_fakes import (
+    BOUND,
+    QUICK,
+    WIRE,
+    FakeProcess,
+    Misbehaving,
+    collect,
+    good,
+    impatient,  # noqa: F401  # a fixture of all tests here
+    never,
+    opened,
+    run,
+    until,
+    whole,
 )
-BOUND = 20.0
-"""Seconds that any of these tests may take."""
-SAMPLING = Sampling(n=2, max_tokens=2)
-Answer = Callable[[int, int], Awaitable[web.Response]]
-"""Makes the answer to a group: given how many groups were asked for before, and how many run now."""
-
-
-def response(*, version: str = WIRE, kind: str = "length", tokens: Sequence[int] = (5, 6)) -> dict[str, Any]:
-    meta = {
-        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
-        "weight_version": version,
-        "finish_reason": {"type": kind},
-    }
-    return {"output_ids": list(tokens), "meta_info": meta}
-
-
-def whole(**changes: Any) -> web.Response:
-    return web.json_response([response(), response(**changes)])
-
-
-class Misbehaving:
-    """An HTTP server with the few endpoints that a pool uses."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-        self.well = True
-        self.hangs = False
-        self.paused = False
-        self.version = WIRE
-        self.looks = 0
-        self.asked: list[list[int]] = []
-        self.running = 0
-        self.most = 0
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/health", self._health),
-                web.get("/model_info", self._model_info),
-                web.post("/generate", self._generate),
-                web.post("/continue_generation", self._resume),
-            ]
-        )
-        self.server = TestServer(app)
-
-    @property
-    def url(self) -> str:
-        return str(self.server.make_url("")).rstrip("/")
-
-    async def _health(self, request: web.Request) -> web.Response:
-        self.looks += 1
-        if self.hangs:
-            await asyncio.sleep(BOUND)
-        return web.Response(status=200 if self.well and not self.paused else 503)
-
-    async def _resume(self, request: web.Request) -> web.Response:
-        self.paused = False
-        return web.json_response({})
-
-    async def _model_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"weight_version": self.version})
-
-    async def _generate(self, request: web.Request) -> web.Response:
-        self.asked.append(json.loads(await request.text())["input_ids"])
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            return await self.answer(len(self.asked) - 1, self.running)
-        finally:
-            self.running -= 1
-
-
-class FakeProcess:
-    """A process that dies when a test says so, and can be started again."""
-
-    def __init__(self) -> None:
-        self.up = False
-        self.starts = 0
-
-    def start(self) -> None:
-        self.up = True
-        self.starts += 1
-
-    def stop(self, grace: float = 10.0) -> None:
-        self.up = False
-
-    def alive(self) -> bool:
-        return self.up
-
-    def log_tail(self, lines: int = 20) -> str:
-        return "the last words"
-
-
-async def good(before: int, running: int) -> web.Response:
-    await asyncio.sleep(0.01)
-    return whole()
-
-
-async def never(before: int, running: int) -> web.Response:
-    await asyncio.sleep(BOUND)
-    return whole()
-
-
-async def no_check(client: Client) -> None:
-    pass
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"test:{i}", (i,), (), answer="") for i in range(count)]
-
-
-class Tokenizer:
-    def decode(self, tokens: Sequence[int], **options: Any) -> str:
-        return " ".join(map(str, tokens))
-
-
-def source(pool: Pool, config: SGLangConfig) -> GroupSource:
-    return GroupSource(
-        pool=pool, stop_ids=(STOP,), tokenizer=Tokenizer(), attempts=config.attempts, concurrency=config.concurrency
-    )
-
-
-@asynccontextmanager
-async def opened(
-    *servers: Misbehaving,
-    config: SGLangConfig = QUICK,
-    processes: Sequence[FakeProcess | None] = (),
-    publishes: bool = True,
-    check: Callable[[Client], Awaitable[None]] = no_check,
-    admit: bool = True,
-) -> AsyncIterator[Pool]:
-    """A pool on these servers, all of them with the current weights."""
-    async with AsyncExitStack() as stack:
-        members = []
-        for server, process in zip(servers, processes or [None] * len(servers), strict=True):
-            await server.server.start_server()
-            stack.push_async_callback(server.server.close)
-            timeouts = Timeouts(control=1.0, generate=BOUND, health=config.health_timeout)
-            client = Client(server.url, timeouts=timeouts)
-            members.append(Member(server.url, client, cast(ServerProcess | None, process)))
-        pool = Pool(members, config, publishes=publishes, check=check)
-        stack.push_async_callback(pool.close)
-        await pool.start()
-        pool.expect(WIRE)
-        if admit:
-            for member in pool.members:
-                pool.admit(member, WIRE)
-        yield pool
-
-
-async def collect(pool: Pool, count: int, config: SGLangConfig = QUICK) -> list[Group]:
-    return await source(pool, config).collect(prompts(count), SAMPLING, version=3)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(BOUND / 2):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(BOUND):
-            await test()
-
-    asyncio.run(bounded())
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "BACKOFF", 0.02)
-    monkeypatch.setattr(pool_module, "POLL", 0.05)
-
-
-# Routing
-
-
-def test_groups_go_where_least_is_running() -> None:
-    async def test() -> None:
-        one, two = Misbehaving(good), Misbehaving(good)
-        async with opened(one, two) as pool:
-            found = await collect(pool, 20)
-        assert [group.prompt.uid for group in found] == [prompt.uid for prompt in prompts(20)]
-        assert sorted(one.asked + two.asked) == [[i] for i in range(20)], "each prompt once"
-        assert max(one.most, two.most) == QUICK.concurrency / 2
-
-    run(test)
-
-
-def test_a_server_gets_no_more_than_it_may_have() -> None:
-    async def test() -> None:
-        server, config = Misbehaving(good), QUICK.model_copy(update={"concurrency": 3})
-        async with opened(server, config=config) as pool:
-            # As many are asked for as if there were two servers: the pool itself must hold them back.
-            asking = source(pool, QUICK)
-            await asking.collect(prompts(12), SAMPLING, version=3)
-        assert server.most == 3
-
-    run(test)
-
-
-def test_only_servers_with_the_current_weights_are_asked() -> None:
-    async def test() -> None:
-        ready, waiting = Misbehaving(good), Misbehaving(good)
-        async with opened(ready, waiting, admit=False) as pool:
-            pool.admit(pool.members[0], WIRE)
-            pool.admit(pool.members[1], "run-2")
-            await collect(pool, 6)
-        assert len(ready.asked) == 6 and not waiting.asked
-
-    run(test)
-
-
-# Faults of one request
-
-
-def test_a_failed_request_is_asked_for_again() -> None:
-    async def test() -> None:
-        async def fails_once(before: int, running: int) -> web.Response:
-            return web.Response(status=500, text="out of luck") if before == 1 else whole()
-
-        server = Misbehaving(fails_once)
-        # The next look would come too late: it must be made at once.
-        async with opened(server, config=QUICK.model_copy(update={"health_interval": 2 * BOUND})) as pool:
-            looks = server.looks
-            found = await collect(pool, 4)
-            assert pool.members[0].state is State.READY
-        assert [len(group.completions) for group in found] == [2] * 4
-        assert len(server.asked) == 5
-        assert server.looks > looks, "it must show that it is well before it gets more"
-
-    run(test)
-
-
-def test_the_second_try_is_made_elsewhere() -> None:
-    async def test() -> None:
-        async def fails(before: int, running: int) -> web.Response:
-            return web.Response(status=500)
-
-        bad, fine = Misbehaving(fails), Misbehaving(good)
-        async with opened(bad, fine, config=QUICK.model_copy(update={"health_timeout": 5.0})) as pool:
-            bad.hangs = True  # it cannot clear itself of the doubt
-            found = await collect(pool, 6)
-            assert pool.members[0].doubted
-        assert len(found) == 6 and len(bad.asked) <= QUICK.concurrency / 2
-
-    run(test)
-
-
-def test_attempts_are_bounded() -> None:
-    async def test() -> None:
-        async def fails(before: int, running: int) -> web.Response:
-            return web.Response(status=500, text="out of luck")
-
-        server = Misbehaving(fails)
-        async with opened(server) as pool:
-            with pytest.raises(RolloutError, match=r"test:0: .* 3 attempts; .*out of luck"):
-                await collect(pool, 1)
-        assert len(server.asked) == 3
-
-    run(test)
-
-
-def test_a_request_that_is_itself_at_fault_is_an_error_at_once() -> None:
-    async def test() -> None:
-        async def refuses(before: int, running: int) -> web.Response:
-            return web.Response(status=400, text="the input is longer than the context")
-
-        server = Misbehaving(refuses)
-        async with opened(server) as pool:
-            with pytest.raises(ServerError, match="longer than the context"):
-                await collect(pool, 1)
-            assert pool.members[0].state is State.READY
-        assert len(server.asked) == 1
-
-    run(test)
-
-
-def test_a_group_with_an_aborted_response_is_asked_for_whole() -> None:
-    async def test() -> None:
-        async def aborts_once(before: int, running: int) -> web.Response:
-            return whole(kind="abort", tokens=(5,)) if before == 0 else whole()
-
-        server = Misbehaving(aborts_once)
-        async with opened(server) as pool:
-            (group,) = await collect(pool, 1)
-        assert len(server.asked) == 2
-        assert [completion.tokens for completion in group.completions] == [(5, 6)] * 2
-
-    run(test)
-
-
-@pytest.mark.parametrize(
-    ("ending", "message"),
-    [
-        ({"tokens": (5,)}, "1 of 2 tokens"),
-        ({"kind": "stop"}, "without any of"),
-        ({"kind": "stop", "tokens": ()}, "without any of"),
-    ],
-)
-def test_a_cut_response_is_an_error(ending: dict[str, Any], message: str) -> None:
-    async def test() -> None:
-        async def cuts(before: int, running: int) -> web.Response:
-            return whole(**ending)
-
-        async with opened(Misbehaving(cuts)) as pool:
-            with pytest.raises(RolloutError, match=message):
-                await collect(pool, 1)
-
-    run(test)
-
-
-def test_waits_between_attempts_double_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "BACKOFF", 0.5)
-    for attempt, bound in [(1, 0.5), (2, 1.0), (3, 2.0), (6, 10.0), (40, 10.0)]:
-        waits = [groups._backoff(attempt) for _ in range(50)]
-        assert bound / 2 <= min(waits) < max(waits) <= bound
-
-
-# Weights
-
-
-def test_a_response_of_other_weights_is_never_taken() -> None:
-    async def test() -> None:
-        async def stale(before: int, running: int) -> web.Response:
-            return whole(version="run-2") if before == 3 else whole()
-
-        config = QUICK.model_copy(update={"concurrency": 1})
-        async with opened(Misbehaving(stale), config=config) as pool:
-            with pytest.raises(WeightsWanted) as wanted:
-                await collect(pool, 6, config)
-            assert pool.members[0].state is State.WAITING
-        assert {place: group.prompt.uid for place, group in wanted.value.done.items()} == {
-            place: f"test:{place}" for place in range(3)
-        }
-
-    run(test)
-
-
-def test_where_nobody_has_the_weights_they_are_wanted() -> None:
-    async def test() -> None:
-        server = Misbehaving(good)
-        async with opened(server) as pool:
-            pool.expect("run-4")
-            with pytest.raises(WeightsWanted) as wanted:
-                await collect(pool, 2)
-            assert wanted.value.done == {} and not server.asked
-            pool.admit(pool.members[0], WIRE)
-            assert pool.members[0].state is State.WAITING, "an old version must not do"
-
-    run(test)
 
 
 def test_one_that_follows_asks_the_servers_what_they_have() -> None:
@@ -676,31 +320,46 @@ def test_what_is_cancelled_leaves_nothing_running() -> None:
     run(test)
 
 
-def test_progress_counts_finished_groups() -> None:
+# Publishing and releasing
+
+
+def test_a_publish_waits_for_a_server_that_may_come_back() -> None:
     async def test() -> None:
-        seen: list[tuple[int, int]] = []
-        async with opened(Misbehaving(good)) as pool:
-            await source(pool, QUICK).collect(prompts(3), SAMPLING, 3, lambda *counts: seen.append(counts))
-        assert seen == [(1, 3), (2, 3), (3, 3)]
+        server, process = Misbehaving(good), FakeProcess()
+        async with opened(server, processes=[process]) as pool:
+            assert await pool.reachable() == list(pool.members)
+            server.well = process.up = False
+            await until(lambda: not pool.targets())
+            waiting = asyncio.create_task(pool.reachable())
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            server.well = True
+            assert await waiting == list(pool.members)
 
     run(test)
 
 
-@pytest.mark.parametrize("first", [0.05, 0.15])
-def test_a_request_that_is_cancelled_when_its_time_is_up_is_cancelled(first: float) -> None:
-    """Where both come while the loop is busy, neither swallows the other: whoever waits for the end would go on."""
+def test_a_publish_does_not_wait_for_servers_that_are_given_up() -> None:
+    async def test() -> None:
+        server, process = Misbehaving(good), FakeProcess()
+        async with opened(server, processes=[process], config=QUICK.model_copy(update={"restarts": 0})) as pool:
+            process.up = False
+            await until(lambda: pool.members[0].given_up)
+            assert await pool.reachable() == []
+
+    run(test)
+
+
+def test_memory_is_free_when_a_lost_server_has_ended() -> None:
+    """A server that is given up is ended by its keeper, a little later."""
 
     async def test() -> None:
-        server = Misbehaving(never)
-        await server.server.start_server()
-        client = Client(server.url, timeouts=Timeouts(generate=0.3))
-        request = asyncio.create_task(client.generate([1], SAMPLING, [STOP]))
-        await until(lambda: server.running == 1)
-        asyncio.get_running_loop().call_later(first, request.cancel)
-        time.sleep(0.5)
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        await client.close()
-        await server.server.close()
+        server, process = Misbehaving(good), FakeProcess()
+        async with opened(server, processes=[process]) as pool:
+            pool.hold_starts(True)
+            pool.fence(pool.members[0], "a test")
+            assert process.up
+            await pool.ended()
+            assert not process.up
 
     run(test)

@@ -13,11 +13,11 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
-from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling
 from sdpg_megatron.rollout.sglang import checksum, memory
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_sink
 from sdpg_megatron.rollout.sglang.checksum import Served
-from sdpg_megatron.rollout.sglang.groups import GroupSource, OnProgress
+from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
@@ -69,8 +69,6 @@ class SGLangEngine:
         self._version = -1
         self._fruitless = 0
         self._publisher: Publisher | None = None
-        self.report: PublishReport | None = None
-        """Of the last publish: bytes, and seconds by phase."""
         keys = Keys.read(config)
         processes = [] if config.urls else make_processes(config, model, keys, run_dir=run_dir, seed=seed)
         thread = LoopThread("sglang")
@@ -121,7 +119,6 @@ class SGLangEngine:
         clients = [member.client for member in members]
         report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
         thread.run(self._settle(members, report))
-        self.report = report
         self._count_fruitless(report)
         self._version = version
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
-from sdpg_megatron.rollout.base import Sampling, WeightsWanted
+from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.client import Sample
 from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.tasks import together
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of finished groups, and of all."""
 
 BACKOFF, BACKOFF_LIMIT = 0.5, 10.0
 """Seconds before the second attempt; each further one waits twice as long, up to the limit."""

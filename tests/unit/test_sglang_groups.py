@@ -1,0 +1,242 @@
+"""The collecting of groups: which server is asked, how often, and what counts as an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.rollout.base import WeightsWanted
+from sdpg_megatron.rollout.sglang import groups
+from sdpg_megatron.rollout.sglang.client import Client, Timeouts
+from sdpg_megatron.rollout.sglang.member import State
+from tests.sglang_fakes import (
+    BOUND,
+    QUICK,
+    SAMPLING,
+    STOP,
+    WIRE,
+    Misbehaving,
+    collect,
+    good,
+    impatient,  # noqa: F401  # a fixture of all tests here
+    never,
+    opened,
+    prompts,
+    run,
+    source,
+    until,
+    whole,
+)
+
+# Routing
+
+
+def test_groups_go_where_least_is_running() -> None:
+    async def test() -> None:
+        one, two = Misbehaving(good), Misbehaving(good)
+        async with opened(one, two) as pool:
+            found = await collect(pool, 20)
+        assert [group.prompt.uid for group in found] == [prompt.uid for prompt in prompts(20)]
+        assert sorted(one.asked + two.asked) == [[i] for i in range(20)], "each prompt once"
+        assert max(one.most, two.most) == QUICK.concurrency / 2
+
+    run(test)
+
+
+def test_a_server_gets_no_more_than_it_may_have() -> None:
+    async def test() -> None:
+        server, config = Misbehaving(good), QUICK.model_copy(update={"concurrency": 3})
+        async with opened(server, config=config) as pool:
+            # As many are asked for as if there were two servers: the pool itself must hold them back.
+            asking = source(pool, QUICK)
+            await asking.collect(prompts(12), SAMPLING, version=3)
+        assert server.most == 3
+
+    run(test)
+
+
+def test_only_servers_with_the_current_weights_are_asked() -> None:
+    async def test() -> None:
+        ready, waiting = Misbehaving(good), Misbehaving(good)
+        async with opened(ready, waiting, admit=False) as pool:
+            pool.admit(pool.members[0], WIRE)
+            pool.admit(pool.members[1], "run-2")
+            await collect(pool, 6)
+        assert len(ready.asked) == 6 and not waiting.asked
+
+    run(test)
+
+
+# Faults of one request
+
+
+def test_a_failed_request_is_asked_for_again() -> None:
+    async def test() -> None:
+        async def fails_once(before: int, running: int) -> web.Response:
+            return web.Response(status=500, text="out of luck") if before == 1 else whole()
+
+        server = Misbehaving(fails_once)
+        # The next look would come too late: it must be made at once.
+        async with opened(server, config=QUICK.model_copy(update={"health_interval": 2 * BOUND})) as pool:
+            looks = server.looks
+            found = await collect(pool, 4)
+            assert pool.members[0].state is State.READY
+        assert [len(group.completions) for group in found] == [2] * 4
+        assert len(server.asked) == 5
+        assert server.looks > looks, "it must show that it is well before it gets more"
+
+    run(test)
+
+
+def test_the_second_try_is_made_elsewhere() -> None:
+    async def test() -> None:
+        async def fails(before: int, running: int) -> web.Response:
+            return web.Response(status=500)
+
+        bad, fine = Misbehaving(fails), Misbehaving(good)
+        async with opened(bad, fine, config=QUICK.model_copy(update={"health_timeout": 5.0})) as pool:
+            bad.hangs = True  # it cannot clear itself of the doubt
+            found = await collect(pool, 6)
+            assert pool.members[0].doubted
+        assert len(found) == 6 and len(bad.asked) <= QUICK.concurrency / 2
+
+    run(test)
+
+
+def test_attempts_are_bounded() -> None:
+    async def test() -> None:
+        async def fails(before: int, running: int) -> web.Response:
+            return web.Response(status=500, text="out of luck")
+
+        server = Misbehaving(fails)
+        async with opened(server) as pool:
+            with pytest.raises(RolloutError, match=r"test:0: .* 3 attempts; .*out of luck"):
+                await collect(pool, 1)
+        assert len(server.asked) == 3
+
+    run(test)
+
+
+def test_a_request_that_is_itself_at_fault_is_an_error_at_once() -> None:
+    async def test() -> None:
+        async def refuses(before: int, running: int) -> web.Response:
+            return web.Response(status=400, text="the input is longer than the context")
+
+        server = Misbehaving(refuses)
+        async with opened(server) as pool:
+            with pytest.raises(ServerError, match="longer than the context"):
+                await collect(pool, 1)
+            assert pool.members[0].state is State.READY
+        assert len(server.asked) == 1
+
+    run(test)
+
+
+def test_a_group_with_an_aborted_response_is_asked_for_whole() -> None:
+    async def test() -> None:
+        async def aborts_once(before: int, running: int) -> web.Response:
+            return whole(kind="abort", tokens=(5,)) if before == 0 else whole()
+
+        server = Misbehaving(aborts_once)
+        async with opened(server) as pool:
+            (group,) = await collect(pool, 1)
+        assert len(server.asked) == 2
+        assert [completion.tokens for completion in group.completions] == [(5, 6)] * 2
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ({"tokens": (5,)}, "1 of 2 tokens"),
+        ({"kind": "stop"}, "without any of"),
+        ({"kind": "stop", "tokens": ()}, "without any of"),
+    ],
+)
+def test_a_cut_response_is_an_error(ending: dict[str, Any], message: str) -> None:
+    async def test() -> None:
+        async def cuts(before: int, running: int) -> web.Response:
+            return whole(**ending)
+
+        async with opened(Misbehaving(cuts)) as pool:
+            with pytest.raises(RolloutError, match=message):
+                await collect(pool, 1)
+
+    run(test)
+
+
+def test_waits_between_attempts_double_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "BACKOFF", 0.5)
+    for attempt, bound in [(1, 0.5), (2, 1.0), (3, 2.0), (6, 10.0), (40, 10.0)]:
+        waits = [groups._backoff(attempt) for _ in range(50)]
+        assert bound / 2 <= min(waits) < max(waits) <= bound
+
+
+# Weights
+
+
+def test_a_response_of_other_weights_is_never_taken() -> None:
+    async def test() -> None:
+        async def stale(before: int, running: int) -> web.Response:
+            return whole(version="run-2") if before == 3 else whole()
+
+        config = QUICK.model_copy(update={"concurrency": 1})
+        async with opened(Misbehaving(stale), config=config) as pool:
+            with pytest.raises(WeightsWanted) as wanted:
+                await collect(pool, 6, config)
+            assert pool.members[0].state is State.WAITING
+        assert {place: group.prompt.uid for place, group in wanted.value.done.items()} == {
+            place: f"test:{place}" for place in range(3)
+        }
+
+    run(test)
+
+
+def test_where_nobody_has_the_weights_they_are_wanted() -> None:
+    async def test() -> None:
+        server = Misbehaving(good)
+        async with opened(server) as pool:
+            pool.expect("run-4")
+            with pytest.raises(WeightsWanted) as wanted:
+                await collect(pool, 2)
+            assert wanted.value.done == {} and not server.asked
+            pool.admit(pool.members[0], WIRE)
+            assert pool.members[0].state is State.WAITING, "an old version must not do"
+
+    run(test)
+
+
+def test_progress_counts_finished_groups() -> None:
+    async def test() -> None:
+        seen: list[tuple[int, int]] = []
+        async with opened(Misbehaving(good)) as pool:
+            await source(pool, QUICK).collect(prompts(3), SAMPLING, 3, lambda *counts: seen.append(counts))
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    run(test)
+
+
+@pytest.mark.parametrize("first", [0.05, 0.15])
+def test_a_request_that_is_cancelled_when_its_time_is_up_is_cancelled(first: float) -> None:
+    """Where both come while the loop is busy, neither swallows the other: whoever waits for the end would go on."""
+
+    async def test() -> None:
+        server = Misbehaving(never)
+        await server.server.start_server()
+        client = Client(server.url, timeouts=Timeouts(generate=0.3))
+        request = asyncio.create_task(client.generate([1], SAMPLING, [STOP]))
+        await until(lambda: server.running == 1)
+        asyncio.get_running_loop().call_later(first, request.cancel)
+        time.sleep(0.5)
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await client.close()
+        await server.server.close()
+
+    run(test)
