@@ -48,9 +48,9 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def command(arguments: Sequence[object], ranks: int = 1) -> list[str]:
+def command(arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron") -> list[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return [sys.executable, "-m", *launcher, "sdpg_megatron", "train", *map(str, arguments)]
+    return [sys.executable, "-m", *launcher, program, "train", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -58,11 +58,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
-def train(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def train(*arguments: object, ranks: int = 1, program: str = "sdpg_megatron") -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller looks at the exit code."""
-    return subprocess.run(
-        command(arguments, ranks), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    line = command(arguments, ranks, program)
+    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

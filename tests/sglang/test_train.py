@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sdpg_megatron.rollout.sglang.publish import UNFINISHED
 from tests.e2e.runs import ROOT, command, environment, metrics, train, write_run
 from tests.sglang.conftest import CPU_ARGUMENTS, Running, members, wait_until_gone
 
@@ -39,6 +40,25 @@ def test_two_steps_on_a_server(server: Running, model: Path, tmp_path: Path, lay
     before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, trained))
     assert any(not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
     assert_answers_as(server.url, after)
+
+
+def test_a_rank_that_dies_in_a_publish_ends_the_run_and_the_same_command_works(
+    server: Running, model: Path, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, steps=2)
+    arguments = [config, f"model.path={model}", "rollout.engine=sglang", f"rollout.sglang.urls=[{server.url}]"]
+    arguments += ["parallel.tensor=2", "optimizer.schedule=constant", "eval.every=0"]
+    died = train(*arguments, ranks=2, program="tests.sglang.dying_rank")
+    assert died.returncode != 0
+    assert "Signal 9 (SIGKILL)" in died.stderr
+    assert [step["step"] for step in metrics(tmp_path / "run")] == [0], "the step whose weights nobody has is not done"
+    assert version(server.url).startswith(UNFINISHED), "samples of half-written weights would pass for real ones"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or [])]
+    done = train(*arguments, "rollout.sglang.verify_every=1", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert all(step["rollout/logprob_diff_max"] < 1e-3 for step in steps[1:])
 
 
 def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
@@ -71,6 +91,12 @@ def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
     assert log.count("The server is fired up and ready to roll!") == 2
     for guard in guards:
         wait_until_gone(guard)
+
+
+def version(url: str) -> str:
+    """What the server calls its weights."""
+    with urllib.request.urlopen(f"{url}/model_info", timeout=30) as answer:
+        return str(json.load(answer)["weight_version"])
 
 
 def is_guard(process: psutil.Process) -> bool:
