@@ -35,7 +35,7 @@ from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.rollouts import describe, mean_reward
-from sdpg_megatron.weights import stream, write_folder
+from sdpg_megatron.weights import WeightStream, write_folder
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -219,7 +219,7 @@ class Trainer:
 
     def _stream(self, dtype: torch.dtype | None = None) -> Iterator[Bucket]:
         """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
-        return stream(
+        return WeightStream(
             self.learner.named_weights(),
             self.learner.arch,
             tp_group=self.ranks.tensor_group,

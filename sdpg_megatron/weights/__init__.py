@@ -3,6 +3,14 @@
 from sdpg_megatron.weights.folder import write_folder
 from sdpg_megatron.weights.load import load_shards
 from sdpg_megatron.weights.map import hf_shapes, weight_map
-from sdpg_megatron.weights.stream import Bucket, stream
+from sdpg_megatron.weights.stream import Bucket, WeightStream, new_room
 
-__all__ = ["Bucket", "hf_shapes", "load_shards", "stream", "weight_map", "write_folder"]
+__all__ = [
+    "Bucket",
+    "WeightStream",
+    "hf_shapes",
+    "load_shards",
+    "new_room",
+    "weight_map",
+    "write_folder",
+]

@@ -7,7 +7,7 @@ rank 0). Every whole tensor leaves its stage once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +21,16 @@ from sdpg_megatron.weights.map import Parameter, Shape, check_covered, check_loc
 
 Bucket = Sequence[tuple[str, Tensor]]
 """Full tensors under their Hugging Face names: one piece of a weight stream."""
+
+Tensors = list[tuple[str, Tensor]]
+
+Room = Callable[[int, torch.device], Tensor]
+"""(bytes, device) -> memory, uint8 [at least so many], that nothing else uses meanwhile."""
+
+
+def new_room(nbytes: int, device: torch.device) -> Tensor:
+    """Memory of its own."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +64,17 @@ class _Replica:
         return 1 if self.tp_group is None else self.tp_group.size()
 
     @property
+    def leads(self) -> bool:
+        return self.stage == 0 and self.tp_rank == 0
+
+    @property
     def stage(self) -> int:
         return 0 if self.pp_group is None else self.pp_group.rank()
+
+    def wait(self) -> None:
+        """NCCL only enqueues: without this, a stage that runs ahead of the leader keeps all that it has sent."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def over_stages(self, owned: dict[str, tuple[Shape, torch.dtype]]) -> list[dict[str, tuple[Shape, torch.dtype]]]:
         """What each pipeline stage owns, by stage."""
@@ -66,42 +85,97 @@ class _Replica:
         return stages
 
 
-def stream(
-    local_params: Mapping[str, Tensor],
-    arch: Architecture,
-    *,
-    tp_group: dist.ProcessGroup | None = None,
-    pp_group: dist.ProcessGroup | None = None,
-    bucket_bytes: int = 256 * 2**20,
-    dtype: torch.dtype | None = None,
-) -> Iterator[Bucket]:
-    """Stream the model's weights to the leader: pipeline stage 0, tensor-parallel rank 0.
+class WeightStream(Iterator[Bucket]):
+    """Streams the model's weights to the leader: pipeline stage 0, tensor-parallel rank 0.
 
     Every rank of one model replica iterates to the end, in step. The leader's buckets hold the tensors; those of the
-    other ranks are empty, as many of them. The tensors are copies on the parameters' device, which neither an
-    optimizer step nor the stream itself changes later; those of a bucket lie end to end in one piece of memory. A rank
-    holds one bucket and one parameter at a time, as long as its consumer lets go of a bucket before it asks for the
-    next.
-
-    Args:
-        local_params: the rank's parameters, all model chunks together, under their Megatron names with global layer
-            numbers.
-        arch: what the model is.
-        tp_group: the tensor-parallel group; None for a single rank.
-        pp_group: the pipeline group, in stage order; None for a single stage.
-        bucket_bytes: bound of a bucket; a larger parameter has a bucket to itself.
-        dtype: type of the tensors; None for each parameter's own.
-
-    Yields:
-        Buckets of (Hugging Face name, whole tensor), in canonical order, each tensor of the model exactly once.
-
-    Raises:
-        WeightError: on every rank, before anything is sent: a parameter is not in the map, has the wrong shape, is
-            missing, or is owned by two stages.
+    other ranks are empty, as many of them. The tensors are copies on the parameters' device, which an optimizer step
+    does not change later; those of a bucket lie end to end in one piece of memory. A rank holds one bucket and one
+    parameter at a time, as long as its consumer lets go of a bucket before it asks for the next.
     """
-    place = _Replica(tp_group, pp_group, next(iter(local_params.values())).device)
-    for items in _in_buckets(_plan(local_params, arch, place, dtype), bucket_bytes):
-        yield _gather(items, local_params, place)
+
+    room: Room
+    """Makes the memory of each of the leader's buckets; whoever takes the buckets may set it before the first."""
+
+    def __init__(
+        self,
+        local_params: Mapping[str, Tensor],
+        arch: Architecture,
+        *,
+        tp_group: dist.ProcessGroup | None = None,
+        pp_group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = 256 * 2**20,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            local_params: the rank's parameters, all model chunks together, under their Megatron names with global
+                layer numbers.
+            arch: what the model is.
+            tp_group: the tensor-parallel group; None for a single rank.
+            pp_group: the pipeline group, in stage order; None for a single stage.
+            bucket_bytes: bound of a bucket; a larger parameter has a bucket to itself.
+            dtype: type of the tensors; None for each parameter's own.
+        """
+        self.room = new_room
+        self._params, self._arch = local_params, arch
+        self._place = _Replica(tp_group, pp_group, next(iter(local_params.values())).device)
+        self._bucket_bytes, self._dtype = bucket_bytes, dtype
+        self._shards, self._joined = _Scratch(), _Scratch()
+        self._buckets = self._make()
+
+    def __next__(self) -> Bucket:
+        """A bucket of (Hugging Face name, whole tensor); in canonical order, each tensor of the model exactly once.
+
+        Raises:
+            WeightError: on every rank, before anything is sent: a parameter is not in the map, has the wrong shape,
+                is missing, or is owned by two stages.
+        """
+        return next(self._buckets)
+
+    def _make(self) -> Iterator[Bucket]:
+        for items in _in_buckets(_plan(self._params, self._arch, self._place, self._dtype), self._bucket_bytes):
+            yield self._gather(items)
+
+    def _gather(self, items: Sequence[_Item]) -> Bucket:
+        """Bring a bucket's whole tensors to the leader; nothing anywhere else."""
+        place = self._place
+        bucket: list[tuple[str, Tensor]] = []
+        wholes = _lay_out(items, self.room, place.device) if place.leads else [None] * len(items)
+        for item, whole in zip(items, wholes, strict=True):
+            self._fetch(item, whole)
+            bucket += whole or []
+        place.wait()
+        return bucket
+
+    def _fetch(self, item: _Item, whole: Tensors | None) -> None:
+        """Fill `whole`, the leader's, with one parameter's tensors; elsewhere it is None."""
+        place = self._place
+        if place.stage == item.stage:
+            for _, tensor in self._assemble(item, whole):
+                if place.stage:
+                    dist.send(tensor, group=place.pp_group, group_dst=0)
+        elif whole is not None:
+            for _, tensor in whole:
+                dist.recv(tensor, group=place.pp_group, group_src=item.stage)
+
+    def _assemble(self, item: _Item, whole: Tensors | None) -> Tensors:
+        """Join the stage's shards on its tensor-parallel rank 0, in `whole` if given; nothing on its other ranks."""
+        place, layout = self._place, item.parameter.layout
+        local = self._params[item.name].detach()
+        size = place.tp_size if layout.sharded else 1
+        if place.tp_rank:
+            if size > 1:
+                dist.send(local.to(item.dtype).contiguous(), group=place.tp_group, group_dst=0)
+            return []
+        whole = whole or _lay_out([item], self._joined.room, place.device)[0]
+        _put(item, local, whole, 0, place.tp_size)
+        for rank in range(1, size):
+            nbytes = local.numel() * item.dtype.itemsize
+            shard = self._shards.room(nbytes, place.device)[:nbytes].view(item.dtype).view(local.shape)
+            dist.recv(shard, group=place.tp_group, group_src=rank)
+            _put(item, shard, whole, rank, place.tp_size)
+        return whole
 
 
 def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item]]:
@@ -136,61 +210,22 @@ def _plan(
     return [items[name] for name in parameters if name in items]
 
 
-def _gather(items: Sequence[_Item], local_params: Mapping[str, Tensor], place: _Replica) -> Bucket:
-    """Bring a bucket's whole tensors to the leader; nothing anywhere else."""
-    leads = place.stage == 0 and place.tp_rank == 0
-    bucket: list[tuple[str, Tensor]] = []
-    for item, whole in zip(items, _room(items, place) if leads else [None] * len(items), strict=True):
-        _fetch(item, local_params, place, whole)
-        bucket += whole or []
-    _let_go(place)
-    return bucket
+def _put(item: _Item, shard: Tensor, whole: Tensors, rank: int, size: int) -> None:
+    """Copy a tensor-parallel rank's shard into its places."""
+    dim, start = item.parameter.layout.dim, 0
+    for piece in item.parameter.pieces(rank, size):
+        if piece.source is not None:
+            target = whole[piece.source][1].narrow(dim, piece.start, piece.length)
+            target.copy_(shard.narrow(dim, start, piece.length))
+        start += piece.length
 
 
-def _fetch(
-    item: _Item, local_params: Mapping[str, Tensor], place: _Replica, whole: Sequence[tuple[str, Tensor]] | None
-) -> None:
-    """Fill `whole`, the leader's, with one parameter's tensors; elsewhere it is None."""
-    if place.stage == item.stage:
-        assembled = _assemble(item, local_params[item.name].detach(), place, whole)
-        if place.stage:
-            for _, tensor in assembled:
-                dist.send(tensor, group=place.pp_group, group_dst=0)
-    elif whole is not None:
-        for _, tensor in whole:
-            dist.recv(tensor, group=place.pp_group, group_src=item.stage)
-
-
-def _assemble(
-    item: _Item, local: Tensor, place: _Replica, whole: Sequence[tuple[str, Tensor]] | None
-) -> Sequence[tuple[str, Tensor]]:
-    """Join the owning stage's shards on its tensor-parallel rank 0, in `whole` if given; empty on its other ranks."""
-    layout, size = item.parameter.layout, place.tp_size
-    shards = [local]
-    if layout.sharded and size > 1:
-        local = local.to(item.dtype).contiguous()
-        first = place.tp_rank == 0
-        shards = [torch.empty_like(local) for _ in range(size)] if first else []
-        dist.gather(local, shards if first else None, group=place.tp_group, group_dst=0)
-    if place.tp_rank:
-        return []
-    whole = whole or _room([item], place)[0]
-    for rank, shard in enumerate(shards):
-        start = 0
-        for piece in item.parameter.pieces(rank, size):
-            if piece.source is not None:
-                target = whole[piece.source][1].narrow(layout.dim, piece.start, piece.length)
-                target.copy_(shard.narrow(layout.dim, start, piece.length))
-            start += piece.length
-    return whole
-
-
-def _room(items: Sequence[_Item], place: _Replica) -> list[list[tuple[str, Tensor]]]:
-    """Memory for the whole tensors of each item: one run of bytes without gaps, as process groups like to send it.
+def _lay_out(items: Sequence[_Item], room: Room, device: torch.device) -> list[Tensors]:
+    """Places for the whole tensors of each item: one run of bytes without gaps, as process groups like to send it.
 
     Larger elements come first, so that each tensor begins at a multiple of its own.
     """
-    run = torch.empty(sum(item.nbytes for item in items), dtype=torch.uint8, device=place.device)
+    run = room(sum(item.nbytes for item in items), device)
     tensors: dict[str, Tensor] = {}
     end = 0
     for item in sorted(items, key=lambda item: -item.dtype.itemsize):
@@ -200,7 +235,15 @@ def _room(items: Sequence[_Item], place: _Replica) -> list[list[tuple[str, Tenso
     return [[(name, tensors[name]) for name in item.parameter.tensors] for item in items]
 
 
-def _let_go(place: _Replica) -> None:
-    """NCCL only enqueues: wait, or a stage that runs ahead of the leader keeps all that it has sent."""
-    if place.device.type == "cuda":
-        torch.cuda.current_stream(place.device).synchronize()
+class _Scratch:
+    """Memory that is used again and again, for one thing at a time; as large as the largest."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """A `Room`."""
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = new_room(nbytes, device)
+        return self._memory

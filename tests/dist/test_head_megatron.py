@@ -125,7 +125,7 @@ def gradients(folder: Path, layout: Layout) -> dict[str, Tensor]:
     from sdpg_megatron.mcore.head import Head
     from sdpg_megatron.mcore.model import named_parameters, output_weight
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.weights import stream
+    from sdpg_megatron.weights import WeightStream
 
     config = layout.config(folder)
     ranks = parallel.initialize(config.parallel, 0)
@@ -141,7 +141,7 @@ def gradients(folder: Path, layout: Layout) -> dict[str, Tensor]:
         assert output_weight(wrapped[-1]).grad_added_to_main_grad is layout.main_grad
     main = {name: parameter.main_grad for name, parameter in named_parameters(wrapped)}
     assert {tensor.dtype for tensor in main.values()} == {torch.float64}
-    buckets = stream(main, arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+    buckets = WeightStream(main, arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
     return {name: tensor / layout.loss_scale for bucket in buckets for name, tensor in bucket}
 
 
@@ -153,7 +153,7 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
     from sdpg_megatron.mcore.forward_step import last_hidden, rows, token_terms
     from sdpg_megatron.mcore.model import named_parameters, output_weight
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.weights import stream
+    from sdpg_megatron.weights import WeightStream
 
     config = Layout(micro_batch_size=64).config(folder)
     ranks = parallel.initialize(config.parallel, 0)
@@ -178,7 +178,7 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
     named = dict(named_parameters([model]))
     share = float(1.0 / torch.tensor(batch.num_tokens))  # as megatron-core has it: in float32
     found = torch.autograd.grad((loss_T * batch.weights_T).sum() * share, list(named.values()))
-    buckets = stream(
+    buckets = WeightStream(
         dict(zip(named, found, strict=True)), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group
     )
     return {name: tensor for bucket in buckets for name, tensor in bucket}

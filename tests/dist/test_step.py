@@ -82,7 +82,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     from sdpg_megatron.mcore.model import named_parameters
     from sdpg_megatron.objectives.base import StepContext
     from sdpg_megatron.train.batch import build_step, make_samples, with_corrections
-    from sdpg_megatron.weights import stream
+    from sdpg_megatron.weights import WeightStream
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
@@ -107,7 +107,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     ]
 
     def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        buckets = stream(tensors, learner.arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+        buckets = WeightStream(tensors, learner.arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
         return {name: tensor for bucket in buckets for name, tensor in bucket}
 
     weights = whole(learner.named_weights())

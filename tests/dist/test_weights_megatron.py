@@ -13,7 +13,7 @@ from sdpg_megatron.architecture import Family, read_architecture
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
 from sdpg_megatron.mcore.parallel import initialize
-from sdpg_megatron.weights import stream
+from sdpg_megatron.weights import WeightStream
 from tests.pool import RankPool
 
 MODELS: tuple[tuple[Family, bool], ...] = (("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False))
@@ -41,7 +41,7 @@ def round_trips(folders: list[Path], parallel: ParallelConfig) -> list[dict[str,
             torch.nn.init.constant_(parameter, torch.nan)
         load_weights(chunks, folder, arch, ranks)
         assert not any(bool(parameter.isnan().any()) for parameter in params.values())
-        buckets = stream(params, arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+        buckets = WeightStream(params, arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
         sent.append({name: tensor for bucket in buckets for name, tensor in bucket})
     return sent
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdpg_megatron.architecture import Architecture, Family, read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights import load_shards, stream
+from sdpg_megatron.weights import load_shards, WeightStream
 from tests.pool import RankPool
 
 MODELS: tuple[tuple[Family, bool], ...] = (("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False))
@@ -85,7 +85,7 @@ class Rank:
 def round_trip(folder: Path, tp: int, pp: int, fused: bool) -> list[list[tuple[str, Tensor]]]:
     rank = Rank(folder, tp, pp, fused=fused)
     before = {name: parameter.clone() for name, parameter in rank.params.items()}
-    buckets = [list(bucket) for bucket in stream(rank.params, rank.arch, bucket_bytes=100_000, **rank.groups)]
+    buckets = [list(bucket) for bucket in WeightStream(rank.params, rank.arch, bucket_bytes=100_000, **rank.groups)]
     assert all(torch.equal(parameter, before[name]) for name, parameter in rank.params.items())
     return buckets
 
@@ -106,7 +106,7 @@ def test_round_trip_is_bitwise(ranks: RankPool, folders: list[Path], model: int,
 
 def names_and_bytes(folder: Path, tp: int, pp: int, bucket_bytes: int) -> list[list[tuple[str, int]]]:
     rank = Rank(folder, tp, pp)
-    buckets = stream(rank.params, rank.arch, bucket_bytes=bucket_bytes, dtype=torch.bfloat16, **rank.groups)
+    buckets = WeightStream(rank.params, rank.arch, bucket_bytes=bucket_bytes, dtype=torch.bfloat16, **rank.groups)
     return [[(name, tensor.nbytes) for name, tensor in bucket] for bucket in buckets]
 
 
@@ -130,7 +130,7 @@ def test_a_parameter_beyond_the_bound_travels_alone(ranks: RankPool, folders: li
 
 def cast(folder: Path, tp: int, pp: int) -> dict[str, Tensor]:
     rank = Rank(folder, tp, pp)
-    return {n: t for b in stream(rank.params, rank.arch, dtype=torch.bfloat16, **rank.groups) for n, t in b}
+    return {n: t for b in WeightStream(rank.params, rank.arch, dtype=torch.bfloat16, **rank.groups) for n, t in b}
 
 
 def test_casts_on_the_way(ranks: RankPool, folders: list[Path]) -> None:
@@ -142,7 +142,7 @@ def test_casts_on_the_way(ranks: RankPool, folders: list[Path]) -> None:
 def own_types(folder: Path, tp: int, pp: int) -> dict[str, torch.dtype]:
     rank = Rank(folder, tp, pp)
     params = {n: p if "norm" in n else p.bfloat16() for n, p in rank.params.items()}
-    return {n: t.dtype for b in stream(params, rank.arch, **rank.groups) for n, t in b}
+    return {n: t.dtype for b in WeightStream(params, rank.arch, **rank.groups) for n, t in b}
 
 
 def test_keeps_each_parameters_own_type(ranks: RankPool, folders: list[Path]) -> None:
@@ -160,7 +160,7 @@ def single(folder: Path) -> tuple[dict[str, Tensor], Architecture]:
 
 def test_tensors_do_not_follow_the_optimizer(folders: list[Path]) -> None:
     params, arch = single(folders[3])
-    buckets = list(stream(params, arch, bucket_bytes=50_000))
+    buckets = list(WeightStream(params, arch, bucket_bytes=50_000))
     for parameter in params.values():
         parameter.add_(1.0)
     sent = [item for bucket in buckets for item in bucket]
@@ -171,7 +171,7 @@ def test_tensors_do_not_follow_the_optimizer(folders: list[Path]) -> None:
 
 def test_keeps_no_bucket_that_it_gave_out(folders: list[Path]) -> None:
     params, arch = single(folders[0])
-    buckets = stream(params, arch, bucket_bytes=50_000)
+    buckets = WeightStream(params, arch, bucket_bytes=50_000)
     for _ in range(5):
         bucket = next(buckets)
         memory = StorageWeakRef(bucket[0][1].untyped_storage())
@@ -185,7 +185,7 @@ def spans(folder: Path, tp: int, pp: int) -> list[list[tuple[int, int, int, int]
     rank = Rank(folder, tp, pp)
     params = {n: p if "norm" in n else p.bfloat16() for n, p in rank.params.items()}
     found = []
-    for bucket in stream(params, rank.arch, bucket_bytes=50_000, **rank.groups):
+    for bucket in WeightStream(params, rank.arch, bucket_bytes=50_000, **rank.groups):
         starts = sorted((t.data_ptr(), t.nbytes, t.itemsize, t.untyped_storage().nbytes()) for _, t in bucket)
         found.append([(start - starts[0][0], start - starts[0][0] + n, size, room) for start, n, size, room in starts])
     return found
@@ -222,7 +222,7 @@ def faulty(folder: Path, fault: str) -> str:
             case "spelled twice":
                 rank.params["decoder.layers.3.mlp.linear_fc1.layer_norm_weight"] = torch.zeros(64)
     try:
-        next(stream(rank.params, rank.arch, **rank.groups))
+        next(WeightStream(rank.params, rank.arch, **rank.groups))
     except WeightError as error:
         return str(error)
     return ""

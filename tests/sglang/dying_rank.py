@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 from typing import Any
 
 from sdpg_megatron.cli import main
-
-module = importlib.import_module("sdpg_megatron.weights.stream")  # the package gives that name to a function
+from sdpg_megatron.weights import WeightStream
 
 
 def die_in_stream(number: int) -> None:
-    plan, fetch = module._plan, module._fetch
-    streams = left = 0
+    fetch = WeightStream._fetch
+    streams: list[WeightStream] = []
+    done = 0
 
-    def counted_plan(*arguments: Any) -> Any:
-        nonlocal streams, left
-        items = plan(*arguments)
-        streams, left = streams + 1, len(items) // 2
-        return items
-
-    def counted_fetch(*arguments: Any) -> None:
-        nonlocal left
-        left -= 1
-        if streams == number and left < 0:
+    def counted_fetch(stream: WeightStream, *arguments: Any) -> None:
+        nonlocal done
+        if stream not in streams:
+            streams.append(stream)
+            done = 0
+        done += 1
+        if len(streams) == number and done > len(stream._params) // 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        fetch(*arguments)
+        fetch(stream, *arguments)
 
-    module._plan, module._fetch = counted_plan, counted_fetch
+    WeightStream._fetch = counted_fetch  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher, PublishReport
 from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink, segment
 from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER
-from sdpg_megatron.weights import hf_shapes, write_folder
+from sdpg_megatron.weights import WeightStream, hf_shapes, load_shards, write_folder
+from tests.dist.test_weights_stream import megatron_shapes
 from tests.rollout.contract import stream
 from tests.sglang.conftest import Running, Servers, members
 
@@ -43,8 +44,6 @@ BOUND = 2 * (HASTY.control + HASTY.update) + 15
 SINKS = ("broadcast", "shared", "disk")
 PROMPT = (5, 60, 70, 80, 90)
 GREEDY = Sampling(n=1, max_tokens=8, temperature=0)
-WHOLE, SMALL = 10_000, 3
-"""Tensors in a bucket: all, and few."""
 
 
 @pytest.fixture(scope="module")
@@ -169,37 +168,48 @@ def assert_all_served(report: PublishReport, *clients: Client) -> None:
 
 
 @pytest.fixture(scope="module")
-def read_checksums(
-    client: Client, thread: LoopThread, model: Path, changed: Weights, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Of the model's weights and of the changed ones, as the server reads them from folders."""
+def changed_folder(model: Path, changed: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changed") / "model"
     write_folder(stream(changed), folder, source_folder=model)
-    server = Server(client, thread)
-    return server.read(model), server.read(folder)
+    return folder
+
+
+def from_shards(folder: Path) -> WeightStream:
+    """The stream of a trainer of one rank, in many buckets."""
+    arch = read_architecture(folder)
+    shapes = megatron_shapes(arch, tp=1, stage=0, pp=1, fused=False)
+    params = {name: torch.empty(shape) for name, shape in shapes.items()}
+    load_shards(params, folder, arch, tp_rank=0, tp_size=1)
+    return WeightStream(params, arch, bucket_bytes=50_000)
+
+
+def from_folder(folder: Path) -> Iterator[Bucket]:
+    """Tensors as they are, in one bucket."""
+    return stream(load_file(folder / "model.safetensors"), 10_000)
 
 
 # --- the weights
 
 
-@pytest.mark.parametrize("size", [WHOLE, SMALL])
+@pytest.mark.parametrize("source", [from_folder, from_shards])
 def test_the_same_weights_arrive_by_every_sink(
     publisher: Publisher,
     one: Server,
     model: Path,
-    weights: Weights,
-    changed: Weights,
-    read_checksums: tuple[Mapping[str, str], Mapping[str, str]],
-    size: int,
+    changed_folder: Path,
+    source: Callable[[Path], Iterator[Bucket]],
 ) -> None:
     """Several publishes in a row, with the same prompt in between: keys and values of old weights must not live on."""
-    assert read_checksums[0] != read_checksums[1]
-    for round_, (wanted, expected) in enumerate(zip((changed, weights), reversed(read_checksums), strict=True)):
-        report = publisher.publish([one.client], f"same-{size}-{round_}", stream(wanted, size))
+    expected = {folder: one.read(folder) for folder in (changed_folder, model)}
+    assert expected[model] != expected[changed_folder]
+    for folder, checksums in expected.items():
+        version = f"{source.__name__}-{folder.parent.name}"
+        report = publisher.publish([one.client], version, source(folder))
         assert_all_served(report, one.client)
-        assert report.bytes == sum(w.nbytes for w in wanted.values())
-        assert one.checksums() == expected
-        assert_like_transformers(one.greedy(), model, wanted, f"same-{size}-{round_}")
+        weights = load_file(folder / "model.safetensors")
+        assert report.bytes == sum(w.nbytes for w in weights.values())
+        assert one.checksums() == checksums
+        assert_like_transformers(one.greedy(), model, weights, version)
 
 
 @torch.no_grad()
@@ -240,23 +250,23 @@ def test_the_group_is_kept_between_publishes(
 
 
 def test_nothing_is_left_of_shared_memory_and_folders(
-    publishers: dict[str, Publisher],
     sinks: dict[str, Any],
+    publishers: dict[str, Publisher],
+    thread: LoopThread,
     one: Server,
+    model: Path,
     weights: Weights,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(segment, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
-    segments: list[str] = []
-
-    def watched() -> Iterator[Bucket]:
-        for bucket in stream(weights):
-            yield bucket
-            segments.extend(path.name for path in FOLDER.glob(f"{prefix}*"))
-
     (FOLDER / f"{prefix}left-by-a-killed-run").write_bytes(b"")
-    publishers["shared"].publish([one.client], "shared", watched())
-    assert segments, "the shared sink shares nothing"
+    publisher = Publisher(SharedSink(), hf_shapes(read_architecture(model)), thread)
+    counts = []
+    for round_ in range(2):
+        assert_all_served(publisher.publish([one.client], f"shared-{round_}", from_shards(model)), one.client)
+        counts.append(len({path.stat().st_ino for path in FOLDER.glob(f"{prefix}*")}))
+    assert counts == [2, 2], "two segments for all buckets of all publishes"
+    publisher.close()
     assert not list(FOLDER.glob(f"{prefix}*"))
     leftover = sinks["disk"]._target / "half"
     leftover.mkdir(parents=True)
@@ -382,7 +392,7 @@ def publish_and_strike(
     """`strike` before the fifth bucket is made. Returns the report and seconds."""
 
     def struck() -> Iterator[Bucket]:
-        for index, bucket in enumerate(stream(weights, SMALL)):
+        for index, bucket in enumerate(stream(weights, 3)):
             if index == 5:
                 strike()
             yield bucket
@@ -399,9 +409,10 @@ def test_a_server_that_stops_costs_the_other_nothing_but_time(
     thread: LoopThread,
     processes: list[Any],
     changed: Weights,
-    read_checksums: tuple[Mapping[str, str], Mapping[str, str]],
+    changed_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    expected = one.read(changed_folder)
     publisher = Publisher(broadcast_sink("stop", HASTY.update), hf_shapes(read_architecture(model)), thread)
     both = [one.client, doomed]
     assert_all_served(publisher.publish(both, "both", stream(changed)), *both)
@@ -420,10 +431,10 @@ def test_a_server_that_stops_costs_the_other_nothing_but_time(
     assert seconds < BOUND
     assert report.served == (one.client,) and list(report.failures) == [doomed]
     assert doomed.url in str(report.failures[doomed])
-    assert one.checksums() == read_checksums[1]
+    assert one.checksums() == expected
     assert one.greedy().versions == {"stopped"}
     one.assert_free()
-    assert_comes_back(publisher, both, changed, Server(doomed, thread), read_checksums[1])
+    assert_comes_back(publisher, both, changed, Server(doomed, thread), expected)
     publisher.close()
 
 
@@ -444,9 +455,10 @@ def test_a_server_that_is_killed_costs_the_other_nothing(
     doomed: Client,
     processes: list[Any],
     changed: Weights,
-    read_checksums: tuple[Mapping[str, str], Mapping[str, str]],
+    changed_folder: Path,
 ) -> None:
     """The last test: the second server is gone after it."""
+    expected = one.read(changed_folder)
 
     def kill() -> None:
         for process in processes:
@@ -457,7 +469,7 @@ def test_a_server_that_is_killed_costs_the_other_nothing(
     assert seconds < BOUND
     assert report.served == (one.client,) and list(report.failures) == [doomed]
     assert isinstance(report.failures[doomed], ServerError) and doomed.url in str(report.failures[doomed])
-    assert one.checksums() == read_checksums[1]
+    assert one.checksums() == expected
     one.assert_free()
     for name in SINKS:
         report = publishers[name].publish(both, f"dead-{name}", stream(changed))

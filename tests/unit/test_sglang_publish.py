@@ -26,12 +26,14 @@ from sdpg_megatron.rollout.base import Bucket
 from sdpg_megatron.rollout.sglang.client import Timeouts
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher
+from sdpg_megatron.rollout.sglang.sinks import SharedSink
 from sdpg_megatron.rollout.sglang.sinks import attempt as attempt_module
 from sdpg_megatron.rollout.sglang.sinks import segment as segment_module
 from sdpg_megatron.rollout.sglang.sinks.attempt import Outcome, attempt
 from sdpg_megatron.rollout.sglang.sinks.flat import as_run, copy_to, lay_out
 from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER, Segment, remove_leftovers
 from sdpg_megatron.rollout.sglang.sinks.shared import _handle
+from sdpg_megatron.rollout.sglang.sinks.turns import Private, Turns
 
 # --- a bucket as one run of bytes
 
@@ -137,6 +139,55 @@ def test_segments_of_the_dead_go_and_those_of_the_living_stay() -> None:
     # Another run on this machine may have removed it by now.
     remove_leftovers()
     assert not file.exists()
+
+
+# --- memory by turns
+
+
+def test_buffers_are_used_by_turns_and_again_in_the_next_round() -> None:
+    made: list[int] = []
+
+    def make(size: int) -> Private:
+        made.append(size)
+        return Private(size)
+
+    turns = Turns(make)
+    for _ in range(2):
+        turns.restart()
+        first, second, third = (turns.take(size) for size in (100, 30, 80))
+        assert first is third and first is not second
+    assert made == [100, 30]
+    turns.restart()
+    turns.take(100)
+    assert turns.take(50).size == 50, "one that is too small is replaced"
+    assert made == [100, 30, 50]
+    assert turns.holding(first.memory[10:20]) is first
+    assert turns.holding(second.memory) is turns.holding(torch.zeros(3)) is None
+
+
+def test_a_segments_bucket_is_not_copied_to_be_shared() -> None:
+    sink = SharedSink()
+    memory = sink.room(40, torch.device("cpu"))
+    bucket = [("w", memory[:40].view(torch.float32))]
+    flat, segment = sink.pack(bucket).args  # type: ignore[attr-defined]
+    assert flat.run.data_ptr() == memory.data_ptr() and segment.memory.data_ptr() == memory.data_ptr()
+    flat, segment = sink.pack([("w", torch.arange(10.0))]).args  # type: ignore[attr-defined]
+    assert segment.memory.data_ptr() != memory.data_ptr(), "the bucket before it may be on its way still"
+    assert flat.run.view(torch.float32).tolist() == list(range(10))
+    asyncio.run(sink.dispose())
+
+
+def test_without_room_to_share_a_bucket_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that take part in making it must not wait for one that stopped."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    sink = SharedSink()
+    memory = sink.room(40, torch.device("cpu"))
+    with pytest.raises(RolloutError, match="has no room for a bucket of"):
+        sink.pack([("w", memory[:40].view(torch.float32))])
 
 
 # --- whose fault it was
@@ -281,6 +332,9 @@ class FakeSink:
 
     async def open(self, clients: Any) -> dict[Any, ServerError]:
         return {}
+
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        raise AssertionError("for weight streams only")
 
     def pack(self, bucket: Bucket) -> Any:
         async def send() -> dict[Any, ServerError]:

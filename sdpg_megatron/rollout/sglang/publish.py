@@ -22,7 +22,7 @@ from sdpg_megatron.errors import ServerError, WeightError, did_you_mean
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send, Sink
-from sdpg_megatron.weights import Bucket
+from sdpg_megatron.weights import Bucket, WeightStream
 
 UNFINISHED = "unfinished"
 """What a server's version begins with while its weights are not of one version."""
@@ -80,6 +80,8 @@ class Publisher:
             RolloutError: this machine lacks what sending needs.
         """
         session = _Session(self._sink, clients, version, prepare)
+        if isinstance(buckets, WeightStream):
+            buckets.room = self._sink.room
         stream = _Checked(buckets, self._shapes, session.clock)
         try:
             self._thread.run(session.open())

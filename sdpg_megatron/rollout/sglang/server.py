@@ -36,6 +36,9 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
 """Beginnings of what torchrun tells its ranks. The server's ranks are a job of their own: with
 TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""For glibc: a bucket of weights is received into memory that the one before it had. Fresh memory, which glibc takes
+for a block of that size, would cost the kernel more time than the bytes' way from process to process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +191,7 @@ def command(launch: Launch, port: int) -> list[str]:
     if launch.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         # A server that has nothing to do would otherwise keep a core busy, which here is one of the trainer's.
-        flags += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
+        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     else:
         arguments["--base-gpu-id"] = str(launch.base_gpu)
         flags += ["--enable-memory-saver"] if launch.memory_saver else []
@@ -207,6 +210,8 @@ def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     found["PYTHONUNBUFFERED"] = "1"
     if launch.device == "cpu":
         found["SGLANG_USE_CPU_ENGINE"] = "1"
+        for name, value in KEEP_FREED_MEMORY.items():
+            found.setdefault(name, value)
         if (ranks := launch.tensor * launch.data) > 1:
             found.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _share_cores(ranks))
     return found

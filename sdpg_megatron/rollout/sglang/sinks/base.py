@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.weights import Bucket
@@ -27,6 +30,12 @@ class Sink(Protocol):
 
     async def open(self, clients: Sequence[Client]) -> Failures:
         """Get ready to send to these servers, which are paused and, for `in_session`, begun."""
+        ...
+
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """Memory in which the next bucket is made, uint8 [at least nbytes], of a kind that `pack` need not copy.
+        Called like `pack`; it may be used until the bucket was sent. A `weights.Room`: fails only as torch does.
+        """
         ...
 
     def pack(self, bucket: Bucket) -> Send:

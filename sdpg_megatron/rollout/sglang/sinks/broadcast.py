@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
@@ -16,7 +17,8 @@ from sdpg_megatron.rollout.sglang.sinks.attempt import Outcome, attempt, leave
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
 from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run
 from sdpg_megatron.rollout.sglang.sinks.group import WeightGroup, address_towards
-from sdpg_megatron.weights import Bucket
+from sdpg_megatron.rollout.sglang.sinks.turns import Private, Turns
+from sdpg_megatron.weights import Bucket, new_room
 
 JOIN_SECONDS = 120.0
 """Bound of the time in which all ranks meet."""
@@ -58,9 +60,11 @@ class BroadcastSink:
         self._group: WeightGroup | None = None
         self._seats: dict[Client, Seat] = {}
         self._nccl = False
+        self._buffers = Turns(Private)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
         """See `Sink`. The group of the session before is used again where its members are the same processes."""
+        self._buffers.restart()
         found = await asyncio.gather(*(_seat(client) for client in clients), return_exceptions=True)
         failures: dict[Client, ServerError] = {}
         seats: dict[Client, Seat] = {}
@@ -75,6 +79,10 @@ class BroadcastSink:
             await self._dissolve()
             failures |= await self._form(seats)
         return failures
+
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """See `Sink`."""
+        return new_room(nbytes, device) if device.type == "cuda" else self._buffers.take(nbytes).memory
 
     def pack(self, bucket: Bucket) -> Send:
         """See `Sink`. A weight stream's bucket is sent from where it lies."""
@@ -91,10 +99,11 @@ class BroadcastSink:
         return {}
 
     async def close(self) -> None:
-        """See `Sink`. The group stays."""
+        """See `Sink`. The group stays, and so do the buffers."""
 
     async def dispose(self) -> None:
         """See `Sink`."""
+        self._buffers.release()
         await self._dissolve()
 
     async def _send(self, flat: Flat) -> Failures:

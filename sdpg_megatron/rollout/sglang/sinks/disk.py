@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
-from sdpg_megatron.weights import Bucket, write_folder
+from sdpg_megatron.weights import Bucket, new_room, write_folder
 
 
 class DiskSink:
@@ -47,6 +50,10 @@ class DiskSink:
         self._feed = _Feed()
         self._writer = asyncio.ensure_future(asyncio.to_thread(self._write, self._feed))
         return {}
+
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """See `Sink`. The writer gathers buckets into files: each has memory of its own."""
+        return new_room(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
         """See `Sink`."""

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from multiprocessing.reduction import ForkingPickler
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from sdpg_megatron.errors import ServerError
+from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
-from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to, size_of
+from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to
 from sdpg_megatron.rollout.sglang.sinks.segment import Segment, remove_leftovers
-from sdpg_megatron.weights import Bucket
+from sdpg_megatron.rollout.sglang.sinks.turns import Turns
+from sdpg_megatron.weights import Bucket, new_room
 
 DEVICE_ARGUMENT = 6
 """Place of the storage's device among the arguments of torch's `rebuild_cuda_tensor`."""
@@ -42,11 +44,12 @@ class SharedSink:
 
     def __init__(self) -> None:
         self._ranks: dict[Client, int] = {}
-        self._segment: Segment | None = None
+        self._segments = Turns(Segment)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
         """See `Sink`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
         remove_leftovers()
+        self._segments.restart()
         found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
         failures: dict[Client, ServerError] = {}
         self._ranks = {}
@@ -59,31 +62,38 @@ class SharedSink:
                 raise ranks
         return failures
 
+    def room(self, nbytes: int, device: torch.device) -> Tensor:
+        """See `Sink`. Where there is no room to share, `pack` says so: the making of a bucket is collective."""
+        if device.type != "cuda":
+            with suppress(RolloutError):
+                return self._segments.take(nbytes).memory
+        return new_room(nbytes, device)
+
     def pack(self, bucket: Bucket) -> Send:
-        """See `Sink`. On a GPU the servers read the bucket where it is, otherwise a copy."""
-        if bucket[0][1].is_cuda:
-            flat = as_run(bucket)
+        """See `Sink`. The servers read the bucket where it is, on a GPU or in a segment; otherwise a copy."""
+        flat = as_run(bucket)
+        if flat.run.is_cuda:
             torch.cuda.current_stream(flat.run.device).synchronize()
             return partial(self._send, flat, None)
-        if self._segment is None or self._segment.size < size_of(bucket):
-            self._release()
-            self._segment = Segment(size_of(bucket))
-        return partial(self._send, copy_to(self._segment.memory, bucket), self._segment)
+        segment = self._segments.holding(flat.run)
+        if segment is None:
+            segment = self._segments.take(flat.run.nbytes)
+            flat = copy_to(segment.memory, bucket)
+        return partial(self._send, flat, segment)
 
     async def finish(self) -> Failures:
         """See `Sink`."""
         return {}
 
     async def close(self) -> None:
-        """See `Sink`. Servers have let go of the memory, or are given up: it goes either way."""
-        self._release()
+        """See `Sink`. The segments stay, for the next session."""
         self._ranks = {}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
     async def dispose(self) -> None:
         """See `Sink`."""
-        self._release()
+        self._segments.release()
 
     async def _send(self, flat: Flat, segment: Segment | None) -> Failures:
         readers = count()
@@ -102,11 +112,6 @@ class SharedSink:
             elif error is not None:
                 raise error
         return failures
-
-    def _release(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.release()
 
 
 class _Pickler(ForkingPickler):
