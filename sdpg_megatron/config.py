@@ -86,6 +86,9 @@ class SGLangConfig(Section):
 
     urls: tuple[str, ...] = ()
     """Servers to use, for example http://10.0.0.2:30000; empty to start `servers` of them beside the first rank."""
+    router: str | None = None
+    """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
+    have the run's servers and no others; weights go to the servers themselves."""
     servers: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks of each server that is started."""

@@ -78,6 +78,12 @@ class Misbehaving:
     def url(self) -> str:
         return str(self.server.make_url("")).rstrip("/")
 
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[Misbehaving]:
+        await self.server.start_server()
+        yield self
+        await self.server.close()
+
     async def _health(self, request: web.Request) -> web.Response:
         self.looks += 1
         if self.hangs:
@@ -145,9 +151,14 @@ class Tokenizer:
         return " ".join(map(str, tokens))
 
 
-def source(pool: Pool, config: SGLangConfig) -> GroupSource:
+def source(pool: Pool, config: SGLangConfig, router: Client | None = None) -> GroupSource:
     return GroupSource(
-        pool=pool, stop_ids=(STOP,), tokenizer=Tokenizer(), attempts=config.attempts, concurrency=config.concurrency
+        pool=pool,
+        stop_ids=(STOP,),
+        tokenizer=Tokenizer(),
+        attempts=config.attempts,
+        concurrency=config.concurrency,
+        router=router,
     )
 
 
@@ -164,8 +175,7 @@ async def opened(
     async with AsyncExitStack() as stack:
         members = []
         for server, process in zip(servers, processes or [None] * len(servers), strict=True):
-            await server.server.start_server()
-            stack.push_async_callback(server.server.close)
+            await stack.enter_async_context(server.started())
             timeouts = Timeouts(control=1.0, generate=BOUND, health=config.health_timeout)
             client = Client(server.url, timeouts=timeouts)
             members.append(Member(server.url, client, cast(ServerProcess | None, process)))
@@ -179,8 +189,8 @@ async def opened(
         yield pool
 
 
-async def collect(pool: Pool, count: int, config: SGLangConfig = QUICK) -> list[Group]:
-    return await source(pool, config).collect(prompts(count), SAMPLING, version=3)
+async def collect(pool: Pool, count: int, config: SGLangConfig = QUICK, router: Client | None = None) -> list[Group]:
+    return await source(pool, config, router).collect(prompts(count), SAMPLING, version=3)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,3 +256,47 @@ def test_an_address_where_nobody_is_gives_one_error_in_time(open_engine: Open) -
     with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9: no healthy server answered within 1 s"):
         open_engine(urls=("http://127.0.0.1:9",), start_timeout=1.0)
     assert time.monotonic() - started < 5.0
+
+
+# Through a router
+
+
+@pytest.fixture(scope="module")
+def router(server: Running, sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an sglang-router that has the server."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ports = [found.getsockname()[1] for found in sockets]
+    command = [sglang_python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--worker-urls", server.url]
+    command += ["--port", str(ports[0]), "--prometheus-port", str(ports[1])]
+    log = tmp_path_factory.mktemp("router") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60.0
+    while "Activated 1 worker" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{ports[0]}"
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def test_responses_through_a_router_are_the_servers(
+    open_engine: Open, router: str, trained: dict[str, Tensor], questions: list[Prompt]
+) -> None:
+    engine, greedy = open_engine(), Sampling(n=1, max_tokens=4, temperature=0)
+    routed = open_engine(router=router)
+    engine.publish(1, stream(trained))
+    expected = engine.generate(questions, greedy)
+    routed.publish(2, stream(trained))
+    assert_same(routed.generate(questions, greedy), expected)
+    groups = routed.generate(questions, SHORT)
+    assert versions(groups) == {2} and all(len(group.completions) == SHORT.n for group in groups)
+    engine.publish(3, stream(trained))
+    with pytest.raises(WeightsWanted, match=f"{router}/generate: a response of weights engine-3"):
+        routed.generate(questions, SHORT)
+
+
+def test_a_router_that_does_not_answer_is_an_error(open_engine: Open) -> None:
+    with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9: no router answers"):
+        open_engine(router="http://127.0.0.1:9")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from tests.sglang_fakes import (
     SAMPLING,
     STOP,
     WIRE,
+    Answer,
     Misbehaving,
     collect,
     good,
@@ -68,6 +71,68 @@ def test_only_servers_with_the_current_weights_are_asked() -> None:
             pool.admit(pool.members[1], "run-2")
             await collect(pool, 6)
         assert len(ready.asked) == 6 and not waiting.asked
+
+    run(test)
+
+
+# Through a router, which here is one more misbehaving server: what stands behind it a client cannot tell
+
+
+@asynccontextmanager
+async def routing(answer: Answer) -> AsyncIterator[tuple[Misbehaving, Client]]:
+    async with Misbehaving(answer).started() as router:
+        client = Client(router.url, timeouts=Timeouts(generate=BOUND))
+        yield router, client
+        await client.close()
+
+
+def test_a_router_is_asked_instead_of_the_servers() -> None:
+    async def test() -> None:
+        server = Misbehaving(good)
+        async with opened(server) as pool, routing(good) as (router, client):
+            found = await collect(pool, 6, router=client)
+        assert [group.prompt.uid for group in found] == [prompt.uid for prompt in prompts(6)]
+        assert sorted(router.asked) == [[i] for i in range(6)] and not server.asked
+
+    run(test)
+
+
+async def older(before: int, running: int) -> web.Response:
+    return whole(version="run-2")
+
+
+def test_a_routers_response_of_other_weights_is_traced_to_its_server() -> None:
+    async def test() -> None:
+        one, two = Misbehaving(good), Misbehaving(good)
+        async with opened(one, two) as pool, routing(older) as (_, client):
+            two.version = "run-2"
+            with pytest.raises(WeightsWanted, match="run-2"):
+                await collect(pool, 2, router=client)
+            assert [member.state for member in pool.members] == [State.READY, State.WAITING]
+
+    run(test)
+
+
+def test_a_router_with_a_server_that_the_run_does_not_have_is_an_error() -> None:
+    async def test() -> None:
+        async with opened(Misbehaving(good)) as pool, routing(older) as (_, client):
+            with pytest.raises(RolloutError, match=r"no server of the run has.*rollout\.sglang\.urls"):
+                await collect(pool, 2, router=client)
+
+    run(test)
+
+
+def test_what_a_router_has_is_asked_for_again_when_a_server_is_lost() -> None:
+    async def test() -> None:
+        async def first_hangs(before: int, running: int) -> web.Response:
+            return await (never if before < 2 else good)(before, running)
+
+        one, two = Misbehaving(good), Misbehaving(good)
+        async with opened(one, two) as pool, routing(first_hangs) as (router, client):
+            asking = asyncio.create_task(collect(pool, 2, router=client))
+            await until(lambda: router.running == 2)
+            pool.fence(pool.members[1], "a test")
+            assert len(await asking) == 2
 
     run(test)
 

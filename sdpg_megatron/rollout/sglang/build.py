@@ -12,7 +12,7 @@ import torch
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.identity import Wanted
 from sdpg_megatron.rollout.sglang.member import Member
@@ -114,12 +114,6 @@ async def make_pool(
     config: SGLangConfig, model: ServedModel, keys: Keys, processes: Sequence[ServerProcess], *, publishes: bool
 ) -> Pool:
     """A pool of these processes, or of the servers at `config.urls`; in the event loop that it is to live in."""
-    timeouts = Timeouts(
-        control=CONTROL_SECONDS,
-        update=config.update_timeout,
-        generate=config.request_timeout,
-        health=config.health_timeout,
-    )
     wanted = Wanted(
         architecture=read_architecture(model.folder),
         prompt_tokens=model.prompt_tokens,
@@ -128,10 +122,35 @@ async def make_pool(
     )
     places: list[tuple[str, ServerProcess | None]] = [(process.url, process) for process in processes]
     members = [
-        Member(url, Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts), process)
+        Member(url, _make_client(url, config, keys), process)
         for url, process in places or [(url, None) for url in config.urls]
     ]
     return Pool(members, config, publishes=publishes, check=wanted.check)
+
+
+async def make_router(config: SGLangConfig, keys: Keys) -> Client | None:
+    """The router that is configured; in the event loop that it is to live in.
+
+    Raises:
+        RolloutError: it does not answer.
+    """
+    if config.router is None:
+        return None
+    client = _make_client(config.router, config, keys)
+    if not await client.alive():
+        await client.close()
+        raise RolloutError(f"{config.router}: no router answers. Fix: start it, or unset rollout.sglang.router")
+    return client
+
+
+def _make_client(url: str, config: SGLangConfig, keys: Keys) -> Client:
+    timeouts = Timeouts(
+        control=CONTROL_SECONDS,
+        update=config.update_timeout,
+        generate=config.request_timeout,
+        health=config.health_timeout,
+    )
+    return Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts)
 
 
 def make_sink(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Sink:

@@ -15,8 +15,9 @@ from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling
 from sdpg_megatron.rollout.sglang import checksum, memory
-from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_sink
+from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_sink
 from sdpg_megatron.rollout.sglang.checksum import Served
+from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.member import Member
@@ -69,6 +70,7 @@ class SGLangEngine:
         self._version = -1
         self._fruitless = 0
         self._publisher: Publisher | None = None
+        self._router: Client | None = None
         keys = Keys.read(config)
         processes = [] if config.urls else make_processes(config, model, keys, run_dir=run_dir, seed=seed)
         thread = LoopThread("sglang")
@@ -76,6 +78,7 @@ class SGLangEngine:
         self._pool = thread.run(make_pool(config, model, keys, processes, publishes=publishes))
         try:
             thread.run(self._pool.start())
+            self._router = thread.run(make_router(config, keys))
             if publishes:
                 sink = make_sink(config, model, run_dir=run_dir, nonce=nonce)
                 self._publisher = Publisher(sink, hf_shapes(self._architecture), thread)
@@ -101,6 +104,7 @@ class SGLangEngine:
             tokenizer=self._model.tokenizer,
             attempts=self._config.attempts,
             concurrency=self._config.concurrency * len(self._pool.members),
+            router=self._router,
         )
         return thread.run(source.collect(prompts, sampling, self._version, self._on_progress))
 
@@ -131,6 +135,8 @@ class SGLangEngine:
                 if self._publisher is not None:
                     self._publisher.close()
             finally:
+                if self._router is not None:
+                    thread.run(self._router.close())
                 thread.run(self._pool.close())
                 thread.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted
-from sdpg_megatron.rollout.sglang.client import Sample
+from sdpg_megatron.rollout.sglang.client import Client, Sample
 from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.tasks import together
@@ -31,6 +31,8 @@ class GroupSource:
     """Times that a group is asked for."""
     concurrency: int
     """Groups asked for at a time."""
+    router: Client | None = None
+    """Asked instead of the servers; it hands each request to one of them."""
 
     async def collect(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, on_progress: OnProgress | None = None
@@ -86,34 +88,52 @@ class GroupSource:
         Raises:
             ServerError: the request failed, or what came is not that.
         """
+        asked, client = ((member,), member.client) if self.router is None else (self.pool.ready(), self.router)
         try:
-            samples = await self.pool.run(
-                member, member.client.generate(prompt.student_tokens, sampling, self.stop_ids)
-            )
+            samples = await self.pool.run(asked, client.generate(prompt.student_tokens, sampling, self.stop_ids))
         except ServerError as error:
-            if error.retryable:
+            if error.retryable and self.router is None:
                 self.pool.report(member, error)
             raise
         if any(sample.finish_reason == "abort" for sample in samples):
-            raise ServerError(member.url, "/generate", "an aborted response", retryable=True)
+            raise ServerError(client.url, "/generate", "an aborted response", retryable=True)
         found = frozenset().union(*(sample.versions for sample in samples))
         if found != {self.pool.version}:
-            self.pool.outdated(member)
-            versions = ", ".join(sorted(found))
-            raise ServerError(member.url, "/generate", f"a response of weights {versions}", retryable=True)
+            outdated = ServerError(
+                client.url, "/generate", f"a response of weights {', '.join(sorted(found))}", retryable=True
+            )
+            if self.router is None:
+                self.pool.outdated(member)
+            else:
+                await self._review(outdated)
+            raise outdated
         for sample in samples:
-            self._check_end(member, sample, sampling)
+            self._check_end(client, sample, sampling)
         return samples
 
-    def _check_end(self, member: Member, sample: Sample, sampling: Sampling) -> None:
+    async def _review(self, outdated: ServerError) -> None:
+        """A router does not say which server answered, and may give it the next request too: find out who it was.
+
+        Raises:
+            WeightsWanted: a server of the pool has other weights than the current ones.
+            RolloutError: all have the current ones.
+        """
+        await self.pool.review()
+        if len(self.pool.ready()) < len(self.pool.targets()):
+            raise WeightsWanted(f"{outdated}. Fix: publish again", {})
+        if len(self.pool.ready()) == len(self.pool.members):
+            fix = "Fix: the router must have the run's servers and no others; rollout.sglang.urls names them"
+            raise RolloutError(f"{outdated}, which no server of the run has. {fix}")
+
+    def _check_end(self, client: Client, sample: Sample, sampling: Sampling) -> None:
         """A response ends with a stop token, or has its full length: anything else would train on a cut response."""
         if sample.finish_reason == "length" and len(sample.tokens) != sampling.max_tokens:
             found = f"a response cut at {len(sample.tokens)} of {sampling.max_tokens} tokens: its context is too small"
-            raise ServerError(member.url, "/generate", found)
+            raise ServerError(client.url, "/generate", found)
         if sample.finish_reason == "stop" and (not sample.tokens or sample.tokens[-1] not in self.stop_ids):
             found = f"a response that ends without any of {list(self.stop_ids)}: the server stops at other tokens, too"
             fix = "Fix: name all of them as eos_token_id in the model's generation_config.json"
-            raise ServerError(member.url, "/generate", f"{found}. {fix}")
+            raise ServerError(client.url, "/generate", f"{found}. {fix}")
 
     def _completion(self, sample: Sample, version: int) -> Completion:
         return Completion(

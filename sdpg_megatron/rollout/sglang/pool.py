@@ -140,10 +140,21 @@ class Pool:
             self._move(member, State.READY)
 
     def outdated(self, member: Member) -> None:
-        """A sample of this server says that it does not have the current weights."""
+        """The server does not have the current weights."""
         if member.state is State.READY:
             logger.warning("%s has other weights than the current ones", member.url)
             self._move(member, State.WAITING)
+
+    async def review(self) -> None:
+        """Ask all servers that should have the current weights whether they do."""
+        await asyncio.gather(*(self._review(member) for member in self.ready()))
+
+    async def _review(self, member: Member) -> None:
+        try:
+            if await member.client.weight_version() != self.version:
+                self.outdated(member)
+        except ServerError as error:
+            self.report(member, error)
 
     async def refresh(self) -> None:
         """Admit the servers that say they have the current version, where another process publishes."""
@@ -200,24 +211,27 @@ class Pool:
         member.running -= 1
         self._pulse()
 
-    async def run(self, member: Member, work: Coroutine[Any, Any, T]) -> T:
-        """Await a request to a server; when the server is lost, the request is cancelled at once.
+    async def run(self, members: Sequence[Member], work: Coroutine[Any, Any, T]) -> T:
+        """Await a request that one of these servers has; when any of them is lost, the request is cancelled at once.
 
         Raises:
-            ServerError: the request's own, or a retryable one where the server was lost.
+            ServerError: the request's own, or a retryable one where a server was lost.
         """
         task = asyncio.ensure_future(work)
-        member.requests.add(task)
+        for member in members:
+            member.requests.add(task)
         try:
-            if not member.answers:
+            if not all(member.answers for member in members):
                 task.cancel()
             await asyncio.wait({task})
             if task.cancelled():
-                raise ServerError(member.url, "", f"lost ({member.reason})", retryable=True)
+                lost = next((member for member in members if not member.answers), members[0])
+                raise ServerError(lost.url, "", f"lost ({lost.reason})", retryable=True)
             return task.result()
         finally:
             task.cancel()
-            member.requests.discard(task)
+            for member in members:
+                member.requests.discard(task)
 
     def report(self, member: Member, error: ServerError) -> None:
         """A request failed. The server gets no other before it has shown that it is well."""
