@@ -7,7 +7,7 @@ rank 0). Every whole tensor leaves its stage once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -152,30 +152,38 @@ class WeightStream(Iterator[Bucket]):
         """Fill `whole`, the leader's, with one parameter's tensors; elsewhere it is None."""
         place = self._place
         if place.stage == item.stage:
-            for _, tensor in self._assemble(item, whole):
-                if place.stage:
-                    dist.send(tensor, group=place.pp_group, group_dst=0)
+            assembled = self._assemble(item, whole)
+            if place.stage:
+                _exchange(dist.isend, ((0, tensor) for _, tensor in assembled), place.pp_group)
         elif whole is not None:
-            for _, tensor in whole:
-                dist.recv(tensor, group=place.pp_group, group_src=item.stage)
+            _exchange(dist.irecv, ((item.stage, tensor) for _, tensor in whole), place.pp_group)
 
     def _assemble(self, item: _Item, whole: Tensors | None) -> Tensors:
         """Join the stage's shards on its tensor-parallel rank 0, in `whole` if given; nothing on its other ranks."""
         place, layout = self._place, item.parameter.layout
         local = self._params[item.name].detach()
-        size = place.tp_size if layout.sharded else 1
+        others = range(1, place.tp_size if layout.sharded else 1)
         if place.tp_rank:
-            if size > 1:
-                dist.send(local.to(item.dtype).contiguous(), group=place.tp_group, group_dst=0)
+            if others:
+                _exchange(dist.isend, [(0, local.to(item.dtype).contiguous())], place.tp_group)
             return []
         whole = whole or _lay_out([item], self._joined.room, place.device)[0]
-        _put(item, local, whole, 0, place.tp_size)
-        for rank in range(1, size):
-            nbytes = local.numel() * item.dtype.itemsize
-            shard = self._shards.room(nbytes, place.device)[:nbytes].view(item.dtype).view(local.shape)
-            dist.recv(shard, group=place.tp_group, group_src=rank)
+        size = len(others) * local.numel() * item.dtype.itemsize
+        run = self._shards.room(size, place.device)[:size]
+        shards = run.view(item.dtype).view(len(others), *local.shape)
+        _exchange(dist.irecv, zip(others, shards, strict=True), place.tp_group)
+        for rank, shard in enumerate((local, *shards)):
             _put(item, shard, whole, rank, place.tp_size)
         return whole
+
+
+def _exchange(
+    operation: Callable[..., object], parts: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup | None
+) -> None:
+    """Send tensors to these ranks of the group, or receive them; as a batch, for which NCCL needs no group of two."""
+    batch = [dist.P2POp(operation, tensor, group=group, group_peer=rank) for rank, tensor in parts]
+    for work in dist.batch_isend_irecv(batch) if batch else []:
+        work.wait()
 
 
 def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item]]:
