@@ -423,6 +423,11 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 
 
 def _check_servers(sglang: SGLangConfig) -> None:
+    if sglang.router and not (sglang.urls or sglang.ports):
+        fix = (
+            "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
+        )
+        raise ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
     if sglang.colocated and sglang.urls:
         fix = "have the run start its servers, or give them devices of their own"
         raise ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)

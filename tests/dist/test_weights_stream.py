@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdpg_megatron.architecture import Architecture, Family, read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights import load_shards, WeightStream
+from sdpg_megatron.weights import WeightStream, load_shards
 from tests.pool import RankPool
 
 MODELS: tuple[tuple[Family, bool], ...] = (("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False))
@@ -102,6 +103,43 @@ def test_round_trip_is_bitwise(ranks: RankPool, folders: list[Path], model: int,
         # no parameter alone reaches 100 kB here
         assert 0 < sum(tensor.nbytes for _, tensor in bucket) <= 100_000
     assert others == [[[]] * len(leader)] * (tp * pp - 1)
+
+
+def test_round_trip_over_many_tensor_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    from tests.tiny import write_tiny_model
+
+    folder = write_tiny_model(tmp_path / "model", "qwen3", tied=False, seed=7, layers=LAYERS, kv_heads=4)
+    saved = load_file(folder / "model.safetensors")
+    sent = [item for bucket in ranks.run(round_trip, 4, folder, 4, 1, fused=False)[0] for item in bucket]
+    assert len(sent) == len(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in sent)
+
+
+def in_given_room(folder: Path, tp: int, pp: int) -> list[tuple[str, Tensor]]:
+    rank = Rank(folder, tp, pp)
+    stream = WeightStream(rank.params, rank.arch, bucket_bytes=50_000, **rank.groups)
+    memories = itertools.cycle([torch.full((200_000,), 255, dtype=torch.uint8) for _ in range(2)])
+    used: list[int] = []
+
+    def room(nbytes: int, device: torch.device) -> Tensor:
+        memory = next(memories)
+        used.append(memory.data_ptr())
+        return memory
+
+    stream.room = room
+    found = []
+    for number, bucket in enumerate(stream):
+        found += [(name, tensor.clone()) for name, tensor in bucket]
+        assert all(tensor.untyped_storage().data_ptr() == used[number] for _, tensor in bucket)
+    return found
+
+
+@pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
+def test_buckets_are_made_where_their_consumer_says(ranks: RankPool, folders: list[Path], tp: int, pp: int) -> None:
+    saved = load_file(folders[3] / "model.safetensors")
+    leader, *others = ranks.run(in_given_room, tp * pp, folders[3], tp, pp)
+    assert len(leader) == len(saved) and not any(others)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in leader)
 
 
 def names_and_bytes(folder: Path, tp: int, pp: int, bucket_bytes: int) -> list[list[tuple[str, int]]]:

@@ -268,6 +268,7 @@ def router(server: Running, sglang_python: str, tmp_path_factory: pytest.TempPat
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         ports = [found.getsockname()[1] for found in sockets]
     command = [sglang_python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--worker-urls", server.url]
+    command += ["--health-check-endpoint", "/model_info"]
     command += ["--port", str(ports[0]), "--prometheus-port", str(ports[1])]
     log = tmp_path_factory.mktemp("router") / "log"
     with log.open("w") as output:
@@ -285,7 +286,7 @@ def test_responses_through_a_router_are_the_servers(
     open_engine: Open, router: str, trained: dict[str, Tensor], questions: list[Prompt]
 ) -> None:
     engine, greedy = open_engine(), Sampling(n=1, max_tokens=4, temperature=0)
-    routed = open_engine(router=router)
+    routed = open_engine(router=router, attempts=2)
     engine.publish(1, stream(trained))
     expected = engine.generate(questions, greedy)
     routed.publish(2, stream(trained))
@@ -294,6 +295,8 @@ def test_responses_through_a_router_are_the_servers(
     assert versions(groups) == {2} and all(len(group.completions) == SHORT.n for group in groups)
     engine.publish(3, stream(trained))
     with pytest.raises(WeightsWanted, match=f"{router}/generate: a response of weights engine-3"):
+        routed.generate(questions, SHORT)
+    with pytest.raises(RolloutError, match="no group was finished between 2 publishes"):
         routed.generate(questions, SHORT)
 
 

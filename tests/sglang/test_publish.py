@@ -174,13 +174,13 @@ def changed_folder(model: Path, changed: Weights, tmp_path_factory: pytest.TempP
     return folder
 
 
-def from_shards(folder: Path) -> WeightStream:
+def from_shards(folder: Path, stream: type[WeightStream] = WeightStream) -> WeightStream:
     """The stream of a trainer of one rank, in many buckets."""
     arch = read_architecture(folder)
     shapes = megatron_shapes(arch, tp=1, stage=0, pp=1, fused=False)
     params = {name: torch.empty(shape) for name, shape in shapes.items()}
     load_shards(params, folder, arch, tp_rank=0, tp_size=1)
-    return WeightStream(params, arch, bucket_bytes=50_000)
+    return stream(params, arch, bucket_bytes=50_000)
 
 
 def from_folder(folder: Path) -> Iterator[Bucket]:
@@ -387,18 +387,21 @@ def processes(victim: Running) -> list[Any]:
 
 
 def publish_and_strike(
-    publisher: Publisher, clients: list[Client], version: str, weights: Weights, strike: Callable[[], None]
+    publisher: Publisher, clients: list[Client], version: str, folder: Path, strike: Callable[[], None]
 ) -> tuple[PublishReport, float]:
     """`strike` before the fifth bucket is made. Returns the report and seconds."""
 
-    def struck() -> Iterator[Bucket]:
-        for index, bucket in enumerate(stream(weights, 3)):
-            if index == 5:
+    class Struck(WeightStream):
+        asked = 0
+
+        def __next__(self) -> Bucket:
+            self.asked += 1
+            if self.asked == 5:
                 strike()
-            yield bucket
+            return super().__next__()
 
     start = time.monotonic()
-    report = publisher.publish(clients, version, struck())
+    report = publisher.publish(clients, version, from_shards(folder, Struck))
     return report, time.monotonic() - start
 
 
@@ -424,7 +427,7 @@ def test_a_server_that_stops_costs_the_other_nothing_but_time(
             os.kill(process.pid, signal.SIGSTOP)
 
     try:
-        report, seconds = publish_and_strike(publisher, both, "stopped", changed, stop)
+        report, seconds = publish_and_strike(publisher, both, "stopped", changed_folder, stop)
     finally:
         for process in processes:
             os.kill(process.pid, signal.SIGCONT)
@@ -465,7 +468,7 @@ def test_a_server_that_is_killed_costs_the_other_nothing(
             os.kill(process.pid, signal.SIGKILL)
 
     both = [doomed, one.client]
-    report, seconds = publish_and_strike(publishers["broadcast"], both, "killed", changed, kill)
+    report, seconds = publish_and_strike(publishers["broadcast"], both, "killed", changed_folder, kill)
     assert seconds < BOUND
     assert report.served == (one.client,) and list(report.failures) == [doomed]
     assert isinstance(report.failures[doomed], ServerError) and doomed.url in str(report.failures[doomed])

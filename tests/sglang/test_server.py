@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sdpg_megatron.errors import RolloutError
-from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, command, environment
+from sdpg_megatron.rollout.sglang.server import KEEP_FREED_MEMORY, Launch, ServerProcess, command, environment
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, Servers, members, wait_until_gone
 
 API_KEY, ADMIN_KEY = "it's-\\open-sesame", "admin-sesame-too"
@@ -232,7 +232,13 @@ def test_the_command_line_of_a_server_with_devices(launch: Callable[..., Launch]
     assert (values["--tp-size"], values["--dp-size"], values["--port"], values["--device"]) == ("2", "3", "5", "cuda")
     assert API_KEY not in found
     assert "--enable-memory-saver" not in command(launch(memory_saver=True), 5)
-    assert "SGLANG_USE_CPU_ENGINE" not in environment(launch(device="cuda"), {})
+    assert not {"SGLANG_USE_CPU_ENGINE", *KEEP_FREED_MEMORY} & environment(launch(device="cuda"), {}).keys()
+
+
+def test_a_cpu_server_keeps_freed_memory_unless_the_user_says_otherwise(launch: Callable[..., Launch]) -> None:
+    name, own = "MALLOC_TRIM_THRESHOLD_", "131072"
+    assert environment(launch(), {}).items() >= KEEP_FREED_MEMORY.items()
+    assert environment(launch(), {name: own})[name] == own != KEEP_FREED_MEMORY[name]
 
 
 def test_ranks_of_a_cpu_server_share_its_cores(launch: Callable[..., Launch]) -> None:

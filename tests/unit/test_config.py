@@ -111,6 +111,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("rollout.temperature=0", ["rollout.temperature: found 0", "greater than 0"]),
         ("rollout.sglang.ports=[30000, 30001]", ["rollout.sglang.ports", "1 different ones"]),
         ("rollout.sglang={servers: 2, ports: [30000, 30000]}", ["rollout.sglang.ports", "2 different ones"]),
+        ("rollout.sglang.router=http://a", ["rollout.sglang.router: found 'http://a'", "rollout.sglang.ports"]),
         ("rollout.sglang.colocated=true", ["rollout.sglang.sink: found 'broadcast'", "Fix: use shared"]),
         ("rollout.sglang={colocated: true, urls: [http://a]}", ["rollout.sglang.colocated: found True", "urls"]),
         ("rollout.sglang.data=2", ["rollout.sglang.sink: found 'broadcast'", "expected disk"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import mmap
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.rollout.base import Bucket
 from sdpg_megatron.rollout.sglang.client import Timeouts
 from sdpg_megatron.rollout.sglang.loop import LoopThread
@@ -177,17 +178,34 @@ def test_a_segments_bucket_is_not_copied_to_be_shared() -> None:
     asyncio.run(sink.dispose())
 
 
-def test_without_room_to_share_a_bucket_is_made_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module, name", [(os, "open"), (os, "posix_fallocate"), (mmap, "mmap")])
+def test_without_room_to_share_a_bucket_is_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
     """Ranks that take part in making it must not wait for one that stopped."""
 
-    def refuse(*_: int) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     sink = SharedSink()
-    memory = sink.room(40, torch.device("cpu"))
-    with pytest.raises(RolloutError, match="has no room for a bucket of"):
-        sink.pack([("w", memory[:40].view(torch.float32))])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, refuse)
+        memory = sink.room(40, torch.device("cpu"))
+        with pytest.raises(RolloutError, match="has no room for a bucket of"):
+            sink.pack([("w", memory[:40].view(torch.float32))])
+    assert not list(FOLDER.glob(f"{prefix}*"))
+
+
+def test_readers_of_one_session_cannot_open_what_the_next_one_has() -> None:
+    segment = Segment(100)
+    segment.reduced(0)
+    files = f"{segment._file.name}*"
+    assert len(list(FOLDER.glob(files))) == 2
+    segment.close_to_readers()
+    assert list(FOLDER.glob(files)) == [segment._file]
+    segment.release()
+    assert not list(FOLDER.glob(files))
 
 
 # --- whose fault it was
@@ -407,6 +425,25 @@ def test_one_bucket_is_made_while_another_is_sent_and_no_third(thread: LoopThrea
             del bucket
 
     assert publish(thread, sink, watched(), FakeClient()).failures == {}
+
+
+def test_no_bucket_is_made_past_a_faulty_one_while_another_is_sent(thread: LoopThread) -> None:
+    """The third bucket has the first one's memory."""
+    sink = FakeSink()
+    sink.go.clear()
+
+    def watched() -> Iterator[Bucket]:
+        yield [("w0", torch.zeros(10))]
+        assert sink.sending.wait(10)
+        threading.Timer(0.2, sink.go.set).start()
+        yield [("unknown", torch.zeros(10))]
+        assert sink.go.is_set(), "the third is made while the first is sent"
+        yield [("w1", torch.zeros(10))]
+
+    stream = watched()
+    with pytest.raises(WeightError, match="unknown is unknown"):
+        publish(thread, sink, stream, FakeClient())
+    assert next(stream, None) is None
 
 
 @pytest.mark.parametrize("call", ["pause", "set_version", "begin_update", "end_update", "flush_cache", "resume"])

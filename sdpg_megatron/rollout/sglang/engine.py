@@ -13,7 +13,7 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
-from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling
+from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang import checksum, memory
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_sink
 from sdpg_megatron.rollout.sglang.checksum import Served
@@ -68,7 +68,7 @@ class SGLangEngine:
         self._nonce = nonce
         self._on_progress = on_progress
         self._version = -1
-        self._fruitless = 0
+        self._fruitless = self._vain = 0
         self._publisher: Publisher | None = None
         self._router: Client | None = None
         keys = Keys.read(config)
@@ -94,7 +94,11 @@ class SGLangEngine:
         return self._version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """See `RolloutEngine`. What a server fails to complete is asked for again, elsewhere where that is possible."""
+        """See `RolloutEngine`. What a server fails to complete is asked for again, elsewhere where that is possible.
+
+        Raises:
+            RolloutError: also where `attempts` publishes in a row did not help.
+        """
         thread = self._open()
         if self._version < 0:
             raise RolloutError("generate: no complete set of weights was published. Fix: publish first")
@@ -106,7 +110,13 @@ class SGLangEngine:
             concurrency=self._config.concurrency * len(self._pool.members),
             router=self._router,
         )
-        return thread.run(source.collect(prompts, sampling, self._version, self._on_progress))
+        try:
+            groups = thread.run(source.collect(prompts, sampling, self._version, self._on_progress))
+        except WeightsWanted as wanted:
+            self._count_vain(wanted)
+            raise
+        self._vain = 0
+        return groups
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
         """See `RolloutEngine`. A server that fails is left out until a later publish; where all fail, `generate` asks
@@ -236,6 +246,12 @@ class SGLangEngine:
 
     def _wire(self, version: int) -> str:
         return f"{self._nonce}-{version}"
+
+    def _count_vain(self, wanted: WeightsWanted) -> None:
+        """Raises `RolloutError` where publishes do not help: each is followed by the wish for another, and no group."""
+        self._vain = 0 if wanted.done else self._vain + 1
+        if self._vain >= self._config.attempts:
+            raise RolloutError(f"no group was finished between {self._vain} publishes; the last: {wanted}") from wanted
 
     def _count_fruitless(self, report: PublishReport) -> None:
         """Raises `RolloutError` where servers never take the weights, though they answer."""

@@ -107,7 +107,7 @@ class Publisher:
             while (bucket := next(stream, None)) is not None:
                 _wait(sending, session.clock)
                 sending = None
-                if session.live:
+                if bucket and session.live:
                     with session.clock.phase("convert"):
                         send = self._sink.pack(bucket)
                     sending = self._thread.submit(session.send(send))
@@ -244,14 +244,14 @@ class _Checked(Iterator[Bucket]):
         self._faults: list[str] = []
 
     def __next__(self) -> Bucket:
-        while True:
-            with self._clock.phase("gather"):
-                bucket = next(self._source)
-            self._faults += filter(None, (self._fault(name, tensor.shape) for name, tensor in bucket))
-            if bucket and not self._faults:
-                self.bytes += sum(tensor.nbytes for _, tensor in bucket)
-                return bucket
-            del bucket
+        """An empty one in place of what is left out: the one after it may need the memory of one still on its way."""
+        with self._clock.phase("gather"):
+            bucket = next(self._source)
+        self._faults += filter(None, (self._fault(name, tensor.shape) for name, tensor in bucket))
+        if self._faults:
+            return ()
+        self.bytes += sum(tensor.nbytes for _, tensor in bucket)
+        return bucket
 
     def check_complete(self, version: str) -> None:
         """Raises `WeightError` unless every tensor came once, in its shape, and nothing else did."""

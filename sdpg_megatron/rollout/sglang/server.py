@@ -37,8 +37,8 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
 TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""For glibc: a bucket of weights is received into memory that the one before it had. Fresh memory, which glibc takes
-for a block of that size, would cost the kernel more time than the bytes' way from process to process."""
+"""For glibc: a bucket of weights is received into memory that the one before it had. Blocks of that size would be fresh
+memory otherwise, which is several times as slow to fill. The price: a server keeps the most that it ever held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

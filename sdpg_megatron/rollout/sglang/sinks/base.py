@@ -22,7 +22,7 @@ Send = Callable[[], Coroutine[Any, Any, Failures]]
 class Sink(Protocol):
     """Used for one session after the other. A server that failed gets nothing more in its session.
 
-    All but `pack` runs in the event loop.
+    All but `room` and `pack` runs in the event loop.
     """
 
     in_session: ClassVar[bool]
@@ -34,7 +34,8 @@ class Sink(Protocol):
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory in which the next bucket is made, uint8 [at least nbytes], of a kind that `pack` need not copy.
-        Called like `pack`; it may be used until the bucket was sent. A `weights.Room`: fails only as torch does.
+        Called in the same thread as `pack`; it may be used until the bucket was sent. To make a bucket is collective,
+        so this is not the place to fail: what lacks here is said by `pack`.
         """
         ...
 

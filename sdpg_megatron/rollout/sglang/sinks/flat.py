@@ -54,21 +54,24 @@ def size_of(bucket: Bucket) -> int:
 
 
 def as_run(bucket: Bucket) -> Flat:
-    """The bucket as one run: a view where its tensors lie end to end already, as a weight stream's do; else a copy."""
+    """The bucket as one run: a view where there is one, as of a weight stream's; else a copy."""
+    run = find_run(bucket)
+    return run or copy_to(torch.empty(size_of(bucket), dtype=torch.uint8, device=bucket[0][1].device), bucket)
+
+
+def find_run(bucket: Bucket) -> Flat | None:
+    """A view of the bucket as one run, where its tensors lie end to end."""
     placed = lay_out(bucket)
     spans = [span for span, _ in placed]
     first = placed[0][1]
     storage, base = first.untyped_storage(), first.data_ptr()
-    if all(
-        tensor.is_contiguous()
-        and tensor.data_ptr() == base + span.start
-        and tensor.untyped_storage().data_ptr() == storage.data_ptr()
-        for span, tensor in placed
-    ):
-        run = torch.empty(0, dtype=torch.uint8, device=first.device)
-        run.set_(storage, base - storage.data_ptr(), (spans[-1].end,), (1,))  # type: ignore[call-overload]
-        return Flat(run, spans)
-    return copy_to(torch.empty(spans[-1].end, dtype=torch.uint8, device=first.device), bucket)
+    for span, tensor in placed:
+        together = tensor.untyped_storage().data_ptr() == storage.data_ptr()
+        if not (together and tensor.is_contiguous() and tensor.data_ptr() == base + span.start):
+            return None
+    run = torch.empty(0, dtype=torch.uint8, device=first.device)
+    run.set_(storage, base - storage.data_ptr(), (spans[-1].end,), (1,))  # type: ignore[call-overload]
+    return Flat(run, spans)
 
 
 def copy_to(memory: Tensor, bucket: Bucket) -> Flat:

@@ -37,42 +37,51 @@ class Segment:
     def __init__(self, size: int) -> None:
         """Raises `RolloutError` where there is not so much: a write beyond what is there would end this process."""
         self.size = size
-        self._readers = 0
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._links: set[Path] = set()
+        self._descriptor = -1
         self._file = FOLDER / f"{PREFIX}{secrets.token_hex(8)}"
-        # The lock says that the file is in use; the kernel gives it back when this process ends, however that happens.
-        self._descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            os.posix_fallocate(self._descriptor, 0, HEADER + size)
+            self.memory = self._map()
         except OSError as error:
             self.release()
             raise RolloutError(
                 f"{FOLDER} has no room for a bucket of {size >> 20} MiB ({error}). Fix: enlarge it (Docker: "
                 "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
             ) from error
-        content = mmap.mmap(self._descriptor, HEADER + size)
+
+    def _map(self) -> Tensor:
+        # The lock says that the file is in use; the kernel gives it back when this process ends, however that happens.
+        self._descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        os.posix_fallocate(self._descriptor, 0, HEADER + self.size)
+        content = mmap.mmap(self._descriptor, HEADER + self.size)
         struct.pack_into("i", content, 0, READERS)
-        self.memory: Tensor = torch.frombuffer(content, dtype=torch.uint8, offset=HEADER)
+        return torch.frombuffer(content, dtype=torch.uint8, offset=HEADER)
 
     def reduced(self, reader: int) -> tuple[Any, tuple[Any, ...]]:
         """How a pickle for reader number `reader` says it: what is called, and with what, to get `memory`'s storage."""
-        link = self._link(reader)
+        link = self._file.with_name(f"{self._file.name}-{reader}")
         with suppress(FileExistsError):
             link.hardlink_to(self._file)
-        self._readers = max(self._readers, 1 + reader)
+        self._links.add(link)
         no_manager, name = b"", f"/{link.name}".encode()
         return reductions.rebuild_storage_filename, (torch.UntypedStorage, no_manager, name, self.size)
+
+    def close_to_readers(self) -> None:
+        """No reader so far can open it any more; those that have it open keep it."""
+        for link in self._links:
+            link.unlink(missing_ok=True)
+        self._links.clear()
 
     def release(self) -> None:
         """Nobody can open it any more; the memory goes when the last who has it open lets go."""
         self.memory = torch.empty(0, dtype=torch.uint8)
-        for file in (self._file, *map(self._link, range(self._readers))):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):
+        self.close_to_readers()
+        self._file.unlink(missing_ok=True)
+        if self._descriptor >= 0:
             os.close(self._descriptor)
-
-    def _link(self, reader: int) -> Path:
-        return self._file.with_name(f"{self._file.name}-{reader}")
+            self._descriptor = -1
 
 
 def remove_leftovers() -> None:

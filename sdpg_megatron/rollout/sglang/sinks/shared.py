@@ -28,7 +28,7 @@ from torch.multiprocessing import reductions
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
-from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to
+from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run, copy_to, find_run, size_of
 from sdpg_megatron.rollout.sglang.sinks.segment import Segment, remove_leftovers
 from sdpg_megatron.rollout.sglang.sinks.turns import Turns
 from sdpg_megatron.weights import Bucket, new_room
@@ -43,7 +43,9 @@ class SharedSink:
     in_session: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._ranks: dict[Client, int] = {}
+        self._numbers = count()
+        self._readers: dict[Client, list[int]] = {}
+        """Of each server's ranks: numbers that no reader of an earlier session had."""
         self._segments = Turns(Segment)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
@@ -52,10 +54,10 @@ class SharedSink:
         self._segments.restart()
         found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
         failures: dict[Client, ServerError] = {}
-        self._ranks = {}
+        self._readers = {}
         for client, ranks in zip(clients, found, strict=True):
             if isinstance(ranks, int):
-                self._ranks[client] = ranks
+                self._readers[client] = [next(self._numbers) for _ in range(ranks)]
             elif isinstance(ranks, ServerError):
                 failures[client] = ranks
             else:
@@ -71,15 +73,16 @@ class SharedSink:
 
     def pack(self, bucket: Bucket) -> Send:
         """See `Sink`. The servers read the bucket where it is, on a GPU or in a segment; otherwise a copy."""
-        flat = as_run(bucket)
-        if flat.run.is_cuda:
+        if bucket[0][1].is_cuda:
+            flat = as_run(bucket)
             torch.cuda.current_stream(flat.run.device).synchronize()
             return partial(self._send, flat, None)
-        segment = self._segments.holding(flat.run)
-        if segment is None:
-            segment = self._segments.take(flat.run.nbytes)
-            flat = copy_to(segment.memory, bucket)
-        return partial(self._send, flat, segment)
+        found = find_run(bucket)
+        segment = self._segments.holding(found.run) if found else None
+        if found is None or segment is None:
+            segment = self._segments.take(size_of(bucket))
+            found = copy_to(segment.memory, bucket)
+        return partial(self._send, found, segment)
 
     async def finish(self) -> Failures:
         """See `Sink`."""
@@ -87,7 +90,8 @@ class SharedSink:
 
     async def close(self) -> None:
         """See `Sink`. The segments stay, for the next session."""
-        self._ranks = {}
+        self._segments.each(Segment.close_to_readers)
+        self._readers = {}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
@@ -96,10 +100,8 @@ class SharedSink:
         self._segments.release()
 
     async def _send(self, flat: Flat, segment: Segment | None) -> Failures:
-        readers = count()
         handles = {
-            client: [_handle(flat, segment, next(readers)) for _ in range(ranks)]
-            for client, ranks in self._ranks.items()
+            client: [_handle(flat, segment, reader) for reader in readers] for client, readers in self._readers.items()
         }
         found = await asyncio.gather(
             *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
@@ -108,7 +110,7 @@ class SharedSink:
         for client, error in zip(handles, found, strict=True):
             if isinstance(error, ServerError):
                 failures[client] = error
-                del self._ranks[client]
+                del self._readers[client]
             elif error is not None:
                 raise error
         return failures

@@ -55,6 +55,12 @@ class Turns(Generic[B]):
                 return buffer
         return None
 
+    def each(self, act: Callable[[B], None]) -> None:
+        """Do something with each buffer that there is."""
+        for buffer in self._buffers:
+            if buffer is not None:
+                act(buffer)
+
     def release(self) -> None:
         """Give both back."""
         self._release(0)
