@@ -79,6 +79,12 @@ class RewardConfig(Section):
     failure_reward: float = 0.0
     workers: int = Field(1, ge=1)
     """Processes that run verifiers."""
+    clip: tuple[float, float] | None = None
+    """Bounds of a verifier's reward in the advantages, for example [0, 1]; null for none."""
+    overlong_buffer: int | None = Field(None, ge=1)
+    """DAPO's penalty: over the last so many tokens below `rollout.max_response_tokens`, what is added to a reward falls
+    linearly from 0 to -`overlong_penalty`; null for none."""
+    overlong_penalty: float = Field(1.0, gt=0)
 
 
 class SGLangConfig(Section):
@@ -166,6 +172,20 @@ class RolloutConfig(Section):
     run or of its continuation; beyond, the run stops. Null for no such gate."""
 
 
+class SelectionConfig(Section):
+    """Which groups a step learns from. Those that it leaves out are replaced by groups of further prompts."""
+
+    drop_dead: bool = False
+    """Leave out groups whose rewards are all equal, which teach nothing: DAPO's dynamic sampling."""
+    filters: tuple[str, ...] = ()
+    """Functions of your own, "module:function", called with a `ScoredGroup`: True keeps it, False leaves it out."""
+    max_rounds: int = Field(10, ge=1)
+    """Times that a step asks for prompts; then it goes on with the groups that it has. 1 replaces nothing."""
+    oversample: float = Field(1.0, ge=1)
+    """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
+    out, too."""
+
+
 class ObjectiveConfig(Section):
     name: Literal["sdpg", "grpo"] = "sdpg"
     """Training method."""
@@ -202,6 +222,8 @@ class ObjectiveConfig(Section):
     """Weight of the reference term."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
     """Reference term as a function of log(pi / pi_ref) of the sampled token."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus: so many times each response token's entropy is taken from the loss."""
     ratio_weighted_regularizers: bool = True
     """Near on-policy, weight the distillation and reference terms by the detached ratio pi / pi_old."""
     correction: Literal["none", "truncate", "mask"] = "none"
@@ -268,6 +290,35 @@ class EvalConfig(Section):
     """Null for the rollout's."""
 
 
+class AlarmConfig(Section):
+    """When a run is warned about. Each threshold may be null, for no such alarm. docs/training.md has the formulas."""
+
+    window: int = Field(5, ge=1)
+    """Steps that "now" is the mean of; the run's first so many are its start."""
+    entropy: float | None = Field(0.1, gt=0)
+    """Least entropy, over that of the run's start."""
+    length_low: float | None = Field(0.25, gt=0)
+    """Least response length, over that of the run's start."""
+    length_high: float | None = Field(4.0, gt=1)
+    """Largest response length, likewise."""
+    truncated: float | None = Field(0.5, gt=0, le=1)
+    """Largest share of responses that are cut at their length limit."""
+    stop_probability: float | None = Field(0.5, gt=0)
+    """Least probability of the stop tokens that end responses, over that of the run's start."""
+    gate: bool = True
+    """Whether to warn where no gate was open for `window` steps."""
+    kl_spike: float | None = Field(5.0, gt=1)
+    """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
+    kl_floor: float = Field(0.05, ge=0)
+    """Nats a token below which no KL is a spike."""
+    dead_groups: float | None = Field(0.9, gt=0, le=1)
+    """Largest share of groups whose rewards are all equal."""
+    reward_gain: float | None = Field(0.05, gt=0)
+    """Rise of the training reward, from one span of evaluations to the next, that held-out accuracy has to follow."""
+    evaluations: int = Field(3, ge=2)
+    """Evaluations of such a span."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(10, ge=0)
     """Save every so many steps, and at the end; 0 for the end only."""
@@ -290,10 +341,12 @@ class RunConfig(Section):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
+    selection: SelectionConfig = SelectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
@@ -364,6 +417,7 @@ def check(config: RunConfig) -> None:
     """Cross-field checks that need nothing but the configuration. Raises `ConfigError`."""
     _check_objective(config.objective)
     _check_steps(config)
+    _check_rewards(config)
     _check_parallel(config.parallel)
     _check_servers(config.rollout.sglang)
 
@@ -408,6 +462,18 @@ def _check_steps(config: RunConfig) -> None:
         )
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError("optimizer.min_lr", optimizer.min_lr, f"at most lr ({optimizer.lr})", "lower it")
+
+
+def _check_rewards(config: RunConfig) -> None:
+    reward, selection, longest = config.reward, config.selection, config.rollout.max_response_tokens
+    if reward.clip is not None and not reward.clip[0] < reward.clip[1]:
+        raise ConfigError("reward.clip", reward.clip, "a lower and a higher bound", "for example [0, 1]")
+    if reward.overlong_buffer is not None and reward.overlong_buffer > longest:
+        expected = f"at most rollout.max_response_tokens ({longest})"
+        raise ConfigError("reward.overlong_buffer", reward.overlong_buffer, expected, "lower it")
+    if selection.oversample > 1 and not (selection.drop_dead or selection.filters):
+        fix = "set selection.drop_dead or selection.filters, or remove it"
+        raise ConfigError("selection.oversample", selection.oversample, "1 where no group is left out", fix)
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:

@@ -70,6 +70,16 @@ class MismatchError(SdpgError):
         )
 
 
+class FilterError(SdpgError):
+    """A group filter of the user's did not say whether to keep a group."""
+
+    def __init__(self, spec: str, uid: str, found: str) -> None:
+        super().__init__(
+            f"selection.filters: {spec} on the group of {uid}: found {found}, expected True or False. Fix: correct it"
+        )
+        self.spec = spec
+
+
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 

@@ -16,7 +16,7 @@ from sdpg_megatron.errors import CheckpointError, ConfigError
 MANIFEST = "manifest.json"
 FORMAT = 1
 FREE_TO_CHANGE = (
-    "run_dir", "parallel", "head", "eval", "checkpoint", "model.path", "data.eval",
+    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "model.path", "data.eval",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
 )  # fmt: skip
 """Fields that may differ between the calls that make up one run. The model may have moved, but not changed: see

@@ -119,6 +119,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> Token
         reference_logprob_T=None if reference_T is None else reference_T[at],
         advantage_T=batch.advantages_T[at],
         gate_T=batch.gates_T[at],
+        entropy_T=head.entropy_T,
     )
 
 

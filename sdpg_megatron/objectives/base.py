@@ -22,6 +22,8 @@ class Needs:
     """Last hidden states of the teacher, for the rows with an open gate."""
     reference: bool = False
     """Log-probs of the sampled tokens under the frozen reference weights."""
+    every_token: bool = False
+    """No pass: a term of the loss counts every token, whatever its advantage, gate and reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class TokenTerms:
     advantage_T: Tensor
     gate_T: Tensor
     """float, 1 where the distillation term counts."""
+    entropy_T: Tensor | None = None
+    """Of the policy, in nats; carries the gradient. None where the caller has no use for it."""
 
 
 @dataclass(frozen=True, slots=True)

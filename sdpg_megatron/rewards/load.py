@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import cast
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
@@ -21,18 +22,29 @@ def load_verifier(spec: str) -> Verifier:
     """
     if spec in VERIFIERS:
         return VERIFIERS[spec]
-    module_name, separator, name = spec.partition(":")
-    if not (separator and module_name and name):
+    if ":" not in spec:
         fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
         raise ConfigError(FIELD, spec, f"{' or '.join(map(repr, VERIFIERS))}, or module:function", fix)
+    return cast(Verifier, load_function(FIELD, spec))
+
+
+def load_function(field: str, spec: str) -> Callable[..., object]:
+    """The user's function that `spec` names as ``module:function``.
+
+    Raises:
+        ConfigError: about `field`: another form, a module that does not import, or no such function in it.
+    """
+    module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise ConfigError(field, spec, "module:function", "write the function as module:function")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         expected = f"a module that imports ({type(error).__name__}: {error})"
-        raise ConfigError(FIELD, spec, expected, "correct it, or put its folder on PYTHONPATH") from error
-    function = getattr(module, name, None)
+        raise ConfigError(field, spec, expected, "correct it, or put its folder on PYTHONPATH") from error
+    function: Callable[..., object] | None = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value)]
         fix = did_you_mean(name, functions) or f"define {name} in {module.__file__}"
-        raise ConfigError(FIELD, spec, f"a function of {module_name}", fix)
-    return cast(Verifier, function)
+        raise ConfigError(field, spec, f"a function of {module_name}", fix)
+    return function

@@ -11,6 +11,7 @@ from sdpg_megatron.architecture import Architecture, check_lengths, check_parall
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rollout.hf import stop_ids
 
@@ -32,13 +33,15 @@ def load_inputs(config: RunConfig) -> Inputs:
 
     Raises:
         ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier or context template; a run folder that cannot be written.
+            template or stop token; an unknown verifier, group filter or context template; a run folder that cannot be
+            written.
         DataError: a row of the data cannot be used.
     """
     arch = read_architecture(config.model.path)
     check_parallel(arch, config.parallel)
     check_lengths(arch, config)
     load_verifier(config.reward.verifier)
+    load_filters(config.selection.filters)
     stops = stop_ids(config.model.path)
     tokenizer = _tokenizer(config)
     try:

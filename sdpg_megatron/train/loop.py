@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +24,24 @@ from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import StepContext
 from sdpg_megatron.objectives.mismatch import DIFFERENCE
+from sdpg_megatron.observe.alarms import Alarms
 from sdpg_megatron.observe.metrics import Metric, merge, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.observe.writers import MultiWriter, open_writers
+from sdpg_megatron.observe.writers import METRICS_FILE, MultiWriter, open_writers, read_metrics
 from sdpg_megatron.records import Prompt, ScoredGroup
+from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, with_corrections
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
-from sdpg_megatron.train.rollouts import describe, mean_reward
+from sdpg_megatron.train.rollouts import describe, mean_reward, with_shaping
+from sdpg_megatron.train.selection import Judge, Selection, select
 from sdpg_megatron.weights import WeightStream, write_folder
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -86,6 +92,8 @@ class Trainer:
         self.fingerprint = fingerprint
         self.prompts = inputs.prompts
         self.cursor = Cursor(len(self.prompts), config.seed, config.data.shuffle)
+        self.shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
+        self.judge = Judge(config.selection, ranks)
         self.objective = objectives.build(config.objective, config.total_optimizer_steps)
         self.learner = Learner(config, inputs.arch, self.objective, ranks)
         self.step = 0
@@ -114,6 +122,7 @@ class Trainer:
         stack.callback(self.progress.close)
         self.writer = open_writers(config.run_dir, self.step) if main else MultiWriter([])
         stack.callback(self.writer.close)
+        self.alarms = Alarms(config.alarms, read_metrics(config.run_dir / METRICS_FILE) if main else [])
         if self._colocated:  # servers divide up the memory that they find
             self.learner.offload()
             self.ranks.barrier()
@@ -147,8 +156,9 @@ class Trainer:
         started = time.perf_counter()
         config = self.config
         with self._phase("rollout"):
-            prompts = [self.prompts[i] for i in self.cursor.take(config.rollout.prompts_per_step)]
-            groups = self.rollouts.run(prompts, self._sampling())
+            selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
+        groups = selection.kept
+        self._warn_of_shortage(selection)
         self._to_training()
         parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
         with self._phase("prepare"):
@@ -162,14 +172,29 @@ class Trainer:
         self.seconds += seconds
         phases = {f"time/{name}": Metric(spent) for name, spent in self.phase_seconds.items()}
         self.phase_seconds.clear()
-        tokens = sum(len(c.tokens) for scored in groups for c in scored.group.completions)
+        tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
         return {
-            **describe(groups),
+            **describe(selection.asked, self.shaping),
+            **(selection.metrics() if self.judge.active else {}),
             **merge(updates),
             **phases,
             "time/step": Metric(seconds),
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
+
+    def _ask(self, count: int, number: int) -> list[ScoredGroup]:
+        """Groups of the next `count` prompts, in round `number` of the step."""
+        prompts = [self.prompts[i] for i in self.cursor.take(count)]
+        return with_shaping(self.rollouts.run(prompts, self._sampling(number)), self.shaping)
+
+    def _warn_of_shortage(self, selection: Selection) -> None:
+        wanted = self.config.rollout.prompts_per_step
+        if len(selection.kept) < wanted and self.ranks.is_main:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items() if count)
+            logger.warning(
+                "step %d: %d of %d groups kept after %d prompts in %d rounds, left out: %s",
+                *(self.step, len(selection.kept), wanted, len(selection.asked), selection.rounds, reasons),
+            )
 
     @property
     def _minibatches(self) -> int:
@@ -183,7 +208,7 @@ class Trainer:
         needs = self.objective.needs(context)
         batch = build_step(
             make_samples(groups, self.config.objective, distill=needs.teacher, stop_ids=self.inputs.stop_ids),
-            regularized=needs.reference,
+            regularized=needs.reference or needs.every_token,
             micro_batch_size=self.config.optimizer.micro_batch_size,
             data_rank=self.ranks.data,
             data_size=self.ranks.data_size,
@@ -255,14 +280,15 @@ class Trainer:
     def _colocated(self) -> bool:
         return self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, number: int) -> Sampling:
+        """How round `number` of the step samples."""
         rollout = self.config.rollout
         return Sampling(
             n=rollout.group_size,
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            seed=self._draw(f"rollout/{self.step}"),
+            seed=self._draw(f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}"),
         )
 
     def _draw(self, purpose: str) -> int:
@@ -300,8 +326,13 @@ class Trainer:
         )
 
     def _report(self, numbers: Mapping[str, float]) -> None:
-        self.writer.write(self.step, numbers)
+        if not self.ranks.is_main:
+            return
+        found = self.alarms.update(self.step, numbers)
+        self.writer.write(self.step, {**numbers, **found.metrics})
         self.progress.step(self.step, numbers)
+        for warning in found.warnings:
+            logger.warning("step %d: %s", self.step, warning)
 
     def _save(self) -> None:
         with self._phase("checkpoint"):

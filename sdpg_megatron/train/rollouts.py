@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from sdpg_megatron.mcore.parallel import Ranks, split_evenly
@@ -10,6 +12,7 @@ from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
+from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling, SharedEngine, WeightsWanted
 
 Weights = Callable[[], Iterable[Bucket]]
@@ -115,15 +118,25 @@ def _drive(weights: Iterable[Bucket]) -> None:
         pass
 
 
-def describe(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
+def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping) -> list[ScoredGroup]:
+    """The same groups with the advantages of their shaped rewards. `rewards` stay the verifier's."""
+    return [
+        replace(scored, advantages=group_advantages(shaping.shape(scored.rewards, scored.group.completions)))
+        for scored in groups
+    ]
+
+
+def describe(groups: Sequence[ScoredGroup], shaping: Shaping) -> dict[str, Metric]:
     """Rewards, lengths and endings of a step's responses."""
-    return merge(_describe(scored) for scored in groups)
+    shaped = (shaping.describe(scored.rewards, scored.group.completions) for scored in groups)
+    return merge(chain(map(_describe, groups), shaped))
 
 
 def _describe(scored: ScoredGroup) -> dict[str, Metric]:
     completions = scored.group.completions
     n = len(completions)
     lengths = [len(completion.tokens) for completion in completions]
+    stops = [math.exp(c.logprobs[-1]) for c in completions if c.finish_reason == "stop"]
     return {
         "reward/mean": Metric(sum(scored.rewards) / n, weight=n),
         "reward/max_in_group": Metric(max(scored.rewards)),
@@ -132,6 +145,7 @@ def _describe(scored: ScoredGroup) -> dict[str, Metric]:
         "rollout/length": Metric(sum(lengths) / n, weight=n),
         "rollout/length_max": Metric(float(max(lengths)), Reduction.MAX),
         "rollout/truncated": Metric(sum(c.finish_reason == "length" for c in completions) / n, weight=n),
+        "rollout/stop_probability": Metric(sum(stops) / max(len(stops), 1), weight=len(stops)),
     }
 
 

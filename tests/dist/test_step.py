@@ -167,6 +167,19 @@ def test_corrections_weigh_the_loss_alike_on_any_layout(model: Path, single: dic
     assert alone["metrics"][0]["train/loss"] != pytest.approx(single["metrics"][0]["train/loss"], rel=0.05)
 
 
+@pytest.mark.parametrize("model", ["tied"], indirect=True)
+def test_an_entropy_bonus_is_the_same_on_any_layout(model: Path, single: dict[str, Any], ranks: RankPool) -> None:
+    alone = ranks.run(two_steps, 1, model, {"objective.entropy_coefficient": 0.5})[0]
+    spread = {"parallel.tensor": 2, "parallel.sequence": True, "optimizer.micro_batch_size": 3}
+    found = ranks.run(two_steps, 2, model, {"objective.entropy_coefficient": 0.5, **spread})[0]
+    for expected, step in zip(alone["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+    bonus = 0.5 * single["metrics"][0]["train/entropy"]
+    assert alone["metrics"][0]["train/loss"] == pytest.approx(single["metrics"][0]["train/loss"] - bonus, rel=1e-4)
+
+
 @each_model
 def test_the_step_teaches(single: dict[str, Any]) -> None:
     """The comparison above is about something: every term is there, and every weight moves."""

@@ -46,7 +46,7 @@ def test_defaults_are_the_papers(minimal: Path) -> None:
 
 
 def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) -> None:
-    assert len(sections()) == 12
+    assert len(sections()) == 14
     for section in sections():
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):
@@ -128,6 +128,9 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("optimizer.min_lr=1", ["optimizer.min_lr: found 1", "at most lr (1e-06)", "lower it"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
         ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
+        ("reward.clip=[1, 0]", ["reward.clip: found (1.0, 0.0)", "a lower and a higher bound"]),
+        ("reward.overlong_buffer=4097", ["overlong_buffer: found 4097", "rollout.max_response_tokens (4096)"]),
+        ("selection.oversample=2", ["selection.oversample: found 2.0", "set selection.drop_dead or"]),
     ],
 )
 def test_a_refusal_names_field_value_and_fix(minimal: Path, override: str, parts: list[str]) -> None:

@@ -1,0 +1,203 @@
+"""What goes wrong in such runs, seen in the metrics: each alarm is a function of the records so far.
+
+A record is a step's metrics by name. "Now" is the mean of a metric's last `window` values, "the start" that of its
+first. An alarm on which nothing can be said, as its metrics are missing or too few, is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from sdpg_megatron.config import AlarmConfig
+
+PREFIX = "alarm/"
+HELD_OUT = "eval/sampled_accuracy"
+KLS = {"teacher": "distill/kl", "reference": "reference/kl", "rollout": "rollout/kl"}
+REWARD, ENTROPY, LENGTH, TRUNCATED = "reward/mean", "train/entropy", "rollout/length", "rollout/truncated"
+DEAD, STOP, GATE, BETA = "reward/dead_groups", "rollout/stop_probability", "distill/gate_rate", "distill/beta"
+
+Record = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """What is to be said about one of them after a step."""
+
+    on: bool
+    text: str
+    """What was found, and what it is held against."""
+
+
+Check = Callable[[Sequence[Record], AlarmConfig], Alarm | None]
+
+
+def entropy_collapse(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """The policy has become nearly deterministic: nothing is explored, and groups have nothing to compare."""
+    return _below_start(records, ENTROPY, config.entropy, config.window)
+
+
+def length_collapse(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Responses have become short: an answer without its reasoning, or an empty one."""
+    return _below_start(records, LENGTH, config.length_low, config.window)
+
+
+def length_explosion(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Responses have become long."""
+    if config.length_high is None or (found := _now_and_start(records, LENGTH, config.window)) is None:
+        return None
+    now, start = found
+    return Alarm(now > config.length_high * start, f"{LENGTH} {now:.4g}, {config.length_high:g} x {start:.4g} at most")
+
+
+def truncation(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Many responses are cut: their rewards say nothing about what they were about to answer."""
+    return _share(records, TRUNCATED, config.truncated, config.window)
+
+
+def stop_probability(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """The policy no longer stops where it could: distillation from a teacher that goes on softens the stop."""
+    return _below_start(records, STOP, config.stop_probability, config.window)
+
+
+def gate_closed(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Nothing is distilled though beta is not 0: no response has a positive advantage."""
+    last = records[-config.window :]
+    wanted = [
+        record[GATE] for record in last if record.get(BETA, 0.0) > 0 and math.isfinite(record.get(GATE, math.nan))
+    ]
+    if not config.gate or len(wanted) < config.window:
+        return None
+    return Alarm(max(wanted) == 0, f"{GATE} {max(wanted):.4g} at most in {config.window} steps, above 0 expected")
+
+
+def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm | None:
+    """A KL jumps from one step to the next."""
+    values = _values(records, name)
+    if config.kl_spike is None or len(values) <= config.window or not _is_there(records, name):
+        return None
+    usual = median(values[-config.window - 1 : -1])
+    limit = max(config.kl_floor, config.kl_spike * usual)
+    return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most beside a usual {usual:.4g}")
+
+
+def dead_groups(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Nearly all groups teach nothing: the prompts are too easy or too hard."""
+    return _share(records, DEAD, config.dead_groups, config.window)
+
+
+def reward_hacking(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """The training reward rises and held-out accuracy does not: what is learnt is the verifier or the format.
+
+    Means over the span of the last `evaluations` evaluations are compared with those over the span before.
+    """
+    evaluated = [place for place, record in enumerate(records) if math.isfinite(record.get(HELD_OUT, math.nan))]
+    count = config.evaluations
+    if config.reward_gain is None or len(evaluated) < 2 * count:
+        return None
+    first, middle, last = evaluated[-2 * count], evaluated[-count - 1], evaluated[-1]
+    spans = [records[first : middle + 1], records[middle + 1 : last + 1]]
+    rewards, accuracies = ([_values(span, name) for span in spans] for name in (REWARD, HELD_OUT))
+    if not all(rewards):
+        return None
+    gain = fmean(rewards[1]) - fmean(rewards[0])
+    followed = fmean(accuracies[1]) - fmean(accuracies[0])
+    text = f"{REWARD} rose by {gain:.4g} over {count} evaluations, {HELD_OUT} by {followed:.4g}"
+    return Alarm(gain >= config.reward_gain and followed <= 0, text)
+
+
+def _spike_of(name: str) -> Check:
+    return lambda records, config: kl_spike(records, config, name)
+
+
+CHECKS: Mapping[str, Check] = {
+    "entropy_collapse": entropy_collapse,
+    "length_collapse": length_collapse,
+    "length_explosion": length_explosion,
+    "truncation": truncation,
+    "stop_probability": stop_probability,
+    "gate_closed": gate_closed,
+    **{f"{of}_kl_spike": _spike_of(name) for of, name in KLS.items()},
+    "dead_groups": dead_groups,
+    "reward_hacking": reward_hacking,
+}
+READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP, GATE, BETA)
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a step's alarms are."""
+
+    metrics: dict[str, float]
+    """``alarm/<name>``: 1 or 0, for those on which something can be said."""
+    warnings: list[str]
+    """One for each that was not on before."""
+
+
+class Alarms:
+    """The alarms of a run, step after step. All its state is the records that metrics.jsonl has."""
+
+    def __init__(self, config: AlarmConfig, records: Sequence[Record]) -> None:
+        """`records`: those of the run so far, each with its "step"; empty for a new run."""
+        self._config = config
+        self._records = [_kept(record) for record in records]
+
+    def update(self, step: int, values: Record) -> Findings:
+        """Take what a step has measured, all at once or bit by bit, and judge the run after it."""
+        if not self._records or self._records[-1]["step"] != step:
+            self._records.append({"step": step})
+        known = self._records[-1]
+        before = self._records[-2] if len(self._records) > 1 else {}
+        joined = {**known, **_kept(values)}
+        found = {name: check([*self._records[:-1], joined], self._config) for name, check in CHECKS.items()}
+        metrics = {f"{PREFIX}{name}": float(alarm.on) for name, alarm in found.items() if alarm}
+        new = [
+            f"{name}: {alarm.text}"
+            for name, alarm in found.items()
+            if alarm and alarm.on and not any(record.get(f"{PREFIX}{name}") for record in (before, known))
+        ]
+        self._records[-1] = {**joined, **metrics}
+        return Findings(metrics, new)
+
+
+def _kept(record: Record) -> dict[str, float]:
+    """What alarms read of a record. A value that is not finite counts as missing, as metrics.jsonl does not keep it."""
+    return {
+        name: value
+        for name, value in record.items()
+        if (name in READ or name == "step" or name.startswith(PREFIX)) and math.isfinite(value)
+    }
+
+
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    return [record[name] for record in records if math.isfinite(record.get(name, math.nan))]
+
+
+def _is_there(records: Sequence[Record], name: str) -> bool:
+    """Whether the last record has it: an alarm speaks where its metric was measured."""
+    return math.isfinite(records[-1].get(name, math.nan))
+
+
+def _now_and_start(records: Sequence[Record], name: str, window: int) -> tuple[float, float] | None:
+    """Means that share no value."""
+    values = _values(records, name)
+    if len(values) < 2 * window or not _is_there(records, name):
+        return None
+    return fmean(values[-window:]), fmean(values[:window])
+
+
+def _below_start(records: Sequence[Record], name: str, share: float | None, window: int) -> Alarm | None:
+    if share is None or (found := _now_and_start(records, name, window)) is None:
+        return None
+    now, start = found
+    return Alarm(now < share * start, f"{name} {now:.4g}, {share:g} x {start:.4g} at least")
+
+
+def _share(records: Sequence[Record], name: str, limit: float | None, window: int) -> Alarm | None:
+    values = _values(records, name)[-window:]
+    if limit is None or len(values) < window or not _is_there(records, name):
+        return None
+    now = fmean(values)
+    return Alarm(now > limit, f"{name} {now:.4g}, {limit:g} at most")

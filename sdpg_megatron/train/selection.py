@@ -1,0 +1,114 @@
+"""Which groups a step learns from, and how it gets others for those that it leaves out.
+
+Every rank makes the same choice from the same groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sdpg_megatron.config import SelectionConfig
+from sdpg_megatron.errors import FilterError
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.metrics import Metric, Reduction
+from sdpg_megatron.records import ScoredGroup
+from sdpg_megatron.rewards.filters import DEAD, dead, is_kept, load_filters
+
+SURPLUS = "surplus"
+
+Ask = Callable[[int, int], Sequence[ScoredGroup]]
+"""(how many, number of the round from 0) -> the groups of the next so many prompts."""
+Verdict = str | None
+"""Why a group is left out; None for one that is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A step's groups."""
+
+    kept: list[ScoredGroup]
+    """In the order of their prompts; as many as were wanted, unless the rounds ran out."""
+    asked: list[ScoredGroup]
+    """All that were generated for it."""
+    rounds: int
+    left_out: Mapping[str, int]
+    """Groups that were not kept, by reason: one of `DEAD`, the name of a filter, or `SURPLUS`."""
+
+    def metrics(self) -> dict[str, Metric]:
+        counts = {"prompts": len(self.asked), "kept": len(self.kept), "rounds": self.rounds}
+        counts |= {f"dropped_{reason}": count for reason, count in self.left_out.items()}
+        return {f"selection/{name}": Metric(float(count), Reduction.SUM) for name, count in counts.items()}
+
+
+def select(ask: Ask, wanted: int, judge: Judge, config: SelectionConfig) -> Selection:
+    """Ask for groups, round by round, until `wanted` of them are kept or `config.max_rounds` have passed.
+
+    Nothing is carried over to the next step: what is left out is gone, so a data cursor says all about where a run is.
+    """
+    kept: list[ScoredGroup] = []
+    asked: list[ScoredGroup] = []
+    left_out = Counter(dict.fromkeys([*judge.reasons, SURPLUS], 0))
+    rounds = 0
+    while len(kept) < wanted and rounds < config.max_rounds:
+        groups = ask(math.ceil((wanted - len(kept)) * config.oversample), rounds)
+        verdicts = judge(groups)
+        asked += groups
+        kept += [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is None]
+        left_out.update(verdict for verdict in verdicts if verdict is not None)
+        rounds += 1
+    left_out[SURPLUS] = max(0, len(kept) - wanted)
+    return Selection(kept[:wanted], asked, rounds, left_out)
+
+
+class Judge:
+    """What `SelectionConfig` says about groups. Every rank asks about the same groups and gets the same verdicts."""
+
+    def __init__(self, config: SelectionConfig, ranks: Ranks) -> None:
+        """Raises `ConfigError` where a filter cannot be loaded."""
+        self._drop_dead = config.drop_dead
+        self._filters = load_filters(config.filters)
+        self._ranks = ranks
+
+    @property
+    def active(self) -> bool:
+        """Whether it leaves anything out."""
+        return self._drop_dead or bool(self._filters)
+
+    @property
+    def reasons(self) -> list[str]:
+        """All that it may give."""
+        return [*(DEAD if self._drop_dead else ()), *map(_name, self._filters)]
+
+    def __call__(self, groups: Sequence[ScoredGroup]) -> list[Verdict]:
+        """A verdict on each group.
+
+        Raises:
+            FilterError: a filter raised, or returned neither True nor False; on every rank.
+        """
+        if not self._filters:
+            return [self._verdict(group) for group in groups]
+        # A filter is asked on one rank alone: one that draws lots, say, must not tell ranks different things.
+        found: list[Verdict] | FilterError | None = None
+        if self._ranks.is_main:
+            try:
+                found = [self._verdict(group) for group in groups]
+            except FilterError as error:
+                found = error
+        shared = self._ranks.gather_all(found)[0]
+        if isinstance(shared, FilterError):
+            raise shared
+        assert shared is not None
+        return shared
+
+    def _verdict(self, scored: ScoredGroup) -> Verdict:
+        if self._drop_dead and (reason := dead(scored)):
+            return reason
+        rejected = (spec for spec, keeps in self._filters.items() if not is_kept(spec, keeps, scored))
+        return next(map(_name, rejected), None)
+
+
+def _name(spec: str) -> str:
+    return spec.partition(":")[2]
