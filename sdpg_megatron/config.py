@@ -311,6 +311,11 @@ class AlarmConfig(Section):
     """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
     kl_floor: float = Field(0.05, ge=0)
     """Nats a token below which no KL is a spike."""
+    gradient_every: int = Field(10, ge=0)
+    """Optimizer steps between measurements of `gradient_ratio`, each at the price of some forward passes of the head; 0
+    for never."""
+    gradient_ratio: float | None = Field(10.0, gt=0)
+    """Largest norm of the distillation term's gradient in the logits, over that of the outcome and reference terms."""
     dead_groups: float | None = Field(0.9, gt=0, le=1)
     """Largest share of groups whose rewards are all equal."""
     reward_gain: float | None = Field(0.05, gt=0)

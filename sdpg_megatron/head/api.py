@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.errors import NumericsError
-from sdpg_megatron.head.autograd import GradInForward, OfLogits, Recompute, Terms, measure_terms
+from sdpg_megatron.head.autograd import GradInForward, OfLogits, Recompute, Terms, measure_squares, measure_terms
 from sdpg_megatron.head.options import HeadOptions
 from sdpg_megatron.head.shard import VocabShard
 
@@ -130,6 +130,34 @@ def head_logprobs(
     return _named(
         measure_terms(*_inputs(hidden_TH, weight_VH, labels_T, vocab, None, options)), labels_T, False
     ).logprob_T
+
+
+@torch.no_grad()
+def head_gradient_squares(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    *,
+    logprob_grad_T: Tensor,
+    divergence_grad_T: Tensor,
+    vocab: VocabShard,
+    teacher: TeacherRows | None = None,
+    options: HeadOptions | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How hard a loss pulls at each row's logits through the log-prob, and through the divergence.
+
+    Two squared L2 norms a row, float64 [T], of the loss's gradient in the logits before temperature, over the whole
+    vocabulary. Costs some three products of `head_logprobs`; a collective alike.
+
+    Args:
+        logprob_grad_T, divergence_grad_T: the loss's gradients in these terms.
+    """
+    options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
+    inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options)
+    by_logprob_T, by_divergence_T = measure_squares(
+        inputs, [(logprob_grad_T, None, None), (None, None, divergence_grad_T)]
+    )
+    return by_logprob_T, by_divergence_T
 
 
 def logits_terms(

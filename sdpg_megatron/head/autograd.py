@@ -53,6 +53,26 @@ def measure_terms(*inputs: Any) -> Terms:
     return _terms(head, [head.measure(rows) for rows in head.chunks()], inputs[5], wide(ordered_TH.dtype))
 
 
+def measure_squares(inputs: Sequence[Any], upstreams: Sequence[Upstream]) -> Tensor:
+    """Squared length of each row's gradient in the logits, for upstream gradients one after the other: float64 [K, T].
+
+    `inputs` as for `head_of_rows`; upstream gradients in the caller's order of rows. Each makes the logits once more.
+    """
+    head, ordered_TH = head_of_rows(*inputs)
+    order_T, vocab = inputs[5], inputs[6]
+    squares_KT = ordered_TH.new_zeros(len(upstreams), ordered_TH.shape[0], dtype=torch.float64)
+    for rows in head.chunks():
+        sums_NC = head.measure(rows)
+        for number, upstream in enumerate(upstreams):
+            coefficients = head.coefficients(sums_NC, _of_rows(upstream, rows, order_T))
+            for columns in head.tiles:
+                gradient_CV = head.gradient(rows, columns, coefficients)
+                squares_KT[number, rows] += torch.linalg.vecdot(gradient_CV, gradient_CV)
+    if vocab.ranks > 1 and squares_KT.numel():
+        dist.all_reduce(squares_KT, group=vocab.group)
+    return torch.stack([_restore(squares_T, order_T) for squares_T in squares_KT])
+
+
 def _terms(head: ChunkedHead, kept: Sequence[Tensor], order_T: Tensor | None, dtype: torch.dtype) -> Terms:
     if not kept:
         none_T = head.labels_T.new_zeros(0, dtype=dtype)

@@ -20,6 +20,7 @@ from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.mismatch import mismatch
+from sdpg_megatron.objectives.pulls import pulls, term_gradients
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
@@ -80,6 +81,8 @@ class ForwardStep:
     objective: Objective
     context: StepContext
     head: Head
+    measures_pulls: bool = False
+    """Also report how hard the parts of the loss pull at the logits: costs some products more."""
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         batch = next(data_iterator)
@@ -94,7 +97,8 @@ class ForwardStep:
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
             return self.objective.loss(token_terms(batch, terms, at_C), self.context).loss_T * weights_T[at_C]
 
-        loss_sum, head = self.head.loss(model, rows(hidden_BSH, batch.student), batch.labels_T, teacher, row_loss)
+        hidden_TH = rows(hidden_BSH, batch.student)
+        loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss)
         terms = token_terms(batch, head, slice(None))
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         metrics = {
@@ -105,6 +109,9 @@ class ForwardStep:
         }
         if batch.corrections_T is not None:
             metrics["rollout/correction"] = TokenMetric(batch.corrections_T)
+        if self.measures_pulls:
+            grads = term_gradients(self.objective, terms, self.context, weights_T)
+            metrics |= pulls(*self.head.gradient_squares(model, hidden_TH, batch.labels_T, teacher, grads))
         count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 

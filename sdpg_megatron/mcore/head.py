@@ -25,6 +25,7 @@ from sdpg_megatron.head import (
     TeacherRows,
     TopK,
     VocabShard,
+    head_gradient_squares,
     head_logprobs,
     head_loss,
 )
@@ -71,6 +72,27 @@ class Head:
         weight_VH = output_weight(model)
         rows_TH = hidden_TH.to(weight_VH.dtype)
         return head_logprobs(rows_TH, weight_VH, labels_T, vocab=self.shard(weight_VH), options=self.options)
+
+    def gradient_squares(
+        self,
+        model: nn.Module,
+        hidden_TH: Tensor,
+        labels_T: Tensor,
+        teacher: TeacherRows | None,
+        grads: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See `sdpg_megatron.head.head_gradient_squares`; `grads` are the loss's in log-prob and divergence."""
+        weight_VH = output_weight(model)
+        return head_gradient_squares(
+            hidden_TH.to(weight_VH.dtype),
+            weight_VH,
+            labels_T,
+            logprob_grad_T=grads[0],
+            divergence_grad_T=grads[1],
+            vocab=self.shard(weight_VH),
+            teacher=teacher,
+            options=self.options,
+        )
 
     def shard(self, weight_VH: Tensor) -> VocabShard:
         """Where this rank's rows of the matrix lie in the vocabulary."""

@@ -23,6 +23,7 @@ from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
 from sdpg_megatron.objectives.mismatch import effective_sample_size
+from sdpg_megatron.objectives.pulls import gradient_ratio
 from sdpg_megatron.observe.metrics import Metric, merge
 from sdpg_megatron.records import MicroBatch
 
@@ -36,6 +37,7 @@ class Learner:
         load_weights(chunks, config.model.path, self.arch, ranks)
         self.ranks = ranks
         self.objective = objective
+        self._pull_every = config.alarms.gradient_every
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
@@ -96,7 +98,8 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        step = ForwardStep(self.objective, context, self.head)
+        measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
+        step = ForwardStep(self.objective, context, self.head, measures_pulls=measures_pulls)
         reports = passes.run_schedule(self.chunks, step, batches)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         succeeded, grad_norm, _ = self.optimizer.step()
@@ -113,6 +116,7 @@ class Learner:
         return {
             **merged,
             **effective_sample_size(merged),
+            **gradient_ratio(merged),
             "optimizer/grad_norm": Metric(float(grad_norm)),
             "optimizer/lr": Metric(learning_rate),
             "optimizer/skipped": Metric(float(not succeeded)),

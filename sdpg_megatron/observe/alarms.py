@@ -18,6 +18,7 @@ HELD_OUT = "eval/sampled_accuracy"
 KLS = {"teacher": "distill/kl", "reference": "reference/kl", "rollout": "rollout/kl"}
 REWARD, ENTROPY, LENGTH, TRUNCATED = "reward/mean", "train/entropy", "rollout/length", "rollout/truncated"
 DEAD, STOP, GATE, BETA = "reward/dead_groups", "rollout/stop_probability", "distill/gate_rate", "distill/beta"
+RATIO = "distill/gradient_ratio"
 
 Record = Mapping[str, float]
 
@@ -83,6 +84,14 @@ def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm
     return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most beside a usual {usual:.4g}")
 
 
+def distillation_outweighs(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """beta times the divergence pulls much harder than the reward. Said of the last measurement, until the next."""
+    values = _values(records, RATIO)
+    if config.gradient_ratio is None or not values:
+        return None
+    return Alarm(values[-1] > config.gradient_ratio, f"{RATIO} {values[-1]:.4g}, {config.gradient_ratio:g} at most")
+
+
 def dead_groups(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
     """Nearly all groups teach nothing: the prompts are too easy or too hard."""
     return _share(records, DEAD, config.dead_groups, config.window)
@@ -120,10 +129,11 @@ CHECKS: Mapping[str, Check] = {
     "stop_probability": stop_probability,
     "gate_closed": gate_closed,
     **{f"{of}_kl_spike": _spike_of(name) for of, name in KLS.items()},
+    "distillation_outweighs": distillation_outweighs,
     "dead_groups": dead_groups,
     "reward_hacking": reward_hacking,
 }
-READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP, GATE, BETA)
+READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP, GATE, BETA, RATIO)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,5 +185,7 @@ def test_the_step_teaches(single: dict[str, Any]) -> None:
     """The comparison above is about something: every term is there, and every weight moves."""
     first, second = single["metrics"]
     assert first["distill/kl"] > 1e-3
+    assert first["distill/gradient_ratio"] > 0  # measured at the first of ten steps
+    assert "distill/gradient_ratio" not in second
     assert abs(first["reference/kl"]) < 1e-9 < second["reference/kl"]
     assert all(gradient.abs().max() > 0 for gradient in single["gradients"].values())

@@ -66,6 +66,9 @@ CASES: list[tuple[str, list[dict[str, float]], bool | None]] = [
     ("reference_kl_spike", history(reference__kl=[*[0.1] * W, 0.6, 0.1]), False),  # over
     ("rollout_kl_spike", history(rollout__kl=[*[0.001] * W, 0.2]), True),
     ("rollout_kl_spike", history(rollout__kl=[*[0.001] * W, 0.02]), False),
+    ("distillation_outweighs", history(distill__gradient_ratio=[0.1, 20.0, None]), True),
+    ("distillation_outweighs", history(distill__gradient_ratio=[20.0, 5.0, None]), False),
+    ("distillation_outweighs", history(train__entropy=BEFORE), None),
     ("dead_groups", history(reward__dead_groups=[0.2, *[0.95] * W]), True),
     ("dead_groups", history(reward__dead_groups=[*[0.95] * W, 0.5]), False),
     ("reward_hacking", evaluated([0.2, 0.3, 0.4, 0.6, 0.8], [0.3, 0.3, 0.35, 0.3, 0.3, 0.25]), True),
@@ -88,7 +91,7 @@ def test_every_alarm_was_tried_both_ways() -> None:
 THRESHOLDS = {
     "entropy": "entropy_collapse", "length_low": "length_collapse", "length_high": "length_explosion",
     "truncated": "truncation", "stop_probability": "stop_probability", "kl_spike": "teacher_kl_spike",
-    "dead_groups": "dead_groups", "reward_gain": "reward_hacking",
+    "gradient_ratio": "distillation_outweighs", "dead_groups": "dead_groups", "reward_gain": "reward_hacking",
 }  # fmt: skip
 
 

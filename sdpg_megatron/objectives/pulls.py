@@ -1,0 +1,45 @@
+"""How hard the parts of a loss pull at the logits, against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
+from sdpg_megatron.observe.metrics import Metric, Reduction
+
+RATIO = "distill/gradient_ratio"
+_POLICY, _DISTILL = "policy/gradient_square", "distill/gradient_square"
+
+
+def term_gradients(
+    objective: Objective, terms: TokenTerms, context: StepContext, weights_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weighted loss in log-prob (the outcome and reference terms') and in divergence, each [T]."""
+    divergence_T = torch.zeros_like(terms.logprob_T) if terms.divergence_T is None else terms.divergence_T
+    with torch.enable_grad():
+        leaves = terms.logprob_T.detach().requires_grad_(), divergence_T.detach().requires_grad_()
+        given = replace(terms, logprob_T=leaves[0], divergence_T=leaves[1])
+        loss_T = objective.loss(given, context).loss_T * weights_T
+        logprob_T, divergence_T = torch.autograd.grad(loss_T.sum(), leaves, materialize_grads=True)
+    return logprob_T, divergence_T
+
+
+def pulls(by_logprob_T: Tensor, by_divergence_T: Tensor) -> dict[str, TokenMetric]:
+    """Report squared lengths of each token's two gradients in the logits, for `gradient_ratio`."""
+    return {
+        _POLICY: TokenMetric(by_logprob_T, Reduction.SUM),
+        _DISTILL: TokenMetric(by_divergence_T, Reduction.SUM),
+    }
+
+
+def gradient_ratio(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """``distill/gradient_ratio``: L2 norm, over all tokens of a step, of the distillation term's gradient in the logits
+    over that of the outcome and reference terms; nothing where it was not measured or the latter is 0."""
+    if _POLICY not in metrics or not metrics[_POLICY].value:
+        return {}
+    return {RATIO: Metric(math.sqrt(metrics[_DISTILL].value / metrics[_POLICY].value))}
