@@ -1,7 +1,7 @@
 """What goes wrong in such runs, seen in the metrics: each alarm is a function of the records so far.
 
-A record is a step's metrics by name. "Now" is the mean of a metric's last `window` values, "the start" that of its
-first. An alarm on which nothing can be said, as its metrics are missing or too few, is None.
+A record is a step's metrics by name, as far as they are finite. "Now" is the mean of a metric's last `window` values,
+"the start" that of its first. An alarm on which nothing can be said, as its metrics are missing or too few, is None.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def gate_closed(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
 def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm | None:
     """A KL jumps from one step to the next."""
     values = _values(records, name)
-    if config.kl_spike is None or len(values) <= config.window or not _is_there(records, name):
+    if config.kl_spike is None or len(values) <= config.window or name not in records[-1]:
         return None
     usual = median(values[-config.window - 1 : -1])
     limit = max(config.kl_floor, config.kl_spike * usual)
@@ -102,7 +102,7 @@ def reward_hacking(records: Sequence[Record], config: AlarmConfig) -> Alarm | No
 
     Means over the span of the last `evaluations` evaluations are compared with those over the span before.
     """
-    evaluated = [place for place, record in enumerate(records) if math.isfinite(record.get(HELD_OUT, math.nan))]
+    evaluated = [place for place, record in enumerate(records) if HELD_OUT in record]
     count = config.evaluations
     if config.reward_gain is None or len(evaluated) < 2 * count:
         return None
@@ -182,18 +182,13 @@ def _kept(record: Record) -> dict[str, float]:
 
 
 def _values(records: Sequence[Record], name: str) -> list[float]:
-    return [record[name] for record in records if math.isfinite(record.get(name, math.nan))]
-
-
-def _is_there(records: Sequence[Record], name: str) -> bool:
-    """Whether the last record has it: an alarm speaks where its metric was measured."""
-    return math.isfinite(records[-1].get(name, math.nan))
+    return [record[name] for record in records if name in record]
 
 
 def _now_and_start(records: Sequence[Record], name: str, window: int) -> tuple[float, float] | None:
     """Means that share no value."""
     values = _values(records, name)
-    if len(values) < 2 * window or not _is_there(records, name):
+    if len(values) < 2 * window or name not in records[-1]:
         return None
     return fmean(values[-window:]), fmean(values[:window])
 
@@ -207,7 +202,7 @@ def _below_start(records: Sequence[Record], name: str, share: float | None, wind
 
 def _share(records: Sequence[Record], name: str, limit: float | None, window: int) -> Alarm | None:
     values = _values(records, name)[-window:]
-    if limit is None or len(values) < window or not _is_there(records, name):
+    if limit is None or len(values) < window or name not in records[-1]:
         return None
     now = fmean(values)
     return Alarm(now > limit, f"{name} {now:.4g}, {limit:g} at most")

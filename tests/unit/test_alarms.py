@@ -156,6 +156,14 @@ def test_an_evaluation_that_comes_later_counts_for_its_step() -> None:
     assert parts.update(len(records), {"reward/mean": 0.8}).warnings == []
 
 
+def test_what_a_step_says_bit_by_bit_is_warned_of_once() -> None:
+    alarms = Alarms(AlarmConfig(), [])
+    for step in range(W - 1):
+        alarms.update(step, {"rollout/truncated": 1.0})
+    assert len(alarms.update(W, {"rollout/truncated": 1.0}).warnings) == 1
+    assert alarms.update(W, {"eval/sampled_accuracy": 0.5}).warnings == []
+
+
 def test_values_that_are_not_finite_count_as_missing() -> None:
     alarms = Alarms(AlarmConfig(), [])
     for step, value in enumerate([*BEFORE, math.nan, *[0.01] * (W - 1)]):
