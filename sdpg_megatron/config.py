@@ -73,7 +73,9 @@ class DataConfig(Section):
 
 class RewardConfig(Section):
     verifier: str = "number"
-    """"number" (last number of the response equals the answer) or "module:function" of your own."""
+    """How a response is scored: "number" (its last number equals the answer), "math" (its last boxed answer, by
+    math-verify), "answer" (its last line "Answer: value"), "exact" (all of it), "reasoning_gym" (the task's own
+    scorer), or "module:function" of your own. docs/data.md says what each accepts."""
     timeout: float = Field(10.0, gt=0)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
     failure_reward: float = 0.0

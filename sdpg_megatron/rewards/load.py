@@ -8,10 +8,18 @@ from typing import cast
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.rewards.base import Verifier
-from sdpg_megatron.rewards.number import number
 
 FIELD = "reward.verifier"
-VERIFIERS: dict[str, Verifier] = {"number": number}
+VERIFIERS = {
+    "number": "sdpg_megatron.rewards.number:number",
+    "math": "sdpg_megatron.rewards.symbolic:math",
+    "answer": "sdpg_megatron.rewards.line:answer",
+    "exact": "sdpg_megatron.rewards.exact:exact",
+    "reasoning_gym": "sdpg_megatron.rewards.gym:reasoning_gym",
+}
+"""The shipped verifiers; each is imported where it is used, as some need a package of their own."""
+EXTRAS = {"math_verify": "math", "reasoning_gym": "gym"}
+"""Packages that this project does not require, and the extra that brings each."""
 
 
 def load_verifier(spec: str) -> Verifier:
@@ -20,16 +28,14 @@ def load_verifier(spec: str) -> Verifier:
     Raises:
         ConfigError: no such verifier, a module that does not import, or no such function in it.
     """
-    if spec in VERIFIERS:
-        return VERIFIERS[spec]
-    if ":" not in spec:
+    if spec not in VERIFIERS and ":" not in spec:
         fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
-        raise ConfigError(FIELD, spec, f"{' or '.join(map(repr, VERIFIERS))}, or module:function", fix)
-    return cast(Verifier, load_function(FIELD, spec))
+        raise ConfigError(FIELD, spec, f"{', '.join(map(repr, VERIFIERS))}, or module:function", fix)
+    return cast(Verifier, load_function(FIELD, VERIFIERS.get(spec, spec)))
 
 
 def load_function(field: str, spec: str) -> Callable[..., object]:
-    """The user's function that `spec` names as ``module:function``.
+    """The function that `spec` names as ``module:function``.
 
     Raises:
         ConfigError: about `field`: another form, a module that does not import, or no such function in it.
@@ -40,6 +46,9 @@ def load_function(field: str, spec: str) -> Callable[..., object]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(error.name or "")):
+            fix = f"pip install 'sdpg-megatron[{extra}]'"
+            raise ConfigError(field, spec, f"the package {error.name}, which is not installed", fix) from error
         expected = f"a module that imports ({type(error).__name__}: {error})"
         raise ConfigError(field, spec, expected, "correct it, or put its folder on PYTHONPATH") from error
     function: Callable[..., object] | None = getattr(module, name, None)

@@ -22,7 +22,7 @@ FLOORS = (
     ("data", "rewards", "objectives", "head", "weights"),
     ("observe",),
     ("architecture",),
-    ("config", "records"),
+    ("config", "records", "answers"),
     ("errors", "__init__"),
 )
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""

@@ -1,0 +1,113 @@
+r"""Answers as text: where a response or a solution states one, and when two are the same.
+
+Everything here takes time linear in the text's length, whatever the text is.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from decimal import Decimal
+
+MAX_LENGTH = 2000
+"""Longest answer in characters; what is longer is not taken for one."""
+
+_BOX_PARTS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_LINE = re.compile(r"^[\s#>*_`-]*(?:the\s+)?(?:final\s+)?answer[*_`]*\s*(?:is\b\s*:?|:)(.*)$", re.IGNORECASE)
+_STATEMENT = re.compile(r"\bfinal\s+answer[*_`]*\s*(?:is\b\s*:?|:)(.*)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?")
+_MATHEMATICS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_MARKUP = "*_` \t\r\n"
+_LAYERS = 4
+_NEXT_SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last complete ``\boxed{...}`` or ``\fbox{...}`` holds, the inner one where boxes nest; None for no box.
+
+    A box that is not closed, as in a response that was cut off, is none.
+    """
+    open_at: list[int | None] = []  # where the content of each open brace starts; None where it is no box
+    last: tuple[int, int] | None = None
+    for part in _BOX_PARTS.finditer(text):
+        match part.group():
+            case "{":
+                open_at.append(None)
+            case "}":
+                start = open_at.pop() if open_at else None
+                if start is not None and (last is None or start > last[0]):
+                    last = start, part.start()
+            case opening if opening.endswith("{") and len(opening) > 2:
+                open_at.append(part.end())
+    return _bounded(text[slice(*last)]) if last else None
+
+
+def last_line(text: str) -> str | None:
+    """The value of the last line of the form ``Answer: value``; of the line after it, where the value stands there.
+
+    Markdown around it, and "The final answer is value", are understood.
+    """
+    lines = text.splitlines()
+    for number in range(len(lines) - 1, -1, -1):
+        if len(lines[number]) <= 2 * MAX_LENGTH and (found := _LINE.match(lines[number])):
+            following = next((line for line in lines[number + 1 :] if line.strip()), "")
+            return _bounded(stripped(found.group(1)) or stripped(following))
+    return None
+
+
+def last_statement(text: str) -> str | None:
+    """What follows the last "final answer is" or "final answer:" in its line and sentence."""
+    statements = _STATEMENT.findall(text)
+    return _bounded(stripped(_NEXT_SENTENCE.split(statements[-1], maxsplit=1)[0])) if statements else None
+
+
+def stripped(text: str) -> str:
+    r"""`text` without what is only around the answer: Markdown, dollar signs, ``\( \)``, a box, a full stop."""
+    text = text.strip(_MARKUP)
+    if (box := last_boxed(text)) is not None:
+        return stripped(box)
+    for _ in range(_LAYERS):
+        text = text.strip(_MARKUP)
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1]
+        for opening, closing in _MATHEMATICS:
+            inner = text[len(opening) : -len(closing)]
+            if text == opening + inner + closing and opening not in inner and closing not in inner:
+                text = inner
+    return text
+
+
+def as_number(text: str) -> Decimal | None:
+    """`text` as a number, exactly, if it is one and nothing else; thousands may carry commas, dollars their sign."""
+    text = stripped(text).replace("\u2212", "-").replace("{,}", ",").replace(r"\!", "").replace(r"\,", "")
+    text = re.sub(r"^([-+]?)\\?\$", r"\1", text).strip()
+    if not _NUMBER.fullmatch(text) or not any(map(str.isdigit, text)):
+        return None
+    return Decimal(text.replace(",", ""))
+
+
+def normalised(text: str) -> str:
+    """`text` for an exact comparison: one Unicode form and case, single blanks, nothing around it."""
+    return " ".join(stripped(unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def canonical(answer: str) -> str:
+    """One spelling for each answer: plain digits for a number ("1,234.50" is "1234.5"), else without what is around it.
+
+    LaTeX within an answer stays as it is.
+    """
+    number = as_number(answer)
+    if number is None:
+        return stripped(answer)
+    digits = f"{number:f}"
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return "0" if digits in ("-0", "") else digits
+
+
+def same(answer: str, stated: str) -> bool:
+    """Whether two answers are equal as numbers or, where they are none, as normalised text."""
+    return normalised(canonical(answer)) == normalised(canonical(stated))
+
+
+def _bounded(answer: str) -> str | None:
+    return answer if answer.strip() and len(answer) <= MAX_LENGTH else None

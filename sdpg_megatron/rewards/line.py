@@ -1,0 +1,23 @@
+"""A verifier for responses whose last line is ``Answer: value``, as DAPO-Math-17k asks for."""
+
+from __future__ import annotations
+
+from sdpg_megatron.answers import last_line, same
+from sdpg_megatron.records import Prompt
+
+try:
+    from sdpg_megatron.rewards.symbolic import equal
+except ModuleNotFoundError as error:
+    if error.name != "math_verify":
+        raise
+    equal = same
+
+
+def answer(prompt: Prompt, response: str) -> float:
+    """1.0 where the value of the last line ``Answer: value`` of `response` is the prompt's answer, else 0.0.
+
+    Two numbers are compared exactly; anything else as mathematics where math-verify is installed, and as normalised
+    text where it is not.
+    """
+    stated = last_line(response)
+    return float(stated is not None and equal(prompt.answer, stated))

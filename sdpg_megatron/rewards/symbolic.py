@@ -1,0 +1,43 @@
+"""Answers compared as mathematics, by math-verify."""
+
+from __future__ import annotations
+
+import logging
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from sdpg_megatron.answers import as_number, last_boxed, last_statement, stripped
+from sdpg_megatron.records import Prompt
+
+# math-verify's own limits are signals, which no long integer operation hears; the pool ends a call that takes too long.
+# Without them it warns once in each process.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+
+
+def math(prompt: Prompt, response: str) -> float:
+    r"""1.0 where the last ``\boxed{...}`` of `response` equals the prompt's answer as mathematics, else 0.0.
+
+    Where there is no box, what follows "final answer is" counts; a response with neither is wrong.
+    """
+    stated = last_boxed(response) or last_statement(response)
+    return float(stated is not None and equal(prompt.answer, stated))
+
+
+def equal(answer: str, stated: str) -> bool:
+    """Whether `stated` is `answer`: exactly where both are plain numbers; else as math-verify compares numbers (to six
+    decimals), sets, intervals, expressions and names.
+
+    It may take any time and much memory: call it where a time limit holds.
+    """
+    expected, found = as_number(answer), as_number(stated)
+    if expected is not None and found is not None:
+        return expected == found
+    return bool(verify(_parse(answer), _parse(stated), timeout_seconds=None))
+
+
+def _parse(text: str) -> list[object]:
+    """What math-verify makes of an answer, best reading first; empty where it makes nothing of it."""
+    parsed: list[object] = parse(f"\\boxed{{{stripped(text)}}}", _TARGETS, parsing_timeout=None)
+    return parsed

@@ -1,0 +1,140 @@
+"""Reading answers out of text."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpg_megatron.answers import (
+    MAX_LENGTH,
+    as_number,
+    canonical,
+    last_boxed,
+    last_line,
+    last_statement,
+    normalised,
+    same,
+    stripped,
+)
+
+LONG = 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\boxed{42}}", "42"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed {3} \fbox{4}", "4"),
+        (r"{ } } \boxed{5}", "5"),
+        (r"{{ \boxed{5}", "5"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{}", None),
+        (r"\boxed{ }", None),
+        (r"\boxed 5", None),
+        (r"\boxed{" + "1" * (MAX_LENGTH + 1) + "}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text: str, content: str | None) -> None:
+    assert last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Answer: 34", "34"),
+        ("thus 3\nanswer: 34.\n", "34"),
+        ("**Answer:** $34$", "34"),
+        ("**Final Answer:**\n\n34", "34"),
+        ("### The final answer is: \\(\\frac12\\)", r"\frac12"),
+        ("Answer: \\boxed{34}", "34"),
+        ("Answer: 1\nAnswer: 2\nthat is all", "2"),
+        ("My answer: 34", None),
+        ("the answer: 34 is wrong\nno", "34 is wrong"),
+        ("answer 34", None),
+        ("Answer:", None),
+        ("Answer: " + "1" * LONG, None),
+        ("", None),
+    ],
+)
+def test_last_line(text: str, value: str | None) -> None:
+    assert last_line(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("So the final answer is $5$. I hope it is right.", "5"),
+        ("Final answer: 1.5 cm", "1.5 cm"),
+        ("the final answer is 1\nno, the final answer is 2", "2"),
+        ("the answer is 1", None),
+    ],
+)
+def test_last_statement(text: str, value: str | None) -> None:
+    assert last_statement(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1,234.50", "1234.50"),
+        ("1{,}234", "1234"),
+        ("-0", "0"),
+        (".5", "0.5"),
+        ("5.", "5"),
+        (r"\$5", "5"),
+        ("-$5", "-5"),
+        ("\u22127", "-7"),
+        ("$ 12 $", "12"),
+        ("007", "7"),
+        ("1,23", None),
+        ("12 cm", None),
+        ("50%", None),
+        ("1/2", None),
+        ("12 or 13", None),
+        ("-", None),
+        (".", None),
+        ("", None),
+    ],
+)
+def test_as_number(text: str, number: str | None) -> None:
+    assert as_number(text) == (None if number is None else Decimal(number))
+
+
+def test_canonical_spellings() -> None:
+    assert [canonical(text) for text in ("027", "27.0", "1,234", "-0.0", "100", "0.10", r"$\frac{1}{2}$.")] == [
+        "27", "27", "1234", "0", "100", "0.1", r"\frac{1}{2}"
+    ]  # fmt: skip
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9))
+def test_a_canonical_number_keeps_its_value_and_stays_as_it_is(value: Decimal) -> None:
+    text = canonical(f"{value:,f}")
+    assert Decimal(text) == value
+    assert canonical(text) == text
+
+
+def test_same() -> None:
+    assert same("12", "12.0") and same("Paris.", " paris") and same("1,000", "$1000$")
+    assert not same("12", "12.01") and not same("AB", "A B")
+    assert normalised("\uff21  b\n") == "a b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{" * (LONG // 7), "{" * LONG, "}" * LONG, "$" * LONG, "*." * (LONG // 2), "Answer:\n" * (LONG // 8),
+     "final answer is " * (LONG // 16), "9" * LONG, "1," * (LONG // 2), "final" + " " * LONG, "the " * (LONG // 4)],
+    ids=lambda text: repr(text[:8]),
+)  # fmt: skip
+def test_long_texts_are_read_in_linear_time(text: str) -> None:
+    """A quadratic reader would take minutes for each."""
+    assert last_boxed(text) is None
+    assert last_line(text) is None
+    last_statement(text), stripped(text), as_number(text), normalised(text)
