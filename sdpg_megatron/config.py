@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,11 +46,28 @@ class ParallelConfig(Section):
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
 
 
+class GymTask(Section):
+    weight: float = Field(1.0, gt=0)
+    """Its share of the prompts, relative to the other tasks' weights."""
+    parameters: dict[str, Any] = {}
+    """The task's own settings, as reasoning_gym.create_dataset takes them."""
+
+
+class GymConfig(Section):
+    """Endless prompts from reasoning-gym, in the place of `data.train`."""
+
+    tasks: dict[str, GymTask] = {}
+    """By reasoning-gym's name, for example {gcd: {weight: 2}, basic_arithmetic: {parameters: {max_terms: 3}}}."""
+    held_out: int = Field(0, ge=0)
+    """Problems for evaluation, in the place of `data.eval`; training never shows them."""
+
+
 class DataConfig(Section):
-    train: tuple[Path, ...]
+    train: tuple[Path, ...] = ()
     """JSONL or Parquet files of prompts."""
     eval: tuple[Path, ...] = ()
     """Held-out prompts; empty for no evaluation."""
+    reasoning_gym: GymConfig = GymConfig()
     question_key: str = "question"
     """Column of the question. The public SDPG format (a `prompt` list of chat messages whose content carries
     [TEACHER_CONTEXT_TOKEN]) is recognised by itself."""
@@ -59,10 +76,15 @@ class DataConfig(Section):
     context_key: str = "context"
     """Column of the privileged context. Where a row has none, the answer stands in for it."""
     context_template: str = "answer"
-    """How the teacher's prompt carries the context: "answer", "solution", or a template of your own with
+    """How the teacher's prompt carries the context: "answer", "solution", "feedback", or a template of your own with
     {question}, {context} and, if wanted, {answer}."""
+    context_of: Literal["own", "other"] = "own"
+    """Whose context and answer the teacher is given: the problem's own or, as a control, those of another problem with
+    another answer, drawn by `seed`."""
     system: str | None = None
     """System message for student and teacher; null leaves the chat template's own default."""
+    template_options: dict[str, Any] = {}
+    """Variables of the model's chat template, for example {enable_thinking: false} for Qwen3."""
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longest student or teacher prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
@@ -422,11 +444,30 @@ def dump(config: RunConfig) -> str:
 
 def check(config: RunConfig) -> None:
     """Cross-field checks that need nothing but the configuration. Raises `ConfigError`."""
+    _check_data(config)
     _check_objective(config.objective)
     _check_steps(config)
     _check_rewards(config)
     _check_parallel(config.parallel)
     _check_servers(config.rollout.sglang)
+
+
+def _check_data(config: RunConfig) -> None:
+    data, gym = config.data, config.data.reasoning_gym
+    if not gym.tasks:
+        if not data.train:
+            raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
+        if gym.held_out:
+            raise ConfigError("data.reasoning_gym.held_out", gym.held_out, "0 without tasks", "use data.eval")
+        if config.reward.verifier == "reasoning_gym":
+            expected = "another verifier: the prompts of files have no reasoning-gym task"
+            raise ConfigError("reward.verifier", "reasoning_gym", expected, "set data.reasoning_gym.tasks")
+        return
+    for name, files in (("train", data.train), ("eval", data.eval)):
+        if files:
+            expected = "none where data.reasoning_gym.tasks has some"
+            fix = "remove one of the two" if name == "train" else "use data.reasoning_gym.held_out"
+            raise ConfigError(f"data.{name}", [str(file) for file in files], expected, fix)
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -533,9 +574,7 @@ def _raise_first(error: ValidationError) -> NoReturn:
 
 
 def _fields(sections: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+    kind: Any = RunConfig
     for section in sections:
-        annotation = model.model_fields[section].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)
+        kind = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[section].annotation
+    return list(kind.model_fields)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 from sdpg_megatron.errors import CheckpointError
 
 
 class Cursor:
-    """A position in an endless sequence of epochs, each a permutation of the dataset."""
+    """A position in an endless sequence of epochs, each a permutation of the dataset; or in an endless source, whose
+    indices count up."""
 
-    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        if size < 1:
+    def __init__(self, size: int | None, seed: int, shuffle: bool) -> None:
+        """`size`: number of prompts; None for an endless source."""
+        if size is not None and size < 1:
             raise ValueError(f"a cursor over {size} prompts")
         self._size = size
         self._seed = seed
@@ -27,11 +30,14 @@ class Cursor:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next index comes from, from 0."""
-        return self._epoch + self._position // self._size
+        """The epoch that the next index comes from, from 0; an endless source has but one."""
+        return self._epoch + (self._position // self._size if self._size is not None else 0)
 
     def take(self, count: int) -> list[int]:
         """The next `count` dataset indices, going on into the next epochs where one ends."""
+        if self._size is None:
+            self._position += count
+            return list(range(self._position - count, self._position))
         taken: list[int] = []
         while len(taken) < count:
             if self._position == self._size:
@@ -42,7 +48,7 @@ class Cursor:
             taken += part
         return taken
 
-    def state(self) -> dict[str, int | bool]:
+    def state(self) -> dict[str, int | bool | None]:
         """Everything that `from_state` needs, as plain values."""
         return {
             "size": self._size,
@@ -53,8 +59,8 @@ class Cursor:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, int | bool], size: int) -> Cursor:
-        """Continue from a saved state over a dataset of `size` prompts.
+    def from_state(cls, state: Mapping[str, Any], size: int | None) -> Cursor:
+        """Continue from a saved state over a dataset of `size` prompts, or an endless source where that is None.
 
         Raises:
             CheckpointError: the state lacks a field, or was saved over a dataset of another size.
@@ -63,8 +69,9 @@ class Cursor:
         if missing:
             raise CheckpointError(f"data cursor: no {', '.join(sorted(missing))} in the saved state")
         if state["size"] != size:
+            saved, found = ("no end of" if count is None else count for count in (state["size"], size))
             raise CheckpointError(
-                f"data cursor: saved over {state['size']} prompts, this dataset has {size}. "
+                f"data cursor: saved over {saved} prompts, this dataset has {found}. "
                 "Fix: continue with the files and length limit that the run started with, or start a new run"
             )
         cursor = cls(size, state["seed"], bool(state["shuffle"]))
@@ -73,6 +80,8 @@ class Cursor:
         return cursor
 
     def _permutation(self) -> list[int]:
+        if self._size is None:
+            return []
         if not self._shuffle:
             return list(range(self._size))
         # Python promises the same random() sequence for a string seed on every platform and version; it does not

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import parse_row
+from sdpg_megatron.data.examples import Example, parse_row
+from sdpg_megatron.data.hints import others
 from sdpg_megatron.data.readers import read_rows
-from sdpg_megatron.data.render import Renderer
+from sdpg_megatron.data.render import Renderer, Tokens
 from sdpg_megatron.errors import DataError
 from sdpg_megatron.records import Prompt
 
@@ -32,44 +33,65 @@ class PromptDataset:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
+    def describe(self) -> str:
+        left_out = f" ({self.dropped} dropped, {self.truncated} truncated)" if self.dropped or self.truncated else ""
+        return f"{len(self)} prompts{left_out}"
+
     @classmethod
-    def load(cls, config: DataConfig, files: Sequence[Path], tokenizer: Any) -> PromptDataset:
+    def load(
+        cls, config: DataConfig, files: Sequence[Path], tokenizer: Any, *, seed: int = 0, taught: bool = True
+    ) -> PromptDataset:
         """Read, render and length-check every row of `files`.
 
         Args:
             tokenizer: transformers tokenizer with a chat template.
+            seed: of what `config.context_of` draws.
+            taught: False where nobody teaches on these prompts: the teacher's is then the student's.
 
         Raises:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
-            ConfigError: the context template or the tokenizer cannot be used.
+            ConfigError: the context template, its options or the tokenizer cannot be used.
         """
         renderer = Renderer(config, tokenizer)
+        named = [
+            (f"{label}:{row.number}", parse_row(row, config, context_needed=taught and renderer.needs_context))
+            for path, label in zip(files, _labels(files), strict=True)
+            for row in read_rows(path)
+        ]
+        examples = [example for _, example in named]
+        hints = others(examples, seed) if taught and config.context_of == "other" else examples
         prompts: list[Prompt] = []
         dropped = truncated = 0
-        for path, label in zip(files, _labels(files), strict=True):
-            for row in read_rows(path):
-                example = parse_row(row, config)
-                student, teacher = renderer.render(example)
-                if max(len(student), len(teacher)) > config.max_prompt_tokens:
-                    if config.overlong == "drop":
-                        dropped += 1
-                        continue
-                    truncated += 1
-                prompts.append(
-                    Prompt(
-                        uid=f"{label}:{row.number}",
-                        student_tokens=student[-config.max_prompt_tokens :],
-                        teacher_tokens=teacher[-config.max_prompt_tokens :],
-                        answer=example.answer,
-                        question=example.question,
-                        metadata=example.metadata,
-                    )
-                )
+        for (uid, example), hint in zip(named, hints, strict=True):
+            student = renderer.student(example)
+            teacher = renderer.teacher(example, hint) if taught else student
+            if max(len(student), len(teacher)) > config.max_prompt_tokens:
+                if config.overlong == "drop":
+                    dropped += 1
+                    continue
+                truncated += 1
+            prompts.append(make_prompt(uid, example, student, teacher, config.max_prompt_tokens))
         if not prompts:
             found = f"{dropped} rows, all longer than {config.max_prompt_tokens} tokens" if dropped else "no rows"
             where = ", ".join(map(str, files)) or "data files"
             raise DataError(where, found, "at least one prompt", "check the files and data.max_prompt_tokens")
         return cls(tuple(prompts), dropped, truncated)
+
+
+def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int) -> Prompt:
+    """The prompt of a rendered example, each side cut on its left to `limit` tokens."""
+    return Prompt(
+        uid=uid,
+        student_tokens=student[-limit:],
+        teacher_tokens=teacher[-limit:],
+        answer=example.answer,
+        question=example.question,
+        metadata=example.metadata,
+    )
 
 
 def _labels(files: Sequence[Path]) -> list[str]:

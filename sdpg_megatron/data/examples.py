@@ -37,12 +37,21 @@ class Example:
     """The row's other columns."""
 
 
-def parse_row(row: Row, config: DataConfig) -> Example:
+def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> Example:
     """Find question, answer and context in a row.
 
     Raises:
-        DataError: a column is missing, empty or of the wrong type.
+        DataError: a column is missing, empty or of the wrong type; with `context_needed` also that of the context.
     """
+    example = _parse(row, config)
+    if context_needed and example.context is None and example.teacher_question is None:
+        found = f"no value in column {config.context_key!r} (columns: {', '.join(row.values)})"
+        expected = f"what the context template {config.context_template!r} tells the teacher"
+        raise DataError(row.where, found, expected, "fill it, set data.context_key, or use another template")
+    return example
+
+
+def _parse(row: Row, config: DataConfig) -> Example:
     used = {CHAT_COLUMN, config.question_key, config.answer_key, config.context_key}
     metadata = {name: value for name, value in row.values.items() if name not in used}
     if _is_chat(row, config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
@@ -22,8 +24,19 @@ CONTEXT_TEMPLATES = {
         "Work the problem out afresh and present a derivation of your own that differs from the one above. "
         "Write as if you had found the result yourself: do not mention or hint that the answer or a solution was given."
     ),
+    "feedback": (
+        "{question}\n\n"
+        "An earlier attempt at this was tried out, with this outcome:\n{context}\n\n"
+        "Use the outcome to get it right this time. "
+        "Write as if this were the first attempt: do not mention the earlier one or its outcome."
+    ),
 }
-"""What the teacher reads in the question's place: the answer alone, or the answer and a worked solution."""
+"""What the teacher reads in the question's place: with the answer alone, with the answer and a worked solution, or with
+an environment's feedback."""
+NEED_CONTEXT = ("feedback",)
+"""Templates that make no sense where a row's answer stands in for its context."""
+RENDERERS_OWN = ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict", "return_tensors")
+"""Arguments of `apply_chat_template` that are no options of a template."""
 
 FIELDS = ("question", "context", "answer")
 
@@ -37,38 +50,68 @@ class Renderer:
             tokenizer: transformers tokenizer with a chat template.
 
         Raises:
-            ConfigError: unknown or faulty context template, or a tokenizer without a chat template.
+            ConfigError: unknown or faulty context template, a tokenizer without a chat template, or an option that its
+                chat template does not know.
         """
         if not tokenizer.chat_template:
             raise ConfigError("model.path", None, "a tokenizer with a chat template", "use an instruction-tuned model")
         self._template = context_template(config.context_template)
+        self.needs_context = config.context_template in NEED_CONTEXT
+        """Whether an example without a context cannot be rendered for the teacher."""
         self._system = config.system
+        self._options = config.template_options
         self._tokenizer = tokenizer
+        _check_options(self._options, tokenizer.get_chat_template())
 
-    def render(self, example: Example) -> tuple[Tokens, Tokens]:
-        """Student and teacher prompt tokens, both ending where the assistant's response begins.
+    def render(self, example: Example, hint: Example | None = None) -> tuple[Tokens, Tokens]:
+        """Student and teacher prompt tokens; see `student` and `teacher`."""
+        return self.student(example), self.teacher(example, hint)
+
+    def student(self, example: Example) -> Tokens:
+        """Prompt tokens of the question, up to where the assistant's response begins.
 
         Raises:
             ConfigError: the chat template refuses the messages.
         """
-        teacher_question = example.teacher_question
-        if teacher_question is None:
-            teacher_question = self._template.format(
-                question=example.question, context=example.context or example.answer, answer=example.answer
-            )
-        return self._tokens(example, example.question), self._tokens(example, teacher_question)
+        return self._tokens(example, example.question)
+
+    def teacher(self, example: Example, hint: Example | None = None) -> Tokens:
+        """Prompt tokens of the question with its privileged context, or with that of `hint` where that is given.
+
+        Raises:
+            ConfigError: the chat template refuses the messages.
+        """
+        told = hint or example
+        if told.teacher_question is not None:
+            return self._tokens(example, example.question + told.teacher_question[len(told.question) :])
+        question = self._template.format(
+            question=example.question, context=told.context or told.answer, answer=told.answer
+        )
+        return self._tokens(example, question)
 
     def _tokens(self, example: Example, question: str) -> Tokens:
         messages: list[Message] = [*example.history, {"role": "user", "content": question}]
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self._system})
         try:
-            tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            tokens = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **self._options
+            )
         except jinja2.TemplateError as error:
             roles = [message["role"] for message in messages]
             expected = f"messages that the model's chat template takes ({error})"
             raise ConfigError("model.path", roles, expected, "change data.system or the rows' roles") from error
         return tuple(tokens)
+
+
+def _check_options(options: Mapping[str, object], chat_template: str) -> None:
+    """Refuse what the chat template would silently ignore: an option is a variable that its text reads."""
+    variables = set(re.findall(r"[A-Za-z_]\w*", chat_template))
+    for name in options:
+        if name not in variables or name in RENDERERS_OWN:
+            fix = did_you_mean(name, variables - set(RENDERERS_OWN)) or "remove it"
+            expected = "a variable of the model's chat template that is left to the user"
+            raise ConfigError("data.template_options", name, expected, fix)
 
 
 def context_template(name_or_template: str) -> str:

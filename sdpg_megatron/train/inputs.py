@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from sdpg_megatron.architecture import Architecture, check_lengths, check_parallel, read_architecture
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import load_verifier
@@ -22,7 +23,7 @@ class Inputs:
 
     arch: Architecture
     tokenizer: Any
-    prompts: PromptDataset
+    prompts: PromptSource
     held_out: PromptDataset | None
     stop_ids: tuple[int, ...]
     """Tokens that end a response."""
@@ -48,11 +49,12 @@ def load_inputs(config: RunConfig) -> Inputs:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
+    prompts, held_out = load_prompts(config.data, tokenizer, config.seed)
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
-        prompts=PromptDataset.load(config.data, config.data.train, tokenizer),
-        held_out=PromptDataset.load(config.data, config.data.eval, tokenizer) if config.data.eval else None,
+        prompts=prompts,
+        held_out=held_out,
         stop_ids=stops,
     )
 

@@ -91,7 +91,7 @@ class Trainer:
         self.config, self.inputs, self.ranks, self.store = config, inputs, ranks, store
         self.fingerprint = fingerprint
         self.prompts = inputs.prompts
-        self.cursor = Cursor(len(self.prompts), config.seed, config.data.shuffle)
+        self.cursor = Cursor(self.prompts.size, config.seed, config.data.shuffle)
         self.shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
         self.judge = Judge(config.selection, ranks)
         self.objective = objectives.build(config.objective, config.total_optimizer_steps)
@@ -109,7 +109,7 @@ class Trainer:
         self.store.load(checkpoint, self.learner)
         self.step, self.seconds = state.step, state.seconds
         self.baseline, self.evaluated = state.baseline, state.evaluated
-        self.cursor = Cursor.from_state(state.cursor, len(self.prompts))
+        self.cursor = Cursor.from_state(state.cursor, self.prompts.size)
 
     def run(self, stack: ExitStack) -> Outcome:
         """Train up to the configured step, then write what a finished run leaves behind.
@@ -317,10 +317,9 @@ class Trainer:
         if not self.ranks.is_main:
             return
         (self.config.run_dir / CONFIG_FILE).write_text(dump(self.config), encoding="utf-8")
-        r, p = self.ranks, self.prompts
-        left_out = f" ({p.dropped} dropped, {p.truncated} truncated)" if p.dropped or p.truncated else ""
+        r = self.ranks
         self.progress.message(
-            f"{self.config.objective.name} on {self.config.model.path.name}: {len(p)} prompts{left_out}, "
+            f"{self.config.objective.name} on {self.config.model.path.name}: {self.prompts.describe()}, "
             f"{r.world} ranks (tensor {r.tensor_size} x pipeline {r.pipeline_size} x data {r.data_size}), "
             f"{self.learner.device.type}; " + (f"continuing after step {self.step}" if self.step else "a new run")
         )

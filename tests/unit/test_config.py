@@ -119,6 +119,12 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("objective.dual_clip=1", ["objective.dual_clip: found 1", "greater than 1"]),
         ("objective.reference=kl", ["objective.reference: found 'kl'", "'urkl'", "'rkl'"]),
         ("objective=sdpg", ["objective: found 'sdpg'", "Fix"]),
+        ("data.train=[]", ["data.train: found []", "data.reasoning_gym.tasks"]),
+        ("data.reasoning_gym.held_out=4", ["data.reasoning_gym.held_out: found 4", "use data.eval"]),
+        ("data.reasoning_gym.tasks.gcd.weight=2", ["data.train: found", "remove one of the two"]),
+        ("data.reasoning_gym.tasks.gcd.wieght=2", ["data.reasoning_gym.tasks.gcd.wieght", "did you mean 'weight'"]),
+        ("data.reasoning_gym.tasks.gcd.weight=0", ["data.reasoning_gym.tasks.gcd.weight: found 0"]),
+        ("reward.verifier=reasoning_gym", ["reward.verifier", "set data.reasoning_gym.tasks"]),
         ("data.train=train.jsonl", ["data.train", "'train.jsonl'", "Fix"]),
         # combinations
         ("optimizer.minibatches=3", ["optimizer.minibatches: found 3", "prompts_per_step (128)", "divides"]),

@@ -42,6 +42,16 @@ def test_epochs_and_seeds_differ() -> None:
     assert Cursor(3, 0, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_an_endless_source_is_counted_through_and_resumed() -> None:
+    cursor = Cursor(None, 0, shuffle=True)
+    assert cursor.take(3) == [0, 1, 2]
+    resumed = Cursor.from_state(json.loads(json.dumps(cursor.state())), None)
+    assert resumed.take(2) == cursor.take(2) == [3, 4]
+    assert resumed.epoch == 0
+    with pytest.raises(CheckpointError, match="saved over no end of prompts, this dataset has 5"):
+        Cursor.from_state(cursor.state(), 5)
+
+
 def test_a_state_of_another_dataset_is_refused() -> None:
     state = Cursor(5, 0, shuffle=True).state()
     with pytest.raises(CheckpointError, match="saved over 5 prompts, this dataset has 6"):

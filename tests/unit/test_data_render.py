@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sdpg_megatron.answers import same
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.examples import MARK, Example
@@ -59,6 +60,60 @@ def test_own_template_and_an_answer_that_stands_in_for_the_context(tokenizer: An
     example = Example(question="Which {x}?", answer="2")
     _, teacher = rendered(tokenizer, example, context_template="{context}|{question}|{{}}")
     assert teacher == turn("2|Which {x}?|{}")
+
+
+def test_feedback_template_shows_what_came_of_it_and_not_the_answer(tokenizer: Any) -> None:
+    example = Example(question="Write f.", answer="secret", context="line 3: ZeroDivisionError")
+    student, teacher = rendered(tokenizer, example, context_template="feedback")
+    assert student == turn("Write f.")
+    assert "Write f." in teacher and "line 3: ZeroDivisionError" in teacher
+    assert "secret" not in teacher
+
+
+def test_feedback_is_needed_where_somebody_teaches(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "1", "context": "c"}, ROWS[0]])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: found no value in column 'context'.*'feedback'"):
+        PromptDataset.load(config(context_template="feedback"), (path,), tokenizer)
+    untaught = PromptDataset.load(config(context_template="feedback"), (path,), tokenizer, taught=False)
+    assert [p.teacher_tokens for p in untaught.prompts] == [p.student_tokens for p in untaught.prompts]
+
+
+def test_the_context_of_another_problem_never_has_the_same_answer(tmp_path: Path, tokenizer: Any) -> None:
+    answers = ["2", "2.0", "46", " 2 ", "7", "46", "$7$", "8"]
+    path = write(tmp_path / "a.jsonl", [{"question": f"q{n}", "answer": a} for n, a in enumerate(answers)])
+    mark = "The correct answer to this problem is: "
+
+    def told(seed: int) -> list[str]:
+        dataset = PromptDataset.load(config(context_of="other"), (path,), tokenizer, seed=seed)
+        texts = [tokenizer.decode(prompt.teacher_tokens) for prompt in dataset.prompts]
+        assert all(f"q{number}\n" in text for number, text in enumerate(texts))
+        assert [prompt.answer for prompt in dataset.prompts] == answers  # the verifier's stay
+        return [text.split(mark)[1].split("<|im_end|>")[0] for text in texts]
+
+    for seed in range(5):
+        assert not any(same(own, other) for own, other in zip(answers, told(seed), strict=True))
+    assert told(1) == told(1)
+    assert len({tuple(told(seed)) for seed in range(5)}) > 1
+
+
+def test_the_context_of_another_marked_row_takes_the_place_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{question}{MARK} It is {answer}."}], "answer": answer}
+        for question, answer in (("1 + 1?", "2"), ("3 + 4?", "7"))
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    dataset = PromptDataset.load(config(context_of="other"), (path,), tokenizer)
+    assert tokenizer.decode(dataset[0].teacher_tokens) == turn("1 + 1? It is 7.")
+
+
+def test_without_another_answer_there_is_no_such_control(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "1.0"}, {"question": "A", "answer": "2"}]
+    with pytest.raises(ConfigError, match=r"data\.context_of: found 'other', expected own .* '1'"):
+        PromptDataset.load(config(context_of="other"), (write(tmp_path / "a.jsonl", rows[:2]),), tokenizer)
+    dataset = PromptDataset.load(config(context_of="other"), (write(tmp_path / "b.jsonl", rows[1:]),), tokenizer)
+    assert len(dataset) == 2
+    with pytest.raises(ConfigError, match=r"data\.context_of"):  # the same question, though answered otherwise
+        PromptDataset.load(config(context_of="other"), (write(tmp_path / "c.jsonl", rows[::2]),), tokenizer)
 
 
 def test_the_rows_own_teacher_question_passes_by_the_template(tokenizer: Any) -> None:

@@ -1,0 +1,161 @@
+"""Endless prompts from reasoning-gym: prompt i follows from the seed and i alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from sdpg_megatron.answers import normalised
+from sdpg_megatron.config import DataConfig, GymTask
+from sdpg_megatron.data.dataset import PromptDataset, make_prompt
+from sdpg_megatron.data.examples import Example
+from sdpg_megatron.data.hints import misleads
+from sdpg_megatron.data.render import Renderer
+from sdpg_megatron.errors import ConfigError, did_you_mean
+from sdpg_megatron.records import Prompt
+
+FIELD = "data.reasoning_gym.tasks"
+BLOCK = 500
+"""Problems that are made from one seed of a task: what reasoning-gym's tasks have at least."""
+ATTEMPTS = 100
+"""Draws for one prompt before the source gives up."""
+VARYING = frozenset(
+    {
+        "codeio", "intermediate_integration", "isomorphic_strings", "knight_swap", "polynomial_multiplication",
+        "ransom_note", "word_ladder",
+    }
+)  # fmt: skip
+"""Tasks of reasoning-gym 0.1.25 whose problems follow from more than the seed: they iterate over sets of strings, or
+draw from the interpreter's generator. The ranks of a run would see different prompts."""
+
+
+class GymSource:
+    """Problems of weighted tasks. The verifier "reasoning_gym" finds task and entry in the prompt's metadata."""
+
+    size = None
+
+    def __init__(self, config: DataConfig, tokenizer: Any, seed: int) -> None:
+        """
+        Args:
+            tokenizer: transformers tokenizer with a chat template.
+
+        Raises:
+            ConfigError: a task that does not exist, takes other parameters, has no answer to tell the teacher, or has
+                too few problems.
+        """
+        self._config = config
+        self._seed = seed
+        self._renderer = Renderer(config, tokenizer)
+        self._tasks = config.reasoning_gym.tasks
+        self._blocks: dict[str, tuple[str, Any]] = {}
+        for name, task in self._tasks.items():
+            _check(name, task)
+        self._reserved: frozenset[str] = frozenset()
+        self.held_out = self._hold_out(config.reasoning_gym.held_out)
+        """None where none are wanted."""
+        for name in self._tasks:  # now, rather than in the middle of the run
+            example = self._fitting(name, "train", 0)
+            if config.context_of == "other":
+                self._hint(name, 0, example)
+
+    def __getitem__(self, index: int) -> Prompt:
+        """
+        Raises:
+            ConfigError: no problem fits.
+        """
+        task, example = self._draw("train", index)
+        hint = self._hint(task, index, example) if self._config.context_of == "other" else None
+        tokens = self._renderer.render(example, hint)
+        return make_prompt(f"{task}:{index}", example, *tokens, self._config.max_prompt_tokens)
+
+    def describe(self) -> str:
+        return f"endless prompts of {', '.join(self._tasks)}"
+
+    def _hold_out(self, count: int) -> PromptDataset | None:
+        """The first `count` different problems of a stream of their own, which training passes over from then on."""
+        prompts: list[Prompt] = []
+        for index in range(count):
+            task, example = self._draw("held out", index)
+            self._reserved |= {normalised(example.question)}
+            tokens = self._renderer.student(example)
+            limit = self._config.max_prompt_tokens
+            prompts.append(make_prompt(f"{task}:held-out-{index}", example, tokens, tokens, limit))
+        return PromptDataset(tuple(prompts)) if prompts else None
+
+    def _draw(self, stream: str, index: int) -> tuple[str, Example]:
+        """Task and problem of `index`."""
+        names = sorted(self._tasks)
+        weights = [self._tasks[name].weight for name in names]
+        task = random.Random(f"{self._seed}/{stream}/{index}").choices(names, weights)[0]
+        return task, self._fitting(task, stream, index)
+
+    def _fitting(self, task: str, stream: str, index: int) -> Example:
+        """The first drawn problem that is not held out and not too long."""
+        for example in self._candidates(task, stream, index):
+            if normalised(example.question) not in self._reserved and self._fits(example):
+                return example
+        raise ConfigError(
+            f"{FIELD}.{task}",
+            f"{ATTEMPTS} problems that are held out or longer than data.max_prompt_tokens",
+            "a task with more and shorter ones",
+            "change its parameters, lower data.reasoning_gym.held_out, or raise data.max_prompt_tokens",
+        )
+
+    def _hint(self, task: str, index: int, example: Example) -> Example:
+        """Another problem of the same task, with another answer."""
+        for other in self._candidates(task, "context", index):
+            if misleads(other, example) and self._fits(example, other):
+                return other
+        expected = f"own with {task}, whose problems hardly differ in their answers, or are too long"
+        raise ConfigError("data.context_of", "other", expected, "change the task's parameters")
+
+    def _candidates(self, task: str, stream: str, index: int) -> Iterator[Example]:
+        for attempt in range(ATTEMPTS):
+            block, place = divmod(index, BLOCK)
+            yield self._example(task, self._entries(task, f"{stream}/{block}/{attempt}")[place])
+
+    def _entries(self, task: str, block: str) -> Any:
+        """The reasoning-gym data set of one block; the last one of each stream and task is kept."""
+        stream = f"{task}/{block.partition('/')[0]}"
+        kept, entries = self._blocks.get(stream, ("", None))
+        if kept != block:
+            seed = random.Random(f"{self._seed}/{task}/{block}").getrandbits(31)
+            entries = reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **self._tasks[task].parameters)
+            self._blocks[stream] = block, entries
+        return entries
+
+    def _example(self, task: str, entry: Mapping[str, Any]) -> Example:
+        problem = {"task": task, "parameters": self._tasks[task].parameters, "entry": entry}
+        return Example(question=entry["question"], answer=_answer(task, entry), metadata={"reasoning_gym": problem})
+
+    def _fits(self, example: Example, hint: Example | None = None) -> bool:
+        limit = self._config.max_prompt_tokens
+        return self._config.overlong == "truncate" or max(map(len, self._renderer.render(example, hint))) <= limit
+
+
+def _check(name: str, task: GymTask) -> None:
+    field = f"{FIELD}.{name}"
+    if name not in DATASETS:
+        fix = did_you_mean(name, DATASETS) or "see reasoning-gym's list of tasks"
+        raise ConfigError(field, name, "a task of reasoning-gym", fix)
+    if name in VARYING:
+        raise ConfigError(field, name, "a task whose problems follow from the seed alone", "use another task")
+    if fixed := sorted({"seed", "size"} & task.parameters.keys()):
+        raise ConfigError(f"{field}.parameters", fixed, "neither seed nor size: the run sets them", "remove them")
+    try:
+        entry = reasoning_gym.create_dataset(name, seed=0, size=BLOCK, **task.parameters)[0]
+    except Exception as error:  # reasoning-gym asserts, and has no error of its own
+        expected = f"parameters that the task takes ({type(error).__name__}: {error})"
+        raise ConfigError(f"{field}.parameters", task.parameters, expected, "correct them") from error
+    _answer(name, entry)
+
+
+def _answer(task: str, entry: Mapping[str, Any]) -> str:
+    if not isinstance(entry["answer"], str) or not entry["answer"].strip():
+        expected = "a task with an answer that the teacher can be told"
+        raise ConfigError(f"{FIELD}.{task}", f"the answer {entry['answer']!r}", expected, "use another task")
+    return str(entry["answer"])

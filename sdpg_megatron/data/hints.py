@@ -1,0 +1,36 @@
+"""The control of a misleading teacher: the context and answer of another problem."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from sdpg_megatron.answers import normalised, same
+from sdpg_megatron.data.examples import Example
+from sdpg_megatron.errors import ConfigError
+
+
+def others(examples: Sequence[Example], seed: int) -> list[Example]:
+    """For each example another one, drawn by `seed`: not the same question, and not the same answer.
+
+    Raises:
+        ConfigError: for some example there is none.
+    """
+    return [_other(examples, index, random.Random(f"{seed}/context/{index}")) for index in range(len(examples))]
+
+
+def misleads(other: Example, example: Example) -> bool:
+    """Whether the context of `other` is that of another problem than `example`'s, and gives another answer."""
+    return not same(example.answer, other.answer) and normalised(example.question) != normalised(other.question)
+
+
+def _other(examples: Sequence[Example], index: int, generator: random.Random) -> Example:
+    """The first that misleads, from a drawn place on."""
+    start = int(generator.random() * len(examples))
+    for place in range(start, start + len(examples)):
+        other = examples[place % len(examples)]
+        if misleads(other, examples[index]):
+            return other
+    answer = examples[index].answer
+    expected = f"own where every problem has the answer {answer!r} or the same question"
+    raise ConfigError("data.context_of", "other", expected, "use data whose answers differ")

@@ -1,0 +1,50 @@
+"""Where a run's prompts come from."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from sdpg_megatron.config import DataConfig
+from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.records import Prompt
+
+
+class PromptSource(Protocol):
+    """Prompts by index. Every rank makes the same prompt of the same index, also in a later run."""
+
+    @property
+    def size(self) -> int | None:
+        """Number of prompts; None for a source without end."""
+        ...
+
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    def describe(self) -> str:
+        """What there is, in a few words."""
+        ...
+
+
+def load_prompts(config: DataConfig, tokenizer: Any, seed: int) -> tuple[PromptSource, PromptDataset | None]:
+    """The prompts to train on and, if there are any, the held-out ones.
+
+    Args:
+        tokenizer: transformers tokenizer with a chat template.
+        seed: the run's.
+
+    Raises:
+        ConfigError: the context template, the tokenizer or a reasoning-gym task cannot be used.
+        DataError: a row of a file cannot be used.
+    """
+    if config.reasoning_gym.tasks:
+        try:
+            from sdpg_megatron.data.gym import GymSource
+        except ModuleNotFoundError as error:
+            if error.name != "reasoning_gym":
+                raise
+            expected, fix = "the package reasoning_gym, which is not installed", "pip install 'sdpg-megatron[gym]'"
+            raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
+        source = GymSource(config, tokenizer, seed)
+        return source, source.held_out
+    held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False) if config.eval else None
+    return PromptDataset.load(config, config.train, tokenizer, seed=seed), held_out
