@@ -1,0 +1,313 @@
+"""Turn public mathematics data sets into the project's JSONL: one train.jsonl, and a file for each evaluation set.
+
+    python tools/prepare_data.py data --train dapo-math-17k --eval aime-2024 aime-2025 amc-2023
+    python tools/prepare_data.py data --train downloads/dapo-math-17k.parquet --eval downloads/aime_2024
+
+A source is a known name, which is fetched from the Hugging Face hub, or a Parquet or JSONL file, or a folder of them.
+Every row gets question, answer, source and, where the set has worked solutions, context. A question that occurs more
+than once is kept once; with answers that differ it is dropped; one that is evaluated on is not trained on. Questions
+are compared as text, without regard to case, blanks, dollar signs and a few LaTeX spellings. What was left out is
+counted in the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdpg_megatron.answers import canonical, last_boxed, same
+from sdpg_megatron.data.readers import Row, read_rows
+from sdpg_megatron.errors import DataError, SdpgError
+
+SUFFIXES = (".parquet", ".jsonl")
+TRAIN = "train.jsonl"
+INSTRUCTIONS = {
+    "boxed": "\n\nReason step by step and put the final answer in \\boxed{}.",
+    "answer": '\n\nReason step by step. The last line of the reply must be "Answer: " and the final answer.',
+    "none": "",
+}
+"""What is appended to every question, for the verifiers math and answer, and for others."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set on the hub."""
+
+    repository: str
+    train: str
+    """Files to train on, as a pattern."""
+    eval: str
+    """Files to evaluate on; the same where the set has one split."""
+
+
+PUBLISHED = {
+    "dapo-math-17k": Published("BytedTsinghua-SIA/DAPO-Math-17k", "data/*.parquet", "data/*.parquet"),
+    "aime-2024": Published("HuggingFaceH4/aime_2024", "data/*.parquet", "data/*.parquet"),
+    "aime-2025": Published("opencompass/AIME2025", "*.jsonl", "*.jsonl"),
+    "amc-2023": Published("math-ai/amc23", "*.parquet", "*.parquet"),
+    "gsm8k": Published("openai/gsm8k", "main/train-*.parquet", "main/test-*.parquet"),
+    "math": Published("EleutherAI/hendrycks_math", "*/train-*.parquet", "*/test-*.parquet"),
+    "math-500": Published("HuggingFaceH4/MATH-500", "test.jsonl", "test.jsonl"),
+}
+
+QUESTIONS = ("problem", "Problem", "question", "prompt")
+ANSWERS = ("answer", "Answer")
+SOLUTIONS = ("solution", "Solution")
+GSM8K_MARK = "####"
+GSM8K_CALCULATION = re.compile(r"<<[^<>]*>>")
+DAPO_OPENING = "Solve the following math problem step by step."
+DAPO_CLOSING = "Remember to put your answer on its own line"
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    """Empty where the row states none."""
+    context: str | None
+    source: str
+
+    @property
+    def key(self) -> str:
+        return question_key(self.question)
+
+    def line(self, instruction: str) -> str:
+        values = {"question": self.question + instruction, "answer": self.answer, "source": self.source}
+        return json.dumps(values | ({"context": self.context} if self.context else {}), ensure_ascii=False) + "\n"
+
+
+@dataclass
+class Kept:
+    """The problems of one output file, by their question, and what was left out."""
+
+    problems: dict[str, Problem] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    conflicts: set[str] = field(default_factory=set)
+
+    def add(self, problem: Problem) -> None:
+        """Keep the problem if its question is new; drop the question for good where its answers differ."""
+        key = problem.key
+        self.counts["rows"] += 1
+        first = self.problems.get(key)
+        if not problem.answer:
+            self.counts["without an answer"] += 1
+        elif key in self.conflicts:
+            self.counts["with conflicting answers"] += 1
+        elif first is None:
+            self.problems[key] = problem
+        elif same(first.answer, problem.answer):
+            self.counts["repeated" if first.source == problem.source else "repeated in another source"] += 1
+        else:
+            del self.problems[key]
+            self.conflicts.add(key)
+            self.counts["with conflicting answers"] += 2
+
+    def leave_out(self, keys: set[str]) -> None:
+        """Drop the problems that are evaluated on."""
+        for key in keys & self.problems.keys():
+            del self.problems[key]
+            self.counts["evaluated on"] += 1
+
+    def report(self, name: str) -> str:
+        left_out = [f"{count} {why}" for why, count in sorted(self.counts.items()) if why != "rows"]
+        return f"{name}: {len(self.problems)} of {self.counts['rows']} rows" + "".join(f", {part}" for part in left_out)
+
+
+def question_key(question: str) -> str:
+    """What two spellings of one question have in common."""
+    text = unicodedata.normalize("NFKC", question).casefold()
+    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|\\?\$|\\[()\[\]]", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\s+", "", text)).rstrip(".")
+
+
+def parse(row: Row, source: str) -> Problem:
+    """The problem that a row of any of the published layouts states.
+
+    Raises:
+        DataError: the row has none of the columns that they have.
+    """
+    question, answer, context = _chat(row) if isinstance(row.values.get("prompt"), list) else _columns(row)
+    return Problem(_bare(question), canonical(answer), context, source)
+
+
+def _chat(row: Row) -> tuple[str, str, str | None]:
+    """DAPO-Math-17k and other sets in its layout: a chat, and the answer beside it."""
+    messages, reward = row.values["prompt"], row.values.get("reward_model")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, Mapping) or not isinstance(last.get("content"), str):
+        raise _unusable(row, "prompt", "a list of {role, content} messages")
+    if not isinstance(reward, Mapping) or not isinstance(reward.get("ground_truth"), str):
+        raise _unusable(row, "reward_model", "a mapping with the text ground_truth")
+    return last["content"], reward["ground_truth"], None
+
+
+def _columns(row: Row) -> tuple[str, str, str | None]:
+    """A question, with an answer, a solution, or both; in GSM8K the answer is both."""
+    question = _first(row, QUESTIONS)
+    answer, solution = _first(row, ANSWERS), _first(row, SOLUTIONS)
+    if question is None or (answer is None and solution is None):
+        raise _unusable(row, "", f"one of {', '.join(QUESTIONS)} and one of {', '.join((*ANSWERS, *SOLUTIONS))}")
+    if answer is None and solution is not None:
+        if "prompt" in row.values:  # a processed DAPO-Math-17k: its solution is the answer alone
+            return question, solution, None
+        return question, last_boxed(solution) or "", solution
+    assert answer is not None
+    worked, mark, final = answer.rpartition(GSM8K_MARK)
+    if mark:
+        return question, final, GSM8K_CALCULATION.sub("", worked).strip()
+    return question, answer, solution
+
+
+def _first(row: Row, names: Sequence[str]) -> str | None:
+    """The first of the columns that has text or a number, as text."""
+    for name in names:
+        value = row.values.get(name)
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+            return str(value)
+    return None
+
+
+def _bare(question: str) -> str:
+    """`question` without the instructions that DAPO-Math-17k wraps it in."""
+    paragraphs = question.strip().split("\n\n")
+    if paragraphs[0].startswith(DAPO_OPENING):
+        paragraphs = paragraphs[1:]
+        if paragraphs and paragraphs[-1].startswith(DAPO_CLOSING):
+            paragraphs = paragraphs[:-1]
+    return "\n\n".join(paragraphs).strip()
+
+
+def _unusable(row: Row, column: str, expected: str) -> DataError:
+    columns = f"the columns {', '.join(row.values)}"
+    found = f"{row.values.get(column)!r} in column {column!r}" if column else columns
+    return DataError(row.where, found, expected, "pass a file as it was published, or rename its columns")
+
+
+def label(source: str) -> str:
+    """What a source is called in rows and file names."""
+    return Path(source).name if source in PUBLISHED or Path(source).is_dir() else Path(source).stem
+
+
+def files_of(source: str, split: str) -> list[Path]:
+    """A source's files.
+
+    Raises:
+        DataError: no such file or data set, or it cannot be fetched.
+    """
+    if published := PUBLISHED.get(source):
+        pattern = published.train if split == "train" else published.eval
+        folder = fetch(published.repository, pattern)
+        return _found(source, sorted(folder.glob(pattern)))
+    path = Path(source)
+    if path.is_dir():
+        return _found(source, sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES))
+    if not path.exists():
+        expected = f"a file, a folder, or one of {', '.join(PUBLISHED)}"
+        raise DataError(source, "nothing of that name", expected, "correct it")
+    return [path]
+
+
+def _found(source: str, files: list[Path]) -> list[Path]:
+    if not files:
+        raise DataError(source, "no files", f"{' or '.join(SUFFIXES)} files", "check the source")
+    return files
+
+
+def fetch(repository: str, pattern: str) -> Path:
+    """Download the matching files of a data set on the hub; the folder that they are in."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
+    except Exception as error:  # whatever network, hub or library raise
+        fix = "download the files by other means, and pass their path"
+        raise DataError(repository, f"{type(error).__name__}: {error}", "a data set to download", fix) from error
+
+
+def read(source: str, split: str) -> Iterator[Problem]:
+    for file in files_of(source, split):
+        for row in read_rows(file):
+            yield parse(row, label(source))
+
+
+def prepare(train: Sequence[str], evaluation: Sequence[str]) -> dict[str, Kept]:
+    """What goes into each output file.
+
+    Raises:
+        DataError: a source cannot be read, two evaluation sets have one name, or nothing is left to train on.
+    """
+    outputs: dict[str, Kept] = {}
+    for source in evaluation:
+        name = f"{label(source)}.jsonl"
+        if name in outputs or name == TRAIN:
+            raise DataError(source, f"the name {name} a second time", "another", "rename the file or folder")
+        outputs[name] = _collect([source], "eval")
+    taken = {key for kept in outputs.values() for key in kept.problems.keys() | kept.conflicts}
+    kept = _collect(train, "train")
+    kept.leave_out(taken)
+    if train and not kept.problems:
+        raise DataError(", ".join(train), kept.report("nothing left"), "problems to train on", "use other sources")
+    return ({TRAIN: kept} if train else {}) | outputs
+
+
+def _collect(sources: Sequence[str], split: str) -> Kept:
+    kept = Kept()
+    for source in sources:
+        for problem in read(source, split):
+            kept.add(problem)
+    return kept
+
+
+def write(folder: Path, outputs: Mapping[str, Kept], instruction: str) -> None:
+    """Write all files aside, then put them in place: none is ever half there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside:
+        for name, kept in outputs.items():
+            with (Path(aside) / name).open("w", encoding="utf-8") as file:
+                file.writelines(problem.line(instruction) for problem in kept.problems.values())
+        for name in outputs:
+            (Path(aside) / name).replace(folder / name)
+
+
+def shared(outputs: Mapping[str, Kept]) -> Iterator[str]:
+    """Evaluation sets that have problems in common; each keeps them."""
+    sets = [(name, kept.problems.keys()) for name, kept in outputs.items() if name != TRAIN]
+    for place, (name, keys) in enumerate(sets):
+        for other, others in sets[place + 1 :]:
+            if common := len(keys & others):
+                yield f"{name} and {other}: {common} problems in common"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Turn public mathematics data sets into the project's JSONL.")
+    parser.add_argument("folder", type=Path, help="where the files go")
+    known = ", ".join(PUBLISHED)
+    parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help=f"a path, or one of {known}")
+    parser.add_argument("--eval", nargs="+", default=[], metavar="SOURCE", help="likewise; each gets a file of its own")
+    parser.add_argument(
+        "--instruction", choices=INSTRUCTIONS, default="boxed", help="appended to each question (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if not options.train and not options.eval:
+        parser.error("expected --train or --eval with at least one source")
+    try:
+        outputs = prepare(options.train, options.eval)
+        write(options.folder, outputs, INSTRUCTIONS[options.instruction])
+    except (SdpgError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    report = [kept.report(str(options.folder / name)) for name, kept in outputs.items()]
+    sys.stdout.write("\n".join([*report, *shared(outputs)]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
