@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
+from sdpg_megatron.methods import UNDISTILLED, Method, defaults
 
 
 class Section(BaseModel):
@@ -211,8 +212,10 @@ class SelectionConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["sdpg", "grpo"] = "sdpg"
-    """Training method."""
+    """The defaults written here are SDPG's; `methods.DEFAULTS` has what other methods have instead."""
+
+    name: Method = "sdpg"
+    """Training method; docs/methods.md has them all."""
     policy: Literal["ratio", "reinforce"] = "ratio"
     """Outcome term: clipped importance ratio, or advantage-weighted log-prob. Equal gradients with one mini-batch."""
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -221,7 +224,7 @@ class ObjectiveConfig(Section):
     dual_clip: float | None = Field(10.0, gt=1)
     """Bound c of the ratio where the advantage is negative; null for none."""
     beta: float = Field(1e-3, ge=0)
-    """Weight of the distillation term; grpo has none, and 0 here."""
+    """Weight of the distillation term; 0 for methods that have none."""
     beta_warmup_steps: int | None = Field(None, ge=0)
     """Steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
     beta_decay_steps: int | None = Field(None, ge=0)
@@ -242,6 +245,12 @@ class ObjectiveConfig(Section):
     """Distil where the sampled token is a stop token, too. The privileged teacher keeps mass on going on."""
     teacher_temperature: float | None = Field(None, gt=0)
     """Divides the teacher's logits; null for the rollout's temperature, as the student's."""
+    credit: float = Field(0.5, ge=0, le=1)
+    """rlsd: share lambda of a token's advantage that the teacher scales, at the first optimizer step."""
+    credit_decay_steps: int = Field(50, ge=0)
+    """Optimizer steps over which that share falls to 0; 0 to keep it."""
+    credit_clip: float = Field(0.2, gt=0, lt=1)
+    """The teacher's scale is clipped to [1 - credit_clip, 1 + credit_clip]."""
     alpha: float = Field(1e-3, ge=0)
     """Weight of the reference term."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
@@ -250,6 +259,8 @@ class ObjectiveConfig(Section):
     """Weight of an entropy bonus: so many times each response token's entropy is taken from the loss."""
     ratio_weighted_regularizers: bool = True
     """Near on-policy, weight the distillation and reference terms by the detached ratio pi / pi_old."""
+    regularizer_ratio_bound: float | None = Field(None, gt=1)
+    """Largest such ratio; null for none."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """What is done about the difference of trainer and rollout engine. The importance weight of a token is the ratio of
     its probability in training, under the weights that it was sampled from, to that in rollout. "truncate": its loss is
@@ -263,9 +274,8 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_teacher(cls, tree: Any) -> Any:
-        """GRPO has no teacher: its beta is 0 unless stated, and `check` refuses it where it is stated otherwise."""
-        return {"beta": 0.0, **tree} if isinstance(tree, dict) and tree.get("name") == "grpo" else tree
+    def _of_method(cls, tree: Any) -> Any:
+        return {**defaults(tree.get("name")), **tree} if isinstance(tree, dict) else tree
 
 
 class HeadConfig(Section):
@@ -473,8 +483,12 @@ def _check_data(config: RunConfig) -> None:
 def _check_objective(objective: ObjectiveConfig) -> None:
     if objective.divergence == "sampled_token" and objective.top_k:
         raise ConfigError("objective.top_k", objective.top_k, "null with sampled_token", "remove it")
-    if objective.name == "grpo" and objective.beta:
-        raise ConfigError("objective.beta", objective.beta, "0 with grpo, which has no teacher", "use sdpg")
+    if objective.name in UNDISTILLED and objective.beta:
+        expected = f"0 with {objective.name}, which has no distillation term"
+        raise ConfigError("objective.beta", objective.beta, expected, "use sdpg")
+    if objective.name == "rlsd" and objective.divergence != "sampled_token":
+        expected = "sampled_token with rlsd, which reads no other token"
+        raise ConfigError("objective.divergence", objective.divergence, expected, "remove it")
 
 
 def _check_steps(config: RunConfig) -> None:

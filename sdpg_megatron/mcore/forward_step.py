@@ -127,6 +127,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> Token
         advantage_T=batch.advantages_T[at],
         gate_T=batch.gates_T[at],
         entropy_T=head.entropy_T,
+        teacher_logprob_T=head.teacher_logprob_T,
     )
 
 

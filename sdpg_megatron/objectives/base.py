@@ -24,6 +24,8 @@ class Needs:
     """Log-probs of the sampled tokens under the frozen reference weights."""
     every_token: bool = False
     """No pass: a term of the loss counts every token, whatever its advantage, gate and reference."""
+    outcome: bool = True
+    """Advantages. Without them a response that the teacher does not read teaches nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,9 @@ class TokenTerms:
     reference_logprob_T: Tensor | None
     advantage_T: Tensor
     gate_T: Tensor
-    """float, 1 where the distillation term counts."""
+    """float, 1 where the teacher counts."""
+    teacher_logprob_T: Tensor | None = None
+    """log q(y_t), 0 on rows with a closed gate; carries no gradient. None without a teacher."""
     entropy_T: Tensor | None = None
     """Of the policy, in nats; carries the gradient. None where the caller has no use for it."""
 
@@ -73,6 +77,9 @@ class TokenLoss:
     loss_T: Tensor
     metrics: Mapping[str, TokenMetric] = field(default_factory=dict)
 
+    def __add__(self, other: TokenLoss) -> TokenLoss:
+        return TokenLoss(self.loss_T + other.loss_T, {**self.metrics, **other.metrics})
+
 
 class Objective(Protocol):
     """A training method: one file, one line of configuration."""
@@ -81,6 +88,10 @@ class Objective(Protocol):
 
     def needs(self, context: StepContext) -> Needs:
         """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0."""
+        ...
+
+    def taught(self, advantage: float) -> bool:
+        """Whether the teacher is to read a response with this advantage, at a step that needs the teacher."""
         ...
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:

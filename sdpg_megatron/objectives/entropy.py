@@ -18,6 +18,9 @@ class EntropyBonus:
     def needs(self, context: StepContext) -> Needs:
         return replace(self.objective.needs(context), every_token=True)
 
+    def taught(self, advantage: float) -> bool:
+        return self.objective.taught(advantage)
+
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
         """Raises `ValueError` where the terms have no entropy."""
         if terms.entropy_T is None:

@@ -28,4 +28,5 @@ def regularizer_weight(terms: TokenTerms, config: ObjectiveConfig) -> Tensor:
     """What the distillation and reference terms are multiplied by: rho without its gradient, or 1."""
     if not config.ratio_weighted_regularizers:
         return torch.ones_like(terms.logprob_T)
-    return importance_ratio(terms.logprob_T.detach(), terms.old_logprob_T)
+    ratio_T = importance_ratio(terms.logprob_T.detach(), terms.old_logprob_T)
+    return ratio_T if config.regularizer_ratio_bound is None else ratio_T.clamp(max=config.regularizer_ratio_bound)

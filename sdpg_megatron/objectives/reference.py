@@ -17,8 +17,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from sdpg_megatron.objectives.base import TokenLoss, TokenMetric
-from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, bounded_exp
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, bounded_exp, regularizer_weight
 
 Mode = Literal["urkl", "ufkl", "fkl", "rkl"]
 
@@ -47,3 +48,15 @@ def reference_term(mode: Mode, logprob_T: Tensor, reference_logprob_T: Tensor) -
         "reference/bounded_fraction": (r_T < -LOG_RATIO_BOUND).to(r_T.dtype),
     }
     return TokenLoss(value_T, {name: TokenMetric(values_T) for name, values_T in metrics.items()})
+
+
+def held(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
+    """alpha times the term that the configuration names, weighted as it says.
+
+    Raises:
+        ValueError: the reference's log-probs are lacking.
+    """
+    if terms.reference_logprob_T is None:
+        raise ValueError("alpha > 0 needs the log-probs of the reference")
+    term = reference_term(config.reference, terms.logprob_T, terms.reference_logprob_T)
+    return TokenLoss(config.alpha * regularizer_weight(terms, config) * term.loss_T, term.metrics)

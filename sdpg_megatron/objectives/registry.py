@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Objective
+from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.objectives.dapo import DAPO
 from sdpg_megatron.objectives.entropy import EntropyBonus
 from sdpg_megatron.objectives.grpo import GRPO
+from sdpg_megatron.objectives.opcd import OPCD
+from sdpg_megatron.objectives.opsd import OPSD
+from sdpg_megatron.objectives.rlsd import RLSD
+from sdpg_megatron.objectives.rpg import RPG
 from sdpg_megatron.objectives.schedules import BetaSchedule
 from sdpg_megatron.objectives.sdpg import SDPG
+from sdpg_megatron.objectives.sdpo import SDPO
+
+UNSCHEDULED = {method.name: method for method in (GRPO, DAPO, RPG, RLSD)}
+SCHEDULED = {method.name: method for method in (SDPG, OPSD, OPCD, SDPO)}
+"""Methods whose distillation term has a weight that moves over the run."""
 
 
 def build(config: ObjectiveConfig, total_steps: int) -> Objective:
@@ -17,9 +27,18 @@ def build(config: ObjectiveConfig, total_steps: int) -> Objective:
 
 
 def _named(config: ObjectiveConfig, total_steps: int) -> Objective:
-    match config.name:
-        case "sdpg":
-            schedule = BetaSchedule.build(config.beta, config.beta_warmup_steps, config.beta_decay_steps, total_steps)
-            return SDPG(config, schedule)
-        case "grpo":
-            return GRPO(config)
+    if config.name in UNSCHEDULED:
+        return UNSCHEDULED[config.name](config)
+    schedule = BetaSchedule.build(config.beta, config.beta_warmup_steps, config.beta_decay_steps, total_steps)
+    return SCHEDULED[config.name](config, schedule)
+
+
+def needs_of_run(objective: Objective, total_steps: int) -> Needs:
+    """What some step of a run needs."""
+    steps = [objective.needs(StepContext(step, total_steps)) for step in range(total_steps)]
+    return Needs(
+        teacher=any(needs.teacher for needs in steps),
+        reference=any(needs.reference for needs in steps),
+        every_token=any(needs.every_token for needs in steps),
+        outcome=any(needs.outcome for needs in steps),
+    )

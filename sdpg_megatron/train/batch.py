@@ -6,7 +6,7 @@ Every rank holds all groups and computes the same plan, so denominators are glob
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ class Sample:
     logprobs: tuple[float, ...]
     advantage: float
     gates: tuple[bool, ...]
-    """Which response tokens the distillation term counts."""
+    """At which response tokens the teacher counts."""
     weight: float
     """Loss weight of each of its tokens."""
 
@@ -57,10 +57,26 @@ class StepBatch:
         return replace(self, micro_batches=micro_batches)
 
 
+def nobody(advantage: float) -> bool:
+    """`make_samples`' `taught` for a step without a teacher."""
+    return False
+
+
 def make_samples(
-    groups: Sequence[ScoredGroup], config: ObjectiveConfig, *, distill: bool, stop_ids: Sequence[int] = ()
+    groups: Sequence[ScoredGroup],
+    config: ObjectiveConfig,
+    *,
+    taught: Callable[[float], bool],
+    outcome: bool = True,
+    stop_ids: Sequence[int] = (),
 ) -> list[Sample]:
-    """Flatten groups, with gates (all closed unless the step distils) and aggregation weights over the whole step."""
+    """Flatten groups, with gates and aggregation weights over the whole step.
+
+    Args:
+        taught: `Objective.taught`, or `nobody`.
+        outcome: the loss reads advantages; otherwise the samples have none.
+        stop_ids: tokens that the teacher may be kept from, see `ObjectiveConfig.distill_stop_tokens`.
+    """
     undistilled = frozenset[int]() if config.distill_stop_tokens else frozenset(stop_ids)
     lengths = [len(c.tokens) for scored in groups for c in scored.group.completions]
     group_ids = [number for number, scored in enumerate(groups) for _ in scored.group.completions]
@@ -71,11 +87,8 @@ def make_samples(
             teacher_prompt=scored.group.prompt.teacher_tokens,
             response=completion.tokens,
             logprobs=completion.logprobs,
-            advantage=advantage,
-            gates=tuple(
-                distill and (advantage > 0 or not config.gate) and token not in undistilled
-                for token in completion.tokens
-            ),
+            advantage=advantage if outcome else 0.0,
+            gates=tuple(taught(advantage) and token not in undistilled for token in completion.tokens),
             weight=next(weights),
         )
         for scored in groups

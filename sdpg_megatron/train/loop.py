@@ -33,7 +33,7 @@ from sdpg_megatron.observe.writers import METRICS_FILE, MultiWriter, open_writer
 from sdpg_megatron.records import Prompt, ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
-from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, with_corrections
+from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobody, with_corrections
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
@@ -207,7 +207,13 @@ class Trainer:
         """Build one mini-batch, with what has to be computed before the rollout's weights change."""
         needs = self.objective.needs(context)
         batch = build_step(
-            make_samples(groups, self.config.objective, distill=needs.teacher, stop_ids=self.inputs.stop_ids),
+            make_samples(
+                groups,
+                self.config.objective,
+                taught=self.objective.taught if needs.teacher else nobody,
+                outcome=needs.outcome,
+                stop_ids=self.inputs.stop_ids,
+            ),
             regularized=needs.reference or needs.every_token,
             micro_batch_size=self.config.optimizer.micro_batch_size,
             data_rank=self.ranks.data,

@@ -60,10 +60,12 @@ class Layout:
 
 
 def step_batches(config: RunConfig, vocab: int, ranks: Any) -> list[Any]:
+    from sdpg_megatron import objectives
     from sdpg_megatron.train.batch import build_step, make_samples
 
+    taught = objectives.build(config.objective, config.total_optimizer_steps).taught
     return build_step(
-        make_samples(scored_groups(vocab), config.objective, distill=True),
+        make_samples(scored_groups(vocab), config.objective, taught=taught),
         regularized=True,
         micro_batch_size=config.optimizer.micro_batch_size,
         data_rank=ranks.data,

@@ -29,12 +29,12 @@ def updates(
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step, make_samples
+    from sdpg_megatron.train.batch import build_step, make_samples, nobody
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=False)
+    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, taught=nobody)
     batch = build_step(
         [
             dataclasses.replace(sample, advantage=sample.advantage * scale)

@@ -88,7 +88,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
     learner = Learner(config, read_architecture(folder), objective, ranks)
-    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, distill=True)
+    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, taught=objective.taught)
     batch = build_step(
         samples,
         regularized=True,

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
-from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, make_samples, with_corrections
+from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, nobody, with_corrections
+from sdpg_megatron.train.batch import make_samples as samples_of
 
 CPU = torch.device("cpu")
+
+
+def make_samples(
+    groups: list[ScoredGroup], config: ObjectiveConfig, *, distill: bool, stop_ids: Sequence[int] = ()
+) -> list[Sample]:
+    """Of a step with a teacher or without."""
+    return samples_of(groups, config, taught=build(config, 1).taught if distill else nobody, stop_ids=stop_ids)
 
 
 def sample(prompt: int, response: int, *, teacher: int = 9, gate: bool = False, weight: float = 1.0) -> Sample:
@@ -130,6 +141,35 @@ def test_the_gate_opens_for_positive_advantages_alone() -> None:
     assert [s.gate for s in make_samples(groups, ObjectiveConfig(), distill=True)] == [True, False, False, False]
     assert all(s.gate for s in make_samples(groups, ObjectiveConfig(gate=False), distill=True))
     assert not any(s.gate for s in make_samples(groups, ObjectiveConfig(), distill=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "taught"),
+    [
+        ("sdpg", [True, False, False, False]),
+        ("grpo", [False] * 4),
+        ("dapo", [False] * 4),
+        ("rpg", [False] * 4),
+        ("rlsd", [True, True, False, False]),
+        ("opsd", [True] * 4),
+        ("opcd", [True] * 4),
+        ("sdpo", [True] * 4),
+    ],
+)
+def test_each_method_has_the_teacher_read_what_it_learns_from(name: Any, taught: list[bool]) -> None:
+    """A group with one right answer of two, and one without advantages."""
+    config = ObjectiveConfig(name=name)
+    groups = [group([1, 0], [2, 3]), group([1, 1], [1, 1])]
+    assert [s.gate for s in make_samples(groups, config, distill=True)] == taught
+
+
+def test_a_loss_without_an_outcome_term_learns_from_taught_samples_alone() -> None:
+    groups = [group([1, 0], [2, 3])]
+    samples = samples_of(groups, ObjectiveConfig(), taught=lambda advantage: advantage > 0, outcome=False)
+    assert [s.advantage for s in samples] == [0, 0]
+    (batch,) = step_of(samples, regularized=False).micro_batches
+    assert batch.num_tokens == 2 and batch.gates_T.tolist() == [1, 1]
+    assert (batch.weights_T / batch.num_tokens).tolist() == pytest.approx([1 / 5] * 2)
 
 
 STOP, OTHER_STOP = 50, 51

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdpg_megatron.config import RunConfig, Section, apply_override, dump, load, parse
+from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section, apply_override, dump, load, parse
 from sdpg_megatron.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
@@ -153,10 +153,54 @@ def test_ramps_count_together(minimal: Path) -> None:
     assert load(minimal, [*both, "optimizer.minibatches=2"]).total_optimizer_steps == 200
 
 
-def test_grpo_has_no_teacher(minimal: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective\.beta: found 0\.5, expected 0 with grpo"):
-        load(minimal, ["objective.name=grpo", "objective.beta=0.5"])
-    assert load(minimal, ["objective.name=grpo"]).objective.name == "grpo"
+@pytest.mark.parametrize("name", ["grpo", "dapo", "rpg", "rlsd"])
+def test_a_method_without_a_distillation_term_has_no_beta(minimal: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"objective\.beta: found 0\.5, expected 0 with {name}"):
+        load(minimal, [f"objective.name={name}", "objective.beta=0.5"])
+    assert load(minimal, [f"objective.name={name}"]).objective.beta == 0
+
+
+def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.divergence: found 'jsd', expected sampled_token with rlsd"):
+        load(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "sdpg": {"clip_high": 0.28, "dual_clip": 10.0, "alpha": 1e-3, "reference": "urkl", "aggregation": "token-mean"},
+    "rpg": {"beta": 0, "clip_high": 0.28, "alpha": 1e-3, "reference": "urkl"},
+    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "alpha": 0, "aggregation": "sequence-mean"},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "alpha": 0, "aggregation": "token-mean"},
+    "rlsd": {"clip_high": 0.2, "credit": 0.5, "credit_decay_steps": 50, "credit_clip": 0.2, "alpha": 0},
+    "opsd": {"divergence": "jsd", "jsd_beta": 0.5, "top_k": None, "gate": False, "beta": 1, "beta_decay_steps": 0},
+    "opcd": {"divergence": "reverse_kl", "top_k": None, "gate": False, "beta": 1, "alpha": 0},
+    "sdpo": {"divergence": "jsd", "top_k": 100, "gate": False, "beta": 1, "regularizer_ratio_bound": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_defaults_are_its_papers_and_show(minimal: Path, tmp_path: Path, name: str) -> None:
+    config = load(minimal, [f"objective.name={name}"])
+    shown = yaml.safe_load(dump(config))["objective"]
+    assert {field: shown[field] for field in METHODS[name]} == METHODS[name]
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_every_method_is_one_of_these() -> None:
+    assert set(METHODS) == set(get_args(ObjectiveConfig.model_fields["name"].annotation))
+
+
+def test_what_is_set_wins_over_a_methods_default(minimal: Path) -> None:
+    fields = ["name=sdpo", "top_k=null", "alpha=0.5", "gate=true", "beta_decay_steps=null"]
+    objective = load(minimal, [f"objective.{field}" for field in fields]).objective
+    assert (objective.top_k, objective.alpha, objective.gate, objective.beta_decay_steps) == (None, 0.5, True, None)
+    assert objective.divergence == "jsd"
+
+
+def test_an_unknown_method_is_refused_by_name(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.name: found 'ppo'.*'sdpg'"):
+        load(minimal, ["objective.name=ppo"])
 
 
 @pytest.mark.parametrize(
@@ -199,13 +243,6 @@ def test_dump_and_parse_are_inverse(beta: float, lr: float, template: str, warmu
     }
     config = parse(tree)
     assert parse(yaml.safe_load(dump(config))) == config
-
-
-def test_a_dumped_grpo_run_loads_again(minimal: Path, tmp_path: Path) -> None:
-    config = load(minimal, ["objective.name=grpo"])
-    again = tmp_path / "resolved.yaml"
-    again.write_text(dump(config))
-    assert load(again) == config
 
 
 def test_apply_override_makes_missing_sections() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +106,8 @@ def package_loss(sample: Sample, hidden_TH: Tensor, weight_VH: Tensor, objective
         teacher=TeacherRows(sample.teacher_TH[rows_G], rows_G),
         options=HeadOptions(chunk_rows=5),
     )
-    loss: TokenLoss = objective.loss(token_terms(sample, head.logprob_T, head.divergence_T), CONTEXT)
+    terms = token_terms(sample, head.logprob_T, head.divergence_T)
+    loss: TokenLoss = objective.loss(replace(terms, teacher_logprob_T=head.teacher_logprob_T), CONTEXT)
     return loss
 
 
@@ -182,25 +184,101 @@ def test_same_distribution_costs_nothing() -> None:
         assert_close(one, other, **EXACT)
 
 
-def test_no_beta_is_rpg() -> None:
-    """SDPG with beta 0 is its own outcome and reference terms: what the same configuration gives without a teacher."""
+def same_loss(one: ObjectiveConfig, other: ObjectiveConfig) -> None:
+    """Values and gradients, to the bit."""
     sample = make_sample()
-    terms = token_terms(sample, sample.old_logprob_T, None)
-    rpg = build(ObjectiveConfig(beta=0.0, alpha=0.3), TOTAL).loss(terms, CONTEXT)
-    grpo = build(ObjectiveConfig(name="grpo", alpha=0.3), TOTAL).loss(terms, CONTEXT)
-    assert torch.equal(rpg.loss_T, grpo.loss_T)
-    assert "distill/kl" not in rpg.metrics
+    found = []
+    for config in (one, other):
+        logprob_T = sample.old_logprob_T.clone() + torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+        terms = token_terms(sample, logprob_T.requires_grad_(), None)
+        loss_T = build(config, TOTAL).loss(terms, CONTEXT).loss_T
+        found.append((loss_T, *torch.autograd.grad(loss_T.sum(), logprob_T)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_on_policy_ratio_has_the_gradient_of_reinforce() -> None:
+def test_sdpg_without_beta_is_rpg() -> None:
+    same_loss(ObjectiveConfig(beta=0.0, alpha=0.3), ObjectiveConfig(name="rpg", alpha=0.3))
+
+
+def test_rlsd_without_credit_is_grpo() -> None:
+    """And at the end of the credit's decay; then it needs no teacher either."""
+    same_loss(ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="grpo"))
+    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=CONTEXT.step), ObjectiveConfig(name="grpo"))
+    for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
+        assert build(config, TOTAL).needs(CONTEXT) == Needs()
+
+
+def test_dapo_with_equal_clips_is_grpo_with_a_token_mean() -> None:
+    dapo = ObjectiveConfig(name="dapo", clip_high=0.2)
+    grpo = ObjectiveConfig(name="grpo", aggregation="token-mean")
+    same_loss(dapo, grpo)
+    assert dapo.aggregation == grpo.aggregation
+
+
+@pytest.mark.parametrize("name", ["sdpg", "rpg", "grpo", "dapo", "rlsd"])
+def test_on_policy_clips_have_the_gradient_of_reinforce(name: Any) -> None:
     sample = make_sample(near_policy=False)
     gradients = []
     for policy in ("ratio", "reinforce"):
-        objective = build(ObjectiveConfig(policy=policy, beta=0.7, alpha=0.3), TOTAL)
+        objective = build(ObjectiveConfig(name=name, policy=policy), TOTAL)
         hidden_TH = sample.hidden_TH.clone().requires_grad_()
         loss_T = package_loss(sample, hidden_TH, sample.weight_VH, objective).loss_T
         gradients.append(torch.autograd.grad(loss_T.sum(), hidden_TH)[0])
     assert_close(gradients[0], gradients[1], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
+def test_methods_without_a_verifier_do_not_read_rewards(name: Any) -> None:
+    sample = make_sample()
+    objective = build(ObjectiveConfig(name=name), TOTAL)
+    terms = token_terms(sample, sample.old_logprob_T, torch.ones(ROWS, dtype=torch.float64))
+    loss_T = objective.loss(terms, CONTEXT).loss_T
+    assert torch.equal(objective.loss(replace(terms, advantage_T=-terms.advantage_T), CONTEXT).loss_T, loss_T)
+    assert_close(loss_T, terms.gate_T)
+    assert not objective.needs(CONTEXT).outcome
+
+
+@pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
+def test_a_micro_batch_without_a_teacher_still_has_a_graph(name: Any) -> None:
+    """The schedule runs backward through it."""
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), None)
+    loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(replace(terms, gate_T=0 * terms.gate_T), CONTEXT).loss_T
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), terms.logprob_T)
+    assert not loss_T.any() and not gradient_T.any()
+
+
+def test_the_ratio_of_a_regulariser_can_be_bounded() -> None:
+    sample = make_sample()
+    terms = token_terms(sample, sample.old_logprob_T + 3, torch.ones(ROWS, dtype=torch.float64))
+    free, bound = (
+        build(ObjectiveConfig(name="sdpo", regularizer_ratio_bound=bound), TOTAL).loss(terms, CONTEXT).loss_T
+        for bound in (None, 1.5)
+    )
+    assert_close(free, math.exp(3) * terms.gate_T)
+    assert_close(bound, 1.5 * terms.gate_T)
+
+
+def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
+    """Ratios e and 1/e to a right and a wrong response; a third has a closed gate."""
+    sample = make_sample(near_policy=False)
+    gate_T = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64).repeat_interleave(4)
+    gap_T = torch.tensor([1.0, -0.1], dtype=torch.float64).repeat(6)
+    terms = replace(
+        token_terms(sample, sample.old_logprob_T, None),
+        gate_T=gate_T,
+        teacher_logprob_T=sample.old_logprob_T + gap_T,
+    )
+    loss = build(ObjectiveConfig(name="rlsd", credit_decay_steps=0), TOTAL).loss(terms, CONTEXT)
+    right, wrong = [1.2, math.exp(-0.1)], [0.8, math.exp(0.1)]
+    expected_T = 0.5 + 0.5 * torch.tensor([*2 * right, *2 * wrong, *4 * [1.0]], dtype=torch.float64)
+    assert_close(loss.loss_T, -sample.advantage_T * expected_T)
+    assert_close(loss.metrics["credit/weight"].values_T, expected_T)
+    fraction = loss.metrics["credit/clip_fraction"]
+    assert fraction.mask_T is not None
+    assert fraction.values_T[fraction.mask_T].tolist() == [1, 0] * 4
+    with pytest.raises(ValueError, match="teacher's log-probs"):
+        build(ObjectiveConfig(name="rlsd"), TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +290,12 @@ def test_on_policy_ratio_has_the_gradient_of_reinforce() -> None:
         (ObjectiveConfig(beta=0.0, alpha=0.1), 20, Needs(teacher=False, reference=True)),
         (ObjectiveConfig(name="grpo", alpha=0.0), 20, Needs()),
         (ObjectiveConfig(name="grpo", alpha=0.1), 20, Needs(reference=True)),
+        (ObjectiveConfig(name="dapo"), 20, Needs()),
+        (ObjectiveConfig(name="rpg"), 20, Needs(reference=True)),
+        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher=True)),
+        (ObjectiveConfig(name="opsd"), 0, Needs(teacher=True, outcome=False)),
+        (ObjectiveConfig(name="opcd"), 39, Needs(teacher=True, outcome=False)),
+        (ObjectiveConfig(name="sdpo", alpha=0.1), 0, Needs(teacher=True, reference=True, outcome=False)),
     ],
 )
 def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: Needs) -> None:
@@ -221,7 +305,7 @@ def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: 
     # What is not needed is not read either.
     sample = make_sample()
     divergence_T = torch.ones(ROWS, dtype=torch.float64) if expected.teacher else None
-    terms = token_terms(sample, sample.old_logprob_T, divergence_T)
+    terms = replace(token_terms(sample, sample.old_logprob_T, divergence_T), teacher_logprob_T=divergence_T)
     if not expected.reference:
         terms = replace(terms, reference_logprob_T=None)
     assert objective.loss(terms, context).loss_T.isfinite().all()

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.distillation import clip
 from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.reference import reference_term, reference_value
 from sdpg_megatron.objectives.schedules import BetaSchedule
-from sdpg_megatron.objectives.sdpg import clip
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
 

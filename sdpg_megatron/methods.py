@@ -1,0 +1,62 @@
+"""What each method's fields of `objective` are by default, where that differs from SDPG's.
+
+A field that the user sets always wins. `config.ObjectiveConfig` merges these in before it checks anything, so that the
+resolved configuration shows them. docs/methods.md has the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Method = Literal["sdpg", "rpg", "grpo", "dapo", "rlsd", "opsd", "opcd", "sdpo"]
+TEACHERLESS = ("grpo", "dapo", "rpg")
+UNDISTILLED = (*TEACHERLESS, "rlsd")
+"""Methods without a distillation term: their beta is 0."""
+
+_GRPO: Mapping[str, object] = {
+    "beta": 0.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": None,
+    "alpha": 0.0,
+    "reference": "ufkl",
+    "aggregation": "sequence-mean",
+}
+_DISTILLATION: Mapping[str, object] = {
+    "beta": 1.0,
+    "beta_warmup_steps": 0,
+    "beta_decay_steps": 0,
+    "gate": False,
+    "alpha": 0.0,
+    "ratio_weighted_regularizers": False,
+    "aggregation": "sequence-mean",
+}
+
+DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
+    {
+        "sdpg": {},
+        "rpg": {"beta": 0.0},
+        "grpo": _GRPO,
+        "dapo": {**_GRPO, "clip_high": 0.28, "aggregation": "token-mean"},
+        "rlsd": {**_GRPO, "divergence": "sampled_token", "gate": False},
+        "opsd": {**_DISTILLATION, "divergence": "jsd"},
+        "opcd": _DISTILLATION,
+        "sdpo": {
+            **_DISTILLATION,
+            "divergence": "jsd",
+            "top_k": 100,
+            "ratio_weighted_regularizers": True,
+            "regularizer_ratio_bound": 2.0,
+            "distill_average": "gated",
+            "aggregation": "token-mean",
+        },
+    }
+)
+assert set(DEFAULTS) == set(get_args(Method))
+
+
+def defaults(method: object) -> Mapping[str, object]:
+    """The defaults of a method; none for what is not the name of one, which the configuration refuses by itself."""
+    return next((fields for name, fields in DEFAULTS.items() if name == method), {})

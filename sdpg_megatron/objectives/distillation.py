@@ -1,0 +1,71 @@
+"""The distillation term: what draws the student's distribution to that of the privileged teacher. T response tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.ratios import regularizer_weight
+from sdpg_megatron.objectives.reference import held
+from sdpg_megatron.objectives.schedules import BetaSchedule
+
+
+class Distillation:
+    """beta(k) m D(p, SG q) + alpha * L_K: no outcome term, so that rewards are reported and nothing else."""
+
+    name = "distillation"
+
+    def __init__(self, config: ObjectiveConfig, schedule: BetaSchedule) -> None:
+        self.config = config
+        self.schedule = schedule
+
+    def needs(self, context: StepContext) -> Needs:
+        return Needs(teacher=self.schedule.at(context.step) > 0, reference=self.config.alpha > 0, outcome=False)
+
+    def taught(self, advantage: float) -> bool:
+        return advantage > 0 or not self.config.gate
+
+    def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
+        # The schedule runs backward through every micro-batch, also where nothing is distilled.
+        loss = TokenLoss(0 * terms.logprob_T) + distilled(terms, self.config, self.schedule.at(context.step), context)
+        return loss + held(terms, self.config) if self.config.alpha else loss
+
+
+def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
+    """The term at the weight `beta`, which may be 0.
+
+    Raises:
+        ValueError: the divergence is lacking where it counts.
+    """
+    metrics = {
+        "distill/beta": TokenMetric(torch.full_like(terms.gate_T, beta)),
+        "distill/gate_rate": TokenMetric(terms.gate_T),
+    }
+    if not beta:
+        return TokenLoss(torch.zeros_like(terms.gate_T), metrics)
+    divergence_T = _divergence(terms)
+    gated_T = terms.gate_T > 0
+    metrics["distill/kl"] = TokenMetric(divergence_T.detach(), mask_T=gated_T)
+    if config.divergence_clip is not None:
+        clipped_T = divergence_T.detach().abs() > config.divergence_clip
+        metrics["distill/clip_fraction"] = TokenMetric(clipped_T.float(), mask_T=gated_T)
+        divergence_T = clip(divergence_T, config.divergence_clip)
+    weight_T = beta * context.distill_scale * regularizer_weight(terms, config) * terms.gate_T
+    return TokenLoss(weight_T * divergence_T, metrics)
+
+
+def clip(divergence_T: Tensor, bound: float) -> Tensor:
+    """A divergence of at most `bound` in size. Beyond, its gradient is scaled by bound / divergence, not cut to 0."""
+    size_T = divergence_T.detach().abs()
+    return divergence_T * (bound / size_T.clamp(min=bound))
+
+
+def _divergence(terms: TokenTerms) -> Tensor:
+    """The divergence, which a micro-batch without an open gate may lack."""
+    if terms.divergence_T is not None:
+        return terms.divergence_T
+    if bool(terms.gate_T.any()):
+        raise ValueError("beta > 0 and an open gate need the divergence to the teacher")
+    return torch.zeros_like(terms.gate_T)

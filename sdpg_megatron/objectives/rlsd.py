@@ -1,0 +1,61 @@
+"""RLSD: the verifier says which way a response's tokens go, the privileged teacher how far (arXiv 2604.03128).
+
+T response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.grpo import GRPO
+from sdpg_megatron.objectives.ratios import bounded_exp
+from sdpg_megatron.objectives.schedules import BetaSchedule
+
+
+class RLSD:
+    """GRPO with the advantages A [(1 - l) + l clip((q/p)^sign(A), 1 - c, 1 + c)], of which nothing has a gradient.
+
+    q and p are the teacher's and the student's probability of the sampled token, l falls from `credit` to 0.
+    """
+
+    name = "rlsd"
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.undistilled = GRPO(config)
+        self.schedule = BetaSchedule(config.credit, 0, config.credit_decay_steps, config.credit_decay_steps)
+
+    def needs(self, context: StepContext) -> Needs:
+        return replace(self.undistilled.needs(context), teacher=self.schedule.at(context.step) > 0)
+
+    def taught(self, advantage: float) -> bool:
+        return advantage != 0
+
+    def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
+        share = self.schedule.at(context.step)
+        if not share:
+            return self.undistilled.loss(terms, context)
+        scale_T = self._scale(terms)
+        clipped_T = scale_T.clamp(1 - self.config.credit_clip, 1 + self.config.credit_clip)
+        weight_T = torch.where(terms.gate_T > 0, (1 - share) + share * clipped_T, 1.0)
+        metrics = {
+            "credit/share": TokenMetric(torch.full_like(weight_T, share)),
+            "credit/weight": TokenMetric(weight_T),
+            "credit/clip_fraction": TokenMetric((scale_T != clipped_T).float(), mask_T=terms.gate_T > 0),
+        }
+        weighed = replace(terms, advantage_T=terms.advantage_T * weight_T)
+        return self.undistilled.loss(weighed, context) + TokenLoss(torch.zeros_like(weight_T), metrics)
+
+    def _scale(self, terms: TokenTerms) -> Tensor:
+        """(q/p)^sign(A); where a gate is closed it says nothing."""
+        if terms.teacher_logprob_T is not None:
+            gap_T = terms.teacher_logprob_T - terms.logprob_T.detach()
+            return bounded_exp(gap_T * terms.advantage_T.sign())
+        if bool(terms.gate_T.any()):
+            raise ValueError("credit > 0 and an open gate need the teacher's log-probs")
+        return torch.ones_like(terms.gate_T)

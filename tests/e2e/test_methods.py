@@ -1,0 +1,70 @@
+"""Runs of each method on a tiny model: which passes they make, and that they train."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdpg_megatron.observe.writers import read_metrics
+from tests.e2e.runs import ROOT, environment, write_run
+
+MINIBATCHES, STEPS = 2, 2
+OUTCOME = {"teacher": 0, "logprobs": MINIBATCHES * STEPS}
+"""With two mini-batches every method needs the old policy's log-probs of each."""
+TAUGHT = {**OUTCOME, "teacher": MINIBATCHES * STEPS}
+HELD = {**OUTCOME, "logprobs": 2 * MINIBATCHES * STEPS}
+RAMP = {"beta_warmup_steps": 2, "beta_decay_steps": 0}
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "grpo": ({"name": "grpo"}, OUTCOME),
+    "rpg": ({"name": "rpg"}, HELD),
+    "sdpg": ({"name": "sdpg", "alpha": 0.0, **RAMP}, {**OUTCOME, "teacher": 3}),
+    "rlsd_decayed": ({"name": "rlsd", "credit_decay_steps": 1}, {**OUTCOME, "teacher": 1}),
+    "opsd": ({"name": "opsd"}, TAUGHT),
+    "sdpo": ({"name": "sdpo"}, TAUGHT),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
+    """The run folder of each case, and the passes that were made. One process for all: starting is what takes long."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    configs = [
+        write_run(
+            folder,
+            steps=STEPS,
+            objective=CASES[name][0],
+            optimizer={"lr": 1e-3, "warmup_steps": 0, "minibatches": MINIBATCHES},
+            data={"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 128},
+            eval={},
+            checkpoint={"export": False},
+        )
+        for name, folder in folders.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.count_passes", *map(str, configs)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {name: (folder / "run", counts) for (name, folder), counts in zip(folders.items(), lines, strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_makes_the_passes_that_its_method_needs(runs: dict[str, tuple[Path, dict[str, int]]], name: str) -> None:
+    assert runs[name][1] == CASES[name][1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_trains_and_reports_rewards(runs: dict[str, tuple[Path, dict[str, int]]], name: str) -> None:
+    run, _ = runs[name]
+    first, second = read_metrics(run / "metrics.jsonl")
+    assert 0 <= first["reward/mean"] <= 1
+    assert second["optimizer/grad_norm"] > 0
+    shown = yaml.safe_load((run / "config.yaml").read_text())["objective"]
+    assert shown["name"] == CASES[name][0]["name"]
