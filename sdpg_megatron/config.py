@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
-from sdpg_megatron.methods import UNDISTILLED, Method, defaults
+from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED, Method, defaults
 
 
 class Section(BaseModel):
@@ -243,6 +243,15 @@ class ObjectiveConfig(Section):
     """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
     distill_stop_tokens: bool = True
     """Distil where the sampled token is a stop token, too. The privileged teacher keeps mass on going on."""
+    teacher: Literal["current", "rollout", "every", "initial", "ema"] = "current"
+    """Whose weights read the privileged context: the student's at each mini-batch; the student's before a rollout's
+    first update; those at every `teacher_every`-th rollout step; those that the run started from; or their exponential
+    moving average over optimizer steps. The last three cost a copy of the weights in host memory, which `initial`
+    shares with the reference."""
+    teacher_every: int = Field(10, ge=1)
+    """Rollout steps."""
+    teacher_ema: float = Field(0.05, gt=0, le=1)
+    """Share of the way to the student's weights that the average goes at each optimizer step."""
     teacher_temperature: float | None = Field(None, gt=0)
     """Divides the teacher's logits; null for the rollout's temperature, as the student's."""
     credit: float = Field(0.5, ge=0, le=1)
@@ -486,6 +495,9 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     if objective.name in UNDISTILLED and objective.beta:
         expected = f"0 with {objective.name}, which has no distillation term"
         raise ConfigError("objective.beta", objective.beta, expected, "use sdpg")
+    if objective.name in TEACHERLESS and objective.teacher != "current":
+        expected = f"current with {objective.name}, which has no teacher"
+        raise ConfigError("objective.teacher", objective.teacher, expected, "remove it")
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
         expected = "sampled_token with rlsd, which reads no other token"
         raise ConfigError("objective.divergence", objective.divergence, expected, "remove it")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState
 from sdpg_megatron.errors import CheckpointError
@@ -21,6 +22,7 @@ from sdpg_megatron.mcore.parallel import Ranks
 
 _PREFIX = "step_"
 _PARTIAL = ".partial"
+_TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -89,16 +91,34 @@ class CheckpointStore:
             chunk.load_state_dict(loaded[name])
         torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
         learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        for number, kept in enumerate(learner.teacher.kept):
+            kept.copy_(loaded[_TEACHER][number])
 
 
 def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
-    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses."""
+    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
+
+    And a teacher that is neither the model nor where the run started from, under keys with a prefix.
+    """
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(learner)
     }
+    teacher = _teacher_state(state, learner)
     state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
-    return state
+    return {**state, _TEACHER: teacher} if teacher else state
+
+
+def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, Any]:
+    """The teacher's weights by the number of their parameter, each cut as the model's own; empty for none to keep."""
+    if not learner.teacher.kept:
+        return {}
+    parameters = [parameter for chunk in learner.chunks for parameter in chunk.parameters()]
+    sharded = get_param_id_to_sharded_param_map(model_state, parameters)
+    return {
+        number: make_sharded_optimizer_tensor(sharded[number], kept, _TEACHER)
+        for number, kept in enumerate(learner.teacher.kept)
+    }
 
 
 def _flush(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The forward step: what any loop hands to Megatron's ``get_forward_backward_func()``.
 
-Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, C some of them.
+Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, C some of them,
+G those with a teacher, V this rank's columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class ForwardStep:
     objective: Objective
     context: StepContext
     head: Head
+    teacher_matrix_VH: Tensor | None = None
+    """This rank's shard of the output matrix that belongs to the teacher's rows; None for the model's own."""
     measures_pulls: bool = False
     """Also report how hard the parts of the loss pull at the logits: costs some products more."""
 
@@ -90,8 +93,10 @@ class ForwardStep:
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""
-        teacher = None if batch.teacher_hidden_GH is None else TeacherRows(batch.teacher_hidden_GH, batch.gated_rows_G)
-
+        teacher = None
+        if batch.teacher_hidden_GH is not None:
+            teacher_GH = batch.teacher_hidden_GH.to(hidden_BSH.device)  # rows that were made early wait in host memory
+            teacher = TeacherRows(teacher_GH, batch.gated_rows_G, self.teacher_matrix_VH)
         weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
 
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:

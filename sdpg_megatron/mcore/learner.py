@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
@@ -17,10 +18,13 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import NumericsError
 from sdpg_megatron.mcore import device, passes
 from sdpg_megatron.mcore.forward_step import ForwardStep
+from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.teachers import Teacher, build_teacher
+from sdpg_megatron.objectives import needs_of_run
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
 from sdpg_megatron.objectives.mismatch import effective_sample_size
 from sdpg_megatron.objectives.pulls import gradient_ratio
@@ -43,8 +47,17 @@ class Learner:
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
-        # The reference is the model that the run starts from: a resumed run reads it from the same folder.
-        self._reference = passes.FrozenWeights(self.chunks) if config.objective.alpha else None
+        needs = needs_of_run(objective, config.total_optimizer_steps)
+        # The model that the run starts from: a resumed run reads it from the same folder.
+        kept = needs.reference or (needs.teacher and config.objective.teacher == "initial")
+        initial = FrozenWeights(self.chunks) if kept else None
+        self._reference = initial if needs.reference else None
+        minibatches = config.optimizer.minibatches
+        self.teacher = (
+            build_teacher(config.objective, self.chunks, initial, minibatches)
+            if needs.teacher
+            else Teacher(self.chunks)
+        )
 
     def offload(self) -> None:
         """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
@@ -78,13 +91,22 @@ class Learner:
         found = passes.logprobs(self.chunks, batches, self.head)
         return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
-    def with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the present weights' hidden rows under the privileged context."""
-        found = passes.teacher_hidden(self.chunks, batches)
+    def begin(self, step: int) -> None:
+        """A rollout step's training begins: to be called once, before its passes and updates."""
+        self.teacher.begin(step)
+
+    def with_early_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the rows of a teacher that has to read before the step's first update, in host memory; else nothing."""
+        return self._with_teacher(batches, torch.device("cpu")) if self.teacher.early else list(batches)
+
+    def _with_teacher(self, batches: Sequence[MicroBatch], place: torch.device) -> list[MicroBatch]:
+        """Add the teacher's hidden rows under the privileged context."""
+        with self.teacher.reading():
+            found = [None if x is None else x.to(place) for x in passes.teacher_hidden(self.chunks, batches)]
         return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
 
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
-        """Run the passes that the objective needs, then one optimizer step over the batch.
+        """Run the passes that the objective still needs, then one optimizer step over the batch.
 
         Returns:
             The step's metrics, the same on every rank.
@@ -93,13 +115,14 @@ class Learner:
             NumericsError: the gradient is not finite.
         """
         needs: Needs = self.objective.needs(context)
-        if needs.teacher:
-            batches = self.with_teacher(batches)
+        if needs.teacher and not self.teacher.early:
+            batches = self._with_teacher(batches, self.device)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        matrix_VH = self.teacher.matrix() if needs.teacher else None
         measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
-        step = ForwardStep(self.objective, context, self.head, measures_pulls=measures_pulls)
+        step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
         reports = passes.run_schedule(self.chunks, step, batches)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         succeeded, grad_norm, _ = self.optimizer.step()
@@ -110,6 +133,7 @@ class Learner:
                 "from the last checkpoint with a lower optimizer.lr or a smaller objective.beta"
             )
         self.scheduler.step(increment=1)
+        self.teacher.updated()
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
         merged = merge(self.ranks.gather_all(local))

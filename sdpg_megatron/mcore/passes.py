@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,25 +95,3 @@ def _collect(
     if not batches:
         return []
     return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
-
-
-class FrozenWeights:
-    """A copy of this rank's weights in host memory, for the reference and for teachers that do not move."""
-
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        pin = torch.cuda.is_available()
-        copies = [p.detach().to("cpu", copy=True) for chunk in chunks for p in chunk.parameters()]
-        self._weights = [copy.pin_memory() for copy in copies] if pin else copies
-
-    @contextmanager
-    def swapped_in(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the model compute with these weights; its own storage stays untouched and comes back bit for bit."""
-        parameters = [p for chunk in chunks for p in chunk.parameters()]
-        live = [p.data for p in parameters]
-        try:
-            for parameter, weight in zip(parameters, self._weights, strict=True):
-                parameter.data = weight.to(parameter.device, non_blocking=True)
-            yield
-        finally:
-            for parameter, data in zip(parameters, live, strict=True):
-                parameter.data = data

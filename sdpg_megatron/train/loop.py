@@ -160,6 +160,7 @@ class Trainer:
         groups = selection.kept
         self._warn_of_shortage(selection)
         self._to_training()
+        self.learner.begin(self.step)
         parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
         with self._phase("prepare"):
             batches = [self._prepare(part, self._context(number)) for number, part in enumerate(parts)]
@@ -228,6 +229,8 @@ class Trainer:
             batch = batch.with_micro_batches(with_corrections(batch.micro_batches, self.config.objective))
         if needs.reference:
             batch = batch.with_micro_batches(self.learner.with_reference(batch.micro_batches))
+        if needs.teacher:
+            batch = batch.with_micro_batches(self.learner.with_early_teacher(batch.micro_batches))
         return batch
 
     def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:

@@ -81,8 +81,8 @@ def swap(folder: Path) -> tuple[bool, bool, bool]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.frozen import FrozenWeights
     from sdpg_megatron.mcore.learner import Learner
-    from sdpg_megatron.mcore.passes import FrozenWeights
 
     config = config_of(folder, {})
     ranks = parallel.initialize(config.parallel, 0)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from sdpg_megatron.observe.writers import read_metrics
-from tests.e2e.runs import ROOT, environment, write_run
+from tests.e2e.runs import ROOT, environment, metrics, train, weights, write_run
 
 MINIBATCHES, STEPS = 2, 2
 OUTCOME = {"teacher": 0, "logprobs": MINIBATCHES * STEPS}
@@ -68,3 +70,26 @@ def test_every_method_trains_and_reports_rewards(runs: dict[str, tuple[Path, dic
     assert second["optimizer/grad_norm"] > 0
     shown = yaml.safe_load((run / "config.yaml").read_text())["objective"]
     assert shown["name"] == CASES[name][0]["name"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "ranks"),
+    [(["objective.teacher=every", "objective.teacher_every=3"], 1), (["objective.teacher=ema"], 2)],
+    ids=["every", "ema_pp2"],
+)
+def test_a_run_with_a_teacher_of_its_own_continues_bit_for_bit(tmp_path: Path, teacher: list[str], ranks: int) -> None:
+    """From the checkpoint after step 2 of 4; neither teacher then is the student, or where the run started from."""
+    config, run = write_run(tmp_path, eval={}), tmp_path / "run"
+    arguments = [config, *teacher, "objective.alpha=0", "optimizer.lr=0.01", f"parallel.pipeline={ranks}"]
+    whole = train(*arguments, ranks=ranks)
+    assert whole.returncode == 0, whole.stderr
+    expected, records = weights(run), metrics(run)
+    for written in ("checkpoints/step_00000004", "model"):
+        shutil.rmtree(run / written)
+    (run / "summary.json").unlink()
+    continued = train(*arguments, ranks=ranks)
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing after step 2" in continued.stdout
+    assert metrics(run) == records
+    found = weights(run)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
