@@ -74,12 +74,12 @@ def test_every_method_trains_and_reports_rewards(runs: dict[str, tuple[Path, dic
 
 @pytest.mark.parametrize(
     ("teacher", "ranks"),
-    [(["objective.teacher=every", "objective.teacher_every=3"], 1), (["objective.teacher=ema"], 2)],
+    [(["objective.teacher=every", "objective.teacher_every=2"], 1), (["objective.teacher=ema"], 2)],
     ids=["every", "ema_pp2"],
 )
 def test_a_run_with_a_teacher_of_its_own_continues_bit_for_bit(tmp_path: Path, teacher: list[str], ranks: int) -> None:
-    """From the checkpoint after step 2 of 4; neither teacher then is the student, or where the run started from."""
-    config, run = write_run(tmp_path, eval={}), tmp_path / "run"
+    """From the checkpoint after step 3 of 4; neither teacher then is the student, or where the run started from."""
+    config, run = write_run(tmp_path, eval={}, checkpoint={"every": 3}), tmp_path / "run"
     arguments = [config, *teacher, "objective.alpha=0", "optimizer.lr=0.01", f"parallel.pipeline={ranks}"]
     whole = train(*arguments, ranks=ranks)
     assert whole.returncode == 0, whole.stderr
@@ -89,7 +89,7 @@ def test_a_run_with_a_teacher_of_its_own_continues_bit_for_bit(tmp_path: Path, t
     (run / "summary.json").unlink()
     continued = train(*arguments, ranks=ranks)
     assert continued.returncode == 0, continued.stderr
-    assert "continuing after step 2" in continued.stdout
+    assert "continuing after step 3" in continued.stdout
     assert metrics(run) == records
     found = weights(run)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
