@@ -143,6 +143,13 @@ def check_lengths(arch: Architecture, config: RunConfig) -> None:
             f"at most the model's {arch.max_positions} positions",
             "lower data.max_prompt_tokens, rollout.max_response_tokens or eval.max_response_tokens",
         )
+    if config.max_teacher_tokens + config.rollout.max_response_tokens > arch.max_positions:
+        raise ConfigError(
+            "data.max_peer_tokens + response tokens",
+            f"{config.max_teacher_tokens} + {config.rollout.max_response_tokens}",
+            f"at most the model's {arch.max_positions} positions",
+            "lower data.max_peer_tokens or rollout.max_response_tokens",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -82,6 +82,12 @@ class DataConfig(Section):
     context_of: Literal["own", "other"] = "own"
     """Whose context and answer the teacher is given: the problem's own or, as a control, those of another problem with
     another answer, drawn by `seed`."""
+    peer_template: str = "peer"
+    """How the teacher's prompt carries another response to the same question: "peer", or a template of your own with
+    {question}, {context} (the response) and, if wanted, {answer}."""
+    max_peer_tokens: int | None = Field(None, ge=1)
+    """Longest teacher prompt with another response; one that is longer counts as none. Null for `max_prompt_tokens` and
+    `rollout.max_response_tokens` together."""
     system: str | None = None
     """System message for student and teacher; null leaves the chat template's own default."""
     template_options: dict[str, Any] = {}
@@ -243,6 +249,11 @@ class ObjectiveConfig(Section):
     """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
     distill_stop_tokens: bool = True
     """Distil where the sampled token is a stop token, too. The privileged teacher keeps mass on going on."""
+    context: Literal["data", "peer"] = "data"
+    """What the teacher reads beside the question: what the data has, or, of the responses to the same question, the
+    first successful one that is not the response at hand. Where there is none, nothing is distilled."""
+    peer_reward: float = 1.0
+    """Least reward of a response that is successful."""
     teacher: Literal["current", "rollout", "every", "initial", "ema"] = "current"
     """Whose weights read the privileged context: the student's at each mini-batch; the student's before a rollout's
     first update; those at every `teacher_every`-th rollout step; those that the run started from; or their exponential
@@ -402,6 +413,13 @@ class RunConfig(Section):
         """Optimizer steps of the whole run: the T of the beta schedule and the learning-rate schedule."""
         return self.steps * self.optimizer.minibatches
 
+    @property
+    def max_teacher_tokens(self) -> int:
+        """Longest teacher prompt."""
+        if self.objective.context == "data":
+            return self.data.max_prompt_tokens
+        return self.data.max_peer_tokens or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run's configuration.
@@ -495,9 +513,11 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     if objective.name in UNDISTILLED and objective.beta:
         expected = f"0 with {objective.name}, which has no distillation term"
         raise ConfigError("objective.beta", objective.beta, expected, "use sdpg")
-    if objective.name in TEACHERLESS and objective.teacher != "current":
-        expected = f"current with {objective.name}, which has no teacher"
-        raise ConfigError("objective.teacher", objective.teacher, expected, "remove it")
+    if objective.name in TEACHERLESS:
+        for field, found, none in (("teacher", objective.teacher, "current"), ("context", objective.context, "data")):
+            if found != none:
+                expected = f"{none} with {objective.name}, which has no teacher"
+                raise ConfigError(f"objective.{field}", found, expected, "remove it")
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
         expected = "sampled_token with rlsd, which reads no other token"
         raise ConfigError("objective.divergence", objective.divergence, expected, "remove it")

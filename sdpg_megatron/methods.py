@@ -48,6 +48,7 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
             "divergence": "jsd",
             "top_k": 100,
             "teacher": "ema",
+            "context": "peer",
             "ratio_weighted_regularizers": True,
             "regularizer_ratio_bound": 2.0,
             "distill_average": "gated",

@@ -30,6 +30,8 @@ class Prompt:
     teacher_tokens: tuple[int, ...]
     answer: str
     question: str = ""
+    history: tuple[Mapping[str, str], ...] = ()
+    """Chat messages before the question."""
     metadata: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -64,6 +66,13 @@ class ScoredGroup:
     advantages: tuple[float, ...]
     failures: int = 0
     """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
+    teacher_prompts: tuple[tuple[int, ...] | None, ...] | None = None
+    """What the teacher reads before each completion, None where there is nothing for it to read; None for the group's
+    own teacher prompt."""
+
+    def teacher_prompt(self, number: int) -> tuple[int, ...] | None:
+        """What the teacher reads before a completion."""
+        return self.group.prompt.teacher_tokens if self.teacher_prompts is None else self.teacher_prompts[number]
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, li
         teacher_tokens=teacher[-limit:],
         answer=example.answer,
         question=example.question,
+        history=example.history,
         metadata=example.metadata,
     )
 

@@ -12,6 +12,7 @@ import jinja2
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.examples import Example, Message
 from sdpg_megatron.errors import ConfigError, did_you_mean
+from sdpg_megatron.records import Prompt
 
 Tokens = tuple[int, ...]
 
@@ -38,6 +39,15 @@ NEED_CONTEXT = ("feedback",)
 RENDERERS_OWN = ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 """Arguments of `apply_chat_template` that are no options of a template."""
 
+PEER_TEMPLATES = {
+    "peer": (
+        "{question}\n\n"
+        "Here is a response that solves this problem:\n{context}\n\n"
+        "Solve the problem yourself, and write as if you had not seen that response."
+    ),
+}
+"""What the teacher reads in the question's place beside another response to it."""
+
 FIELDS = ("question", "context", "answer")
 
 
@@ -58,6 +68,7 @@ class Renderer:
         self._template = context_template(config.context_template)
         self.needs_context = config.context_template in NEED_CONTEXT
         """Whether an example without a context cannot be rendered for the teacher."""
+        self._peer_template = context_template(config.peer_template, "data.peer_template", PEER_TEMPLATES)
         self._system = config.system
         self._options = config.template_options
         self._tokenizer = tokenizer
@@ -89,6 +100,15 @@ class Renderer:
         )
         return self._tokens(example, question)
 
+    def with_peer(self, prompt: Prompt, response: str) -> Tokens:
+        """Teacher prompt tokens that carry another response to the prompt's question.
+
+        Raises:
+            ConfigError: the chat template refuses the messages.
+        """
+        question = self._peer_template.format(question=prompt.question, context=response, answer=prompt.answer)
+        return self._tokens(Example(prompt.question, prompt.answer, history=prompt.history), question)
+
     def _tokens(self, example: Example, question: str) -> Tokens:
         messages: list[Message] = [*example.history, {"role": "user", "content": question}]
         if self._system is not None and messages[0]["role"] != "system":
@@ -114,25 +134,30 @@ def _check_options(options: Mapping[str, object], chat_template: str) -> None:
             raise ConfigError("data.template_options", name, expected, fix)
 
 
-def context_template(name_or_template: str) -> str:
+def context_template(
+    name_or_template: str, field: str = "data.context_template", shipped: Mapping[str, str] = CONTEXT_TEMPLATES
+) -> str:
     """A shipped template by name, or the template itself.
+
+    Args:
+        field: of the configuration, for the error.
 
     Raises:
         ConfigError: no {question} in it, a field that does not exist, or unbalanced braces.
     """
-    template = CONTEXT_TEMPLATES.get(name_or_template, name_or_template)
-    known = ", ".join(f"{{{field}}}" for field in FIELDS)
+    template = shipped.get(name_or_template, name_or_template)
+    known = ", ".join(f"{{{name}}}" for name in FIELDS)
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         expected = f"a template with {known} ({error})"
-        raise ConfigError("data.context_template", template, expected, "write a literal brace twice") from error
-    for _, field, spec, conversion in parts:
-        if field not in FIELDS or spec or conversion:
-            fix = did_you_mean(field or "", FIELDS) or "write a literal brace twice"
-            raise ConfigError("data.context_template", f"{{{field}}}", f"only plain {known}", fix)
-    if all(field != "question" for _, field, _, _ in parts):
-        fix = did_you_mean(template, CONTEXT_TEMPLATES) or "add {question}"
-        expected = f"{' or '.join(map(repr, CONTEXT_TEMPLATES))}, or a template with {{question}}"
-        raise ConfigError("data.context_template", template, expected, fix)
+        raise ConfigError(field, template, expected, "write a literal brace twice") from error
+    for _, name, spec, conversion in parts:
+        if name not in FIELDS or spec or conversion:
+            fix = did_you_mean(name or "", FIELDS) or "write a literal brace twice"
+            raise ConfigError(field, f"{{{name}}}", f"only plain {known}", fix)
+    if all(name != "question" for _, name, _, _ in parts):
+        fix = did_you_mean(template, shipped) or "add {question}"
+        expected = f"{' or '.join(map(repr, shipped))}, or a template with {{question}}"
+        raise ConfigError(field, template, expected, fix)
     return template

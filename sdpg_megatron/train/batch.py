@@ -24,6 +24,7 @@ class Sample:
 
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
+    """Empty where there is none; then every gate is closed."""
     response: tuple[int, ...]
     logprobs: tuple[float, ...]
     advantage: float
@@ -81,19 +82,23 @@ def make_samples(
     lengths = [len(c.tokens) for scored in groups for c in scored.group.completions]
     group_ids = [number for number, scored in enumerate(groups) for _ in scored.group.completions]
     weights = iter(sequence_weights(lengths, group_ids, config.aggregation))
-    return [
-        Sample(
-            student_prompt=scored.group.prompt.student_tokens,
-            teacher_prompt=scored.group.prompt.teacher_tokens,
-            response=completion.tokens,
-            logprobs=completion.logprobs,
-            advantage=advantage if outcome else 0.0,
-            gates=tuple(taught(advantage) and token not in undistilled for token in completion.tokens),
-            weight=next(weights),
-        )
-        for scored in groups
-        for completion, advantage in zip(scored.group.completions, scored.advantages, strict=True)
-    ]
+    samples = []
+    for scored in groups:
+        for number, (completion, advantage) in enumerate(zip(scored.group.completions, scored.advantages, strict=True)):
+            teacher_prompt = scored.teacher_prompt(number)
+            read = teacher_prompt is not None and taught(advantage)
+            samples.append(
+                Sample(
+                    student_prompt=scored.group.prompt.student_tokens,
+                    teacher_prompt=teacher_prompt or (),
+                    response=completion.tokens,
+                    logprobs=completion.logprobs,
+                    advantage=advantage if outcome else 0.0,
+                    gates=tuple(read and token not in undistilled for token in completion.tokens),
+                    weight=next(weights),
+                )
+            )
+    return samples
 
 
 def build_step(

@@ -18,6 +18,7 @@ from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_run, f
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig, dump
 from sdpg_megatron.data.cursor import Cursor
+from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import MismatchError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
@@ -37,6 +38,7 @@ from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobod
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
+from sdpg_megatron.train.peers import describe_contexts, with_peers
 from sdpg_megatron.train.rollouts import describe, mean_reward, with_shaping
 from sdpg_megatron.train.selection import Judge, Selection, select
 from sdpg_megatron.weights import WeightStream, write_folder
@@ -157,7 +159,7 @@ class Trainer:
         config = self.config
         with self._phase("rollout"):
             selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
-        groups = selection.kept
+        groups = self._with_context(selection.kept)
         self._warn_of_shortage(selection)
         self._to_training()
         self.learner.begin(self.step)
@@ -177,6 +179,7 @@ class Trainer:
         return {
             **describe(selection.asked, self.shaping),
             **(selection.metrics() if self.judge.active else {}),
+            **describe_contexts(groups),
             **merge(updates),
             **phases,
             "time/step": Metric(seconds),
@@ -196,6 +199,13 @@ class Trainer:
                 "step %d: %d of %d groups kept after %d prompts in %d rounds, left out: %s",
                 *(self.step, len(selection.kept), wanted, len(selection.asked), selection.rounds, reasons),
             )
+
+    def _with_context(self, groups: list[ScoredGroup]) -> list[ScoredGroup]:
+        """Give the teacher what it is to read, where that is not in the data."""
+        if self.config.objective.context == "data":
+            return groups
+        renderer = Renderer(self.config.data, self.inputs.tokenizer)
+        return with_peers(groups, renderer, self.config.objective.peer_reward, self.config.max_teacher_tokens)
 
     @property
     def _minibatches(self) -> int:

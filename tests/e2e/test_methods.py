@@ -72,6 +72,15 @@ def test_every_method_trains_and_reports_rewards(runs: dict[str, tuple[Path, dic
     assert shown["name"] == CASES[name][0]["name"]
 
 
+def test_sdpo_counts_the_responses_without_a_successful_peer(runs: dict[str, tuple[Path, dict[str, int]]]) -> None:
+    """In every group of 4 with one success that one is alone, in one without all are."""
+    for record in read_metrics(runs["sdpo"][0] / "metrics.jsonl"):
+        assert 0 <= record["distill/without_context"] <= 16
+        if record["distill/without_context"] < 16:
+            assert record["distill/kl"] > 0
+    assert "distill/without_context" not in read_metrics(runs["opsd"][0] / "metrics.jsonl")[0]
+
+
 @pytest.mark.parametrize(
     ("teacher", "ranks"),
     [(["objective.teacher=every", "objective.teacher_every=2"], 1), (["objective.teacher=ema"], 2)],

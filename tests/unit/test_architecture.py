@@ -98,6 +98,18 @@ def test_a_model_that_is_too_short_is_refused(tmp_path: Path) -> None:
     check_lengths(arch, parse({**tree, "optimizer": {"warmup_steps": 0}, "rollout": {"max_response_tokens": 12}}))
     with pytest.raises(ConfigError, match=r"found '500 \+ 13', expected at most the model's 512 positions"):
         check_lengths(arch, parse({**tree, "optimizer": {"warmup_steps": 0}, "rollout": {"max_response_tokens": 13}}))
+    with pytest.raises(ConfigError, match=r"data\.max_peer_tokens"):
+        check_lengths(
+            arch,
+            parse(
+                {
+                    **tree,
+                    "optimizer": {"warmup_steps": 0},
+                    "objective": {"name": "sdpo"},
+                    "rollout": {"max_response_tokens": 12},
+                }
+            ),
+        )
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -160,6 +160,19 @@ def test_a_method_without_a_distillation_term_has_no_beta(minimal: Path, name: s
     assert load(minimal, [f"objective.name={name}"]).objective.beta == 0
 
 
+@pytest.mark.parametrize(("field", "value"), [("teacher", "ema"), ("context", "peer")])
+def test_a_method_without_a_teacher_takes_no_teachers_fields(minimal: Path, field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"objective\.{field}: found '{value}', expected .* with dapo"):
+        load(minimal, ["objective.name=dapo", f"objective.{field}={value}"])
+
+
+def test_peers_make_teacher_prompts_longer(minimal: Path) -> None:
+    lengths = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=50"]
+    assert load(minimal, lengths).max_teacher_tokens == 100
+    assert load(minimal, [*lengths, "objective.name=sdpo"]).max_teacher_tokens == 150
+    assert load(minimal, [*lengths, "objective.name=sdpo", "data.max_peer_tokens=120"]).max_teacher_tokens == 120
+
+
 def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.divergence: found 'jsd', expected sampled_token with rlsd"):
         load(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
@@ -171,9 +184,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "alpha": 0, "aggregation": "sequence-mean"},
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "alpha": 0, "aggregation": "token-mean"},
     "rlsd": {"clip_high": 0.2, "credit": 0.5, "credit_decay_steps": 50, "credit_clip": 0.2, "alpha": 0},
-    "opsd": {"divergence": "jsd", "jsd_beta": 0.5, "top_k": None, "gate": False, "beta": 1, "beta_decay_steps": 0},
-    "opcd": {"divergence": "reverse_kl", "top_k": None, "gate": False, "beta": 1, "alpha": 0},
-    "sdpo": {"divergence": "jsd", "top_k": 100, "gate": False, "beta": 1, "regularizer_ratio_bound": 2.0},
+    "opsd": {"teacher": "initial", "divergence": "jsd", "jsd_beta": 0.5, "top_k": None, "gate": False, "beta": 1},
+    "opcd": {"teacher": "current", "divergence": "reverse_kl", "top_k": None, "gate": False, "beta": 1, "alpha": 0},
+    "sdpo": {"teacher": "ema", "teacher_ema": 0.05, "context": "peer", "divergence": "jsd", "top_k": 100, "beta": 1},
 }
 
 
