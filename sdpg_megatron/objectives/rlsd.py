@@ -34,7 +34,7 @@ class RLSD:
         return replace(self.undistilled.needs(context), teacher=self.schedule.at(context.step) > 0)
 
     def taught(self, advantage: float) -> bool:
-        return advantage != 0
+        return advantage > 0 if self.config.gate else advantage != 0
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
         share = self.schedule.at(context.step)

@@ -161,6 +161,8 @@ def test_each_method_has_the_teacher_read_what_it_learns_from(name: Any, taught:
     config = ObjectiveConfig(name=name)
     groups = [group([1, 0], [2, 3]), group([1, 1], [1, 1])]
     assert [s.gate for s in make_samples(groups, config, distill=True)] == taught
+    gated = make_samples(groups, ObjectiveConfig(name=name, gate=True), distill=True)
+    assert [s.gate for s in gated] == [any(taught), False, False, False]
 
 
 def test_a_loss_without_an_outcome_term_learns_from_taught_samples_alone() -> None:
