@@ -1,4 +1,4 @@
-"""The command line: ``sdpg-megatron train CONFIG [key=value ...]``, alone or under torchrun."""
+"""The command line: ``sdpg-megatron train``, ``eval`` and ``compare``; the first two alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return _train(options.config, [*options.overrides, *more], options.dry_run)
+        command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
+        return command(options, [*options.overrides, *more])
     except SdpgError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:  # before the first step, or a second time
-        sys.stderr.write("stopped; the same command continues from the last checkpoint\n")
+        sys.stderr.write("stopped; the same command continues from what is saved\n")
         return INTERRUPTED
 
 
@@ -59,17 +60,45 @@ def _parser() -> argparse.ArgumentParser:
         "sdpg_megatron train CONFIG ...",
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. objective.beta=0.01 parallel.tensor=2")
-    train.add_argument("--dry-run", action="store_true", help="check everything and print the resolved configuration")
+    _add_configuration(train, "e.g. objective.beta=0.01 parallel.tensor=2")
+    train.set_defaults(command=_train)
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a model on held-out problems",
+        description="Evaluate TARGET on data.eval, as its eval section says; the same command continues. Several ranks "
+        "share the problems: torchrun --nproc-per-node N -m sdpg_megatron eval TARGET ...",
+    )
+    what = (
+        "a run's folder, for what it has trained; a YAML file, for what its run starts from; or a Hugging Face folder"
+    )
+    evaluate.add_argument("target", type=Path, metavar="TARGET", help=what)
+    evaluate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    evaluate.add_argument("--step", type=int, metavar="N", help="of the run's training (default: its newest)")
+    _add_configuration(evaluate, "e.g. data.eval=[aime24.jsonl] eval.samples=32")
+    evaluate.set_defaults(command=_evaluate)
+    compare = commands.add_parser(
+        "compare",
+        help="show evaluations side by side",
+        description="Show evaluations side by side: below the numbers of each its difference from the first, over "
+        "pairs of results on the same problem.",
+    )
+    compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluation: what --out named")
+    compare.add_argument("--anyway", action="store_true", help="also where data or settings differ")
+    compare.set_defaults(command=_compare, overrides=[])
     return parser
 
 
-def _train(path: Path, overrides: Sequence[str], dry_run: bool) -> int:
-    config = load(path, overrides)
+def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+    command.add_argument("--dry-run", action="store_true", help="check everything and print the resolved configuration")
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load(options.config, overrides)
     from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
 
     inputs = load_inputs(config)
-    if dry_run:
+    if options.dry_run:
         sys.stdout.write(dump(config))
         return 0
     from sdpg_megatron.train.loop import Outcome, done_message, train
@@ -78,6 +107,35 @@ def _train(path: Path, overrides: Sequence[str], dry_run: bool) -> int:
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return INTERRUPTED if outcome is Outcome.INTERRUPTED else 0
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from sdpg_megatron.evaluation.table import scores_table, show
+    from sdpg_megatron.train.evaluator import evaluate_subject, load_prompts
+    from sdpg_megatron.train.inputs import load_model_inputs
+    from sdpg_megatron.train.subject import find_subject
+
+    subject = find_subject(options.target, options.step, overrides)
+    inputs = load_model_inputs(subject.config)
+    files = load_prompts(subject.config, inputs)
+    if options.dry_run:
+        sys.stdout.write(dump(subject.config))
+        return 0
+    scores = evaluate_subject(subject, inputs, files, options.out)
+    if scores is not None:
+        show(scores_table(subject.name, scores), sys.stdout)
+    return 0
+
+
+def _compare(options: argparse.Namespace, more: Sequence[str]) -> int:
+    from sdpg_megatron.evaluation.compare import compare
+    from sdpg_megatron.evaluation.results import Evaluation
+    from sdpg_megatron.evaluation.table import show
+
+    folders = [*options.folders, *map(Path, more)]
+    for table in compare([Evaluation.read(folder) for folder in folders], anyway=options.anyway):
+        show(table, sys.stdout)
+    return 0
 
 
 if __name__ == "__main__":

@@ -342,6 +342,10 @@ class EvalConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_response_tokens: int | None = Field(None, ge=1)
     """Null for the rollout's."""
+    k: tuple[int, ...] = ()
+    """pass@k and majority@k are reported for these; empty for the powers of two up to `samples`, and `samples`."""
+    responses: bool = False
+    """Keep the responses' text, too, in the file of each problem's results."""
 
 
 class AlarmConfig(Section):
@@ -487,6 +491,9 @@ def check(config: RunConfig) -> None:
     _check_rewards(config)
     _check_parallel(config.parallel)
     _check_servers(config.rollout.sglang)
+    if wrong := [k for k in config.eval.k if not 1 <= k <= config.eval.samples]:
+        expected = f"1 to eval.samples ({config.eval.samples})"
+        raise ConfigError("eval.k", wrong[0], expected, "draw more samples, or remove it")
 
 
 def _check_data(config: RunConfig) -> None:

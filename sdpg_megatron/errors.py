@@ -37,6 +37,13 @@ class DataError(SdpgError):
         self.where = where
 
 
+class EvaluationError(SdpgError):
+    """The results of an evaluation cannot be read, continued or compared."""
+
+    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
+
+
 class WeightError(SdpgError):
     """A parameter has no counterpart, or does not have the shape of its counterpart."""
 

@@ -66,6 +66,8 @@ class ScoredGroup:
     advantages: tuple[float, ...]
     failures: int = 0
     """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
+    answers: tuple[str | None, ...] | None = None
+    """The answer that each completion gives, as the verifier reads it; None where nobody asked, or it cannot say."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] | None = None
     """What the teacher reads before each completion, None where there is nothing for it to read; None for the group's
     own teacher prompt."""

@@ -15,6 +15,8 @@ from sdpg_megatron.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+PREFIX, PARTIAL = "step_", ".partial"
+"""Of a checkpoint's folder; of one that is being written."""
 FREE_TO_CHANGE = (
     "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "model.path", "data.eval",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
@@ -74,16 +76,31 @@ class RunState:
             ) from error
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints under a folder, oldest first."""
+    found = (manifest.parent for manifest in folder.glob(f"{PREFIX}*/{MANIFEST}"))
+    return sorted(path for path in found if not path.name.endswith(PARTIAL))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def check_same_model(state: RunState, model: str) -> None:
+    """Raises `ConfigError` where `model` is not the fingerprint of the model that the run was started from."""
+    if model != state.model:
+        expected = f"the model that the run was started from ({state.model})"
+        raise ConfigError("model.path", model, expected, "use that one")
+
+
 def check_same_run(state: RunState, config: Mapping[str, Any], model: str) -> None:
     """Refuse to continue a run under a configuration, or from a model, that would make it another run.
 
     Raises:
         ConfigError: names the first field that differs, with both values.
     """
-    if model != state.model:
-        raise ConfigError(
-            "model.path", model, f"the model that the run was started from ({state.model})", "use that one"
-        )
+    check_same_model(state, model)
     old, new = _flatten(state.config), _flatten(config)
     for field in sorted(old.keys() | new.keys()):
         free = any(field == name or field.startswith(f"{name}.") for name in FREE_TO_CHANGE)

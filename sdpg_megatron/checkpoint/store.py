@@ -14,14 +14,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
-from sdpg_megatron.checkpoint.state import MANIFEST, RunState
+from sdpg_megatron.checkpoint.state import MANIFEST, PARTIAL, PREFIX, RunState, complete_checkpoints
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.mcore import torch_adam
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
 
-_PREFIX = "step_"
-_PARTIAL = ".partial"
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -37,8 +35,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = (manifest.parent for manifest in self._folder.glob(f"{_PREFIX}*/{MANIFEST}"))
-        return sorted(folder for folder in found if not folder.name.endswith(_PARTIAL))
+        return complete_checkpoints(self._folder)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint as the main rank sees it: file systems may show ranks different things."""
@@ -51,8 +48,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk refused; earlier checkpoints are untouched.
         """
-        target = self._folder / f"{_PREFIX}{state.step:08d}"
-        partial = target.with_name(target.name + _PARTIAL)
+        target = self._folder / f"{PREFIX}{state.step:08d}"
+        partial = target.with_name(target.name + PARTIAL)
         if self._ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

@@ -64,14 +64,19 @@ class Ranks:
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Start (or join) the process group, build Megatron's groups, seed its RNG tracker.
 
+    Groups of another layout, built earlier in this process, are replaced.
+
     Under torchrun the environment says who this rank is; without it this process is the whole run.
 
     Raises:
         ConfigError: the number of ranks is no multiple of tensor x pipeline.
     """
     device.install()
+    _check_world(parallel)
     if not dist.is_initialized():
         _start_process_group(parallel)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -82,8 +87,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     return current()
 
 
-def _start_process_group(parallel: ParallelConfig) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def _check_world(parallel: ParallelConfig) -> None:
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if world % (parallel.tensor * parallel.pipeline):
         raise ConfigError(
             "parallel.tensor x parallel.pipeline",
@@ -91,6 +96,9 @@ def _start_process_group(parallel: ParallelConfig) -> None:
             f"a divisor of the number of ranks ({world})",
             f"start with torchrun --nproc-per-node {parallel.tensor * parallel.pipeline}, or a multiple of it",
         )
+
+
+def _start_process_group(parallel: ParallelConfig) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     limit = timedelta(seconds=parallel.timeout)

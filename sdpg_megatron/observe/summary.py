@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from sdpg_megatron.observe.files import write_whole
 
 SUMMARY_FILE = "summary.json"
 
@@ -26,11 +27,7 @@ class Summary:
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
     """Write summary.json whole or not at all; returns its path."""
-    path = run_dir / SUMMARY_FILE
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
-    return path
+    return write_whole(run_dir / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> Summary | None:

@@ -40,3 +40,13 @@ def number(prompt: Prompt, response: str) -> float:
     if expected is None:
         raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds no number")
     return float(last_number(response) == expected)
+
+
+def extract_number(response: str) -> str | None:
+    """The last number of `response`; 12, 12.0 and +12 are spelled alike."""
+    found = last_number(response)
+    if found is None:
+        return None
+    text = format(found.copy_abs(), "f")  # arithmetic would round to the context's precision
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"-{text}" if found < 0 else text

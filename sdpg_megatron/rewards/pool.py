@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from numbers import Real
@@ -17,7 +18,7 @@ from queue import SimpleQueue
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Group, Prompt
-from sdpg_megatron.rewards.base import Verifier
+from sdpg_megatron.rewards.base import Extracting, Verifier
 from sdpg_megatron.rewards.load import FIELD, load_verifier
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,18 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 300.0
 """Longest wait for a new process to import the verifier; no call's time-out runs meanwhile."""
 
-Outcome = float | str
-"""A reward, or what went wrong."""
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On one response."""
+
+    reward: float
+    answer: str | None = None
+    """None where it was not asked for, or the response gives none."""
+
+
+Outcome = Verdict | str
+"""A verdict, or what went wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,8 @@ class GroupRewards:
     """One for each completion, in order; the failure reward where the call failed."""
     failures: int
     """Calls that raised, returned no finite number, ran out of time or ended their process."""
+    answers: tuple[str | None, ...] | None = None
+    """The answer of each completion, None for none; None for all where the verifier does not extract any."""
 
 
 class VerifierPool:
@@ -51,7 +64,7 @@ class VerifierPool:
         Raises:
             ConfigError: the verifier cannot be loaded.
         """
-        load_verifier(config.verifier)
+        self._extracts = isinstance(load_verifier(config.verifier), Extracting)
         self._failure_reward = config.failure_reward
         self._workers = [_Worker(config.verifier, config.timeout) for _ in range(config.workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -60,21 +73,19 @@ class VerifierPool:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="verifier")
 
-    def score(self, groups: Sequence[Group]) -> list[GroupRewards]:
+    def score(self, groups: Sequence[Group], *, extract: bool = False) -> list[GroupRewards]:
         """Verify every completion of every group, in order.
+
+        Args:
+            extract: also ask which answer each gives, where the verifier knows; the time limit is for both together.
 
         Raises:
             ConfigError: a worker process could not load the verifier.
         """
-        outcomes = list(self._threads.map(self._verify, groups))
+        extract = extract and self._extracts
+        outcomes = list(self._threads.map(partial(self._verify, extract=extract), groups))
         self._report(groups, outcomes)
-        return [
-            GroupRewards(
-                rewards=tuple(self._failure_reward if isinstance(outcome, str) else outcome for outcome in group),
-                failures=sum(isinstance(outcome, str) for outcome in group),
-            )
-            for group in outcomes
-        ]
+        return [self._rewards(group, extract) for group in outcomes]
 
     def close(self) -> None:
         """End the processes. Closing twice is harmless."""
@@ -82,10 +93,19 @@ class VerifierPool:
         for worker in self._workers:
             worker.stop()
 
-    def _verify(self, group: Group) -> list[Outcome]:
+    def _rewards(self, outcomes: Sequence[Outcome], extract: bool) -> GroupRewards:
+        failed = Verdict(self._failure_reward)
+        verdicts = [failed if isinstance(outcome, str) else outcome for outcome in outcomes]
+        return GroupRewards(
+            rewards=tuple(verdict.reward for verdict in verdicts),
+            failures=sum(isinstance(outcome, str) for outcome in outcomes),
+            answers=tuple(verdict.answer for verdict in verdicts) if extract else None,
+        )
+
+    def _verify(self, group: Group, extract: bool) -> list[Outcome]:
         worker = self._idle.get()
         try:
-            return worker.verify(group.prompt, [completion.text for completion in group.completions])
+            return worker.verify(group.prompt, [completion.text for completion in group.completions], extract)
         finally:
             self._idle.put(worker)
 
@@ -128,18 +148,18 @@ class _Worker:
             self._process.close()
         self._process = self._connection = None
 
-    def verify(self, prompt: Prompt, responses: Sequence[str]) -> list[Outcome]:
+    def verify(self, prompt: Prompt, responses: Sequence[str], extract: bool) -> list[Outcome]:
         """One outcome for each response. A call that ends the process leaves the rest to the next process."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(responses):
-            outcomes.extend(self._verify_until_lost(prompt, responses[len(outcomes) :]))
+            outcomes.extend(self._verify_until_lost(prompt, responses[len(outcomes) :], extract))
         return outcomes
 
-    def _verify_until_lost(self, prompt: Prompt, responses: Sequence[str]) -> Iterator[Outcome]:
+    def _verify_until_lost(self, prompt: Prompt, responses: Sequence[str], extract: bool) -> Iterator[Outcome]:
         """The outcomes, up to and with the one that cost the process."""
         connection = self._connected()
         try:
-            connection.send((prompt, responses))
+            connection.send((prompt, responses, extract))
             for _ in responses:
                 if not connection.poll(self._timeout):
                     self.stop()
@@ -176,18 +196,21 @@ def _serve(connection: Connection, spec: str) -> None:
     try:
         connection.send(True)
         while True:
-            prompt, responses = connection.recv()
+            prompt, responses, extract = connection.recv()
             for response in responses:
-                connection.send(_call(verifier, prompt, response))
+                connection.send(_call(verifier, prompt, response, extract))
     except (EOFError, OSError):
         return
 
 
-def _call(verifier: Verifier, prompt: Prompt, response: str) -> Outcome:
+def _call(verifier: Verifier, prompt: Prompt, response: str, extract: bool) -> Outcome:
     try:
         reward: object = verifier(prompt, response)
+        answer = verifier.extract(response) if extract and isinstance(verifier, Extracting) else None
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     if not isinstance(reward, Real) or not math.isfinite(reward):
         return f"returned {reward!r}, not a finite number"
-    return float(reward)
+    if not isinstance(answer, str | None):
+        return f"extracted {answer!r}, not a text or None"
+    return Verdict(float(reward), answer)

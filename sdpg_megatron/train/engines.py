@@ -14,11 +14,11 @@ from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import OnProgress, RolloutEngine
 from sdpg_megatron.rollout.hf import HFEngine
-from sdpg_megatron.train.inputs import Inputs
+from sdpg_megatron.train.inputs import ModelInputs
 from sdpg_megatron.train.rollouts import Rollouts
 
 
-def start_rollouts(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress: OnProgress) -> Rollouts:
+def start_rollouts(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> Rollouts:
     """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise.
 
     `on_progress`: told by the first rank's servers, from another thread, of finished groups and all.
@@ -29,7 +29,7 @@ def start_rollouts(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress:
     return Rollouts(ranks, engine, verifiers, shared=served)
 
 
-def _embedded(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine | None:
+def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEngine | None:
     if not ranks.leads_replica:
         return None
     return HFEngine(
@@ -41,7 +41,7 @@ def _embedded(config: RunConfig, inputs: Inputs, ranks: Ranks) -> RolloutEngine 
     )
 
 
-def _served(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
+def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
 
@@ -79,7 +79,7 @@ def _served(config: RunConfig, inputs: Inputs, ranks: Ranks, on_progress: OnProg
     return engine
 
 
-def _check(config: RunConfig, inputs: Inputs, kind: str) -> None:
+def _check(config: RunConfig, inputs: ModelInputs, kind: str) -> None:
     """Raises `ConfigError`, alike on every rank."""
     end = inputs.tokenizer.eos_token_id
     if end is not None and end not in inputs.stop_ids:

@@ -18,15 +18,21 @@ from sdpg_megatron.rollout.hf import stop_ids
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a run reads, besides weights."""
+class ModelInputs:
+    """What is read of a model, besides weights."""
 
     arch: Architecture
     tokenizer: Any
-    prompts: PromptSource
-    held_out: PromptDataset | None
     stop_ids: tuple[int, ...]
     """Tokens that end a response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(ModelInputs):
+    """What a run reads, besides weights."""
+
+    prompts: PromptSource
+    held_out: PromptDataset | None
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -38,25 +44,33 @@ def load_inputs(config: RunConfig) -> Inputs:
             written.
         DataError: a row of the data cannot be used.
     """
-    arch = read_architecture(config.model.path)
-    check_parallel(arch, config.parallel)
-    check_lengths(arch, config)
-    load_verifier(config.reward.verifier)
+    model = load_model_inputs(config)
+    check_parallel(model.arch, config.parallel)
     load_filters(config.selection.filters)
-    stops = stop_ids(config.model.path)
-    tokenizer = _tokenizer(config)
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
-    prompts, held_out = load_prompts(config.data, tokenizer, config.seed)
+    prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed)
     return Inputs(
-        arch=arch,
-        tokenizer=tokenizer,
+        arch=model.arch,
+        tokenizer=model.tokenizer,
+        stop_ids=model.stop_ids,
         prompts=prompts,
         held_out=held_out,
-        stop_ids=stops,
     )
+
+
+def load_model_inputs(config: RunConfig) -> ModelInputs:
+    """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
+
+    Raises:
+        ConfigError: as `load_inputs`, but for the layout and the data.
+    """
+    arch = read_architecture(config.model.path)
+    check_lengths(arch, config)
+    load_verifier(config.reward.verifier)
+    return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 
 
 def _tokenizer(config: RunConfig) -> Any:

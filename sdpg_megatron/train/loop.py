@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,8 @@ from sdpg_megatron.config import RunConfig, dump
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import MismatchError
+from sdpg_megatron.evaluation.problems import by_file
+from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
@@ -31,23 +32,26 @@ from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.observe.writers import METRICS_FILE, MultiWriter, open_writers, read_metrics
-from sdpg_megatron.records import Prompt, ScoredGroup
+from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobody, with_corrections
+from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.engines import start_rollouts
+from sdpg_megatron.train.evaluate import evaluate, metrics
+from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_weights
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.peers import describe_contexts, with_peers
-from sdpg_megatron.train.rollouts import describe, mean_reward, with_shaping
+from sdpg_megatron.train.rollouts import describe, with_shaping
 from sdpg_megatron.train.selection import Judge, Selection, select
-from sdpg_megatron.weights import WeightStream, write_folder
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
-EXPORT_FOLDER = "model"
+EVAL_FOLDER = "eval"
+"""Each evaluation's results, a folder a step."""
 
 
 class Outcome(Enum):
@@ -261,21 +265,10 @@ class Trainer:
         if not metrics[DIFFERENCE].value <= limit:
             raise MismatchError(self.step, metrics[DIFFERENCE].value, limit)
 
-    def _stream(self, dtype: torch.dtype | None = None) -> Iterator[Bucket]:
-        """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
-        return WeightStream(
-            self.learner.named_weights(),
-            self.learner.arch,
-            tp_group=self.ranks.tensor_group,
-            pp_group=self.ranks.pipeline_group,
-            bucket_bytes=self.config.rollout.sglang.bucket_mib << 20,
-            dtype=dtype,
-        )
-
     def _weights(self) -> Iterator[Bucket]:
-        """The stream as the rollout engine wants it."""
+        """This replica's weights as the rollout engine wants them; every rank of the replica iterates."""
         served = self.config.rollout.sglang.dtype if self.config.rollout.engine == "sglang" else None
-        return self._stream(getattr(torch, served) if served else None)
+        return stream_weights(self.config, self.learner, getattr(torch, served) if served else None)
 
     def _publish(self) -> None:
         """Bring the weights to the rollout engine; where it shares the trainer's devices, it gets them back."""
@@ -307,26 +300,29 @@ class Trainer:
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            seed=self._draw(f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}"),
+            seed=draw_seed(
+                self.config.seed, f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}", self.ranks.data
+            ),
         )
 
-    def _draw(self, purpose: str) -> int:
-        """A seed that follows from the run's seed, so that a continued run draws what it would have drawn."""
-        return random.Random(f"{self.config.seed}/{purpose}/{self.ranks.data}").getrandbits(63)
-
     def _evaluate(self) -> dict[str, Metric]:
-        """Mean reward on the held-out prompts, of sampled responses and of the greedy one; always the same draws."""
+        """Responses to the held-out prompts, kept in the run's folder; their numbers."""
         if self.inputs.held_out is None:
             return {}
-        config = self.config.eval
-        length = config.max_response_tokens or self.config.rollout.max_response_tokens
-        sampled = Sampling(config.samples, length, config.temperature, config.top_p, self._draw("eval"))
-        prompts: Sequence[Prompt] = self.inputs.held_out.prompts
+        config = self.config
+        files = by_file(self.inputs.held_out.prompts)
         with self._phase("eval"):
-            return {
-                "eval/sampled_accuracy": Metric(mean_reward(self.rollouts.run(prompts, sampled))),
-                "eval/greedy_accuracy": Metric(mean_reward(self.rollouts.run(prompts, Sampling(1, length, 0.0)))),
+            problems = {
+                name: evaluate(config, self.rollouts, prompts, self.ranks.data) for name, prompts in files.items()
             }
+            if self.ranks.is_main:
+                model = f"{config.run_dir}, step {self.step}"
+                request = Request.of(config, files, model=model, fingerprint=None)
+                results = Results.start(config.run_dir / EVAL_FOLDER / f"step_{self.step:08d}", request)
+                for name, found in problems.items():
+                    results.write(name, found)
+                results.finish()
+        return metrics(config, problems)
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
@@ -370,14 +366,8 @@ class Trainer:
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
         config = self.config
-        export = config.run_dir / EXPORT_FOLDER
-        if config.checkpoint.export and self.ranks.data == 0:
-            buckets = self._stream()
-            if self.ranks.is_main:
-                write_folder(buckets, export, source_folder=config.model.path)
-            else:
-                for _ in buckets:
-                    pass
+        if config.checkpoint.export:
+            export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
         if self.ranks.is_main:
             plot_learning_curve(config.run_dir)
             summary = Summary(

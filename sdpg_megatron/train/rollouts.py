@@ -75,16 +75,27 @@ class Rollouts:
         """Whether this rank's replica hands out weights."""
         return not self._shared or self._ranks.data == 0
 
-    def run(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[ScoredGroup]:
-        """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank."""
+    def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
+        """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
+
+        `extract`: also have the answers read, where the verifier can.
+        """
         share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
         groups = self._generate(split_evenly(prompts, self._ranks.data, self._ranks.data_size), sampling)
         if self._verifiers is not None:
-            share = [(g.completions, s) for g, s in zip(groups, self._verifiers.score(groups), strict=True)]
+            share = [
+                (g.completions, s) for g, s in zip(groups, self._verifiers.score(groups, extract=extract), strict=True)
+            ]
         # Every rank has the prompts, and replicas are in the order of their leaders' ranks.
         gathered = chain.from_iterable(self._ranks.gather_all(share))
         return [
-            ScoredGroup(Group(prompt, completions), score.rewards, group_advantages(score.rewards), score.failures)
+            ScoredGroup(
+                Group(prompt, completions),
+                score.rewards,
+                group_advantages(score.rewards),
+                score.failures,
+                score.answers,
+            )
             for prompt, (completions, score) in zip(prompts, gathered, strict=True)
         ]
 
@@ -147,9 +158,3 @@ def _describe(scored: ScoredGroup) -> dict[str, Metric]:
         "rollout/truncated": Metric(sum(c.finish_reason == "length" for c in completions) / n, weight=n),
         "rollout/stop_probability": Metric(sum(stops) / max(len(stops), 1), weight=len(stops)),
     }
-
-
-def mean_reward(groups: Sequence[ScoredGroup]) -> float:
-    """Mean over all responses."""
-    rewards = [reward for scored in groups for reward in scored.rewards]
-    return sum(rewards) / len(rewards)

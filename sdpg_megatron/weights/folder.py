@@ -1,4 +1,4 @@
-"""A weight stream into a Hugging Face folder that appears whole or not at all."""
+"""Weight streams into a Hugging Face folder, which appears whole or not at all, and out of one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE
-from sdpg_megatron.weights.map import check_folder
+from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
+from sdpg_megatron.weights.map import check_folder, hf_shapes
 from sdpg_megatron.weights.stream import Bucket
 
 COMPANIONS = (
@@ -60,6 +61,35 @@ def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path
         _replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_folder(
+    folder: Path, *, bucket_bytes: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Iterator[Bucket]:
+    """A Hugging Face folder's weights as a stream, tied copies left out; one bucket is held at a time.
+
+    Args:
+        folder: with config.json and safetensors.
+        bucket_bytes: bound of a bucket; a larger tensor has one to itself.
+        dtype: type of the tensors; None for that of each in the folder.
+        device: where they are to be; None for the CPU.
+
+    Raises:
+        WeightError: a tensor of the model is missing, or one is there that it has no place for.
+        ConfigError: no usable config.json.
+    """
+    arch, source = read_architecture(folder), SafetensorsFolder(folder)
+    check_folder(arch, source.names, str(folder))
+    bucket: list[tuple[str, Tensor]] = []
+    held = 0
+    for name in hf_shapes(arch):
+        tensor = source.read(name, 0, 0, source.shape(name)[0]).to(device=device, dtype=dtype)
+        if bucket and held + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append((name, tensor))
+        held += tensor.nbytes
+    yield bucket
 
 
 def _check_target(target: Path, source_folder: Path) -> None:

@@ -5,3 +5,10 @@ from sdpg_megatron.records import Prompt
 
 def has_digit(prompt: Prompt, response: str) -> float:
     return float(any(character.isdigit() for character in response))
+
+
+def first_digit(response: str) -> str | None:
+    return next((character for character in response if character.isdigit()), None)
+
+
+has_digit.extract = first_digit  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ FLOORS = (
     ("train", "plugins"),
     ("checkpoint",),
     ("mcore", "rollout"),
-    ("data", "rewards", "objectives", "head", "weights"),
+    ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
     ("architecture",),
     ("config", "records", "answers"),

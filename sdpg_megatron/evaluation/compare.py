@@ -1,0 +1,53 @@
+"""Several evaluations side by side, each problem of one held against the same problem of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from sdpg_megatron.errors import EvaluationError
+from sdpg_megatron.evaluation.estimators import Estimate, bootstrap
+from sdpg_megatron.evaluation.results import Evaluation
+from sdpg_megatron.evaluation.scores import per_problem
+from sdpg_megatron.evaluation.table import comparison_table
+
+FREE = ("seed", "model.dtype", "rollout.engine", "reward.timeout", "eval.responses")
+"""Settings that compared evaluations may differ in: they change the draws, or nothing, but not what is measured."""
+
+
+def compare(evaluations: Sequence[Evaluation], *, anyway: bool = False) -> list[Table]:
+    """A table for each data file.
+
+    Args:
+        evaluations: at least one; the others are held against the first.
+        anyway: compare also what was made on other data or under other settings.
+
+    Raises:
+        EvaluationError: names the first difference in data or settings.
+    """
+    first, *others = evaluations
+    for other in others:
+        if not anyway and (difference := first.request.difference(other.request, FREE)):
+            name, expected, found = difference
+            fix = "evaluate both alike, or compare them as they are with --anyway"
+            raise EvaluationError(str(other.folder), f"{name}: {found}", f"{expected}, as in {first.folder}", fix)
+    return [_compare_on(name, evaluations) for name in dict.fromkeys(n for e in evaluations for n in e.scores)]
+
+
+def _compare_on(name: str, evaluations: Sequence[Evaluation]) -> Table:
+    those = [evaluation for evaluation in evaluations if name in evaluation.scores]
+    scores = {f"{evaluation.folder}\n{evaluation.request.model}": evaluation.scores[name] for evaluation in those}
+    return comparison_table(name, scores, [_difference(name, those[0], evaluation) for evaluation in those])
+
+
+def _difference(name: str, first: Evaluation, other: Evaluation) -> dict[str, Estimate]:
+    """Of `other` from `first`, over pairs of results on the same problem; nothing on other problems."""
+    if other is first or first.request.data[name] != other.request.data[name]:
+        return {}
+    columns = [per_problem(e.problems(name), e.request.settings["eval.k"]) for e in (first, other)]
+    common = [quantity for quantity in columns[0] if quantity in columns[1]]
+    values_PM = np.stack([columns[1][quantity] - columns[0][quantity] for quantity in common], axis=1)
+    estimates = bootstrap(values_PM, seed=first.request.settings["seed"])
+    return dict(zip(common, estimates, strict=True))

@@ -1,0 +1,106 @@
+"""What is kept of the responses to one problem, as a line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpg_megatron.errors import EvaluationError
+from sdpg_megatron.records import Prompt, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """Responses to one problem; one item of each tuple for each response."""
+
+    rewards: tuple[float, ...]
+    answers: tuple[str | None, ...] | None
+    """As the verifier reads them, None for a response that gives none; None where the verifier cannot say."""
+    lengths: tuple[int, ...]
+    """Tokens, the stop token included."""
+    truncated: tuple[bool, ...]
+    """Whether the response ended at the length limit."""
+    failures: int
+    """Calls of the verifier that failed; their responses have the failure reward."""
+    responses: tuple[str, ...] | None
+    """None where they were not to be kept."""
+
+    @classmethod
+    def of(cls, scored: ScoredGroup, *, responses: bool) -> Draws:
+        completions = scored.group.completions
+        return cls(
+            rewards=scored.rewards,
+            answers=scored.answers,
+            lengths=tuple(len(completion.tokens) for completion in completions),
+            truncated=tuple(completion.finish_reason == "length" for completion in completions),
+            failures=scored.failures,
+            responses=tuple(completion.text for completion in completions) if responses else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One problem's results."""
+
+    uid: str
+    """The prompt's: file name and row."""
+    sampled: Draws
+    greedy: Draws
+    """One response."""
+
+    @classmethod
+    def of(cls, sampled: ScoredGroup, greedy: ScoredGroup, *, responses: bool) -> Problem:
+        assert sampled.group.prompt is greedy.group.prompt
+        return cls(
+            uid=sampled.group.prompt.uid,
+            sampled=Draws.of(sampled, responses=responses),
+            greedy=Draws.of(greedy, responses=responses),
+        )
+
+
+def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    """The prompts of each data file, in order.
+
+    A file goes by its name without the suffix; where two would then share a name, by all of what their prompts call it.
+    """
+    files: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        files.setdefault(prompt.uid.rpartition(":")[0], []).append(prompt)
+    stems = [Path(label).stem for label in files]
+    return {
+        stem if stems.count(stem) == 1 else label.strip("/").replace("/", "-"): found
+        for stem, (label, found) in zip(stems, files.items(), strict=True)
+    }
+
+
+def as_lines(problems: Sequence[Problem]) -> str:
+    """JSON, one problem a line."""
+    return "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """What `as_lines` has made.
+
+    Raises:
+        EvaluationError: names the line that is not a problem's results.
+    """
+    problems = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            problems.append(Problem(uid=fields["uid"], **{key: _draws(fields[key]) for key in ("sampled", "greedy")}))
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "one problem's results"
+            raise EvaluationError(
+                f"{path}:{number}", repr(error), expected, "remove the file to make it anew"
+            ) from error
+    return problems
+
+
+def _draws(fields: dict[str, Any]) -> Draws:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Draws(**values)

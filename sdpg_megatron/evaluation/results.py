@@ -1,0 +1,225 @@
+"""The folder of an evaluation: what was asked, each problem's results, and what they sum up to.
+
+    evaluation.json      model, settings and data; first in the folder
+    NAME.jsonl           the results of the data file NAME, one problem a line
+    summary.json         the scores of every data file, and all of evaluation.json; last in the folder
+
+Every file is written aside and renamed: it is whole or absent, and an evaluation that was stopped goes on with the data
+files that have no results yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import EvaluationError
+from sdpg_megatron.evaluation.estimators import Estimate, draw_sizes
+from sdpg_megatron.evaluation.problems import Problem, as_lines, read_problems
+from sdpg_megatron.evaluation.scores import Scores, score
+from sdpg_megatron.observe.files import write_whole
+from sdpg_megatron.records import Prompt
+
+REQUEST_FILE, SUMMARY_FILE = "evaluation.json", "summary.json"
+SETTINGS = (
+    "seed", "model.dtype", "data.system", "data.max_prompt_tokens", "data.overlong", "reward.verifier",
+    "reward.timeout", "reward.failure_reward", "rollout.engine", "eval.samples", "eval.temperature", "eval.top_p",
+    "eval.max_response_tokens", "eval.k", "eval.responses",
+)  # fmt: skip
+"""Fields of the configuration that an evaluation depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """What is asked of a data file."""
+
+    problems: int
+    digest: str
+    """Of questions and answers, in order: the same on any model, for any file format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is evaluated, how, and on what."""
+
+    model: str
+    """For people."""
+    fingerprint: str | None
+    """Of the weights' folder; None for weights in a trainer's memory."""
+    settings: Mapping[str, Any]
+    """By the names of `SETTINGS`, as JSON has them."""
+    data: Mapping[str, DataFile]
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, files: Mapping[str, Sequence[Prompt]], *, model: str, fingerprint: str | None
+    ) -> Request:
+        tree = config.model_dump(mode="json")
+        settings = {name: _lookup(tree, name) for name in SETTINGS}
+        settings["eval.max_response_tokens"] = response_limit(config)
+        settings["eval.k"] = list(config.eval.k or draw_sizes(config.eval.samples))
+        data = {name: DataFile(len(prompts), _digest(prompts)) for name, prompts in files.items()}
+        return cls(model=model, fingerprint=fingerprint, settings=settings, data=data)
+
+    def difference(self, other: Request, free: Sequence[str] = ()) -> tuple[str, object, object] | None:
+        """The first thing in which data or settings differ: its name, and what it is here and there.
+
+        `free`: settings that may differ.
+        """
+        for name in (*self.data, *other.data):
+            here, there = (request.data.get(name) for request in (self, other))
+            if here != there:
+                return f"the data file {name!r}", _show(here), _show(there)
+        for name in SETTINGS:
+            if name not in free and self.settings[name] != other.settings[name]:
+                return name, self.settings[name], other.settings[name]
+        return None
+
+
+class Results:
+    """An evaluation's folder, while it is being filled."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        self.folder, self.request = folder, request
+
+    @classmethod
+    def start(cls, folder: Path, request: Request) -> Results:
+        """Begin an evaluation. Results that the folder had are replaced."""
+        results = cls(folder, request)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)
+        for name in request.data:
+            results.path(name).unlink(missing_ok=True)
+        write_whole(folder / REQUEST_FILE, _json(request))
+        return results
+
+    @classmethod
+    def start_or_continue(cls, folder: Path, request: Request) -> Results:
+        """Begin an evaluation, or go on with it where the folder has a part of the same.
+
+        Raises:
+            EvaluationError: the folder has another evaluation; names what differs.
+        """
+        if not (folder / REQUEST_FILE).exists():
+            return cls.start(folder, request)
+        earlier = read_request(folder / REQUEST_FILE)
+        where, fix = str(folder / REQUEST_FILE), "choose another folder with --out, or remove this one"
+        if earlier.fingerprint != request.fingerprint:
+            raise EvaluationError(where, f"results of {earlier.model}", f"those of {request.model}", fix)
+        if difference := earlier.difference(request):
+            name, before, now = difference
+            raise EvaluationError(where, f"{name} {before!r}", f"{now!r}, as asked for now", fix)
+        return cls(folder, request)
+
+    def path(self, name: str) -> Path:
+        """Of the results of a data file."""
+        return self.folder / f"{name}.jsonl"
+
+    @property
+    def missing(self) -> list[str]:
+        """Data files without results."""
+        return [name for name in self.request.data if not self.path(name).exists()]
+
+    def write(self, name: str, problems: Sequence[Problem]) -> None:
+        """Keep the results of a data file."""
+        write_whole(self.path(name), as_lines(problems))
+
+    def finish(self) -> dict[str, Scores]:
+        """Sum up what was written; by data file."""
+        ks, seed = self.request.settings["eval.k"], self.request.settings["seed"]
+        scores = {name: score(read_problems(self.path(name)), ks, seed=seed) for name in self.request.data}
+        tree = dataclasses.asdict(self.request) | {"scores": {n: dataclasses.asdict(s) for n, s in scores.items()}}
+        write_whole(self.folder / SUMMARY_FILE, json.dumps(tree, indent=2) + "\n")
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    folder: Path
+    request: Request
+    scores: Mapping[str, Scores]
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation:
+        """Raises `EvaluationError` where the folder has no finished evaluation."""
+        path = folder / SUMMARY_FILE
+        tree = _read(path)
+        try:
+            scores = {
+                name: Scores(
+                    fields["problems"],
+                    fields["failures"],
+                    {key: Estimate(**ends) for key, ends in fields["estimates"].items()},
+                )
+                for name, fields in tree["scores"].items()
+            }
+            return cls(folder, _request(tree), scores)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _not_ours(path, repr(error)) from error
+
+    def problems(self, name: str) -> list[Problem]:
+        """Each problem's results of a data file. Raises `EvaluationError` where the file is damaged."""
+        return read_problems(Results(self.folder, self.request).path(name))
+
+
+def response_limit(config: RunConfig) -> int:
+    """Longest response of an evaluation, in tokens."""
+    return config.eval.max_response_tokens or config.rollout.max_response_tokens
+
+
+def read_request(path: Path) -> Request:
+    """Raises `EvaluationError` where the file is damaged."""
+    try:
+        return _request(_read(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(path, repr(error)) from error
+
+
+def _request(tree: Mapping[str, Any]) -> Request:
+    return Request(
+        model=tree["model"],
+        fingerprint=tree["fingerprint"],
+        settings={name: tree["settings"][name] for name in SETTINGS},
+        data={name: DataFile(**fields) for name, fields in tree["data"].items()},
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _not_ours(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise _not_ours(path, str(error)) from error
+
+
+def _not_ours(path: Path, found: str) -> EvaluationError:
+    fix = "name the folder of a finished evaluation, or finish it with the command that began it"
+    return EvaluationError(str(path), found, "what an evaluation writes", fix)
+
+
+def _json(request: Request) -> str:
+    return json.dumps(dataclasses.asdict(request), indent=2) + "\n"
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    text = json.dumps([[prompt.question, prompt.answer] for prompt in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _lookup(tree: Any, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _show(data: DataFile | None) -> str:
+    return "absent" if data is None else f"{data.problems} problems, digest {data.digest}"

@@ -1,0 +1,60 @@
+"""Evaluations as tables for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sdpg_megatron.evaluation.estimators import Estimate
+from sdpg_megatron.evaluation.scores import Scores
+
+LOG_WIDTH = 240
+"""Columns of an output that is no terminal: rich would break its lines at 80."""
+
+
+def show(table: Table, output: TextIO) -> None:
+    """Print a table."""
+    console = Console(file=output)
+    console = console if console.is_terminal else Console(file=output, width=LOG_WIDTH)
+    console.print(table)
+
+
+def scores_table(title: str, scores: Mapping[str, Scores]) -> Table:
+    """One evaluation: a column for each data file."""
+    return _table(title, scores, [{} for _ in scores])
+
+
+def comparison_table(title: str, scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
+    """One data file: a column for each evaluation.
+
+    Args:
+        differences: of each evaluation from the first, by quantity, shown below its own; none where it is empty.
+    """
+    return _table(title, scores, differences)
+
+
+def _table(title: str, scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    for column in scores:
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_row("problems", *(str(found.problems) for found in scores.values()))
+    for name in dict.fromkeys(name for found in scores.values() for name in found.estimates):
+        shown = [_lines(name, found.estimates.get(name), "") for found in scores.values()]
+        below = [_lines(name, found.get(name), "+") for found in differences]
+        table.add_row(name, *("\n".join(filter(None, pair)) or "-" for pair in zip(shown, below, strict=True)))
+    table.add_row("verifier failures", *(str(found.failures) for found in scores.values()))
+    return table
+
+
+def _lines(name: str, estimate: Estimate | None, sign: str) -> str:
+    """``0.609 (0.523 to 0.695)``, or the empty string for None."""
+    if estimate is None:
+        return ""
+    form = f"{sign}.1f" if name == "length" else f"{sign}.3f"
+    value, low, high = (format(number, form) for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"

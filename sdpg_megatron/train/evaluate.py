@@ -1,0 +1,48 @@
+"""Held-out prompts to problems' results, over all replicas: in training and for ``sdpg-megatron eval`` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.evaluation.estimators import draw_sizes
+from sdpg_megatron.evaluation.problems import Problem
+from sdpg_megatron.evaluation.results import response_limit
+from sdpg_megatron.evaluation.scores import per_problem
+from sdpg_megatron.observe.metrics import Metric, Reduction
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.rollout.base import Sampling
+from sdpg_megatron.train.draws import draw_seed
+from sdpg_megatron.train.rollouts import Rollouts
+
+NAMES = {"pass@1": "sampled_accuracy", "greedy": "greedy_accuracy"}
+"""Metrics that do not go by their quantity's own name."""
+
+
+def evaluate(config: RunConfig, rollouts: Rollouts, prompts: Sequence[Prompt], data_rank: int) -> list[Problem]:
+    """Sampled responses and the greedy one to each prompt of a data file, always the same draws.
+
+    Every rank calls it; the same list, in the order of the prompts, on every rank.
+    """
+    asked, length = config.eval, response_limit(config)
+    seed = draw_seed(config.seed, "eval", data_rank)
+    sampling = Sampling(asked.samples, length, asked.temperature, asked.top_p, seed)
+    sampled = rollouts.run(prompts, sampling, extract=True)
+    greedy = rollouts.run(prompts, Sampling(1, length, 0.0), extract=True)
+    return [Problem.of(*pair, responses=asked.responses) for pair in zip(sampled, greedy, strict=True)]
+
+
+def metrics(config: RunConfig, files: Mapping[str, Sequence[Problem]]) -> dict[str, Metric]:
+    """``eval/...`` over all problems; where there are several data files, ``eval/<file>/...`` over those of each."""
+    everything = {"eval": list(chain.from_iterable(files.values()))}
+    parts = {f"eval/{name}": problems for name, problems in files.items()} if len(files) > 1 else {}
+    ks = config.eval.k or draw_sizes(config.eval.samples)
+    found: dict[str, Metric] = {}
+    for prefix, problems in {**everything, **parts}.items():
+        for quantity, values_P in per_problem(problems, ks).items():
+            name = NAMES.get(quantity, quantity.replace("@", "_at_"))
+            found[f"{prefix}/{name}"] = Metric(float(values_P.mean()))
+        failures = sum(problem.sampled.failures + problem.greedy.failures for problem in problems)
+        found[f"{prefix}/failures"] = Metric(float(failures), Reduction.SUM)
+    return found

@@ -1,0 +1,139 @@
+"""``sdpg-megatron eval``: a model's responses to held-out prompts, over all ranks, into a folder of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sdpg_megatron.checkpoint.state import fingerprint
+from sdpg_megatron.config import ParallelConfig, RunConfig
+from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.errors import ConfigError, SdpgError
+from sdpg_megatron.evaluation.problems import by_file
+from sdpg_megatron.evaluation.results import Request, Results
+from sdpg_megatron.evaluation.scores import Scores
+from sdpg_megatron.mcore import device, parallel
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.train.engines import start_rollouts
+from sdpg_megatron.train.evaluate import evaluate
+from sdpg_megatron.train.export import export_checkpoint
+from sdpg_megatron.train.inputs import ModelInputs
+from sdpg_megatron.train.subject import Subject
+from sdpg_megatron.weights import read_folder
+
+
+def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Prompt]]:
+    """The held-out prompts by data file.
+
+    Raises:
+        ConfigError: no data file is named.
+        DataError: a row cannot be used, or a file has no prompt that is short enough.
+    """
+    if not config.data.eval:
+        raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
+    files = by_file(PromptDataset.load(config.data, config.data.eval, inputs.tokenizer).prompts)
+    if len(files) < len(config.data.eval):
+        for path in config.data.eval:
+            PromptDataset.load(config.data, [path], inputs.tokenizer)  # says which one is empty, and why
+    return files
+
+
+def evaluate_subject(
+    subject: Subject, inputs: ModelInputs, files: Mapping[str, list[Prompt]], folder: Path
+) -> dict[str, Scores] | None:
+    """Evaluate a model, or go on with its evaluation, into `folder`. Every rank calls it once.
+
+    Each rank is a replica of its own, whatever layout the model was trained under.
+
+    Returns:
+        The scores by data file on the main rank, None on the others.
+
+    Raises:
+        SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
+    """
+    alone = ParallelConfig(timeout=subject.config.parallel.timeout)
+    with ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        ranks = parallel.initialize(alone, subject.config.seed)
+        subject = ranks.gather_all(subject)[0]  # a run that goes on may have shown ranks different checkpoints
+        model = subject.config.model.path
+        if subject.checkpoint is not None:
+            model = export_checkpoint(subject.config, inputs.arch, subject.checkpoint)
+            ranks = parallel.initialize(alone, subject.config.seed)
+        config = _for_evaluation(subject.config, model, folder)
+        results = _agree(ranks, config, files, subject.name)
+        missing = ranks.gather_all(results.missing)[0]
+        if missing:
+            _fill(config, inputs, ranks, {name: files[name] for name in missing}, results)
+        return results.finish() if ranks.is_main else None
+
+
+def _agree(ranks: Ranks, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
+    """The folder, begun by the main rank; where it cannot, every rank says why."""
+    request = Request.of(config, files, model=name, fingerprint=fingerprint(config.model.path))
+    fault: SdpgError | None = None
+    if ranks.is_main:
+        try:
+            Results.start_or_continue(config.run_dir, request)
+        except SdpgError as error:
+            fault = error
+        except OSError as error:
+            fault = ConfigError("--out", str(config.run_dir), "a folder that can be written", str(error))
+    fault = ranks.gather_all(fault)[0]
+    if fault is not None:
+        raise fault
+    return Results(config.run_dir, request)
+
+
+def _fill(
+    config: RunConfig, inputs: ModelInputs, ranks: Ranks, files: Mapping[str, list[Prompt]], results: Results
+) -> None:
+    """Evaluate on data files, each kept when it is done."""
+    served = config.rollout.engine == "sglang"
+    dtype = getattr(torch, config.rollout.sglang.dtype or config.model.dtype) if served else None
+    bucket_bytes = config.rollout.sglang.bucket_mib << 20
+    with ExitStack() as stack:
+        status = stack.enter_context(Console(stderr=True, quiet=not ranks.is_main).status("starting"))
+        current = ""
+
+        def on_progress(done: int, total: int) -> None:
+            status.update(f"{current} {done}/{total}")
+
+        rollouts = start_rollouts(config, inputs, ranks, on_progress)
+        stack.callback(rollouts.close)
+        where = device.training_device()
+        rollouts.publish(
+            0, lambda: read_folder(config.model.path, bucket_bytes=bucket_bytes, dtype=dtype, device=where)
+        )
+        for current, prompts in files.items():
+            status.update(current)
+            problems = evaluate(config, rollouts, prompts, ranks.data)
+            if ranks.is_main:
+                results.write(current, problems)
+
+
+def _for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
+    """The configuration with the weights at `model` and everything written to `folder`.
+
+    Servers that are started have the devices to themselves: nothing is trained beside them.
+    """
+    sglang = config.rollout.sglang
+    if not sglang.urls:
+        update = {
+            "colocated": False,
+            "first_gpu": sglang.first_gpu or 0,
+            "sink": "shared" if sglang.sink == "broadcast" and sglang.data == 1 else sglang.sink,
+        }
+        sglang = sglang.model_copy(update=update)
+    return config.model_copy(
+        update={
+            "run_dir": folder,
+            "model": config.model.model_copy(update={"path": model}),
+            "rollout": config.rollout.model_copy(update={"sglang": sglang}),
+        }
+    )

@@ -1,0 +1,75 @@
+"""The learner's weights on their way out: as a stream, and as a Hugging Face folder, also from a checkpoint."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from sdpg_megatron import objectives
+from sdpg_megatron.architecture import Architecture, check_parallel
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_model, fingerprint
+from sdpg_megatron.checkpoint.store import CheckpointStore
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.mcore import parallel
+from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.weights import WeightStream, write_folder
+
+EXPORT_FOLDER = "model"
+"""In a run's folder, the trained model; in a checkpoint's, its weights once somebody has asked for them."""
+
+
+def stream_weights(config: RunConfig, learner: Learner, dtype: torch.dtype | None = None) -> WeightStream:
+    """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
+    return WeightStream(
+        learner.named_weights(),
+        learner.arch,
+        tp_group=learner.ranks.tensor_group,
+        pp_group=learner.ranks.pipeline_group,
+        bucket_bytes=config.rollout.sglang.bucket_mib << 20,
+        dtype=dtype,
+    )
+
+
+def export_weights(config: RunConfig, learner: Learner, target: Path) -> None:
+    """Write the weights, with all else from the model that training started from, as a Hugging Face folder.
+
+    Every rank calls it. See `write_folder` for what it raises, on the main rank.
+    """
+    if learner.ranks.data:
+        return
+    buckets = stream_weights(config, learner)
+    if learner.ranks.is_main:
+        write_folder(buckets, target, source_folder=config.model.path)
+    else:
+        for _ in buckets:
+            pass
+
+
+def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -> Path:
+    """The weights of a checkpoint as a Hugging Face folder beside them, made where it is not there yet.
+
+    Every rank calls it, after `parallel.initialize`. Where it has to be made, the groups are those of `config.parallel`
+    afterwards.
+
+    Raises:
+        ConfigError: `model.path` is not what the run was started from, or ranks do not make up `config.parallel`.
+        CheckpointError: the checkpoint is damaged.
+    """
+    target = checkpoint / EXPORT_FOLDER
+    if any(parallel.current().gather_all((target / "config.json").exists())):
+        return target
+    check_same_model(RunState.read(checkpoint / MANIFEST), fingerprint(config.model.path))
+    check_parallel(arch, config.parallel)
+    ranks = parallel.initialize(config.parallel, config.seed)
+    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    learner = Learner(config, arch, objective, ranks)
+    CheckpointStore(checkpoint.parent, ranks, config.checkpoint.keep).load(checkpoint, learner)
+    export_weights(config, learner, target)
+    ranks.barrier()
+    del learner
+    gc.collect()  # Megatron's wrappers refer to one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return target
