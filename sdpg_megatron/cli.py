@@ -23,6 +23,8 @@ EXPECTED_WARNINGS = (
     "When using async grad allreduce",
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.*` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 )
 """What megatron-core says on any machine without Transformer Engine, and what torch says about megatron-core."""
 

@@ -67,7 +67,7 @@ class Request:
         data = {name: DataFile(len(prompts), _digest(prompts)) for name, prompts in files.items()}
         return cls(model=model, fingerprint=fingerprint, settings=settings, data=data)
 
-    def difference(self, other: Request, free: Sequence[str] = ()) -> tuple[str, object, object] | None:
+    def difference(self, other: Request, free: Sequence[str] = ()) -> tuple[str, str, str] | None:
         """The first thing in which data or settings differ: its name, and what it is here and there.
 
         `free`: settings that may differ.
@@ -78,7 +78,7 @@ class Request:
                 return f"the data file {name!r}", _show(here), _show(there)
         for name in SETTINGS:
             if name not in free and self.settings[name] != other.settings[name]:
-                return name, self.settings[name], other.settings[name]
+                return name, repr(self.settings[name]), repr(other.settings[name])
         return None
 
 
@@ -114,7 +114,7 @@ class Results:
             raise EvaluationError(where, f"results of {earlier.model}", f"those of {request.model}", fix)
         if difference := earlier.difference(request):
             name, before, now = difference
-            raise EvaluationError(where, f"{name} {before!r}", f"{now!r}, as asked for now", fix)
+            raise EvaluationError(where, f"{name}: {before}", f"{now}, as asked for now", fix)
         return cls(folder, request)
 
     def path(self, name: str) -> Path:
@@ -222,4 +222,4 @@ def _lookup(tree: Any, name: str) -> Any:
 
 
 def _show(data: DataFile | None) -> str:
-    return "absent" if data is None else f"{data.problems} problems, digest {data.digest}"
+    return "none" if data is None else f"{data.problems} problems, digest {data.digest}"

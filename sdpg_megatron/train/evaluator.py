@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,17 +27,23 @@ from sdpg_megatron.train.inputs import ModelInputs
 from sdpg_megatron.train.subject import Subject
 from sdpg_megatron.weights import read_folder
 
+logger = logging.getLogger(__name__)
+
 
 def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Prompt]]:
     """The held-out prompts by data file.
 
     Raises:
         ConfigError: no data file is named.
-        DataError: a row cannot be used, or a file has no prompt that is short enough.
+        DataError: a row cannot be used, or a file has none with a prompt that is short enough.
     """
     if not config.data.eval:
         raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
-    files = by_file(PromptDataset.load(config.data, config.data.eval, inputs.tokenizer).prompts)
+    dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer)
+    if dataset.dropped or dataset.truncated:
+        counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens
+        logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens", *counts)
+    files = by_file(dataset.prompts)
     if len(files) < len(config.data.eval):
         for path in config.data.eval:
             PromptDataset.load(config.data, [path], inputs.tokenizer)  # says which one is empty, and why
@@ -127,7 +134,7 @@ def _for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
         update = {
             "colocated": False,
             "first_gpu": sglang.first_gpu or 0,
-            "sink": "shared" if sglang.sink == "broadcast" and sglang.data == 1 else sglang.sink,
+            "sink": "shared" if sglang.sink == "broadcast" else sglang.sink,
         }
         sglang = sglang.model_copy(update=update)
     return config.model_copy(

@@ -48,9 +48,11 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def command(arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron") -> list[str]:
+def command(
+    arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron", what: str = "train"
+) -> list[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return [sys.executable, "-m", *launcher, program, "train", *map(str, arguments)]
+    return [sys.executable, "-m", *launcher, program, what, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +62,15 @@ def environment() -> dict[str, str]:
 
 def train(*arguments: object, ranks: int = 1, program: str = "sdpg_megatron") -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller looks at the exit code."""
-    line = command(arguments, ranks, program)
+    return _finish(command(arguments, ranks, program))
+
+
+def evaluate(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """``sdpg-megatron eval``."""
+    return _finish(command(arguments, ranks, what="eval"))
+
+
+def _finish(line: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 

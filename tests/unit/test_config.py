@@ -132,6 +132,8 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("objective.beta_decay_steps=101", ["beta_decay_steps", "found 101", "100 optimizer steps", "null"]),
         ("optimizer.warmup_steps=101", ["optimizer.warmup_steps: found 101", "100 optimizer steps", "shorten"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr: found 1", "at most lr (1e-06)", "lower it"]),
+        ("eval.k=[1, 5]", ["eval.k: found 5", "1 to eval.samples (4)", "draw more"]),
+        ("eval.k=[0]", ["eval.k: found 0", "1 to eval.samples (4)"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
         ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
         ("reward.clip=[1, 0]", ["reward.clip: found (1.0, 0.0)", "a lower and a higher bound"]),

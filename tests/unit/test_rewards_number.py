@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.load import VERIFIERS, load_verifier
-from sdpg_megatron.rewards.number import last_number, number
+from sdpg_megatron.rewards.number import extract_number, last_number, number
 
 
 def prompt(answer: str) -> Prompt:
@@ -94,3 +94,31 @@ def test_an_unusable_name_is_refused(spec: str, names: str, tmp_path: Path, monk
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=rf"reward\.verifier: .*{names}"):
         load_verifier(spec)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("It is 12.", "12"),
+        ("12.0", "12"),
+        ("+12.50", "12.5"),
+        (".5", "0.5"),
+        ("-0.50", "-0.5"),
+        ("-0", "0"),
+        ("0.000", "0"),
+        ("1,234,000", "1234000"),
+        ("\u22127", "-7"),
+        ("123456789012345678901234567890.10", "123456789012345678901234567890.1"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_the_extracted_number_has_one_spelling(response: str, answer: str | None) -> None:
+    assert extract_number(response) == answer
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.decimals(-99, 99, places=2))
+def test_equal_numbers_are_extracted_alike(one: Decimal, other: Decimal) -> None:
+    spelled = format(one, "f")
+    assert extract_number(spelled) == extract_number(spelled + "0")
+    assert (extract_number(spelled) == extract_number(format(other, "f"))) == (one == other)

@@ -39,6 +39,18 @@ def verify(prompt, response):
         case "meet": meet()
         case "bool": return True
     return float(prompt.answer)
+
+def extract(response):
+    match response:
+        case "extract nothing": return None
+        case "extract badly": return 7
+        case "extract never": time.sleep(1000)
+    return response.upper()
+
+def extracting(prompt, response):
+    return verify(prompt, response)
+
+extracting.extract = extract
 """
 
 
@@ -75,6 +87,19 @@ def test_a_failure_costs_its_own_sample(pool: VerifierPool, caplog: pytest.LogCa
     assert scored == [GroupRewards((FAILURE_REWARD, 1.0) * len(faults), len(faults)), GroupRewards((1.0, 1.0), 0)]
     assert "8 of 18 verifier calls failed; the first, on bad: RuntimeError: refused" in caplog.text
     assert pool.score([group("after", "x")]) == [GroupRewards((1.0,), 0)]
+
+
+def test_answers_are_extracted_where_asked_for(pool: VerifierPool) -> None:
+    assert pool.score([group("a", "x")], extract=True) == [GroupRewards((1.0,), 0, None)], "it has no extract"
+    texts = ("x", "extract nothing", "raise", "extract badly", "extract never", "y")
+    own = VerifierPool(RewardConfig(verifier="faulty_verifier:extracting", timeout=TIMEOUT))
+    try:
+        assert own.score([group("a", *texts)], extract=True) == [
+            GroupRewards((1.0, 1.0, 0.0, 0.0, 0.0, 1.0), 3, ("X", None, None, None, None, "Y"))
+        ]
+        assert own.score([group("a", "extract badly")]) == [GroupRewards((1.0,), 0)]
+    finally:
+        own.close()
 
 
 def test_the_time_limit_is_for_one_call_and_not_for_the_group(pool: VerifierPool) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights import Bucket, write_folder
+from sdpg_megatron.weights import Bucket, read_folder, write_folder
 from tests.tiny import write_tiny_model
 
 
@@ -122,3 +123,35 @@ def test_refuses_to_overwrite_what_is_not_an_export(source: Path, tmp_path: Path
     with pytest.raises(WeightError, match="started from"):
         write_folder(buckets(source), source, source_folder=source)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_folder_is_read_back_as_a_stream(tmp_path: Path, tied: bool) -> None:
+    folder = write_tiny_model(tmp_path / "model", "qwen2", tied=tied, seed=3, layers=2)
+    stored = load_file(folder / "model.safetensors")
+    read = list(read_folder(folder, bucket_bytes=100_000, dtype=torch.float64))
+    tensors = [item for bucket in read for item in bucket]
+    assert sorted(name for name, _ in tensors) == sorted(stored)
+    assert all(torch.equal(tensor, stored[name].double()) for name, tensor in tensors)
+    assert len(read) > 3
+    assert all(len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= 100_000 for bucket in read)
+    assert {t.dtype for bucket in read_folder(folder, bucket_bytes=1 << 30) for _, t in bucket} == {torch.float32}
+
+
+def test_a_tied_copy_in_a_folder_is_left_out(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    stored = load_file(folder / "model.safetensors")
+    copy = stored["model.embed_tokens.weight"].clone()
+    save_file({**stored, "lm_head.weight": copy}, folder / "model.safetensors")
+    assert {name for bucket in read_folder(folder, bucket_bytes=1) for name, _ in bucket} == set(stored)
+
+
+def test_a_folder_that_lacks_a_tensor_is_not_streamed(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.norm.weight"]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(WeightError, match=r"tensor 'model\.norm\.weight' is missing"):
+        next(read_folder(folder, bucket_bytes=1 << 20))
