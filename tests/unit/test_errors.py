@@ -7,13 +7,22 @@ import pickle
 import pytest
 
 from sdpg_megatron import errors
-from sdpg_megatron.errors import ConfigError, DataError, MismatchError, RolloutError, SdpgError, ServerError
+from sdpg_megatron.errors import (
+    ConfigError,
+    DataError,
+    FilterError,
+    MismatchError,
+    RolloutError,
+    SdpgError,
+    ServerError,
+)
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import WeightsWanted
 
 EXAMPLES: list[SdpgError] = [
     ConfigError("model.path", "here", "a folder", "make one"),
     DataError("a.jsonl:3", "nothing", "a row", "write one"),
+    FilterError("filters:easy", "train.jsonl:4", "None"),
     MismatchError(3, 0.5, 0.05),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
     RolloutError("no server is left"),
