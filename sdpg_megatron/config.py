@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
-from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED, Method, defaults
+from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED, Method, dapo_sections, defaults
 
 
 class Section(BaseModel):
@@ -412,6 +412,17 @@ class RunConfig(Section):
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, tree: Any) -> Any:
+        """What DAPO has by default in other sections. Sections of a wrong kind are left for the checks that follow."""
+        if not isinstance(tree, dict) or _section(tree, "objective").get("name") != "dapo":
+            return tree
+        longest = _section(tree, "rollout").get("max_response_tokens", RolloutConfig().max_response_tokens)
+        wanted = dapo_sections(longest) if isinstance(longest, int) else {}
+        sound = {name: fields for name, fields in wanted.items() if isinstance(tree.get(name, {}), dict)}
+        return {**tree, **{name: {**fields, **_section(tree, name)} for name, fields in sound.items()}}
+
     @property
     def total_optimizer_steps(self) -> int:
         """Optimizer steps of the whole run: the T of the beta schedule and the learning-rate schedule."""
@@ -423,6 +434,11 @@ class RunConfig(Section):
         if self.objective.context == "data":
             return self.data.max_prompt_tokens
         return self.data.max_peer_tokens or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -202,6 +202,20 @@ def test_a_methods_defaults_are_its_papers_and_show(minimal: Path, tmp_path: Pat
     assert load(again) == config
 
 
+def test_dapo_fills_its_steps_and_has_a_penalty_for_length(minimal: Path, tmp_path: Path) -> None:
+    config = load(minimal, ["objective.name=dapo", "rollout.max_response_tokens=20480"])
+    assert (config.selection.drop_dead, config.reward.overlong_buffer) == (True, 4096)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+    without = load(minimal, ["objective.name=dapo", "selection.drop_dead=false", "reward.overlong_buffer=null"])
+    assert (without.selection.drop_dead, without.reward.overlong_buffer) == (False, None)
+    with pytest.raises(ConfigError, match="selection: found 3"):
+        load(minimal, ["objective.name=dapo", "selection=3"])
+    other = load(minimal, ["objective.name=grpo"])
+    assert (other.selection.drop_dead, other.reward.overlong_buffer) == (False, None)
+
+
 def test_every_method_is_one_of_these() -> None:
     assert set(METHODS) == set(get_args(ObjectiveConfig.model_fields["name"].annotation))
 
