@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdpg_megatron.answers import last_line, same
+from sdpg_megatron.answers import canonical, last_line, same
 from sdpg_megatron.records import Prompt
 
 try:
@@ -21,3 +21,9 @@ def answer(prompt: Prompt, response: str) -> float:
     """
     stated = last_line(response)
     return float(stated is not None and equal(prompt.answer, stated))
+
+
+def extract_answer(response: str) -> str | None:
+    """What `answer` compares, in one spelling where it is a number."""
+    stated = last_line(response)
+    return None if stated is None else canonical(stated)

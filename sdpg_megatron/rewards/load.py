@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import cast
 
 from sdpg_megatron.errors import ConfigError, did_you_mean
-from sdpg_megatron.rewards.base import Verifier
+from sdpg_megatron.rewards.base import Extract, ExtractingVerifier, Verifier
 
 FIELD = "reward.verifier"
 VERIFIERS = {
@@ -18,6 +18,13 @@ VERIFIERS = {
     "reasoning_gym": "sdpg_megatron.rewards.gym:reasoning_gym",
 }
 """The shipped verifiers; each is imported where it is used, as some need a package of their own."""
+EXTRACTS = {
+    "number": "sdpg_megatron.rewards.number:extract_number",
+    "math": "sdpg_megatron.rewards.symbolic:extract_math",
+    "answer": "sdpg_megatron.rewards.line:extract_answer",
+    "exact": "sdpg_megatron.rewards.exact:extract_exact",
+}
+"""What reads the answer of a response, by verifier."""
 EXTRAS = {"math_verify": "math", "reasoning_gym": "gym"}
 """Packages that this project does not require, and the extra that brings each."""
 
@@ -31,7 +38,10 @@ def load_verifier(spec: str) -> Verifier:
     if spec not in VERIFIERS and ":" not in spec:
         fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
         raise ConfigError(FIELD, spec, f"{', '.join(map(repr, VERIFIERS))}, or module:function", fix)
-    return cast(Verifier, load_function(FIELD, VERIFIERS.get(spec, spec)))
+    verifier = cast(Verifier, load_function(FIELD, VERIFIERS.get(spec, spec)))
+    if spec not in EXTRACTS:
+        return verifier
+    return ExtractingVerifier(verifier, cast(Extract, load_function(FIELD, EXTRACTS[spec])))
 
 
 def load_function(field: str, spec: str) -> Callable[..., object]:

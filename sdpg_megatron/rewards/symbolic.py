@@ -6,7 +6,7 @@ import logging
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from sdpg_megatron.answers import as_number, last_boxed, last_statement, stripped
+from sdpg_megatron.answers import as_number, canonical, last_boxed, last_statement, stripped
 from sdpg_megatron.records import Prompt
 
 # math-verify's own limits are signals, which no long integer operation hears; the pool ends a call that takes too long.
@@ -21,8 +21,18 @@ def math(prompt: Prompt, response: str) -> float:
 
     Where there is no box, what follows "final answer is" counts; a response with neither is wrong.
     """
-    stated = last_boxed(response) or last_statement(response)
+    stated = _stated(response)
     return float(stated is not None and equal(prompt.answer, stated))
+
+
+def extract_math(response: str) -> str | None:
+    """What `math` compares, in one spelling where it is a number."""
+    stated = _stated(response)
+    return None if stated is None else canonical(stated)
+
+
+def _stated(response: str) -> str | None:
+    return last_boxed(response) or last_statement(response)
 
 
 def equal(answer: str, stated: str) -> bool:

@@ -39,14 +39,14 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
     """
     if not config.data.eval:
         raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
-    dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer)
+    dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer, taught=False)
     if dataset.dropped or dataset.truncated:
         counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens
         logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens", *counts)
     files = by_file(dataset.prompts)
     if len(files) < len(config.data.eval):
         for path in config.data.eval:
-            PromptDataset.load(config.data, [path], inputs.tokenizer)  # says which one is empty, and why
+            PromptDataset.load(config.data, [path], inputs.tokenizer, taught=False)  # says which one is empty, and why
     return files
 
 
