@@ -1,7 +1,6 @@
 """Whose weights read the privileged context: each choice over three steps with two mini-batches, against a plain loop.
 
-The plain loop is one process that holds the student's and the teacher's weights in dictionaries, and asks the head for
-each mini-batch's divergence with both output matrices.
+The plain loop has two of Hugging Face's models, student and teacher, and copies weights from one to the other.
 """
 
 from __future__ import annotations
@@ -143,11 +142,11 @@ def halves() -> list[list[tuple[Sequence[int], Sequence[int], Sequence[int]]]]:
 
 
 def kl(
-    student: Any, teacher: Any, student_prompt: Sequence[int], prompt: Sequence[int], reply: Sequence[int]
+    student: Any, teacher: Any, student_prompt: Sequence[int], teacher_prompt: Sequence[int], reply: Sequence[int]
 ) -> Tensor:
     """KL(student || teacher) at each token of a response."""
     with torch.no_grad():
-        logq_SV = response_logprobs(teacher, prompt, reply)
+        logq_SV = response_logprobs(teacher, teacher_prompt, reply)
     logp_SV = response_logprobs(student, student_prompt, reply)
     return (logp_SV.exp() * (logp_SV - logq_SV)).sum(1)
 
