@@ -49,7 +49,7 @@ def last_line(text: str) -> str | None:
     """
     lines = text.splitlines()
     for number in range(len(lines) - 1, -1, -1):
-        if len(lines[number]) <= 2 * MAX_LENGTH and (found := _LINE.match(lines[number])):
+        if found := _LINE.match(lines[number]):
             following = next((line for line in lines[number + 1 :] if line.strip()), "")
             return _bounded(stripped(found.group(1)) or stripped(following))
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -127,6 +128,14 @@ def test_math_counts_the_last_box_or_the_final_answer_and_nothing_else(math_pool
         (LONG + r"\boxed{5}", True),
     ]
     assert wrong(math_pool, [("5", response, verdict) for response, verdict in cases]) == []
+
+
+def test_math_verify_sets_no_alarm() -> None:
+    """Its limits are alarms, which only a main thread may set; the pool's limit is the only one."""
+    with ThreadPoolExecutor(1) as threads:
+        assert (
+            threads.submit(load_verifier("math"), Prompt("a:1", (1,), (1,), r"\frac12"), r"\boxed{0.5}").result() == 1.0
+        )
 
 
 def test_answer_line() -> None:
