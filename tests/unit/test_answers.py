@@ -131,7 +131,8 @@ def test_same() -> None:
 @pytest.mark.parametrize(
     "text",
     [r"\boxed{" * (LONG // 7), "{" * LONG, "}" * LONG, "$" * LONG, "*." * (LONG // 2), "Answer:\n" * (LONG // 8),
-     "final answer is " * (LONG // 16), "9" * LONG, "1," * (LONG // 2), "final" + " " * LONG, "the " * (LONG // 4), " " * LONG + "x", "answer" + " " * LONG],
+     "final answer is " * (LONG // 16), "9" * LONG, "1," * (LONG // 2), "final" + " " * LONG, "the " * (LONG // 4),
+     " " * LONG + "x", "answer" + " " * LONG],
     ids=lambda text: repr(text[:8]),
 )  # fmt: skip
 def test_long_texts_are_read_in_linear_time(text: str) -> None:
