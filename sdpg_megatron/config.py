@@ -515,8 +515,6 @@ def check(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data, gym = config.data, config.data.reasoning_gym
     if not gym.tasks:
-        if not data.train:
-            raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
         if gym.held_out:
             raise ConfigError("data.reasoning_gym.held_out", gym.held_out, "0 without tasks", "use data.eval")
         if config.reward.verifier == "reasoning_gym":

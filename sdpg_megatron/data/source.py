@@ -33,7 +33,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, seed: int) -> tuple[PromptS
         seed: the run's.
 
     Raises:
-        ConfigError: the context template, the tokenizer or a reasoning-gym task cannot be used.
+        ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used.
         DataError: a row of a file cannot be used.
     """
     if config.reasoning_gym.tasks:
@@ -46,5 +46,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, seed: int) -> tuple[PromptS
             raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
         source = GymSource(config, tokenizer, seed)
         return source, source.held_out
+    if not config.train:
+        raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
     held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False) if config.eval else None
     return PromptDataset.load(config, config.train, tokenizer, seed=seed), held_out

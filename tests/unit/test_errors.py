@@ -10,6 +10,7 @@ from sdpg_megatron import errors
 from sdpg_megatron.errors import (
     ConfigError,
     DataError,
+    EvaluationError,
     FilterError,
     MismatchError,
     RolloutError,
@@ -22,6 +23,7 @@ from sdpg_megatron.rollout.base import WeightsWanted
 EXAMPLES: list[SdpgError] = [
     ConfigError("model.path", "here", "a folder", "make one"),
     DataError("a.jsonl:3", "nothing", "a row", "write one"),
+    EvaluationError("eval/summary.json", "nothing", "a summary", "evaluate first"),
     FilterError("filters:easy", "train.jsonl:4", "None"),
     MismatchError(3, 0.5, 0.05),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
