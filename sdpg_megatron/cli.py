@@ -125,7 +125,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     scores = evaluate_subject(subject, inputs, files, options.out)
     if scores is not None:
-        show(scores_table(subject.name, scores), sys.stdout)
+        show(subject.name, scores_table(scores), sys.stdout)
     return 0
 
 
@@ -135,8 +135,8 @@ def _compare(options: argparse.Namespace, more: Sequence[str]) -> int:
     from sdpg_megatron.evaluation.table import show
 
     folders = [*options.folders, *map(Path, more)]
-    for table in compare([Evaluation.read(folder) for folder in folders], anyway=options.anyway):
-        show(table, sys.stdout)
+    for name, table in compare([Evaluation.read(folder) for folder in folders], anyway=options.anyway).items():
+        show(name, table, sys.stdout)
     return 0
 
 

@@ -17,8 +17,8 @@ FREE = ("seed", "model.dtype", "rollout.engine", "reward.timeout", "eval.respons
 """Settings that compared evaluations may differ in: they change the draws, or nothing, but not what is measured."""
 
 
-def compare(evaluations: Sequence[Evaluation], *, anyway: bool = False) -> list[Table]:
-    """A table for each data file.
+def compare(evaluations: Sequence[Evaluation], *, anyway: bool = False) -> dict[str, Table]:
+    """A table for each data file, by its name.
 
     Args:
         evaluations: at least one; the others are held against the first.
@@ -33,13 +33,13 @@ def compare(evaluations: Sequence[Evaluation], *, anyway: bool = False) -> list[
             name, expected, found = difference
             fix = "evaluate both alike, or compare them as they are with --anyway"
             raise EvaluationError(str(other.folder), f"{name}: {found}", f"{expected}, as in {first.folder}", fix)
-    return [_compare_on(name, evaluations) for name in dict.fromkeys(n for e in evaluations for n in e.scores)]
+    return {name: _compare_on(name, evaluations) for evaluation in evaluations for name in evaluation.scores}
 
 
 def _compare_on(name: str, evaluations: Sequence[Evaluation]) -> Table:
     those = [evaluation for evaluation in evaluations if name in evaluation.scores]
     scores = {f"{evaluation.folder}\n{evaluation.request.model}": evaluation.scores[name] for evaluation in those}
-    return comparison_table(name, scores, [_difference(name, those[0], evaluation) for evaluation in those])
+    return comparison_table(scores, [_difference(name, those[0], evaluation) for evaluation in those])
 
 
 def _difference(name: str, first: Evaluation, other: Evaluation) -> dict[str, Estimate]:

@@ -16,29 +16,30 @@ LOG_WIDTH = 240
 """Columns of an output that is no terminal: rich would break its lines at 80."""
 
 
-def show(table: Table, output: TextIO) -> None:
-    """Print a table."""
+def show(title: str, table: Table, output: TextIO) -> None:
+    """Print a table below its title."""
     console = Console(file=output)
     console = console if console.is_terminal else Console(file=output, width=LOG_WIDTH)
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 
 
-def scores_table(title: str, scores: Mapping[str, Scores]) -> Table:
+def scores_table(scores: Mapping[str, Scores]) -> Table:
     """One evaluation: a column for each data file."""
-    return _table(title, scores, [{} for _ in scores])
+    return _table(scores, [{} for _ in scores])
 
 
-def comparison_table(title: str, scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
+def comparison_table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
     """One data file: a column for each evaluation.
 
     Args:
         differences: of each evaluation from the first, by quantity, shown below its own; none where it is empty.
     """
-    return _table(title, scores, differences)
+    return _table(scores, differences)
 
 
-def _table(title: str, scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+def _table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("", no_wrap=True)
     for column in scores:
         table.add_column(column, justify="right", overflow="fold")

@@ -17,19 +17,24 @@ from tests.e2e.runs import evaluate, metrics, train, write_run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps, evaluated before and after each."""
+    """The folder of a run of two steps, evaluated before and after each on two data files."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_run(folder, steps=2, eval={"every": 1, "samples": 3}, checkpoint={"every": 1})
-    done = train(config)
+    (folder / "more.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    done = train(config, files(folder))
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def files(folder: Path) -> str:
+    return f"data.eval=[{folder / 'eval.jsonl'}, {folder / 'more.jsonl'}]"
 
 
 @pytest.fixture
 def bare(trained: Path) -> list[str]:
     """What an evaluation of a Hugging Face folder has to be told to be as the run's."""
     return [
-        f"data.eval=[{trained / 'eval.jsonl'}]",
+        files(trained),
         "data.max_prompt_tokens=128",
         "reward.verifier=tests.e2e.verifier:has_digit",
         "rollout.max_response_tokens=6",
@@ -48,18 +53,25 @@ def values(folder: Path, file: str = "eval") -> dict[str, float]:
 
 def test_training_keeps_every_problems_results(trained: Path) -> None:
     for record in metrics(trained / "run"):
-        step = int(record["step"])
-        folder = trained / "run" / "eval" / f"step_{step:08d}"
-        problems = lines(folder / "eval.jsonl")
-        assert [problem["uid"] for problem in problems] == ["eval.jsonl:1", "eval.jsonl:2", "eval.jsonl:3"]
-        rewards = [reward for problem in problems for reward in problem["sampled"]["rewards"]]
-        assert record["eval/sampled_accuracy"] == pytest.approx(sum(rewards) / 9)
-        assert record["eval/pass_at_3"] == pytest.approx(values(folder)["pass@3"])
-        assert record["eval/majority_at_3"] == pytest.approx(values(folder)["majority@3"])
-        assert record["eval/greedy_accuracy"] == sum(problem["greedy"]["rewards"][0] for problem in problems) / 3
-        assert 0 < record["eval/length"] <= 6
-        assert 0 <= record["eval/truncated"] <= 1
-        assert record["eval/failures"] == 0
+        folder = trained / "run" / "eval" / f"step_{int(record['step']):08d}"
+        problems = {name: lines(folder / f"{name}.jsonl") for name in ("eval", "more")}
+        assert [p["uid"] for p in problems["eval"]] == ["eval.jsonl:1", "eval.jsonl:2", "eval.jsonl:3"]
+        assert [p["uid"] for p in problems["more"]] == ["more.jsonl:1"]
+        for prefix, those in {
+            "eval": [*problems["eval"], *problems["more"]],
+            "eval/eval": problems["eval"],
+            "eval/more": problems["more"],
+        }.items():
+            rewards = [reward for p in those for reward in p["sampled"]["rewards"]]
+            greedy = [p["greedy"]["rewards"][0] for p in those]
+            assert record[f"{prefix}/sampled_accuracy"] == pytest.approx(sum(rewards) / len(rewards))
+            assert record[f"{prefix}/greedy_accuracy"] == sum(greedy) / len(greedy)
+            assert 0 < record[f"{prefix}/length"] <= 6
+            assert 0 <= record[f"{prefix}/truncated"] <= 1
+            assert record[f"{prefix}/failures"] == 0
+        for name in ("eval", "more"):
+            assert record[f"eval/{name}/pass_at_3"] == pytest.approx(values(folder, name)["pass@3"])
+            assert record[f"eval/{name}/majority_at_3"] == pytest.approx(values(folder, name)["majority@3"])
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -68,8 +80,9 @@ def test_a_step_evaluated_afterwards_gives_what_training_saw(trained: Path, tmp_
     done = evaluate(trained / "run", "--step", step, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     seen = trained / "run" / "eval" / f"step_{step:08d}"
-    assert (tmp_path / "out" / "eval.jsonl").read_bytes() == (seen / "eval.jsonl").read_bytes()
-    assert values(tmp_path / "out") == values(seen)
+    for name in ("eval", "more"):
+        assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (seen / f"{name}.jsonl").read_bytes()
+        assert values(tmp_path / "out", name) == values(seen, name)
     assert f"step {step}" in done.stdout or step == 0
     assert "pass@3" in done.stdout
     if step == 1:
@@ -78,7 +91,7 @@ def test_a_step_evaluated_afterwards_gives_what_training_saw(trained: Path, tmp_
         assert any(not torch.equal(a, b) for a, b in zip(between.parameters(), last.parameters(), strict=True))
 
 
-def test_a_folder_alone_and_two_data_files_of_which_one_is_done(trained: Path, tmp_path: Path, bare: list[str]) -> None:
+def test_a_model_alone_and_an_evaluation_that_goes_on(trained: Path, tmp_path: Path, bare: list[str]) -> None:
     more = tmp_path / "more.jsonl"
     more.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     both = [*bare, f"data.eval=[{trained / 'eval.jsonl'}, {more}]", "eval.responses=true"]
@@ -106,49 +119,22 @@ def test_a_folder_alone_and_two_data_files_of_which_one_is_done(trained: Path, t
     assert "more" in again.stdout
 
 
-def test_ranks_share_the_problems(trained: Path, tmp_path: Path, bare: list[str]) -> None:
-    """The first replica draws for its share what it would draw for these problems alone."""
-    done = evaluate(trained / "run" / "model", *bare, "--out", tmp_path / "two", ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pass@1") == 1
-    found = lines(tmp_path / "two" / "eval.jsonl")
-    assert [problem["uid"] for problem in found] == ["eval.jsonl:1", "eval.jsonl:2", "eval.jsonl:3"]
-    share = tmp_path / "eval.jsonl"
-    share.write_text((trained / "eval.jsonl").read_text().splitlines()[0] + "\n")
-    alone = evaluate(trained / "run" / "model", *bare, f"data.eval=[{share}]", "--out", tmp_path / "one")
-    assert alone.returncode == 0, alone.stderr
-    assert lines(tmp_path / "one" / "eval.jsonl") == found[:1]
-    whole = lines(trained / "run" / "eval" / "step_00000002" / "eval.jsonl")
-    assert [problem["greedy"] for problem in found] == [problem["greedy"] for problem in whole]
-
-
 def test_a_checkpoint_of_another_layout(tmp_path: Path) -> None:
-    """Two ranks turn a tensor-parallel checkpoint into a folder; afterwards each is a replica, and one is enough."""
+    """Two ranks turn a tensor-parallel checkpoint into a folder; then each is a replica, and one rank would do."""
     config = write_run(tmp_path, steps=1, checkpoint={"export": False}, optimizer={"warmup_steps": 0})
     two = ["parallel.tensor=2", "rollout.prompts_per_step=2", "objective.alpha=0"]
     assert train(config, *two, ranks=2).returncode == 0
     run = tmp_path / "run"
-    refused = evaluate(run, "--out", tmp_path / "refused")
-    assert refused.returncode == 2
-    assert "found 2, expected a divisor of the number of ranks (1)" in refused.stderr
-    done = evaluate(run, "--out", tmp_path / "two", ranks=2)
-    assert done.returncode == 0, done.stderr
+    shared = evaluate(run, "--out", tmp_path / "two", ranks=2)
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("pass@1") == 1
     alone = evaluate(run, "--out", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
-    seen = run / "eval" / "step_00000001" / "eval.jsonl"
-    assert (tmp_path / "one" / "eval.jsonl").read_bytes() == seen.read_bytes()
-
-
-def test_several_data_files_in_training(tmp_path: Path) -> None:
-    config = write_run(tmp_path, steps=1, optimizer={"warmup_steps": 0})
-    more = tmp_path / "more.jsonl"
-    more.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
-    done = train(config, f"data.eval=[{tmp_path / 'eval.jsonl'}, {more}]")
-    assert done.returncode == 0, done.stderr
-    for record in metrics(tmp_path / "run"):
-        parts = record["eval/eval/sampled_accuracy"], record["eval/more/sampled_accuracy"]
-        assert record["eval/sampled_accuracy"] == pytest.approx((3 * parts[0] + parts[1]) / 4)
-    assert (tmp_path / "run" / "eval" / "step_00000001" / "more.jsonl").exists()
+    one, seen = tmp_path / "one" / "eval.jsonl", run / "eval" / "step_00000001" / "eval.jsonl"
+    assert one.read_bytes() == seen.read_bytes()
+    for by_two, by_one in zip(lines(tmp_path / "two" / "eval.jsonl"), lines(one), strict=True):
+        assert (by_two["uid"], by_two["greedy"]) == (by_one["uid"], by_one["greedy"])
+        assert len(by_two["sampled"]["rewards"]) == 2
 
 
 def test_evaluations_side_by_side(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +160,8 @@ def test_evaluations_side_by_side(trained: Path, tmp_path: Path, capsys: pytest.
         ("hf", ["--step", 1], "--step: found 1, expected none with a Hugging Face folder"),
         ("hf", ["data.eval=[]"], "data.eval: found ()"),
         ("hf", ["data.eval=[nowhere.jsonl]"], "nowhere.jsonl"),
-        ("hf", ["data.max_prompt_tokens=3"], "eval.jsonl: found 3 rows, all longer than 3 tokens"),
+        ("hf", ["data.max_prompt_tokens=3"], "found 4 rows, all longer than 3 tokens"),
+        ("hf", ["data.eval=[TRAINED/eval.jsonl, TRAINED/empty.jsonl]"], "empty.jsonl: found no rows"),
         ("hf", ["eval.sample=3"], "did you mean 'samples'"),
         ("hf", ["eval.k=[9]"], "eval.k: found 9"),
         ("run.yaml", ["model.path=nowhere"], "model.path"),
@@ -190,8 +177,9 @@ def test_mistakes_are_named_in_one_line(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = bare if target == "hf" else []
-    assert main(["eval", str(trained / target), *settings, *map(str, more), "--out", str(tmp_path / "out")]) == 2
+    (trained / "empty.jsonl").touch()
+    arguments = [*(bare if target == "hf" else []), *(str(item).replace("TRAINED", str(trained)) for item in more)]
+    assert main(["eval", str(trained / target), *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -192,8 +192,8 @@ def test_the_data_are_known_by_questions_and_answers_alone() -> None:
 
 def shown(folders: Sequence[Evaluation], **options: Any) -> str:
     output = io.StringIO()
-    for table in compare(folders, **options):
-        show(table, output)
+    for name, table in compare(folders, **options).items():
+        show(name, table, output)
     return output.getvalue()
 
 
@@ -231,7 +231,9 @@ def test_what_changes_nothing_that_is_measured_may_differ(tmp_path: Path) -> Non
 def test_a_table_for_a_log_is_not_broken(tmp_path: Path) -> None:
     output = io.StringIO()
     scores: Mapping[str, Any] = {f"file{i}": finished(tmp_path).scores["sums"] for i in range(6)}
-    show(scores_table("title", scores), output)
+    title = "long " * 40
+    show(title, scores_table(scores), output)
+    assert output.getvalue().startswith(title.rstrip())
     (line,) = (line for line in output.getvalue().splitlines() if "pass@1" in line)
     assert line.split("  ")[1:] and line.count("0.500 (") == 6
     assert json.loads((tmp_path / "summary.json").read_text())["scores"]["sums"]["estimates"]["pass@1"]["value"] == 0.5
