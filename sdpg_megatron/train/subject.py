@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.config import RunConfig, apply_override, load, parse
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.train.export import EXPORT_FOLDER
 from sdpg_megatron.train.loop import CHECKPOINT_FOLDER, CONFIG_FILE
@@ -17,7 +18,7 @@ from sdpg_megatron.train.loop import CHECKPOINT_FOLDER, CONFIG_FILE
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to evaluate, under a configuration."""
+    """A model to evaluate, under a configuration that allows responses no longer than an evaluation's."""
 
     name: str
     """For people."""
@@ -38,6 +39,13 @@ def find_subject(target: Path, step: int | None, overrides: Sequence[str]) -> Su
     Raises:
         ConfigError: `target` is nothing of these, the run has no such step, or the configuration is faulty.
     """
+    subject = _find(target, step, overrides)
+    limits = {"max_response_tokens": response_limit(subject.config)}  # no model need be longer
+    rollout = subject.config.rollout.model_copy(update=limits)
+    return replace(subject, config=subject.config.model_copy(update={"rollout": rollout}))
+
+
+def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
     if target.is_file():
         config = load(target, overrides)
         return Subject(str(config.model.path), config) if step is None else _of_run(config, step)
