@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
-from sdpg_megatron.config import dump, load
 from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.settings import dump, load
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop and can continue."""

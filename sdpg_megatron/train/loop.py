@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sdpg_megatron import objectives
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_run, fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
-from sdpg_megatron.config import RunConfig, dump
+from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import MismatchError
@@ -35,6 +35,7 @@ from sdpg_megatron.observe.writers import METRICS_FILE, MultiWriter, open_writer
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.settings import dump
 from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobody, with_corrections
 from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.engines import start_rollouts

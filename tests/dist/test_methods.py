@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from sdpg_megatron.config import RunConfig, parse
+from sdpg_megatron.config import RunConfig
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
+from sdpg_megatron.settings import parse
 from tests.pool import RankPool
 
 ROWS, COLUMNS, VALID, HIDDEN = 16, 24, 21, 6

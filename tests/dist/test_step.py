@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdpg_megatron.config import RunConfig, parse
+from sdpg_megatron.config import RunConfig
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.settings import parse
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 

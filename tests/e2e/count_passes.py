@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.config import load
 from sdpg_megatron.mcore import passes
+from sdpg_megatron.settings import load
 from sdpg_megatron.train.inputs import load_inputs
 from sdpg_megatron.train.loop import Outcome, train
 

@@ -10,8 +10,9 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from sdpg_megatron.architecture import check_lengths, check_parallel, read_architecture
-from sdpg_megatron.config import ParallelConfig, parse
+from sdpg_megatron.config import ParallelConfig
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.settings import parse
 
 SIZES = {
     "num_hidden_layers": 6,

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section, apply_override, dump, load, parse
+from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.settings import apply_override, dump, load, parse
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
 MINIMAL: dict[str, Any] = {

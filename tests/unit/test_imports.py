@@ -21,7 +21,7 @@ FLOORS = (
     ("mcore", "rollout"),
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
-    ("architecture",),
+    ("architecture", "settings"),
     ("config", "records", "answers"),
     ("errors", "methods", "__init__"),
 )
