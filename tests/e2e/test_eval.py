@@ -92,9 +92,7 @@ def test_a_step_evaluated_afterwards_gives_what_training_saw(trained: Path, tmp_
 
 
 def test_a_model_alone_and_an_evaluation_that_goes_on(trained: Path, tmp_path: Path, bare: list[str]) -> None:
-    more = tmp_path / "more.jsonl"
-    more.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
-    both = [*bare, f"data.eval=[{trained / 'eval.jsonl'}, {more}]", "eval.responses=true"]
+    both = [*bare, "rollout.max_response_tokens=4096", "eval.max_response_tokens=6", "eval.responses=true"]
     out = tmp_path / "out"
     done = evaluate(trained / "run" / "model", *both, "--out", out)
     assert done.returncode == 0, done.stderr

@@ -144,6 +144,13 @@ def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert results.missing == ["sums"]
 
 
+def test_one_data_file_more_makes_another_evaluation(tmp_path: Path) -> None:
+    Results.start(tmp_path, request())
+    more = Request.of(config(), {"sums": prompts(), "more": prompts()}, model="a model", fingerprint="a model")
+    with pytest.raises(EvaluationError, match="found the data file 'more': none, expected 3 problems"):
+        Results.start_or_continue(tmp_path, more)
+
+
 def test_starting_anew_leaves_no_summary_of_what_was_there(tmp_path: Path) -> None:
     finished(tmp_path)
     Results.start(tmp_path, request())
