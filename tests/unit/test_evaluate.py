@@ -1,0 +1,64 @@
+"""What an evaluation asks of the rollout side: the same at every step, and in every version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from sdpg_megatron.config import load, parse
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.rollout.base import Sampling
+from sdpg_megatron.train.evaluate import evaluate, metrics
+from tests.e2e.runs import ROOT
+
+SEED = 2001423527554960999
+"""Of the shipped example's evaluations; its published figures rest on it."""
+
+
+class Recorder:
+    """Answers every request alike, and remembers it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], Sampling, bool]] = []
+
+    def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
+        self.asked.append(([prompt.uid for prompt in prompts], sampling, extract))
+        completions = (Completion((5,), (-1.0,), "stop", 0, "5"),) * sampling.n
+        rewards = (1.0,) + (0.0,) * (sampling.n - 1)
+        return [ScoredGroup(Group(p, completions), rewards, rewards, 0, ("5",) * sampling.n) for p in prompts]
+
+
+def prompts(file: str, count: int) -> list[Prompt]:
+    return [Prompt(f"{file}.jsonl:{row}", (1,), (1,), answer="5") for row in range(1, count + 1)]
+
+
+def test_the_examples_draws_stay_what_they_are() -> None:
+    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
+    rollouts = Recorder()
+    evaluate(config, rollouts, prompts("eval", 2), 0)  # type: ignore[arg-type]
+    uids = ["eval.jsonl:1", "eval.jsonl:2"]
+    assert rollouts.asked == [(uids, Sampling(4, 12, 1.0, 1.0, SEED), True), (uids, Sampling(1, 12, 0.0), True)]
+
+
+def test_replicas_draw_differently_and_limits_are_the_evaluations_own() -> None:
+    tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {"train": []}}
+    rollouts = Recorder()
+    for replica in (0, 1):
+        config = parse({**tree, "eval": {"max_response_tokens": 7, "temperature": 0.5, "top_p": 0.9}})
+        evaluate(config, rollouts, prompts("eval", 1), replica)  # type: ignore[arg-type]
+    sampled = [sampling for _, sampling, _ in rollouts.asked if sampling.n == 4]
+    assert [(s.max_tokens, s.temperature, s.top_p) for s in sampled] == [(7, 0.5, 0.9)] * 2
+    assert sampled[0].seed == SEED != sampled[1].seed
+
+
+def test_metrics_by_data_file_where_there_are_several() -> None:
+    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", "eval.k=[2]"])
+    one = evaluate(config, Recorder(), prompts("a", 1), 0)  # type: ignore[arg-type]
+    names = {"sampled_accuracy", "pass_at_2", "majority_at_2", "greedy_accuracy", "length", "truncated", "failures"}
+    alone = metrics(config, {"a": one})
+    assert set(alone) == {f"eval/{name}" for name in names}
+    assert alone["eval/sampled_accuracy"].value == 0.25
+    assert alone["eval/pass_at_2"].value == pytest.approx(0.5)
+    both = metrics(config, {"a": one, "b": one})
+    assert set(both) == {f"{prefix}/{name}" for prefix in ("eval", "eval/a", "eval/b") for name in names}
