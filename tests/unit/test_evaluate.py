@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sdpg_megatron.config import load, parse
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
+from sdpg_megatron.settings import load, parse
 from sdpg_megatron.train.evaluate import evaluate, metrics
 from tests.e2e.runs import ROOT
 
