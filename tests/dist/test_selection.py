@@ -39,7 +39,7 @@ class Engine:
 class Verifiers:
     """Two thirds of the prompts are dead. (A real pool cannot start its processes in the tests' ranks.)"""
 
-    def score(self, groups: Sequence[Group]) -> list[GroupRewards]:
+    def score(self, groups: Sequence[Group], *, extract: bool = False) -> list[GroupRewards]:
         return [GroupRewards(tuple(self._reward(g.prompt, c) for c in g.completions), 0) for g in groups]
 
     def _reward(self, prompt: Prompt, completion: Completion) -> float:
