@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Prompt
-from sdpg_megatron.rewards.load import VERIFIERS, load_verifier
+from sdpg_megatron.rewards.base import ExtractingVerifier
+from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rewards.number import extract_number, last_number, number
 
 
@@ -73,7 +74,7 @@ def test_an_answer_without_a_number_is_not_simply_wrong() -> None:
 def test_load_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_verifier.py").write_text("def always(prompt, response):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_verifier("number") is VERIFIERS["number"]
+    assert load_verifier("number") == ExtractingVerifier(number, extract_number)
     assert load_verifier("own_verifier:always")(prompt("1"), "") == 1.0
 
 
