@@ -197,8 +197,16 @@ def test_memory_goes_to_the_trainer_and_comes_back(
 # Being interrupted
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells have what they run in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_gets_through_and_leaves_the_engine_usable(
-    reused: Callable[[], SGLangEngine], trained: dict[str, Tensor], questions: list[Prompt]
+    interruptible: None, reused: Callable[[], SGLangEngine], trained: dict[str, Tensor], questions: list[Prompt]
 ) -> None:
     engine = reused()
     engine.publish(1, stream(trained))

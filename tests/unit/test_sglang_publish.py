@@ -102,8 +102,13 @@ sys.stdin.read()
 """
 
 
+def shm_managers() -> list[psutil.Process]:
+    """torch's helpers of this process."""
+    return [child for child in psutil.Process().children(recursive=True) if "shm_manager" in child.name()]
+
+
 def test_other_processes_read_a_segment_and_nothing_stays() -> None:
-    before = torch.multiprocessing.get_sharing_strategy()
+    before, managers = torch.multiprocessing.get_sharing_strategy(), shm_managers()
     segment = Segment(100)
     flat = copy_to(segment.memory, [("w", torch.arange(5.0))])
     for reader in range(2):
@@ -113,7 +118,7 @@ def test_other_processes_read_a_segment_and_nothing_stays() -> None:
         found = subprocess.run(command, input=f"{handle} {handle}", capture_output=True, text=True, timeout=120)
         assert found.stdout == "w 10.0\nw 10.0\n", found.stderr
     assert torch.multiprocessing.get_sharing_strategy() == before
-    assert not [child for child in psutil.Process().children(recursive=True) if "shm_manager" in child.name()]
+    assert shm_managers() == managers
     files = f"{segment._file.name}*"
     assert list(FOLDER.glob(files))
     segment.release()
