@@ -70,3 +70,11 @@ def test_without_the_entropy_it_says_so() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="entropy"):
         build(ObjectiveConfig(name="grpo", alpha=0.0, entropy_coefficient=0.1), 4).loss(terms, CONTEXT)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_teacher_reads_what_it_would_read_without_the_bonus(gate: bool) -> None:
+    plain, bonus = (build(ObjectiveConfig(gate=gate, entropy_coefficient=c), 4) for c in (0.0, 0.3))
+    advantages = (-1.0, 0.0, 1.0)
+    found = [bonus.taught(advantage) for advantage in advantages]
+    assert found == [plain.taught(advantage) for advantage in advantages] == [not gate, not gate, True]

@@ -13,6 +13,7 @@ from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rewards import line
+from sdpg_megatron.rewards.base import Extracting
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 
@@ -203,3 +204,22 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
         monkeypatch.delitem(sys.modules, f"sdpg_megatron.rewards.{module}", raising=False)
     with pytest.raises(ConfigError, match=rf"reward\.verifier: .*{package}.*pip install 'sdpg-megatron\[{extra}\]'"):
         load_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "answer"),
+    [
+        ("number", "so 12.0", "12"),
+        ("math", r"thus \boxed{1,234.50}", "1234.5"),
+        ("math", "The final answer is 7.", "7"),
+        ("math", "no idea", None),
+        ("answer", "Answer: 3.0", "3"),
+        ("answer", "3", None),
+        ("exact", " PARIS. ", "paris"),
+        ("exact", " ", None),
+    ],
+)
+def test_answers_are_read_in_one_spelling(name: str, response: str, answer: str | None) -> None:
+    verifier = load_verifier(name)
+    assert isinstance(verifier, Extracting)
+    assert verifier.extract(response) == answer
