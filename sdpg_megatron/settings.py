@@ -79,6 +79,7 @@ def check(config: RunConfig) -> None:
     """Cross-field checks that need nothing but the configuration. Raises `ConfigError`."""
     _check_data(config)
     _check_objective(config.objective)
+    _check_contrast(config)
     _check_steps(config)
     _check_rewards(config)
     _check_parallel(config.parallel)
@@ -118,6 +119,22 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
         expected = "sampled_token with rlsd, which reads no other token"
         raise ConfigError("objective.divergence", objective.divergence, expected, "remove it")
+
+
+def _check_contrast(config: RunConfig) -> None:
+    objective = config.objective
+    if not objective.contrast:
+        return
+    if objective.name in UNDISTILLED:
+        expected = f"0 with {objective.name}, which has no distillation term"
+        raise ConfigError("objective.contrast", objective.contrast, expected, "use sdpg, opsd or opcd")
+    for field, found, needed in (
+        ("objective.context", objective.context, "data"),
+        ("data.context_of", config.data.context_of, "own"),
+    ):
+        if found != needed:
+            expected = f"0 with {field} {found}: it is taken from the divergence under the problem's own hint"
+            raise ConfigError("objective.contrast", objective.contrast, expected, f"set {field} to {needed}")
 
 
 def _check_steps(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.examples import Example, parse_row
-from sdpg_megatron.data.hints import others
+from sdpg_megatron.data.hints import others, wish
 from sdpg_megatron.data.readers import read_rows
 from sdpg_megatron.data.render import Renderer, Tokens
 from sdpg_megatron.errors import DataError
@@ -25,7 +25,7 @@ class PromptDataset:
     dropped: int = 0
     """Rows left out because a prompt was too long."""
     truncated: int = 0
-    """Rows of which the student's or the teacher's prompt was cut on its left."""
+    """Rows of which the student's or a teacher's prompt was cut on its left."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -43,14 +43,22 @@ class PromptDataset:
 
     @classmethod
     def load(
-        cls, config: DataConfig, files: Sequence[Path], tokenizer: Any, *, seed: int = 0, taught: bool = True
+        cls,
+        config: DataConfig,
+        files: Sequence[Path],
+        tokenizer: Any,
+        *,
+        seed: int = 0,
+        taught: bool = True,
+        contrast: float = 0.0,
     ) -> PromptDataset:
         """Read, render and length-check every row of `files`.
 
         Args:
             tokenizer: transformers tokenizer with a chat template.
-            seed: of what `config.context_of` draws.
+            seed: of the wrong hints that are drawn.
             taught: False where nobody teaches on these prompts: the teacher's is then the student's.
+            contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
 
         Raises:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
@@ -63,18 +71,20 @@ class PromptDataset:
             for row in read_rows(path)
         ]
         examples = [example for _, example in named]
-        hints = others(examples, seed) if taught and config.context_of == "other" else examples
+        wanted = wish(config, contrast) if taught else None
+        hints = others(examples, seed, wanted) if wanted else examples
         prompts: list[Prompt] = []
         dropped = truncated = 0
         for (uid, example), hint in zip(named, hints, strict=True):
             student = renderer.student(example)
-            teacher = renderer.teacher(example, hint) if taught else student
-            if max(len(student), len(teacher)) > config.max_prompt_tokens:
+            teacher = renderer.teacher(example, None if contrast else hint) if taught else student
+            misled = renderer.teacher(example, hint) if contrast else ()
+            if max(len(student), len(teacher), len(misled)) > config.max_prompt_tokens:
                 if config.overlong == "drop":
                     dropped += 1
                     continue
                 truncated += 1
-            prompts.append(make_prompt(uid, example, student, teacher, config.max_prompt_tokens))
+            prompts.append(make_prompt(uid, example, student, teacher, config.max_prompt_tokens, misled))
         if not prompts:
             found = f"{dropped} rows, all longer than {config.max_prompt_tokens} tokens" if dropped else "no rows"
             where = ", ".join(map(str, files)) or "data files"
@@ -82,13 +92,16 @@ class PromptDataset:
         return cls(tuple(prompts), dropped, truncated)
 
 
-def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int) -> Prompt:
+def make_prompt(
+    uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int, contrast: Tokens = ()
+) -> Prompt:
     """The prompt of a rendered example, each side cut on its left to `limit` tokens."""
     return Prompt(
         uid=uid,
         student_tokens=student[-limit:],
         teacher_tokens=teacher[-limit:],
         answer=example.answer,
+        contrast_tokens=contrast[-limit:],
         question=example.question,
         history=example.history,
         metadata=example.metadata,

@@ -13,7 +13,7 @@ from sdpg_megatron.answers import normalised
 from sdpg_megatron.config import DataConfig, GymTask
 from sdpg_megatron.data.dataset import PromptDataset, make_prompt
 from sdpg_megatron.data.examples import Example
-from sdpg_megatron.data.hints import misleads
+from sdpg_megatron.data.hints import Wish, misleads, wish
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
@@ -38,10 +38,11 @@ class GymSource:
 
     size = None
 
-    def __init__(self, config: DataConfig, tokenizer: Any, seed: int) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0) -> None:
         """
         Args:
             tokenizer: transformers tokenizer with a chat template.
+            contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
 
         Raises:
             ConfigError: a task that does not exist, takes other parameters, has no answer to tell the teacher, or has
@@ -49,6 +50,8 @@ class GymSource:
         """
         self._config = config
         self._seed = seed
+        self._contrast = contrast > 0
+        self._wish = wish(config, contrast)
         self._renderer = Renderer(config, tokenizer)
         self._tasks = config.reasoning_gym.tasks
         self._blocks: dict[str, tuple[str, Any]] = {}
@@ -59,8 +62,8 @@ class GymSource:
         """None where none are wanted."""
         for name in self._tasks:  # now, rather than in the middle of the run
             example = self._fitting(name, "train", 0)
-            if config.context_of == "other":
-                self._hint(name, 0, example)
+            if self._wish:
+                self._hint(name, 0, example, self._wish)
 
     def __getitem__(self, index: int) -> Prompt:
         """
@@ -68,9 +71,11 @@ class GymSource:
             ConfigError: no problem fits.
         """
         task, example = self._draw("train", index)
-        hint = self._hint(task, index, example) if self._config.context_of == "other" else None
-        tokens = self._renderer.render(example, hint)
-        return make_prompt(f"{task}:{index}", example, *tokens, self._config.max_prompt_tokens)
+        hint = self._hint(task, index, example, self._wish) if self._wish else None
+        student, teacher = self._renderer.render(example, None if self._contrast else hint)
+        misled = self._renderer.teacher(example, hint) if self._contrast else ()
+        limit = self._config.max_prompt_tokens
+        return make_prompt(f"{task}:{index}", example, student, teacher, limit, misled)
 
     def describe(self) -> str:
         return f"endless prompts of {', '.join(self._tasks)}"
@@ -105,13 +110,13 @@ class GymSource:
             "change its parameters, lower data.reasoning_gym.held_out, or raise data.max_prompt_tokens",
         )
 
-    def _hint(self, task: str, index: int, example: Example) -> Example:
+    def _hint(self, task: str, index: int, example: Example, wish: Wish) -> Example:
         """Another problem of the same task, with another answer."""
         for other in self._candidates(task, "context", index):
             if misleads(other, example) and self._fits(example, other):
                 return other
-        expected = f"own with {task}, whose problems hardly differ in their answers, or are too long"
-        raise ConfigError("data.context_of", "other", expected, "change the task's parameters")
+        expected = f"{wish.instead} with {task}, whose problems hardly differ in their answers, or are too long"
+        raise ConfigError(wish.field, wish.value, expected, "change the task's parameters")
 
     def _candidates(self, task: str, stream: str, index: int) -> Iterator[Example]:
         for attempt in range(ATTEMPTS):

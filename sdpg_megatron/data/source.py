@@ -25,15 +25,19 @@ class PromptSource(Protocol):
         ...
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, seed: int) -> tuple[PromptSource, PromptDataset | None]:
+def load_prompts(
+    config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0
+) -> tuple[PromptSource, PromptDataset | None]:
     """The prompts to train on and, if there are any, the held-out ones.
 
     Args:
         tokenizer: transformers tokenizer with a chat template.
         seed: the run's.
+        contrast: `ObjectiveConfig.contrast`; over 0 the prompts to train on have `contrast_tokens`.
 
     Raises:
-        ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used.
+        ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used;
+            a wrong hint is wanted where there is none.
         DataError: a row of a file cannot be used.
     """
     if config.reasoning_gym.tasks:
@@ -44,9 +48,9 @@ def load_prompts(config: DataConfig, tokenizer: Any, seed: int) -> tuple[PromptS
                 raise
             expected, fix = "the package reasoning_gym, which is not installed", "pip install 'sdpg-megatron[gym]'"
             raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
-        source = GymSource(config, tokenizer, seed)
+        source = GymSource(config, tokenizer, seed, contrast)
         return source, source.held_out
     if not config.train:
         raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
     held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False) if config.eval else None
-    return PromptDataset.load(config, config.train, tokenizer, seed=seed), held_out
+    return PromptDataset.load(config, config.train, tokenizer, seed=seed, contrast=contrast), held_out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,18 +93,18 @@ class ForwardStep:
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""
-        teacher = None
-        if batch.teacher_hidden_GH is not None:
-            teacher_GH = batch.teacher_hidden_GH.to(hidden_BSH.device)  # rows that were made early wait in host memory
-            teacher = TeacherRows(teacher_GH, batch.gated_rows_G, self.teacher_matrix_VH)
+        teacher = self._teacher(batch.teacher_hidden_GH, batch.gated_rows_G, hidden_BSH)
         weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
+        hidden_TH = rows(hidden_BSH, batch.student)
+        contrast_sum, contrast_T = self._contrast(batch, model, hidden_TH, weights_T)
 
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
-            return self.objective.loss(token_terms(batch, terms, at_C), self.context).loss_T * weights_T[at_C]
+            given = token_terms(batch, terms, at_C, contrast_T)
+            return self.objective.loss(given, self.context).loss_T * weights_T[at_C]
 
-        hidden_TH = rows(hidden_BSH, batch.student)
         loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss)
-        terms = token_terms(batch, head, slice(None))
+        loss_sum = loss_sum if contrast_sum is None else loss_sum + contrast_sum
+        terms = token_terms(batch, head, slice(None), contrast_T)
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         metrics = {
             "train/loss": TokenMetric(loss.loss_T * weights_T),
@@ -120,9 +120,43 @@ class ForwardStep:
         count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 
+    def _teacher(self, hidden_GH: Tensor | None, rows_G: Tensor, like: Tensor) -> TeacherRows | None:
+        """The teacher's rows on the device of `like`: those that were made early wait in host memory."""
+        if hidden_GH is None:
+            return None
+        return TeacherRows(hidden_GH.to(like.device), rows_G, self.teacher_matrix_VH)
 
-def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> TokenTerms:
-    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens."""
+    def _contrast(
+        self, batch: MicroBatch, model: nn.Module, hidden_TH: Tensor, weights_T: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What the loss owes to the teacher with a wrong hint: a sum that is 0 and has its gradient, and the divergence
+        [T] from it, a constant; Nones where there is no such teacher.
+
+        The head takes one teacher at a time. The loss is linear in this divergence, so what is left out here, all that
+        else has a gradient, is what the head's other call has.
+        """
+        at_G = batch.gated_rows_G
+        teacher = self._teacher(batch.contrast_hidden_GH, torch.arange(len(at_G), device=at_G.device), hidden_TH)
+        if teacher is None:
+            return None, None
+
+        def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
+            known = replace(terms.detached(), divergence_T=torch.zeros_like(terms.logprob_T))
+            given = replace(token_terms(batch, known, at_G[at_C]), contrast_T=terms.divergence_T)
+            loss_C = self.objective.loss(given, self.context).loss_T * weights_T[at_G[at_C]]
+            return loss_C - loss_C.detach()
+
+        loss_sum, head = self.head.loss(model, hidden_TH[at_G], batch.labels_T[at_G], teacher, row_loss)
+        assert head.divergence_T is not None
+        contrast_T = head.divergence_T.new_zeros(batch.num_tokens).index_copy_(0, at_G, head.divergence_T)
+        return loss_sum, contrast_T
+
+
+def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast_T: Tensor | None = None) -> TokenTerms:
+    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens.
+
+    `contrast_T`: of all of them.
+    """
     old_T, reference_T = batch.old_logprobs_T, batch.reference_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
@@ -133,6 +167,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> Token
         gate_T=batch.gates_T[at],
         entropy_T=head.entropy_T,
         teacher_logprob_T=head.teacher_logprob_T,
+        contrast_T=None if contrast_T is None else contrast_T[at],
     )
 
 

@@ -100,10 +100,19 @@ class Learner:
         return self._with_teacher(batches, torch.device("cpu")) if self.teacher.early else list(batches)
 
     def _with_teacher(self, batches: Sequence[MicroBatch], place: torch.device) -> list[MicroBatch]:
-        """Add the teacher's hidden rows under the privileged context."""
+        """Add the teacher's hidden rows under the privileged context and, where there is one, under a wrong one."""
+
+        def read(batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+            return [None if x is None else x.to(place) for x in passes.teacher_hidden(self.chunks, batches)]
+
         with self.teacher.reading():
-            found = [None if x is None else x.to(place) for x in passes.teacher_hidden(self.chunks, batches)]
-        return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
+            found = read(batches)
+            misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
+            contrast = read(misled) if any(batch.contrast for batch in batches) else [None] * len(batches)
+        return [
+            dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
+            for b, x, y in zip(batches, found, contrast, strict=True)
+        ]
 
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
         """Run the passes that the objective still needs, then one optimizer step over the batch.

@@ -36,8 +36,10 @@ class Distillation:
 def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
     """The term at the weight `beta`, which may be 0.
 
+    The divergence, less `config.contrast` times that under a wrong hint; `config.divergence_clip` bounds each by itself.
+
     Raises:
-        ValueError: the divergence is lacking where it counts.
+        ValueError: a divergence is lacking where it counts.
     """
     metrics = {
         "distill/beta": TokenMetric(torch.full_like(terms.gate_T, beta)),
@@ -45,13 +47,19 @@ def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: 
     }
     if not beta:
         return TokenLoss(torch.zeros_like(terms.gate_T), metrics)
-    divergence_T = _divergence(terms)
+    divergence_T = _present(terms.divergence_T, terms, "beta > 0 and an open gate need the divergence to the teacher")
     gated_T = terms.gate_T > 0
     metrics["distill/kl"] = TokenMetric(divergence_T.detach(), mask_T=gated_T)
     if config.divergence_clip is not None:
         clipped_T = divergence_T.detach().abs() > config.divergence_clip
         metrics["distill/clip_fraction"] = TokenMetric(clipped_T.float(), mask_T=gated_T)
         divergence_T = clip(divergence_T, config.divergence_clip)
+    if config.contrast:
+        contrast_T = _present(terms.contrast_T, terms, "contrast > 0 and an open gate need that under a wrong hint")
+        metrics["distill/contrast_kl"] = TokenMetric(contrast_T.detach(), mask_T=gated_T)
+        if config.divergence_clip is not None:
+            contrast_T = clip(contrast_T, config.divergence_clip)
+        divergence_T = divergence_T - config.contrast * contrast_T
     weight_T = beta * context.distill_scale * regularizer_weight(terms, config) * terms.gate_T
     return TokenLoss(weight_T * divergence_T, metrics)
 
@@ -62,10 +70,10 @@ def clip(divergence_T: Tensor, bound: float) -> Tensor:
     return divergence_T * (bound / size_T.clamp(min=bound))
 
 
-def _divergence(terms: TokenTerms) -> Tensor:
-    """The divergence, which a micro-batch without an open gate may lack."""
-    if terms.divergence_T is not None:
-        return terms.divergence_T
+def _present(divergence_T: Tensor | None, terms: TokenTerms, message: str) -> Tensor:
+    """A divergence, which a micro-batch without an open gate may lack."""
+    if divergence_T is not None:
+        return divergence_T
     if bool(terms.gate_T.any()):
-        raise ValueError("beta > 0 and an open gate need the divergence to the teacher")
+        raise ValueError(message)
     return torch.zeros_like(terms.gate_T)

@@ -32,6 +32,8 @@ class Sample:
     """At which response tokens the teacher counts."""
     weight: float
     """Loss weight of each of its tokens."""
+    contrast_prompt: tuple[int, ...] = ()
+    """With a wrong hint; empty where nobody reads one."""
 
     @property
     def gate(self) -> bool:
@@ -41,8 +43,8 @@ class Sample:
     @property
     def cost(self) -> int:
         """Tokens that the step has to process for it: the teacher's count where the gate is open."""
-        student = len(self.student_prompt) + len(self.response)
-        return student + (len(self.teacher_prompt) + len(self.response) if self.gate else 0)
+        prompts = (self.student_prompt, *((self.teacher_prompt, self.contrast_prompt) if self.gate else ()))
+        return sum(len(prompt) + len(self.response) for prompt in prompts if prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def make_samples(
                     advantage=advantage if outcome else 0.0,
                     gates=tuple(read and token not in undistilled for token in completion.tokens),
                     weight=next(weights),
+                    contrast_prompt=scored.group.prompt.contrast_tokens if config.contrast else (),
                 )
             )
     return samples
@@ -183,10 +186,13 @@ def balance(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 def collate(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
     """Pad samples into a micro-batch; no samples make one that contributes nothing."""
     gated = [sample for sample in samples if sample.gate]
+    misled = [sample for sample in gated if sample.contrast_prompt]
+    assert not misled or len(misled) == len(gated), "either every taught response has a wrong hint or none has"
     gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
     batch = MicroBatch(
         student=_pad([(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], length_multiple),
         teacher=_pad([(s.teacher_prompt, s.response, s.gates) for s in gated], length_multiple) if gated else None,
+        contrast=_pad([(s.contrast_prompt, s.response, s.gates) for s in misled], length_multiple) if misled else None,
         gated_rows_G=gates_T.nonzero().squeeze(1),
         labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64),
         advantages_T=_per_token(samples, [s.advantage for s in samples]),

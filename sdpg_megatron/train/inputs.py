@@ -51,7 +51,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
-    prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed)
+    prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast)
     return Inputs(
         arch=model.arch,
         tokenizer=model.tokenizer,
