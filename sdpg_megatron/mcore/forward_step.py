@@ -129,16 +129,16 @@ class ForwardStep:
     def _contrast(
         self, batch: MicroBatch, model: nn.Module, hidden_TH: Tensor, weights_T: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """What the loss owes to the teacher with a wrong hint: a sum that is 0 and has its gradient, and the divergence
-        [T] from it, a constant; Nones where there is no such teacher.
+        """The gradient of the loss through the divergence under a wrong hint, and that divergence as a constant, [T].
 
-        The head takes one teacher at a time. The loss is linear in this divergence, so what is left out here, all that
-        else has a gradient, is what the head's other call has.
+        The head takes one teacher at a time, and the loss is linear in this divergence: here is a sum that is 0 and has
+        the gradient through it; the head's call for all rows has the value, and every other gradient. Nones where no
+        wrong hint was read.
         """
+        if batch.contrast_hidden_GH is None:
+            return None, None
         at_G = batch.gated_rows_G
         teacher = self._teacher(batch.contrast_hidden_GH, torch.arange(len(at_G), device=at_G.device), hidden_TH)
-        if teacher is None:
-            return None, None
 
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
             known = replace(terms.detached(), divergence_T=torch.zeros_like(terms.logprob_T))

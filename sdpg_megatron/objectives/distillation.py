@@ -36,7 +36,7 @@ class Distillation:
 def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
     """The term at the weight `beta`, which may be 0.
 
-    The divergence, less `config.contrast` times that under a wrong hint; `config.divergence_clip` bounds each by itself.
+    The divergence, less `config.contrast` times that under a wrong hint, each bounded by itself.
 
     Raises:
         ValueError: a divergence is lacking where it counts.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from sdpg_megatron.records import Prompt
 from tests.dist.test_step import config_of, scored_groups
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
@@ -34,8 +35,9 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "every_step": {"objective.teacher": "every", "objective.teacher_every": 1},
     "initial": {"objective.teacher": "initial"},
     "ema": {"objective.teacher": "ema", "objective.teacher_ema": 0.3},
+    "rollout_contrast": {"objective.teacher": "rollout", "objective.contrast": 0.5},
 }
-PERIODS = {"rollout": 1, "every_step": 1, "every": 2}
+PERIODS = {"rollout": 1, "every_step": 1, "every": 2, "rollout_contrast": 1}
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,9 @@ def plain_loop(folder: Path, name: str) -> tuple[list[float], dict[str, Tensor]]
             if name == "current" or (number == 0 and step % PERIODS.get(name, STEPS) == 0):
                 move(teacher, student, 1.0)
             kls = [kl(student, teacher, *sample) for sample in part]
-            found.append(float(torch.cat(kls).mean().detach()))
-            loss = torch.stack([kl_S.mean() for kl_S in kls]).mean()
+            found.append(float(torch.cat([right_S for right_S, _ in kls]).mean().detach()))
+            contrast = TEACHERS[name].get("objective.contrast", 0.0)
+            loss = torch.stack([(right_S - contrast * wrong_S).mean() for right_S, wrong_S in kls]).mean()
             optimizer.zero_grad()
             (0.7 * loss).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -132,23 +135,20 @@ def plain_loop(folder: Path, name: str) -> tuple[list[float], dict[str, Tensor]]
     return found, {name: p.detach() for name, p in student.named_parameters()}
 
 
-def halves() -> list[list[tuple[Sequence[int], Sequence[int], Sequence[int]]]]:
-    """(student prompt, teacher prompt, response) of the responses of each mini-batch."""
-    samples = [
-        [(g.group.prompt.student_tokens, g.group.prompt.teacher_tokens, c.tokens) for c in g.group.completions]
-        for g in scored_groups(300)
-    ]
+def halves() -> list[list[tuple[Prompt, Sequence[int]]]]:
+    """Prompt and response of the responses of each mini-batch."""
+    samples = [[(g.group.prompt, c.tokens) for c in g.group.completions] for g in scored_groups(300)]
     return [samples[0] + samples[1], samples[2] + samples[3]]
 
 
-def kl(
-    student: Any, teacher: Any, student_prompt: Sequence[int], teacher_prompt: Sequence[int], reply: Sequence[int]
-) -> Tensor:
-    """KL(student || teacher) at each token of a response."""
+def kl(student: Any, teacher: Any, prompt: Prompt, reply: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher) at each token of a response, under the right hint and under the wrong one."""
+    logp_SV = response_logprobs(student, prompt.student_tokens, reply)
     with torch.no_grad():
-        logq_SV = response_logprobs(teacher, teacher_prompt, reply)
-    logp_SV = response_logprobs(student, student_prompt, reply)
-    return (logp_SV.exp() * (logp_SV - logq_SV)).sum(1)
+        right_SV, wrong_SV = (
+            response_logprobs(teacher, tokens, reply) for tokens in (prompt.teacher_tokens, prompt.contrast_tokens)
+        )
+    return tuple((logp_SV.exp() * (logp_SV - logq_SV)).sum(1) for logq_SV in (right_SV, wrong_SV))  # type: ignore[return-value]
 
 
 def response_logprobs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
