@@ -137,10 +137,10 @@ def test_a_contrast_has_a_wrong_hint_of_the_same_task_beside_its_own(tokenizer: 
 
 
 def test_a_task_with_one_answer_has_no_contrast(tokenizer: Any) -> None:
-    ones: dict[str, Any] = {"gcd": {"parameters": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 1}}}
-    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with gcd"):
+    ones: dict[str, Any] = {"count_bits": {"parameters": {"min_n": 1, "max_n": 2}}}
+    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with count_bits"):
         load_prompts(config(ones), tokenizer, 0, 0.5)
-    with pytest.raises(ConfigError, match=r"data\.context_of: found 'other', expected own with gcd"):
+    with pytest.raises(ConfigError, match=r"data\.context_of: found 'other', expected own with count_bits"):
         load_prompts(config(ones, context_of="other"), tokenizer, 0)
 
 
