@@ -26,7 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "grpo": ({"name": "grpo"}, OUTCOME),
     "rpg": ({"name": "rpg"}, HELD),
     "sdpg": ({"name": "sdpg", "alpha": 0.0, **RAMP}, {**OUTCOME, "teacher": 3}),
-    "contrast": ({"name": "sdpg", "alpha": 0.0, "contrast": 0.5, **RAMP}, {**OUTCOME, "teacher": 2 * 3}),
+    "contrast": ({"name": "opcd", "contrast": 0.5, **RAMP}, {**OUTCOME, "teacher": 2 * 3}),
     "rlsd_decayed": ({"name": "rlsd", "credit_decay_steps": 1}, {**OUTCOME, "teacher": 1}),
     "opsd": ({"name": "opsd"}, TAUGHT),
     "sdpo": ({"name": "sdpo"}, TAUGHT),
