@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
         return last_hidden(model, sequences.tokens_BS), _Collect(lambda hidden: rows(hidden, sequences))
 
     taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
-    found = iter(_collect(chunks, forward, taught))
+    found = iter(_collect(chunks, forward, taught, filler=batches[0].emptied()))
     return [None if batch.teacher is None else next(found) for batch in batches]
 
 
@@ -75,7 +76,7 @@ def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: H
 
         return last_hidden(model, batch.student.tokens_BS), _Collect(collect)
 
-    return _collect(chunks, forward, batches)
+    return _collect(chunks, forward, batches, filler=batches[0].emptied())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,24 @@ class _Collect:
 
 
 def _collect(
-    chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch]
+    chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch], filler: MicroBatch
 ) -> list[Tensor | None]:
-    """What the last stage collected, one result per micro-batch; Nones on other stages."""
-    if not batches:
+    """What the last stage collected, one result per micro-batch; Nones on other stages.
+
+    Ranks that share experts run as many micro-batches as the one that has most: `filler` stands in.
+    """
+    fed = [*batches, *[filler] * (_most(len(batches)) - len(batches))]
+    if not fed:
         return []
-    return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
+    found = run_schedule(chunks, forward, fed, forward_only=True, collect=True) or [None] * len(fed)
+    return found[: len(batches)]
+
+
+def _most(count: int) -> int:
+    """The largest count among the data-parallel ranks that experts are spread over."""
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if group.size() <= parallel_state.get_tensor_model_parallel_world_size():
+        return count
+    counts: list[Any] = [None] * group.size()
+    dist.all_gather_object(counts, count, group=group)
+    return max(counts)

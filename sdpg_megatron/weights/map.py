@@ -27,6 +27,25 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """A rank's experts of a layer, and its part of each. The defaults are for a rank that holds all of them whole."""
+
+    rank: int = 0
+    size: int = 1
+    """Expert-parallel: who holds which experts."""
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    """Tensor-parallel within an expert; may differ from that of the other parameters."""
+
+    def owner(self, expert: int, count: int) -> int:
+        """The expert-parallel rank that holds expert `expert` of `count`."""
+        return expert // (count // self.size)
+
+
+WHOLE_EXPERTS = ExpertShare()
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How tensor-parallel ranks share a parameter."""
 
@@ -71,7 +90,7 @@ VOCABULARY = Layout(_padded_vocabulary)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of a family's map. Names in a layer's rules are relative to the layer."""
+    """One line of a family's map. Names in a layer's rules are relative to the layer; {} is an expert's number."""
 
     megatron: tuple[str, ...]
     """Spellings of one parameter: the local layer specification's, then Transformer Engine's where it differs."""
@@ -89,7 +108,7 @@ _MODEL = (
 _OUTPUT = Rule(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, VOCABULARY)
 # With tied embeddings and several pipeline stages, the last stage has a copy of the embedding under this name.
 _TIED_OUTPUT = Rule(_OUTPUT.megatron, _MODEL[0].tensors, VOCABULARY, exported=False)
-_LAYER = (
+_ATTENTION = (
     Rule(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         {"input_layernorm.weight": ("hidden",)},
@@ -110,13 +129,36 @@ _LAYER = (
         {"post_attention_layernorm.weight": ("hidden",)},
         REPLICATED,
     ),
-    Rule(
-        ("mlp.linear_fc1.weight",),
-        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
-        GATE_UP,
-    ),
-    Rule(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, INPUT_COLUMNS),
 )
+
+
+def _feed_forward(fc1: tuple[str, ...], fc2: tuple[str, ...], gate: str, up: str, down: str) -> tuple[Rule, Rule]:
+    return (
+        Rule(fc1, {gate: ("ffn", "hidden"), up: ("ffn", "hidden")}, GATE_UP),
+        Rule(fc2, {down: ("hidden", "ffn")}, INPUT_COLUMNS),
+    )
+
+
+def _experts(gate: str, up: str, down: str) -> tuple[Rule, Rule]:
+    # Experts that are modules one by one, and those whose products Transformer Engine groups.
+    fc1, fc2 = (
+        (f"mlp.experts.local_experts.{{}}.{layer}.weight", f"mlp.experts.{layer}.weight{{}}")
+        for layer in ("linear_fc1", "linear_fc2")
+    )
+    return _feed_forward(fc1, fc2, gate, up, down)
+
+
+_LAYER = (
+    *_ATTENTION,
+    *_feed_forward(
+        ("mlp.linear_fc1.weight",),
+        ("mlp.linear_fc2.weight",),
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    ),
+)
+_ROUTER = ("mlp.router.weight",)
 _QKV_BIAS = Rule(
     ("self_attention.linear_qkv.bias",),
     {"self_attn.q_proj.bias": ("query",), "self_attn.k_proj.bias": ("key",), "self_attn.v_proj.bias": ("key",)},
@@ -130,14 +172,34 @@ _LAYER_RULES: Mapping[Family, tuple[Rule, ...]] = {
     "llama": _LAYER,
     "qwen2": (*_LAYER, _QKV_BIAS),
     "qwen3": (*_LAYER, *_QK_NORM),
+    "qwen3_moe": (
+        *_ATTENTION,
+        *_QK_NORM,
+        Rule(_ROUTER, {"mlp.gate.weight": ("experts", "hidden")}, REPLICATED),
+    ),
+    "mixtral": (
+        *_ATTENTION,
+        Rule(_ROUTER, {"block_sparse_moe.gate.weight": ("experts", "hidden")}, REPLICATED),
+    ),
 }
+_EXPERT_RULES: Mapping[Family, tuple[Rule, ...]] = {
+    "qwen3_moe": _experts(
+        "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight", "mlp.experts.{}.down_proj.weight"
+    ),
+    "mixtral": _experts(
+        "block_sparse_moe.experts.{}.w1.weight",
+        "block_sparse_moe.experts.{}.w3.weight",
+        "block_sparse_moe.experts.{}.w2.weight",
+    ),
+}
+"""Once for each expert of a layer."""
 _NOT_PARAMETERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A Megatron parameter of one model, under its name with the global layer number."""
+    """A Megatron parameter of one model, under its name with the global numbers of layer and expert."""
 
     arch: Architecture
     tensors: Mapping[str, Shape]
@@ -146,9 +208,14 @@ class Parameter:
     exported: bool
     layer: int | None
     """Global layer number; None outside the layers."""
+    expert: int | None = None
+    """Global number of the expert, of which `ExpertShare` says who holds it and how it is cut; None for all else."""
 
     def pieces(self, rank: int, size: int) -> list[Piece]:
-        """What tensor-parallel rank `rank` of `size` holds, in order along `layout.dim`."""
+        """What tensor-parallel rank `rank` of `size` holds, in order along `layout.dim`.
+
+        Of an expert's parameter, the tensor-parallel ranks are those within the expert.
+        """
         if not self.layout.sharded:
             rank, size = 0, 1
         return self.layout.cut(self.arch, [shape[self.layout.dim] for shape in self.tensors.values()], rank, size)
@@ -162,17 +229,16 @@ class Parameter:
 
 def weight_map(arch: Architecture) -> dict[str, Parameter]:
     """Every parameter that a Megatron model of this architecture can have, in canonical order, under all spellings."""
-    return {
-        prefix + name: Parameter(
-            arch,
-            {hf_prefix + tensor: _shape(arch, dims) for tensor, dims in rule.tensors.items()},
-            rule.layout,
-            rule.exported,
-            layer,
-        )
-        for prefix, hf_prefix, layer, rule in _rules(arch)
-        for name in rule.megatron
-    }
+    sizes = _sizes(arch)
+    parameters: dict[str, Parameter] = {}
+    for prefix, hf_prefix, layer, expert, rule in _rules(arch):
+        tensors = {
+            hf_prefix + tensor.format(expert): tuple(sizes[dim] for dim in dims)
+            for tensor, dims in rule.tensors.items()
+        }
+        parameter = Parameter(arch, tensors, rule.layout, rule.exported, layer, expert)
+        parameters |= {prefix + name.format(expert): parameter for name in rule.megatron}
+    return parameters
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
@@ -180,26 +246,46 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return {name: shape for parameter in weight_map(arch).values() for name, shape in parameter.tensors.items()}
 
 
-def check_local(parameters: Mapping[str, Parameter], shapes: Mapping[str, Shape], tp_size: int) -> None:
+def check_local(
+    parameters: Mapping[str, Parameter],
+    shapes: Mapping[str, Shape],
+    tp_size: int,
+    experts: ExpertShare = WHOLE_EXPERTS,
+) -> None:
     """Check the names and shapes of parameters that one or more ranks own, and that no layer among them lacks one.
 
+    `experts`: those that these ranks hold.
+
     Raises:
-        WeightError: a parameter is not in the map or has another shape, or a Hugging Face tensor of a layer that is
-            there would not be loaded.
+        WeightError: a parameter is not in the map, has another shape or is another rank's expert, or a Hugging Face
+            tensor of a layer that is there would not be loaded.
     """
     for name, shape in shapes.items():
         if name not in parameters:
             raise WeightError(_unknown("Megatron parameter", name, parameters))
-        expected = parameters[name].local_shape(tp_size)
+        parameter = parameters[name]
+        if not _is_held(parameter, experts):
+            raise WeightError(
+                f"Megatron parameter {name!r} is on expert-parallel rank {experts.rank} of {experts.size}, which does "
+                "not hold this expert. Fix: name experts by their number among all of the layer"
+            )
+        size = tp_size if parameter.expert is None else experts.tensor_size
+        expected = parameter.local_shape(size)
         if tuple(shape) != expected:
             raise WeightError(
-                f"Megatron parameter {name!r} has shape {list(shape)}, expected {list(expected)} on each of {tp_size} "
+                f"Megatron parameter {name!r} has shape {list(shape)}, expected {list(expected)} on each of {size} "
                 "tensor-parallel ranks. Fix: build the model from the same config.json, and pad its vocabulary to "
                 "Architecture.padded_vocab"
             )
     layers = {parameters[name].layer for name in shapes} - {None}
-    wanted = [tensor for parameter in parameters.values() if parameter.layer in layers for tensor in parameter.tensors]
-    check_covered(wanted, parameters, shapes)
+    wanted = (p for p in parameters.values() if p.layer in layers and _is_held(p, experts))
+    check_covered([tensor for parameter in wanted for tensor in parameter.tensors], parameters, shapes)
+
+
+def _is_held(parameter: Parameter, share: ExpertShare) -> bool:
+    if parameter.expert is None or parameter.arch.experts is None:
+        return True
+    return share.owner(parameter.expert, parameter.arch.experts.count) == share.rank
 
 
 def check_covered(tensors: Iterable[str], parameters: Mapping[str, Parameter], names: Iterable[str]) -> None:
@@ -242,27 +328,32 @@ def check_folder(arch: Architecture, found: Iterable[str], where: str) -> None:
         raise WeightError(f"{where}: {_unknown('tensor', extra[0], expected)}")
 
 
-def _rules(arch: Architecture) -> Iterable[tuple[str, str, int | None, Rule]]:
-    """(Megatron prefix, Hugging Face prefix, layer, rule) in canonical order."""
+def _rules(arch: Architecture) -> Iterable[tuple[str, str, int | None, int | None, Rule]]:
+    """(Megatron prefix, Hugging Face prefix, layer, expert, rule) in canonical order."""
     embedding, final_norm = _MODEL
-    yield "", "", None, embedding
+    yield "", "", None, None, embedding
     for layer in range(arch.num_layers):
+        prefixes = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for rule in _LAYER_RULES[arch.family]:
-            yield f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer, rule
-    yield "", "", None, final_norm
-    yield "", "", None, _TIED_OUTPUT if arch.tied_embeddings else _OUTPUT
+            yield *prefixes, layer, None, rule
+        for expert in range(arch.experts.count if arch.experts else 0):
+            for rule in _EXPERT_RULES[arch.family]:
+                yield *prefixes, layer, expert, rule
+    yield "", "", None, None, final_norm
+    yield "", "", None, None, _TIED_OUTPUT if arch.tied_embeddings else _OUTPUT
 
 
-def _shape(arch: Architecture, dims: Iterable[str]) -> Shape:
-    sizes = {
+def _sizes(arch: Architecture) -> dict[str, int]:
+    """Lengths of dimensions by their names."""
+    return {
         "vocab": arch.vocab_size,
         "hidden": arch.hidden_size,
         "ffn": arch.ffn_size,
         "query": arch.num_heads * arch.head_dim,
         "key": arch.num_kv_heads * arch.head_dim,
         "head": arch.head_dim,
+        "experts": arch.experts.count if arch.experts else 0,
     }
-    return tuple(sizes[dim] for dim in dims)
 
 
 def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
