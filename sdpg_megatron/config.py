@@ -42,8 +42,8 @@ class ParallelConfig(Section):
     """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks. A mixture of
     experts needs it where `tensor` is over 1."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel ranks: each holds its share of every layer's experts, of a mixture of experts. They are taken from
-    the tensor- and data-parallel ranks."""
+    """Expert-parallel ranks of a mixture of experts: each holds its share of every layer's experts. They are taken from
+    the tensor- and data-parallel ones."""
     expert_tensor: int | None = Field(None, ge=1)
     """Tensor-parallel ranks of each expert; null for `tensor`."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"

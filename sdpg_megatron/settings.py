@@ -182,7 +182,7 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         fix = "change parallel.expert_tensor, or leave it null"
         raise ConfigError("parallel.expert x parallel.expert_tensor", parallel.expert_ranks, expected, fix)
     if parallel.dispatcher == "allgather" and (parallel.expert_ranks > parallel.tensor or parallel.pipeline > 1):
-        # Data-parallel ranks have micro-batches of different shapes, and so have those of a pipeline, one after another.
+        # Ranks gather equal shapes: those of data-parallel ranks differ, and in a pipeline megatron-core refuses it.
         expected = "alltoall with several pipeline stages, or experts over more ranks than parallel.tensor"
         raise ConfigError("parallel.dispatcher", "allgather", expected, "use alltoall")
 

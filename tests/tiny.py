@@ -113,13 +113,12 @@ def tiny_model(
             case "qwen3":
                 model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=QWEN3_HEAD_DIM))
             case "qwen3_moe":
-                routed = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN, "norm_topk_prob": normalized}
-                moe = Qwen3MoeConfig(**shape, head_dim=QWEN3_HEAD_DIM, moe_intermediate_size=hidden // 2, **routed)
-                model = Qwen3MoeForCausalLM(moe)
+                shape |= {"moe_intermediate_size": hidden // 2, "head_dim": QWEN3_HEAD_DIM}
+                shape |= {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+                model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, norm_topk_prob=normalized))
             case "mixtral":
-                shape["intermediate_size"] = hidden // 2
-                routed = {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
-                model = MixtralForCausalLM(MixtralConfig(**shape, **routed))
+                shape |= {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+                model = MixtralForCausalLM(MixtralConfig(**(shape | {"intermediate_size": hidden // 2})))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -22,7 +22,7 @@ from sdpg_megatron.mcore.parallel import Ranks
 
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class CheckpointStore:

@@ -116,7 +116,7 @@ def _redirect_uneven_collectives() -> None:
             return whole
         longest = max(output_split_sizes)
         padded = torch.cat([shard, shard.new_zeros(longest - len(shard), *shard.shape[1:])])
-        shares = even_gather(padded, group).split(longest)
+        shares = torch.split(even_gather(padded, group), longest)
         return torch.cat([share[:length] for share, length in zip(shares, output_split_sizes, strict=True)])
 
     def scatter(whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
@@ -125,7 +125,7 @@ def _redirect_uneven_collectives() -> None:
             return shard
         total = whole.clone()
         torch.distributed.all_reduce(total, group=group)
-        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+        return torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
 
     mappings._gather_along_first_dim = gather
     mappings._reduce_scatter_along_first_dim = scatter

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Ranks:
     """This rank's place in the tensor x pipeline x data grid, and among the ranks that share experts.
 
-    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the data-parallel ranks
-    that its experts are spread over.
+    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the data-parallel
+    ranks that its experts are spread over.
     """
 
     world: int

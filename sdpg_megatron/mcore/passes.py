@@ -108,6 +108,6 @@ def _most(count: int) -> int:
     group = parallel_state.get_expert_tensor_and_model_parallel_group()
     if group.size() <= parallel_state.get_tensor_model_parallel_world_size():
         return count
-    counts: list[Any] = [None] * group.size()
+    counts = [count] * group.size()
     dist.all_gather_object(counts, count, group=group)
     return max(counts)

@@ -58,7 +58,8 @@ def expected_logits(folders: dict[str, Path]) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        return {k: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(tokens()).logits for k, f in folders.items()}
+        models = {kind: AutoModelForCausalLM.from_pretrained(folder) for kind, folder in folders.items()}
+        return {kind: model(tokens()).logits for kind, model in models.items()}
 
 
 @pytest.mark.parametrize(
