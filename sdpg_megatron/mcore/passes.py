@@ -60,7 +60,8 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
         return last_hidden(model, sequences.tokens_BS), _Collect(lambda hidden: rows(hidden, sequences))
 
     taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
-    found = iter(_collect(chunks, forward, taught, filler=batches[0].emptied()))
+    fillers = [batches[0].emptied()] * (_most(len(taught)) - len(taught))
+    found = iter(_collect(chunks, forward, [*taught, *fillers]))
     return [None if batch.teacher is None else next(found) for batch in batches]
 
 
@@ -76,7 +77,7 @@ def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: H
 
         return last_hidden(model, batch.student.tokens_BS), _Collect(collect)
 
-    return _collect(chunks, forward, batches, filler=batches[0].emptied())
+    return _collect(chunks, forward, batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +91,16 @@ class _Collect:
 
 
 def _collect(
-    chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch], filler: MicroBatch
+    chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch]
 ) -> list[Tensor | None]:
-    """What the last stage collected, one result per micro-batch; Nones on other stages.
-
-    Ranks that share experts run as many micro-batches as the one that has most: `filler` stands in.
-    """
-    fed = [*batches, *[filler] * (_most(len(batches)) - len(batches))]
-    if not fed:
+    """What the last stage collected, one result per micro-batch; Nones on other stages."""
+    if not batches:
         return []
-    found = run_schedule(chunks, forward, fed, forward_only=True, collect=True) or [None] * len(fed)
-    return found[: len(batches)]
+    return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
 
 
 def _most(count: int) -> int:
-    """The largest count among the data-parallel ranks that experts are spread over."""
+    """The largest count among the data-parallel ranks that share experts: they have to run as many micro-batches."""
     group = parallel_state.get_expert_tensor_and_model_parallel_group()
     if group.size() <= parallel_state.get_tensor_model_parallel_world_size():
         return count

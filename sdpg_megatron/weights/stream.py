@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,15 +17,8 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.map import (
-    ExpertShare,
-    Parameter,
-    Shape,
-    check_covered,
-    check_local,
-    hf_shapes,
-    weight_map,
-)
+from sdpg_megatron.weights.map import Parameter, check_covered, check_local, hf_shapes, weight_map
+from sdpg_megatron.weights.replica import Replica
 
 Bucket = Sequence[tuple[str, Tensor]]
 """Full tensors under their Hugging Face names: one piece of a weight stream."""
@@ -56,97 +48,14 @@ class _Item:
         return self.dtype.itemsize * sum(prod(shape) for shape in self.parameter.tensors.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Replica:
-    """This rank's place among the ranks that hold one copy of the model. A group of None has this rank alone.
-
-    A stage's tensor-parallel group and its expert group begin with the same rank, the stage's first. Where the expert
-    group is the larger one, it has several tensor-parallel groups in it, and the first of these sends.
-    """
-
-    tp_group: dist.ProcessGroup | None
-    pp_group: dist.ProcessGroup | None
-    expert_group: dist.ProcessGroup | None
-    expert_tensor: int
-    device: torch.device
-
-    @property
-    def tp_rank(self) -> int:
-        return 0 if self.tp_group is None else self.tp_group.rank()
-
-    @property
-    def tp_size(self) -> int:
-        return 1 if self.tp_group is None else self.tp_group.size()
-
-    @property
-    def expert_rank(self) -> int:
-        return 0 if self.expert_group is None else self.expert_group.rank()
-
-    @property
-    def expert_size(self) -> int:
-        return 1 if self.expert_group is None else self.expert_group.size()
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the stage's shards meet here."""
-        return self.tp_rank == 0 and self.expert_rank == 0
-
-    @property
-    def leads(self) -> bool:
-        return self.stage == 0 and self.is_first
-
-    def share(self, position: int) -> ExpertShare:
-        """The experts of one rank of the expert group."""
-        tensor = self.expert_tensor
-        return ExpertShare(position // tensor, self.expert_size // tensor, position % tensor, tensor)
-
-    def meeting(self, parameter: Parameter) -> tuple[dist.ProcessGroup | None, int, range]:
-        """(group, this rank in it, ranks in it that hold a parameter's shards, in order); none where not concerned."""
-        if parameter.expert is None:
-            concerned = self.expert_rank < self.tp_size
-            holders = range(self.tp_size if parameter.layout.sharded else 1)
-            return self.tp_group, self.tp_rank, holders if concerned else range(0)
-        assert parameter.arch.experts is not None
-        first = self.expert_tensor * self.share(0).owner(parameter.expert, parameter.arch.experts.count)
-        concerned = self.tp_rank < self.expert_size
-        holders = range(first, first + self.expert_tensor)
-        return self.expert_group, self.expert_rank, holders if concerned else range(0)
-
-    @property
-    def stage(self) -> int:
-        return 0 if self.pp_group is None else self.pp_group.rank()
-
-    def wait(self) -> None:
-        """NCCL only enqueues: without this, a stage that runs ahead of the leader keeps all that it has sent."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def gather(self, owned: _Owned) -> list[list[_Owned]]:
-        """What each rank of the expert group owns, by pipeline stage."""
-        stages = _gather(owned, self.pp_group)
-        return [list(stage) for stage in zip(*_gather(stages, self.expert_group), strict=True)]
-
-
-_Owned = dict[str, tuple[Shape, torch.dtype]]
-T = TypeVar("T")
-
-
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 class WeightStream(Iterator[Bucket]):
     """Streams the model's weights to the leader, the first rank of pipeline stage 0.
 
     Every rank of one model replica iterates to the end, in step: of all tensor-parallel groups that its experts are
-    spread over. The leader's buckets hold the tensors; those of the
-    other ranks are empty, as many of them. The tensors are copies on the parameters' device, which an optimizer step
-    does not change later; those of a bucket lie end to end in one piece of memory. A rank holds one bucket and one
-    parameter at a time, as long as its consumer lets go of a bucket before it asks for the next.
+    spread over. The leader's buckets hold the tensors; those of the other ranks are empty, as many of them. The tensors
+    are copies on the parameters' device, which an optimizer step does not change later; those of a bucket lie end to
+    end in one piece of memory. A rank holds one bucket and one parameter at a time, as long as its consumer lets go of
+    a bucket before it asks for the next.
     """
 
     room: Room
@@ -181,7 +90,7 @@ class WeightStream(Iterator[Bucket]):
         self._params, self._arch = local_params, arch
         group = expert_group if arch.experts else None
         device = next(iter(local_params.values())).device
-        self._place = _Replica(tp_group, pp_group, group, expert_tensor if group else 1, device)
+        self._place = Replica(tp_group, pp_group, group, expert_tensor if group else 1, device)
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
         self._shards, self._joined = _Scratch(), _Scratch()
         self._buckets = self._make()
@@ -264,7 +173,7 @@ def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item
 
 
 def _plan(
-    local_params: Mapping[str, Tensor], arch: Architecture, place: _Replica, dtype: torch.dtype | None
+    local_params: Mapping[str, Tensor], arch: Architecture, place: Replica, dtype: torch.dtype | None
 ) -> list[_Item]:
     """Who sends what, in canonical order; the same on every rank. Faults anywhere are raised everywhere."""
     parameters = weight_map(arch)
