@@ -198,7 +198,8 @@ class SGLangConfig(Section):
     """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
     its optimizer state and gradients to the host while they generate. Needs another sink than broadcast."""
     verify_every: int = Field(0, ge=0)
-    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never. Dense models only."""
+    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never, as has to be for
+    mixtures of experts."""
 
 
 class RolloutConfig(Section):
