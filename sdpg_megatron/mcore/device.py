@@ -120,12 +120,14 @@ def _redirect_uneven_collectives() -> None:
         return torch.cat([share[:length] for share, length in zip(shares, output_split_sizes, strict=True)])
 
     def scatter(whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        shard: Tensor
         if input_split_sizes is None or group.size() == 1:
-            shard: Tensor = even_scatter(whole, group, None, use_global_buffer)
-            return shard
-        total = whole.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
+            shard = even_scatter(whole, group, None, use_global_buffer)
+        else:
+            total = whole.clone()
+            torch.distributed.all_reduce(total, group=group)
+            shard = torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
+        return shard
 
     mappings._gather_along_first_dim = gather
     mappings._reduce_scatter_along_first_dim = scatter
