@@ -67,10 +67,9 @@ def expected_logits(folders: dict[str, Path]) -> dict[str, torch.Tensor]:
     [
         (1, {}),
         (2, {"expert": 2}),
-        (2, {"tensor": 2, "sequence": True}),
         (2, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1, "dispatcher": "allgather"}),
     ],
-    ids=["single", "ep2", "tp2", "tp2_ep2_allgather"],
+    ids=["single", "ep2", "tp2_ep2_allgather"],
 )
 def test_logits_are_those_of_transformers(
     folders: dict[str, Path],
@@ -92,7 +91,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2_tp2": (4, {**SP, "parallel.expert": 2}),
     "pp2": (2, {"parallel.pipeline": 2}),
     "dp2": (2, {}),
-    "whole_experts_in_tp2": (2, {**SP, "parallel.expert_tensor": 1}),
     "allgather": (2, {**SP, "parallel.expert": 2, "parallel.expert_tensor": 1, "parallel.dispatcher": "allgather"}),
     "ep2_pp2_micro_batches_of_1": (4, {"parallel.expert": 2, "parallel.pipeline": 2, "optimizer.micro_batch_size": 1}),
     "experts_of_2_ranks": (2, {"parallel.expert_tensor": 2}),

@@ -20,7 +20,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"parallel.expert": 2}),
     "tp2_whole_experts": (2, {**SP, "parallel.expert_tensor": 1}),
     "ep2_tp2": (4, {**SP, "parallel.expert": 2}),
-    "ep2_pp2": (4, {"parallel.expert": 2, "parallel.pipeline": 2}),
 }
 
 
@@ -64,9 +63,7 @@ def load_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tupl
     return run.step(1), whole_weights(run)
 
 
-@pytest.mark.parametrize(
-    ("written", "read"), [("ep2", "one"), ("one", "ep2_tp2"), ("ep2_tp2", "ep2_pp2"), ("tp2_whole_experts", "ep2")]
-)
+@pytest.mark.parametrize(("written", "read"), [("ep2", "tp2_whole_experts"), ("ep2_tp2", "one")])
 def test_another_layout_goes_on_to_rounding(
     model: Path, tmp_path: Path, ranks: RankPool, written: str, read: str
 ) -> None:
