@@ -14,9 +14,15 @@ from typing import Any, Literal
 from sdpg_megatron.config import ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
-_CLASSES: Mapping[Family, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES: Mapping[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -25,8 +31,14 @@ _FIXED: Mapping[str, Any] = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_jitter_noise": 0.0,
+    "num_shared_experts": 0,
+    "n_shared_experts": 0,
+    "shared_expert_intermediate_size": 0,
 }
-"""Keys with the only value that is supported; a key that is absent has it."""
+"""Keys with the only value that is supported; a key that is absent or null has it."""
 
 
 _LLAMA3: Mapping[str, float] = {
@@ -38,13 +50,25 @@ _LLAMA3: Mapping[str, float] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The feed-forward networks of a layer in a mixture of experts, each of `Architecture.ffn_size` columns."""
+
+    count: int
+    per_token: int
+    """How many of them a token is sent to: those with the largest router logits. No token is dropped."""
+    normalized: bool
+    """A token's weights sum to 1 over its own experts; otherwise they are its softmax over all of the layer's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Dimensions and variants of a dense decoder with RMSNorm, rotary positions and a SwiGLU feed-forward."""
+    """Dimensions and variants of a decoder with RMSNorm, rotary positions and SwiGLU feed-forward networks."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_size: int
+    """Columns of a layer's feed-forward network, or of one expert's."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -56,6 +80,8 @@ class Architecture:
     """Factor by which Llama 3 stretches the longer rotary wavelengths; None for plain rotary positions."""
     tied_embeddings: bool
     """The output layer is the input embedding."""
+    experts: Experts | None = None
+    """Of every layer; None for a dense model."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -65,7 +91,7 @@ class Architecture:
     @property
     def qk_norm(self) -> bool:
         """Queries and keys pass through an RMSNorm over the head dimension."""
-        return self.family == "qwen3"
+        return self.family in ("qwen3", "qwen3_moe")
 
     def padded_vocab(self, tensor: int, multiple: int = 128) -> int:
         """Rows of the embedding under Megatron: the next multiple of `multiple` * `tensor`."""
@@ -82,27 +108,30 @@ def read_architecture(folder: Path) -> Architecture:
     config = _read_json(folder / "config.json")
     family = _family(config)
     for key, supported in _FIXED.items():
-        if config.get(key, supported) != supported:
+        if config.get(key) not in (None, supported):
             raise _unsupported(key, config[key], repr(supported))
+    if family == "mixtral" and config.get("sliding_window"):
+        raise _unsupported("sliding_window", config["sliding_window"], "null")
     windowed = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if windowed:
         raise _unsupported("layer_types", windowed[0], "full_attention in every layer")
     heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
-    rope = _rope_parameters(config)
+    rope = _rope_parameters(config, 1e6 if family == "mixtral" else 1e4)
     return Architecture(
         family=family,
         num_layers=_integer(config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_size=_integer(config, "intermediate_size"),
+        ffn_size=_integer(config, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
         num_heads=heads,
         num_kv_heads=_integer(config, "num_key_value_heads"),
         head_dim=int(config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
         vocab_size=_integer(config, "vocab_size"),
         max_positions=_integer(config, "max_position_embeddings"),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rms_eps=float(config.get("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6)),
+        rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        experts=_experts(config, family),
     )
 
 
@@ -112,16 +141,9 @@ def check_parallel(arch: Architecture, parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: naming the field, what it must divide, and the values that would work.
     """
-    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
-    for noun, size in (
-        ("attention heads", arch.num_heads),
-        ("key-value heads", arch.num_kv_heads),
-        ("feed-forward columns", arch.ffn_size),
-    ):
-        if size % tensor:
-            works = [t for t in _divisors(arch.num_kv_heads) if arch.num_heads % t == 0 and arch.ffn_size % t == 0]
-            raise _indivisible("parallel.tensor", tensor, f"a divisor of the model's {size} {noun}", works)
-    layers = arch.num_layers
+    _check_tensor(arch, parallel)
+    _check_experts(arch, parallel)
+    pipeline, virtual, layers = parallel.pipeline, parallel.virtual_pipeline, arch.num_layers
     if layers % pipeline:
         raise _indivisible(
             "parallel.pipeline", pipeline, f"a divisor of the model's {layers} layers", _divisors(layers)
@@ -130,6 +152,40 @@ def check_parallel(arch: Architecture, parallel: ParallelConfig) -> None:
         works = [v for v in _divisors(layers // pipeline) if v > 1]
         expected = f"a divisor of the {layers // pipeline} layers of each pipeline stage"
         raise _indivisible("parallel.virtual_pipeline", virtual, expected, works or ["null"])
+
+
+def _check_tensor(arch: Architecture, parallel: ParallelConfig) -> None:
+    shared = {"attention heads": arch.num_heads, "key-value heads": arch.num_kv_heads}
+    if arch.experts is None:
+        shared["feed-forward columns"] = arch.ffn_size
+    for noun, size in shared.items():
+        if size % parallel.tensor:
+            works = [t for t in _divisors(arch.num_kv_heads) if all(size % t == 0 for size in shared.values())]
+            raise _indivisible("parallel.tensor", parallel.tensor, f"a divisor of the model's {size} {noun}", works)
+
+
+def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
+    if arch.experts is None:
+        for field, found, none in (
+            ("expert", parallel.expert, 1),
+            ("expert_tensor", parallel.expert_tensor, None),
+            ("dispatcher", parallel.dispatcher, "alltoall"),
+        ):
+            if found != none:
+                expected = f"{'null' if none is None else none} with a dense model ({arch.family})"
+                raise ConfigError(f"parallel.{field}", found, expected, "remove it")
+        return
+    count, size = arch.experts.count, parallel.expert_tensor_size
+    if count % parallel.expert:
+        expected = f"a divisor of the {count} experts of a layer"
+        raise _indivisible("parallel.expert", parallel.expert, expected, _divisors(count))
+    if arch.ffn_size % size:
+        field = "parallel.tensor" if parallel.expert_tensor is None else "parallel.expert_tensor"
+        expected = f"a divisor of an expert's {arch.ffn_size} feed-forward columns"
+        raise _indivisible(field, size, expected, _divisors(arch.ffn_size))
+    if parallel.tensor > 1 and not parallel.sequence:
+        expected = "true where a mixture of experts is trained on several tensor-parallel ranks"
+        raise ConfigError("parallel.sequence", False, expected, "set it, or parallel.tensor to 1")
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:
@@ -184,10 +240,24 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def _experts(config: Mapping[str, Any], family: Family) -> Experts | None:
+    if family not in ("qwen3_moe", "mixtral"):
+        return None
+    # transformers 4 calls Qwen3's num_experts; both call Mixtral's num_local_experts.
+    count = _integer(config, "num_experts" if "num_experts" in config else "num_local_experts")
+    per_token, normalized = _integer(config, "num_experts_per_tok"), True
+    if family == "qwen3_moe":
+        normalized = bool(config.get("norm_topk_prob", False))
+    least = 2 if normalized else 1  # a single normalized weight is 1: the router would never learn
+    if not least <= per_token <= count:
+        raise _unsupported("num_experts_per_tok", per_token, f"{least} to the {count} experts")
+    return Experts(count=count, per_token=per_token, normalized=normalized)
+
+
+def _rope_parameters(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     """`rope_parameters` of transformers 5; of older files, `rope_scaling` with the `rope_theta` beside it."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     return rope
 
 

@@ -39,9 +39,28 @@ class ParallelConfig(Section):
     virtual_pipeline: int | None = Field(None, ge=2)
     """Model chunks per pipeline stage (interleaved schedule); null for the plain 1F1B schedule."""
     sequence: bool = False
-    """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks."""
+    """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks. A mixture of
+    experts needs it where `tensor` is over 1."""
+    expert: int = Field(1, ge=1)
+    """Expert-parallel ranks of a mixture of experts: each holds its share of every layer's experts. They are taken from
+    the tensor- and data-parallel ones."""
+    expert_tensor: int | None = Field(None, ge=1)
+    """Tensor-parallel ranks of each expert; null for `tensor`."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens come to the ranks of their experts: each to those alone, or all to all of them and only the results
+    summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
     timeout: float = Field(4 * 3600.0, gt=0)
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks of a pipeline stage that hold one copy of its experts between them."""
+        return self.expert * self.expert_tensor_size
 
 
 class GymTask(Section):
@@ -179,7 +198,8 @@ class SGLangConfig(Section):
     """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
     its optimizer state and gradients to the host while they generate. Needs another sink than broadcast."""
     verify_every: int = Field(0, ge=0)
-    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never."""
+    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never, as has to be for
+    mixtures of experts."""
 
 
 class RolloutConfig(Section):

@@ -194,6 +194,14 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence", True, "false where parallel.tensor is 1", "remove it")
+    if max(parallel.expert_ranks, parallel.tensor) % min(parallel.expert_ranks, parallel.tensor):
+        expected = f"a multiple or divisor of parallel.tensor ({parallel.tensor})"
+        fix = "change parallel.expert_tensor, or leave it null"
+        raise ConfigError("parallel.expert x parallel.expert_tensor", parallel.expert_ranks, expected, fix)
+    if parallel.dispatcher == "allgather" and (parallel.expert_ranks > parallel.tensor or parallel.pipeline > 1):
+        # Ranks gather equal shapes: those of data-parallel ranks differ, and in a pipeline megatron-core refuses it.
+        expected = "alltoall with several pipeline stages, or experts over more ranks than parallel.tensor"
+        raise ConfigError("parallel.dispatcher", "allgather", expected, "use alltoall")
 
 
 def _check_servers(sglang: SGLangConfig) -> None:

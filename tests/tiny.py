@@ -11,15 +11,19 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
 PAD, BOS, EOS, TURN_START, TURN_END = "<|endoftext|>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"
 # The padding token has the name that the Qwen2 tokenizer class would otherwise add beyond the vocabulary.
@@ -28,6 +32,8 @@ VOCAB = 300
 """256 bytes, 5 special tokens, the rest merges; not a multiple of 128, so that vocabulary padding is exercised."""
 QWEN3_HEAD_DIM = 32
 """Differs from hidden / heads, as in the released Qwen3 models."""
+EXPERTS, EXPERTS_PER_TOKEN = 4, 2
+"""Of each layer of a mixture of experts. An expert has half as many columns as hidden states."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -76,10 +82,11 @@ def tiny_model(
     heads: int = 4,
     kv_heads: int = 2,
     vocab: int = VOCAB,
+    normalized: bool = True,
 ) -> PreTrainedModel:
     """A random float32 model in eval mode. No parameter is constant: norm scales and biases are drawn too.
 
-    The global random state is left as it was.
+    `normalized`: Qwen3-MoE's norm_topk_prob. The global random state is left as it was.
     """
     shape = {
         "vocab_size": vocab,
@@ -105,6 +112,13 @@ def tiny_model(
                 model = Qwen2ForCausalLM(Qwen2Config(**shape))
             case "qwen3":
                 model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=QWEN3_HEAD_DIM))
+            case "qwen3_moe":
+                shape |= {"moe_intermediate_size": hidden // 2, "head_dim": QWEN3_HEAD_DIM}
+                shape |= {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+                model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, norm_topk_prob=normalized))
+            case "mixtral":
+                shape |= {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+                model = MixtralForCausalLM(MixtralConfig(**(shape | {"intermediate_size": hidden // 2})))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -123,11 +137,20 @@ def write_tiny_model(
     heads: int = 4,
     kv_heads: int = 2,
     vocab: int = VOCAB,
+    normalized: bool = True,
 ) -> Path:
     """Write a `tiny_model` with its tokenizer and generation config (two stop ids) to `folder`, and return `folder`."""
     tokenizer = tiny_tokenizer(vocab)
     model = tiny_model(
-        family, tied=tied, seed=seed, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, vocab=vocab
+        family,
+        tied=tied,
+        seed=seed,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocab=vocab,
+        normalized=normalized,
     )
     stop_ids = tokenizer.convert_tokens_to_ids([EOS, TURN_END])
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0, eos_token_id=stop_ids)

@@ -22,7 +22,7 @@ from sdpg_megatron.mcore.parallel import Ranks
 
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class CheckpointStore:
@@ -97,11 +97,12 @@ def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, An
 
     And a teacher that is neither the model nor where the run started from, under keys with a prefix.
     """
+    metadata: dict[str, Any] = {**_METADATA}  # Megatron adds the groups of the present layout to it
     state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(learner)
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
     }
     teacher = _teacher_state(state, learner)
-    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
+    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
     return {**state, _TEACHER: teacher} if teacher else state
 

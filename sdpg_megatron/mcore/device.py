@@ -6,10 +6,12 @@ with a GPU nothing here does anything. Each patch can go when megatron-core take
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -29,6 +31,8 @@ def install() -> None:
     mode.__enter__()  # and never left: megatron-core may be called from anywhere
     _redirect_cuda_module()
     _redirect_rng_tracker()
+    _redirect_experts()
+    _redirect_uneven_collectives()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -68,9 +72,65 @@ def _redirect_cuda_module() -> None:
     cuda.synchronize = nothing
     cuda.current_stream = nothing  # 0.19 asks for it before each gradient reduction, and uses it with CUDA graphs alone
     cuda.empty_cache = nothing
+    cuda.Stream = _NoStream
+    cuda.stream = contextlib.nullcontext
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+
+class _NoStream:
+    """Stands for a CUDA stream, and for an event on it: on the CPU all work is done when a call returns."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def _redirect_experts() -> None:
+    """The token dispatcher and the router of a mixture of experts."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host  # its own leaves counts as tensors where they are on the CPU
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 names it, and defines it with Transformer Engine alone
+        moe_utils.te_general_gemm = None
+
+
+def _redirect_uneven_collectives() -> None:
+    """Gloo gathers and scatters equal shares alone; ranks that share an expert have their tokens to bring together."""
+    from megatron.core.tensor_parallel import mappings
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(shard: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            whole: Tensor = even_gather(shard, group, None, use_global_buffer)
+            return whole
+        longest = max(output_split_sizes)
+        padded = torch.cat([shard, shard.new_zeros(longest - len(shard), *shard.shape[1:])])
+        shares = torch.split(even_gather(padded, group), longest)
+        return torch.cat([share[:length] for share, length in zip(shares, output_split_sizes, strict=True)])
+
+    def scatter(whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        shard: Tensor
+        if input_split_sizes is None or group.size() == 1:
+            shard = even_scatter(whole, group, None, use_global_buffer)
+        else:
+            total = whole.clone()
+            torch.distributed.all_reduce(total, group=group)
+            shard = torch.split(total, list(input_split_sizes))[group.rank()].contiguous()
+        return shard
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter
 
 
 def _redirect_rng_tracker() -> None:

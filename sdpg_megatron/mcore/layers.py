@@ -87,7 +87,9 @@ class ScaledDotProductAttention(torch.nn.Module):
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """This stage's layers from megatron-core's own modules, with the norm and the attention core above."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
@@ -100,4 +102,8 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Transformer Engine's fused layer."""
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )

@@ -6,8 +6,10 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -15,13 +17,15 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.weights.load import load_shards
+from sdpg_megatron.weights.map import ExpertShare
 
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..*)$")
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)")
+_EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -58,12 +62,16 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         sequence_parallel=parallel.sequence,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        **(_experts(arch.experts, arch.ffn_size, grouped=uses_te(model)) if arch.experts else {}),
         variable_seq_lengths=parallel.pipeline > 1,
         # Interleaved over two stages, a rank's next and previous neighbour are one: sends and receives of both
         # directions in one batch would be matched by order alone, and mixed up. Overlapped, each direction has its own.
         overlap_p2p_comm=bool(parallel.virtual_pipeline),
         batch_p2p_comm=not parallel.virtual_pipeline,
-        moe_token_dispatcher_type="alltoall",  # the default one refuses variable lengths, with or without experts
+        # megatron-core's default refuses variable lengths, with or without experts
+        moe_token_dispatcher_type=parallel.dispatcher,
         calculate_per_token_loss=True,
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
@@ -75,6 +83,18 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
     )
+
+
+def _experts(experts: Experts, ffn_size: int, *, grouped: bool) -> dict[str, Any]:
+    """Megatron's description of a mixture of experts; the router's logits are in the model's type, as elsewhere."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": ffn_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": grouped,
+    }
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -92,10 +112,9 @@ def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int, chunks: int
 ) -> GPTModel:
     stage = vp_stage if chunks > 1 else None
-    use_te = model.spec == "te" or (model.spec == "auto" and _has_te())
-    return GPTModel(
+    chunk = GPTModel(
         config,
-        layers.te_layer_spec(config) if use_te else layers.local_block_spec(config, stage),
+        layers.te_layer_spec(config) if uses_te(model) else layers.local_block_spec(config, stage),
         vocab_size=arch.padded_vocab(config.tensor_model_parallel_size),
         max_sequence_length=arch.max_positions,
         pre_process=ranks.pipeline == 0 and vp_stage == 0,
@@ -107,22 +126,36 @@ def _build_chunk(
         rope_scaling_factor=arch.rope_scaling or 1.0,
         vp_stage=stage,
     )
+    for name, parameter in chunk.named_parameters():
+        if _EXPERT.search(name):
+            # Megatron does so with several expert-parallel ranks alone. Always, it gives experts an optimizer of their
+            # own on every layout, so that a checkpoint fits all, and sums their gradients where only tensors differ.
+            parameter.allreduce = False
+    return chunk
 
 
-def _has_te() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def uses_te(model: ModelConfig) -> bool:
+    """Whether the layers are Transformer Engine's."""
+    has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return model.spec == "te" or (model.spec == "auto" and has_te)
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters under global names: layers counted over the whole model, wrappers left out.
+    """This rank's parameters under global names: layers and experts counted over the whole model, wrappers left out.
 
     On the last of several stages a tied output layer shows as ``output_layer.weight``.
     """
     for chunk in unwrap_model(list(chunks)):
-        offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+        first_layer = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+        held = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
+        first_expert = held * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            match = _LAYER.match(name)
-            yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
+            yield _counted_from(first_expert, _EXPERT, _counted_from(first_layer, _LAYER, name)), parameter
+
+
+def _counted_from(first: int, number: re.Pattern[str], name: str) -> str:
+    """Add to the number in a name; a name that has none stays as it is."""
+    return number.sub(lambda match: f"{match[1]}{int(match[2]) + first}", name, count=1)
 
 
 def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, ranks: Ranks) -> None:
@@ -133,6 +166,7 @@ def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, 
         arch,
         tp_rank=ranks.tensor,
         tp_size=ranks.tensor_size,
+        experts=ExpertShare(ranks.expert, ranks.expert_size, ranks.expert_tensor, ranks.expert_tensor_size),
     )
 
 

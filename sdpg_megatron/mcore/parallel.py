@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in the tensor x pipeline x data grid."""
+    """This rank's place in the tensor x pipeline x data grid, and among the ranks that share experts.
+
+    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the data-parallel
+    ranks that its experts are spread over.
+    """
 
     world: int
     rank: int
@@ -34,6 +38,25 @@ class Ranks:
     pipeline_group: ProcessGroup
     data: int
     data_size: int
+    expert: int
+    expert_size: int
+    expert_tensor: int
+    expert_tensor_size: int
+    expert_group: ProcessGroup
+    """The ranks of the stage that hold one copy of its experts, those that share an expert next to one another."""
+
+    @property
+    def _data_of_replica(self) -> int:
+        """Data-parallel ranks of one replica."""
+        return max(1, self.expert_group.size() // self.tensor_size)
+
+    @property
+    def replica(self) -> int:
+        return self.data // self._data_of_replica
+
+    @property
+    def replicas(self) -> int:
+        return self.data_size // self._data_of_replica
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +66,7 @@ class Ranks:
     @property
     def leads_replica(self) -> bool:
         """The rank of its replica that receives full weights and generates: first stage, first tensor rank."""
-        return self.tensor == 0 and self.pipeline == 0
+        return self.tensor == 0 and self.pipeline == 0 and self.data % self._data_of_replica == 0
 
     @property
     def on_last_stage(self) -> bool:
@@ -69,7 +92,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     Under torchrun the environment says who this rank is; without it this process is the whole run.
 
     Raises:
-        ConfigError: the number of ranks is no multiple of tensor x pipeline.
+        ConfigError: the number of ranks is no multiple of tensor x pipeline, or of the ranks that share experts.
     """
     device.install()
     _check_world(parallel)
@@ -81,6 +104,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(parallel.timeout / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -89,13 +114,17 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
 
 def _check_world(parallel: ParallelConfig) -> None:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (parallel.tensor * parallel.pipeline):
-        raise ConfigError(
-            "parallel.tensor x parallel.pipeline",
-            parallel.tensor * parallel.pipeline,
-            f"a divisor of the number of ranks ({world})",
-            f"start with torchrun --nproc-per-node {parallel.tensor * parallel.pipeline}, or a multiple of it",
-        )
+    for field, size in (
+        ("parallel.tensor", parallel.tensor),
+        ("parallel.expert x parallel.expert_tensor", parallel.expert_ranks),
+    ):
+        if world % (size * parallel.pipeline):
+            raise ConfigError(
+                f"{field} x parallel.pipeline",
+                size * parallel.pipeline,
+                f"a divisor of the number of ranks ({world})",
+                f"start with torchrun --nproc-per-node {size * parallel.pipeline}, or a multiple of it",
+            )
 
 
 def _start_process_group(parallel: ParallelConfig) -> None:
@@ -125,6 +154,11 @@ def current() -> Ranks:
         pipeline_group=state.get_pipeline_model_parallel_group(),
         data=state.get_data_parallel_rank(),
         data_size=state.get_data_parallel_world_size(),
+        expert=state.get_expert_model_parallel_rank(),
+        expert_size=state.get_expert_model_parallel_world_size(),
+        expert_tensor=state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=state.get_expert_tensor_parallel_world_size(),
+        expert_group=state.get_expert_tensor_and_model_parallel_group(),
     )
 
 

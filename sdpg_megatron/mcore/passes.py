@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
         return last_hidden(model, sequences.tokens_BS), _Collect(lambda hidden: rows(hidden, sequences))
 
     taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
-    found = iter(_collect(chunks, forward, taught))
+    fillers = [batches[0].emptied()] * (_most(len(taught)) - len(taught))
+    found = iter(_collect(chunks, forward, [*taught, *fillers]))
     return [None if batch.teacher is None else next(found) for batch in batches]
 
 
@@ -95,3 +97,13 @@ def _collect(
     if not batches:
         return []
     return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
+
+
+def _most(count: int) -> int:
+    """The largest count among the data-parallel ranks that share experts: they have to run as many micro-batches."""
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if group.size() <= parallel_state.get_tensor_model_parallel_world_size():
+        return count
+    counts = [count] * group.size()
+    dist.all_gather_object(counts, count, group=group)
+    return max(counts)

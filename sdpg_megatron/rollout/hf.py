@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.joined import as_saved
 
 LISTED = 8
 """Weights that one error message names."""
@@ -54,7 +55,12 @@ class HFEngine:
         # Tied weights appear once, as in checkpoints; buffers that checkpoints do not hold stay as built.
         saved = model.state_dict().keys()
         tensors = chain(model.named_parameters(), model.named_buffers())
-        self._targets: dict[str, Tensor] = {name: tensor for name, tensor in tensors if name in saved}
+        self._targets: dict[str, Tensor] = {
+            part: view
+            for name, tensor in tensors
+            if name in saved
+            for part, view in as_saved(name, tensor, model.config.model_type)
+        }
 
     @property
     def weight_version(self) -> int:

@@ -119,7 +119,7 @@ def _fill(
         )
         for current, prompts in files.items():
             status.update(current)
-            problems = evaluate(config, rollouts, prompts, ranks.data)
+            problems = evaluate(config, rollouts, prompts, ranks.replica)
             if ranks.is_main:
                 results.write(current, problems)
 

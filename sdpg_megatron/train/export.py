@@ -27,6 +27,8 @@ def stream_weights(config: RunConfig, learner: Learner, dtype: torch.dtype | Non
         learner.arch,
         tp_group=learner.ranks.tensor_group,
         pp_group=learner.ranks.pipeline_group,
+        expert_group=learner.ranks.expert_group,
+        expert_tensor=learner.ranks.expert_tensor_size,
         bucket_bytes=config.rollout.sglang.bucket_mib << 20,
         dtype=dtype,
     )
@@ -37,7 +39,7 @@ def export_weights(config: RunConfig, learner: Learner, target: Path) -> None:
 
     Every rank calls it. See `write_folder` for what it raises, on the main rank.
     """
-    if learner.ranks.data:
+    if learner.ranks.replica:
         return
     buckets = stream_weights(config, learner)
     if learner.ranks.is_main:

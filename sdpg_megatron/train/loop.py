@@ -302,7 +302,9 @@ class Trainer:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             seed=draw_seed(
-                self.config.seed, f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}", self.ranks.data
+                self.config.seed,
+                f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}",
+                self.ranks.replica,
             ),
         )
 
@@ -314,7 +316,7 @@ class Trainer:
         files = by_file(self.inputs.held_out.prompts)
         with self._phase("eval"):
             problems = {
-                name: evaluate(config, self.rollouts, prompts, self.ranks.data) for name, prompts in files.items()
+                name: evaluate(config, self.rollouts, prompts, self.ranks.replica) for name, prompts in files.items()
             }
             if self.ranks.is_main:
                 model = f"{config.run_dir}, step {self.step}"

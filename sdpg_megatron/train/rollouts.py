@@ -73,7 +73,7 @@ class Rollouts:
     @property
     def _streams(self) -> bool:
         """Whether this rank's replica hands out weights."""
-        return not self._shared or self._ranks.data == 0
+        return not self._shared or self._ranks.replica == 0
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
@@ -81,7 +81,7 @@ class Rollouts:
         `extract`: also have the answers read, where the verifier can.
         """
         share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
-        groups = self._generate(split_evenly(prompts, self._ranks.data, self._ranks.data_size), sampling)
+        groups = self._generate(split_evenly(prompts, self._ranks.replica, self._ranks.replicas), sampling)
         if self._verifiers is not None:
             share = [
                 (g.completions, s) for g, s in zip(groups, self._verifiers.score(groups, extract=extract), strict=True)

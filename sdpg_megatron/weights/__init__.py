@@ -2,11 +2,12 @@
 
 from sdpg_megatron.weights.folder import read_folder, write_folder
 from sdpg_megatron.weights.load import load_shards
-from sdpg_megatron.weights.map import hf_shapes, weight_map
+from sdpg_megatron.weights.map import ExpertShare, hf_shapes, weight_map
 from sdpg_megatron.weights.stream import Bucket, WeightStream, new_room
 
 __all__ = [
     "Bucket",
+    "ExpertShare",
     "WeightStream",
     "hf_shapes",
     "load_shards",

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.map import Parameter, Shape, check_folder, check_local, weight_map
+from sdpg_megatron.weights.map import (
+    WHOLE_EXPERTS,
+    ExpertShare,
+    Parameter,
+    Shape,
+    check_folder,
+    check_local,
+    weight_map,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,17 +79,24 @@ class SafetensorsFolder:
 
 
 def load_shards(
-    local_params: Mapping[str, Tensor], folder: Path, arch: Architecture, *, tp_rank: int, tp_size: int
+    local_params: Mapping[str, Tensor],
+    folder: Path,
+    arch: Architecture,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    experts: ExpertShare = WHOLE_EXPERTS,
 ) -> None:
     """Fill a rank's parameters from a Hugging Face folder.
 
     Args:
-        local_params: the rank's parameters under their Megatron names with global layer numbers, on any device; written
-            in place, every element of each, in its own dtype. Rows that pad the vocabulary become 0.
+        local_params: the rank's parameters under their Megatron names with global numbers of layers and experts, on any
+            device; written in place, every element of each, in its own dtype. Rows that pad the vocabulary become 0.
         folder: config.json's folder, with one safetensors file or several and their index.
         arch: the folder's architecture.
         tp_rank: which shard of `tp_size` the parameters are.
         tp_size: tensor-parallel size.
+        experts: which experts are among the parameters, and which shards of them.
 
     Raises:
         WeightError: a parameter or a tensor is missing, has no counterpart, or does not have its counterpart's shape.
@@ -89,11 +104,13 @@ def load_shards(
     """
     parameters, source = weight_map(arch), SafetensorsFolder(folder)
     check_folder(arch, source.names, str(folder))
-    check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size)
+    check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size, experts)
     for name in local_params:
         _check_stored_shapes(parameters[name], source)
     for name, local in local_params.items():
-        _fill(local.detach(), parameters[name], source, tp_rank, tp_size)
+        is_expert = parameters[name].expert is not None
+        rank, size = (experts.tensor_rank, experts.tensor_size) if is_expert else (tp_rank, tp_size)
+        _fill(local.detach(), parameters[name], source, rank, size)
 
 
 def _check_stored_shapes(parameter: Parameter, source: SafetensorsFolder) -> None:

@@ -8,136 +8,42 @@ from the shards back into whole tensors, so the two directions cannot disagree.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from sdpg_megatron.architecture import Architecture, Family
+from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError, did_you_mean
+from sdpg_megatron.weights.families import OUTPUT, Layout, Piece, rules, sizes
+from sdpg_megatron.weights.families import VOCABULARY as VOCABULARY
 
 Shape = tuple[int, ...]
 
-
-class Piece(NamedTuple):
-    """`length` rows of Hugging Face tensor number `source`, from row `start`; rows of zeros where source is None."""
-
-    source: int | None
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How tensor-parallel ranks share a parameter."""
-
-    cut: Callable[[Architecture, Sequence[int], int, int], list[Piece]]
-    """(architecture, length of each source along `dim`, tensor-parallel rank, size) -> that rank's pieces, in order.
-    Over all ranks they cover every source once."""
-    dim: int = 0
-    """The dimension that pieces are cut and joined along."""
-    sharded: bool = True
-    """False where every rank holds the whole."""
-
-
-def _even(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """An equal share of each source, one after the other."""
-    return [Piece(source, rank * (length // size), length // size) for source, length in enumerate(lengths)]
-
-
-def _by_query_group(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """Group by group: the query heads that share a key-value head, then that key head, then that value head."""
-    groups, share = arch.num_kv_heads, arch.num_kv_heads // size
-    return [
-        Piece(source, group * (length // groups), length // groups)
-        for group in range(rank * share, (rank + 1) * share)
-        for source, length in enumerate(lengths)
-    ]
-
-
-def _padded_vocabulary(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """An equal share of the padded vocabulary; the padding lies at the end of the last ranks."""
-    rows = arch.padded_vocab(size) // size
-    start = min(rank * rows, arch.vocab_size)
-    length = min(rows, arch.vocab_size - start)
-    return [piece for piece in (Piece(0, start, length), Piece(None, 0, rows - length)) if piece.length]
-
-
-REPLICATED = Layout(_even, sharded=False)
-QKV = Layout(_by_query_group)
-GATE_UP = Layout(_even)
-INPUT_COLUMNS = Layout(_even, dim=1)
-VOCABULARY = Layout(_padded_vocabulary)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One line of a family's map. Names in a layer's rules are relative to the layer."""
-
-    megatron: tuple[str, ...]
-    """Spellings of one parameter: the local layer specification's, then Transformer Engine's where it differs."""
-    tensors: Mapping[str, tuple[str, ...]]
-    """Hugging Face tensors that it is made of, with the names of their dimensions."""
-    layout: Layout
-    exported: bool = True
-    """False for a copy of a tensor that another parameter exports."""
-
-
-_MODEL = (
-    Rule(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")}, VOCABULARY),
-    Rule(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, REPLICATED),
-)
-_OUTPUT = Rule(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, VOCABULARY)
-# With tied embeddings and several pipeline stages, the last stage has a copy of the embedding under this name.
-_TIED_OUTPUT = Rule(_OUTPUT.megatron, _MODEL[0].tensors, VOCABULARY, exported=False)
-_LAYER = (
-    Rule(
-        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-        {"input_layernorm.weight": ("hidden",)},
-        REPLICATED,
-    ),
-    Rule(
-        ("self_attention.linear_qkv.weight",),
-        {
-            "self_attn.q_proj.weight": ("query", "hidden"),
-            "self_attn.k_proj.weight": ("key", "hidden"),
-            "self_attn.v_proj.weight": ("key", "hidden"),
-        },
-        QKV,
-    ),
-    Rule(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, INPUT_COLUMNS),
-    Rule(
-        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-        {"post_attention_layernorm.weight": ("hidden",)},
-        REPLICATED,
-    ),
-    Rule(
-        ("mlp.linear_fc1.weight",),
-        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
-        GATE_UP,
-    ),
-    Rule(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, INPUT_COLUMNS),
-)
-_QKV_BIAS = Rule(
-    ("self_attention.linear_qkv.bias",),
-    {"self_attn.q_proj.bias": ("query",), "self_attn.k_proj.bias": ("key",), "self_attn.v_proj.bias": ("key",)},
-    QKV,
-)
-_QK_NORM = (
-    Rule(("self_attention.q_layernorm.weight",), {"self_attn.q_norm.weight": ("head",)}, REPLICATED),
-    Rule(("self_attention.k_layernorm.weight",), {"self_attn.k_norm.weight": ("head",)}, REPLICATED),
-)
-_LAYER_RULES: Mapping[Family, tuple[Rule, ...]] = {
-    "llama": _LAYER,
-    "qwen2": (*_LAYER, _QKV_BIAS),
-    "qwen3": (*_LAYER, *_QK_NORM),
-}
 _NOT_PARAMETERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that hold no weights."""
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """A rank's experts of a layer, and its part of each. The defaults are for a rank that holds all of them whole."""
+
+    rank: int = 0
+    size: int = 1
+    """Expert-parallel: who holds which experts."""
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    """Tensor-parallel within an expert; may differ from that of the other parameters."""
+
+    def owner(self, expert: int, count: int) -> int:
+        """The expert-parallel rank that holds expert `expert` of `count`."""
+        return expert // (count // self.size)
+
+
+WHOLE_EXPERTS = ExpertShare()
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
-    """A Megatron parameter of one model, under its name with the global layer number."""
+    """A Megatron parameter of one model, under its name with the global numbers of layer and expert."""
 
     arch: Architecture
     tensors: Mapping[str, Shape]
@@ -146,9 +52,14 @@ class Parameter:
     exported: bool
     layer: int | None
     """Global layer number; None outside the layers."""
+    expert: int | None = None
+    """Global number of the expert, of which `ExpertShare` says who holds it and how it is cut; None for all else."""
 
     def pieces(self, rank: int, size: int) -> list[Piece]:
-        """What tensor-parallel rank `rank` of `size` holds, in order along `layout.dim`."""
+        """What tensor-parallel rank `rank` of `size` holds, in order along `layout.dim`.
+
+        Of an expert's parameter, the tensor-parallel ranks are those within the expert.
+        """
         if not self.layout.sharded:
             rank, size = 0, 1
         return self.layout.cut(self.arch, [shape[self.layout.dim] for shape in self.tensors.values()], rank, size)
@@ -162,17 +73,16 @@ class Parameter:
 
 def weight_map(arch: Architecture) -> dict[str, Parameter]:
     """Every parameter that a Megatron model of this architecture can have, in canonical order, under all spellings."""
-    return {
-        prefix + name: Parameter(
-            arch,
-            {hf_prefix + tensor: _shape(arch, dims) for tensor, dims in rule.tensors.items()},
-            rule.layout,
-            rule.exported,
-            layer,
-        )
-        for prefix, hf_prefix, layer, rule in _rules(arch)
-        for name in rule.megatron
-    }
+    lengths = sizes(arch)
+    parameters: dict[str, Parameter] = {}
+    for prefix, hf_prefix, layer, expert, rule in rules(arch):
+        tensors = {
+            hf_prefix + tensor.format(expert): tuple(lengths[dim] for dim in dims)
+            for tensor, dims in rule.tensors.items()
+        }
+        parameter = Parameter(arch, tensors, rule.layout, rule.exported, layer, expert)
+        parameters |= {prefix + name.format(expert): parameter for name in rule.megatron}
+    return parameters
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
@@ -180,26 +90,46 @@ def hf_shapes(arch: Architecture) -> dict[str, Shape]:
     return {name: shape for parameter in weight_map(arch).values() for name, shape in parameter.tensors.items()}
 
 
-def check_local(parameters: Mapping[str, Parameter], shapes: Mapping[str, Shape], tp_size: int) -> None:
+def check_local(
+    parameters: Mapping[str, Parameter],
+    shapes: Mapping[str, Shape],
+    tp_size: int,
+    experts: ExpertShare = WHOLE_EXPERTS,
+) -> None:
     """Check the names and shapes of parameters that one or more ranks own, and that no layer among them lacks one.
 
+    `experts`: those that these ranks hold.
+
     Raises:
-        WeightError: a parameter is not in the map or has another shape, or a Hugging Face tensor of a layer that is
-            there would not be loaded.
+        WeightError: a parameter is not in the map, has another shape or is another rank's expert, or a Hugging Face
+            tensor of a layer that is there would not be loaded.
     """
     for name, shape in shapes.items():
         if name not in parameters:
             raise WeightError(_unknown("Megatron parameter", name, parameters))
-        expected = parameters[name].local_shape(tp_size)
+        parameter = parameters[name]
+        if not _is_held(parameter, experts):
+            raise WeightError(
+                f"Megatron parameter {name!r} is on expert-parallel rank {experts.rank} of {experts.size}, which does "
+                "not hold this expert. Fix: name experts by their number among all of the layer"
+            )
+        size = tp_size if parameter.expert is None else experts.tensor_size
+        expected = parameter.local_shape(size)
         if tuple(shape) != expected:
             raise WeightError(
-                f"Megatron parameter {name!r} has shape {list(shape)}, expected {list(expected)} on each of {tp_size} "
+                f"Megatron parameter {name!r} has shape {list(shape)}, expected {list(expected)} on each of {size} "
                 "tensor-parallel ranks. Fix: build the model from the same config.json, and pad its vocabulary to "
                 "Architecture.padded_vocab"
             )
     layers = {parameters[name].layer for name in shapes} - {None}
-    wanted = [tensor for parameter in parameters.values() if parameter.layer in layers for tensor in parameter.tensors]
-    check_covered(wanted, parameters, shapes)
+    wanted = (p for p in parameters.values() if p.layer in layers and _is_held(p, experts))
+    check_covered([tensor for parameter in wanted for tensor in parameter.tensors], parameters, shapes)
+
+
+def _is_held(parameter: Parameter, share: ExpertShare) -> bool:
+    if parameter.expert is None or parameter.arch.experts is None:
+        return True
+    return share.owner(parameter.expert, parameter.arch.experts.count) == share.rank
 
 
 def check_covered(tensors: Iterable[str], parameters: Mapping[str, Parameter], names: Iterable[str]) -> None:
@@ -232,7 +162,7 @@ def check_folder(arch: Architecture, found: Iterable[str], where: str) -> None:
     expected = hf_shapes(arch)
     names = {name for name in found if not _NOT_PARAMETERS.fullmatch(name)}
     if arch.tied_embeddings:
-        names -= set(_OUTPUT.tensors)
+        names -= set(OUTPUT.tensors)
     extra = sorted(names - set(expected))
     for name in expected:
         if name not in names:
@@ -240,29 +170,6 @@ def check_folder(arch: Architecture, found: Iterable[str], where: str) -> None:
             raise WeightError(f"{where}: tensor {name!r} is missing{hint and '; ' + hint}")
     if extra:
         raise WeightError(f"{where}: {_unknown('tensor', extra[0], expected)}")
-
-
-def _rules(arch: Architecture) -> Iterable[tuple[str, str, int | None, Rule]]:
-    """(Megatron prefix, Hugging Face prefix, layer, rule) in canonical order."""
-    embedding, final_norm = _MODEL
-    yield "", "", None, embedding
-    for layer in range(arch.num_layers):
-        for rule in _LAYER_RULES[arch.family]:
-            yield f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer, rule
-    yield "", "", None, final_norm
-    yield "", "", None, _TIED_OUTPUT if arch.tied_embeddings else _OUTPUT
-
-
-def _shape(arch: Architecture, dims: Iterable[str]) -> Shape:
-    sizes = {
-        "vocab": arch.vocab_size,
-        "hidden": arch.hidden_size,
-        "ffn": arch.ffn_size,
-        "query": arch.num_heads * arch.head_dim,
-        "key": arch.num_kv_heads * arch.head_dim,
-        "head": arch.head_dim,
-    }
-    return tuple(sizes[dim] for dim in dims)
 
 
 def _unknown(noun: str, name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Megatron shards out as named, whole Hugging Face tensors, in buckets of bounded size.
 
-Parameters travel one at a time in one canonical order: the shards of a parameter meet on the first tensor-parallel
-rank of the pipeline stage that owns it, become whole tensors there, and go to the leader (stage 0, tensor-parallel
-rank 0). Every whole tensor leaves its stage once.
+Parameters travel one at a time in one canonical order: the shards of a parameter meet on the first rank of the pipeline
+stage that owns it, become whole tensors there, and go to the leader, the first rank of stage 0. Every whole tensor
+leaves its stage once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.map import Parameter, Shape, check_covered, check_local, hf_shapes, weight_map
+from sdpg_megatron.weights.map import Parameter, check_covered, check_local, hf_shapes, weight_map
+from sdpg_megatron.weights.replica import Replica
 
 Bucket = Sequence[tuple[str, Tensor]]
 """Full tensors under their Hugging Face names: one piece of a weight stream."""
@@ -47,51 +48,14 @@ class _Item:
         return self.dtype.itemsize * sum(prod(shape) for shape in self.parameter.tensors.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Replica:
-    """This rank's place among the ranks that hold one copy of the model. A group of None has this rank alone."""
-
-    tp_group: dist.ProcessGroup | None
-    pp_group: dist.ProcessGroup | None
-    device: torch.device
-
-    @property
-    def tp_rank(self) -> int:
-        return 0 if self.tp_group is None else self.tp_group.rank()
-
-    @property
-    def tp_size(self) -> int:
-        return 1 if self.tp_group is None else self.tp_group.size()
-
-    @property
-    def leads(self) -> bool:
-        return self.stage == 0 and self.tp_rank == 0
-
-    @property
-    def stage(self) -> int:
-        return 0 if self.pp_group is None else self.pp_group.rank()
-
-    def wait(self) -> None:
-        """NCCL only enqueues: without this, a stage that runs ahead of the leader keeps all that it has sent."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def over_stages(self, owned: dict[str, tuple[Shape, torch.dtype]]) -> list[dict[str, tuple[Shape, torch.dtype]]]:
-        """What each pipeline stage owns, by stage."""
-        if self.pp_group is None:
-            return [owned]
-        stages: list[dict[str, tuple[Shape, torch.dtype]]] = [{} for _ in range(self.pp_group.size())]
-        dist.all_gather_object(stages, owned, group=self.pp_group)
-        return stages
-
-
 class WeightStream(Iterator[Bucket]):
-    """Streams the model's weights to the leader: pipeline stage 0, tensor-parallel rank 0.
+    """Streams the model's weights to the leader, the first rank of pipeline stage 0.
 
-    Every rank of one model replica iterates to the end, in step. The leader's buckets hold the tensors; those of the
-    other ranks are empty, as many of them. The tensors are copies on the parameters' device, which an optimizer step
-    does not change later; those of a bucket lie end to end in one piece of memory. A rank holds one bucket and one
-    parameter at a time, as long as its consumer lets go of a bucket before it asks for the next.
+    Every rank of one model replica iterates to the end, in step: of all tensor-parallel groups that its experts are
+    spread over. The leader's buckets hold the tensors; those of the other ranks are empty, as many of them. The tensors
+    are copies on the parameters' device, which an optimizer step does not change later; those of a bucket lie end to
+    end in one piece of memory. A rank holds one bucket and one parameter at a time, as long as its consumer lets go of
+    a bucket before it asks for the next.
     """
 
     room: Room
@@ -104,22 +68,29 @@ class WeightStream(Iterator[Bucket]):
         *,
         tp_group: dist.ProcessGroup | None = None,
         pp_group: dist.ProcessGroup | None = None,
+        expert_group: dist.ProcessGroup | None = None,
+        expert_tensor: int = 1,
         bucket_bytes: int = 256 * 2**20,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
             local_params: the rank's parameters, all model chunks together, under their Megatron names with global
-                layer numbers.
+                numbers of layers and experts.
             arch: what the model is.
             tp_group: the tensor-parallel group; None for a single rank.
             pp_group: the pipeline group, in stage order; None for a single stage.
+            expert_group: the ranks of the stage that hold one copy of its experts, those that share an expert next to
+                one another; not looked at for a dense model. None for a single rank.
+            expert_tensor: how many share an expert.
             bucket_bytes: bound of a bucket; a larger parameter has a bucket to itself.
             dtype: type of the tensors; None for each parameter's own.
         """
         self.room = new_room
         self._params, self._arch = local_params, arch
-        self._place = _Replica(tp_group, pp_group, next(iter(local_params.values())).device)
+        group = expert_group if arch.experts else None
+        device = next(iter(local_params.values())).device
+        self._place = Replica(tp_group, pp_group, group, expert_tensor if group else 1, device)
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
         self._shards, self._joined = _Scratch(), _Scratch()
         self._buckets = self._make()
@@ -159,21 +130,24 @@ class WeightStream(Iterator[Bucket]):
             _exchange(dist.irecv, ((item.stage, tensor) for _, tensor in whole), place.pp_group)
 
     def _assemble(self, item: _Item, whole: Tensors | None) -> Tensors:
-        """Join the stage's shards on its tensor-parallel rank 0, in `whole` if given; nothing on its other ranks."""
-        place, layout = self._place, item.parameter.layout
-        local = self._params[item.name].detach()
-        others = range(1, place.tp_size if layout.sharded else 1)
-        if place.tp_rank:
-            if others:
-                _exchange(dist.isend, [(0, local.to(item.dtype).contiguous())], place.tp_group)
+        """Join the stage's shards on its first rank, in `whole` if given; nothing on its other ranks."""
+        place, parameter = self._place, item.parameter
+        group, rank, holders = place.meeting(parameter)
+        if not place.is_first:
+            if rank in holders:
+                local = self._params[item.name].detach()
+                _exchange(dist.isend, [(0, local.to(item.dtype).contiguous())], group)
             return []
         whole = whole or _lay_out([item], self._joined.room, place.device)[0]
-        size = len(others) * local.numel() * item.dtype.itemsize
+        others = [holder for holder in holders if holder]
+        shape = parameter.local_shape(len(holders))
+        size = len(others) * prod(shape) * item.dtype.itemsize
         run = self._shards.room(size, place.device)[:size]
-        shards = run.view(item.dtype).view(len(others), *local.shape)
-        _exchange(dist.irecv, zip(others, shards, strict=True), place.tp_group)
-        for rank, shard in enumerate((local, *shards)):
-            _put(item, shard, whole, rank, place.tp_size)
+        shards = dict(zip(others, run.view(item.dtype).view(len(others), *shape), strict=True))
+        _exchange(dist.irecv, shards.items(), group)
+        for number, holder in enumerate(holders):
+            shard = shards[holder] if holder else self._params[item.name].detach()
+            _put(item, shard, whole, number, len(holders))
         return whole
 
 
@@ -199,15 +173,18 @@ def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item
 
 
 def _plan(
-    local_params: Mapping[str, Tensor], arch: Architecture, place: _Replica, dtype: torch.dtype | None
+    local_params: Mapping[str, Tensor], arch: Architecture, place: Replica, dtype: torch.dtype | None
 ) -> list[_Item]:
     """Who sends what, in canonical order; the same on every rank. Faults anywhere are raised everywhere."""
     parameters = weight_map(arch)
-    stages = place.over_stages({name: (tuple(local.shape), local.dtype) for name, local in local_params.items()})
+    stages = place.gather({name: (tuple(local.shape), local.dtype) for name, local in local_params.items()})
     items: dict[str, _Item] = {}
     owners: dict[str, str] = {}
-    for stage, owned in enumerate(stages):
-        check_local(parameters, {name: shape for name, (shape, _) in owned.items()}, place.tp_size)
+    for stage, ranks in enumerate(stages):
+        for position, rank in enumerate(ranks):
+            shapes = {name: shape for name, (shape, _) in rank.items()}
+            check_local(parameters, shapes, place.tp_size, place.share(position))
+        owned = {name: found for rank in ranks for name, found in rank.items()}
         for name in (name for name in owned if parameters[name].exported):
             for tensor in parameters[name].tensors:
                 owner = f"{name!r} of pipeline stage {stage}"

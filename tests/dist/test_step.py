@@ -108,7 +108,14 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     ]
 
     def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        buckets = WeightStream(tensors, learner.arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+        buckets = WeightStream(
+            tensors,
+            learner.arch,
+            tp_group=ranks.tensor_group,
+            pp_group=ranks.pipeline_group,
+            expert_group=ranks.expert_group,
+            expert_tensor=ranks.expert_tensor_size,
+        )
         return {name: tensor for bucket in buckets for name, tensor in bucket}
 
     weights = whole(learner.named_weights())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.errors import ConfigError, WeightError
 from sdpg_megatron.records import Prompt
@@ -83,6 +83,20 @@ class TestHFEngine(EngineContract):
     def test_a_weight_that_comes_twice_is_an_error(self, engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
         with pytest.raises(WeightError, match=r"model\.norm\.weight came twice"):
             engine.publish(2, [list(weights.items()), [("model.norm.weight", weights["model.norm.weight"])]])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_published_under_the_names_of_checkpoints(tmp_path: Path, family: Family) -> None:
+    folder = write_tiny_model(tmp_path, family, tied=False, seed=1, layers=2)
+    engine = build(folder)
+    engine.publish(1, stream(load_file(folder / "model.safetensors")))
+    group = engine.generate([Prompt("one", (7, 8, 9), (7,), answer="1")], Sampling(n=2, max_tokens=6, temperature=0))[0]
+    completion = group.completions[0]
+    tokens = torch.tensor([[7, 8, 9, *completion.tokens]])
+    with torch.no_grad():
+        logprobs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.log_softmax(-1)
+    expected = logprobs[0, 2:-1].gather(1, tokens[0, 3:, None]).squeeze(1)
+    assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_building_leaves_the_global_random_state(folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from sdpg_megatron.architecture import check_lengths, check_parallel, read_architecture
+from sdpg_megatron.architecture import Experts, check_lengths, check_parallel, read_architecture
 from sdpg_megatron.config import ParallelConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.settings import parse
@@ -53,6 +53,91 @@ def test_reads_what_transformers_saves(tmp_path: Path, kind: Any, family: str, b
     assert (arch.rms_eps, arch.rope_theta, arch.rope_scaling) == (1e-6, 5e5, None)
 
 
+def test_reads_mixtures_of_experts_that_transformers_saves(tmp_path: Path) -> None:
+    routed = {"num_experts_per_tok": 3, "head_dim": 16}
+    Qwen3MoeConfig(**SIZES, **routed, num_experts=8, moe_intermediate_size=40).save_pretrained(tmp_path)
+    arch = read_architecture(tmp_path)
+    assert (arch.family, arch.qk_norm, arch.ffn_size) == ("qwen3_moe", True, 40)
+    assert arch.experts == Experts(count=8, per_token=3, normalized=False)
+    MixtralConfig(**SIZES, **routed, num_local_experts=8).save_pretrained(tmp_path)
+    arch = read_architecture(tmp_path)
+    assert (arch.family, arch.qk_norm, arch.ffn_size, arch.rope_theta) == ("mixtral", False, 160, 1e6)
+    assert arch.experts == Experts(count=8, per_token=3, normalized=True)
+
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "mlp_only_layers": None,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_reads_mixtures_of_experts_of_transformers_4(tmp_path: Path) -> None:
+    arch = read_architecture(write(tmp_path, **MOE))
+    assert (arch.head_dim, arch.rope_theta, arch.rms_eps) == (8, 10000.0, 1e-6)
+    assert arch.experts == Experts(count=8, per_token=2, normalized=True)
+    arch = read_architecture(write(tmp_path, **MIXTRAL))
+    assert (arch.head_dim, arch.rope_theta, arch.rms_eps) == (8, 1e6, 1e-5)
+    single = read_architecture(write(tmp_path, **{**MOE, "num_experts_per_tok": 1, "norm_topk_prob": False}))
+    assert single.experts == Experts(count=8, per_token=1, normalized=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({**MOE, "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({**MOE, "n_shared_experts": 1}, "n_shared_experts"),
+        ({**MOE, "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ({**MOE, "num_experts": None}, "num_experts"),
+        ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({**MOE, "num_experts_per_tok": 1}, "num_experts_per_tok"),
+        ({**MOE, "moe_intermediate_size": None}, "moe_intermediate_size"),
+        ({**MIXTRAL, "num_experts_per_tok": 1}, "num_experts_per_tok"),
+        ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ({**MIXTRAL, "sliding_window": 256}, "sliding_window"),
+    ],
+)
+def test_refuses_mixtures_of_experts_by_name(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^config\.json: {key}: found .*expected .*Fix: "):
+        read_architecture(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"expert": 3}, r"parallel\.expert: found 3, .*8 experts of a layer.*one of: 1, 2, 4, 8$"),
+        ({"expert_tensor": 3}, r"parallel\.expert_tensor: found 3, .*40 feed-forward columns"),
+        ({"tensor": 4}, r"parallel\.sequence: found False, expected true"),
+    ],
+)
+def test_layouts_of_experts_that_do_not_fit(tmp_path: Path, parallel: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_parallel(read_architecture(write(tmp_path, **MOE)), ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 4}, {"tensor": 4, "sequence": True, "expert": 2, "pipeline": 3}])
+def test_layouts_of_experts_that_fit(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    check_parallel(read_architecture(write(tmp_path, **MOE)), ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert_tensor": 1}, {"dispatcher": "allgather"}])
+def test_dense_models_have_no_experts_to_share(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    (field,) = parallel
+    with pytest.raises(ConfigError, match=rf"^parallel\.{field}: found .* with a dense model \(llama\)"):
+        check_parallel(read_architecture(write(tmp_path)), ParallelConfig(**parallel))
+
+
 def test_reads_rope_of_both_generations(tmp_path: Path) -> None:
     old = read_architecture(write(tmp_path, rope_theta=7e4, rope_scaling=LLAMA3))
     new = read_architecture(write(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 7e4}))
@@ -71,7 +156,7 @@ def test_defaults_of_old_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"model_type": "qwen3_moe"}, "model_type"),
+        ({"model_type": "qwen2_moe"}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),

@@ -137,6 +137,12 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("eval.k=[0]", ["eval.k: found 0", "1 to eval.samples (4)"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
         ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
+        ("parallel={tensor: 2, expert: 3, expert_tensor: 1}", ["expert_tensor: found 3", "parallel.tensor (2)"]),
+        ("parallel={expert: 2, dispatcher: allgather}", ["parallel.dispatcher: found 'allgather'", "use alltoall"]),
+        (
+            "parallel={pipeline: 2, dispatcher: allgather}",
+            ["parallel.dispatcher: found 'allgather'", "several pipeline"],
+        ),
         ("reward.clip=[1, 0]", ["reward.clip: found (1.0, 0.0)", "a lower and a higher bound"]),
         ("reward.overlong_buffer=4097", ["overlong_buffer: found 4097", "rollout.max_response_tokens (4096)"]),
         ("selection.oversample=2", ["selection.oversample: found 2.0", "set selection.drop_dead or"]),

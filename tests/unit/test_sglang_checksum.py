@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdpg_megatron.architecture import Architecture, Family
+from sdpg_megatron.architecture import Architecture, Experts, Family
 from sdpg_megatron.errors import RolloutError, WeightError
 from sdpg_megatron.rollout.sglang.checksum import (
     CUDA_HASH,
@@ -346,3 +346,9 @@ def test_cuda_servers_need_sglangs_hash(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
     assert hash_on("cuda")(torch.zeros(10)) == "000000000000000a"
+
+
+def test_mixtures_of_experts_are_refused() -> None:
+    mixture = replace(architecture("mixtral"), experts=Experts(count=4, per_token=2, normalized=True))
+    with pytest.raises(RolloutError, match=r"experts of a mixtral .*Fix: set rollout\.sglang\.verify_every to 0"):
+        ExpectedChecksums(mixture, layout())

@@ -17,7 +17,14 @@ from sdpg_megatron.weights.load import load_shards
 from sdpg_megatron.weights.map import check_folder, check_local, hf_shapes, weight_map
 from tests.tiny import write_tiny_model
 
-FAMILIES: tuple[tuple[Family, bool], ...] = (("llama", False), ("qwen2", True), ("qwen3", True), ("qwen3", False))
+FAMILIES: tuple[tuple[Family, bool], ...] = (
+    ("llama", False),
+    ("qwen2", True),
+    ("qwen3", True),
+    ("qwen3", False),
+    ("qwen3_moe", False),
+    ("mixtral", True),
+)
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 32
 
 

@@ -130,6 +130,11 @@ def server_parameter(name: str) -> tuple[str, tuple[str, ...]]:
 
 def check_layout(arch: Architecture, layout: Layout) -> None:
     """Check that SGLang cuts this model without padding anything but its vocabulary. Raises `RolloutError`."""
+    if arch.experts is not None:
+        raise RolloutError(
+            f"weights cannot be compared by checksum: how a server lays out the experts of a {arch.family} is not "
+            "rebuilt here. Fix: set rollout.sglang.verify_every to 0"
+        )
     size, on_cpu = layout.tensor, layout.device == "cpu"
     kv_heads = arch.num_kv_heads
     replicable = not on_cpu and size % kv_heads == 0
