@@ -102,6 +102,9 @@ def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load(options.config, overrides)
+    from sdpg_megatron.train.presence import end_with_launcher
+
+    end_with_launcher()
     from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
 
     inputs = load_inputs(config)

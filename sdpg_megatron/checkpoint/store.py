@@ -141,7 +141,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: a file is damaged, or the tensors do not fit the model; on every rank.
         """
-        self._check_files(path, state)
+        self.check(path, state)
         try:
             load_sharded(path, learner)
         except UNREADABLE as error:
@@ -150,8 +150,12 @@ class CheckpointStore:
                 "Fix: continue with the model and parallel settings of the run"
             ) from error
 
-    def _check_files(self, path: Path, state: RunState) -> None:
-        """Each rank reads its share of the files."""
+    def check(self, path: Path, state: RunState) -> None:
+        """Hold a checkpoint's files against its manifest; each rank reads its share.
+
+        Raises:
+            CheckpointError: names the first that is damaged, and what there is to continue from; on every rank.
+        """
         names = sorted(state.files)[self._ranks.rank :: self._ranks.world]
         share = {name: state.files[name] for name in names}
         damage = find_damage(path, share, digests=self._config.verify == "digests")

@@ -19,7 +19,7 @@ from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.render import Renderer
-from sdpg_megatron.errors import MismatchError
+from sdpg_megatron.errors import ConfigError, MismatchError
 from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.mcore import parallel
@@ -54,6 +54,7 @@ from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_wei
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.peers import describe_contexts, with_peers
+from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.rollouts import describe, with_shaping
 from sdpg_megatron.train.selection import Judge, Selection, select
 
@@ -86,6 +87,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
+        _lock(config.run_dir, ranks, stack)
         model = fingerprint(config.model.path)
         newest = store.newest()
         changes: list[Change] = []
@@ -99,6 +101,18 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         if newest is not None:
             trainer.resume(*newest, changes)
         return trainer.run(stack)
+
+
+def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Claim the run's folder; where another run has it, every rank says so."""
+    fault: ConfigError | None = None
+    if ranks.is_main:
+        try:
+            stack.callback(RunLock(run_dir).close)
+        except ConfigError as error:
+            fault = error
+    if (found := ranks.gather_all(fault)[0]) is not None:
+        raise found
 
 
 class Trainer:
