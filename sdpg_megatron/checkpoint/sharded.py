@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
+from sdpg_megatron.checkpoint.pickles import check_tensor_list
 from sdpg_megatron.mcore import torch_adam
 from sdpg_megatron.mcore.learner import Learner
 
@@ -47,7 +48,12 @@ def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, A
 
 
 def load_sharded(path: Path, learner: Learner) -> None:
-    """Fill the learner with a checkpoint's tensors, whatever layout they were written under."""
+    """Fill the learner with a checkpoint's tensors, whatever layout they were written under.
+
+    Raises:
+        CheckpointError: reading it would run code.
+    """
+    check_tensor_list(path)
     torch_adam.make_state(learner.optimizer)
     with _only_weights():
         loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
