@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run, or continue, a training run",
-        description="Run, or continue, the run that CONFIG describes. Several ranks: torchrun --nproc-per-node N -m "
+        description="Run, or continue, the run that CONFIG describes. Exit code 75: stopped by a signal and saved; the "
+        "same command continues. Several ranks: torchrun --nproc-per-node N -m "
         "sdpg_megatron train CONFIG ...",
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
