@@ -24,8 +24,12 @@ def seal(path: Path) -> FileSum:
     """Have the disk keep a file's content, and sum it up."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileSum(file.tell(), digest)
+    return FileSum(path.stat().st_size, sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_folder(folder: Path) -> None:
@@ -61,7 +65,7 @@ def find_damage(folder: Path, sums: Mapping[str, FileSum], *, digests: bool) -> 
             size = path.stat().st_size
             if size != expected.bytes:
                 return _damaged(path, f"{size} bytes", f"{expected.bytes}")
-            if digests and (found := seal(path).sha256) != expected.sha256:
+            if digests and (found := sha256_of(path)) != expected.sha256:
                 return _damaged(path, f"sha256 {found}", expected.sha256)
         except OSError as error:
             return _damaged(path, error.strerror or str(error), f"a file of {expected.bytes} bytes")

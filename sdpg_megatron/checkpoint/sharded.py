@@ -26,11 +26,12 @@ def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, An
 
     And a teacher that is neither the model nor where the run started from, under keys with a prefix.
     """
+    metadata = dict(_METADATA)  # Megatron adds the process groups of the moment
     state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(learner)
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
     }
     teacher = _teacher_state(state, learner)
-    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
+    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
     return {**state, _TEACHER: teacher} if teacher else state
 

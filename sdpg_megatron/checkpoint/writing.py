@@ -6,6 +6,7 @@ to the host before); the rest, which takes all ranks, is done at the next step b
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import queue
 from collections.abc import Callable
@@ -125,4 +126,5 @@ def _hand_to_megatron(results: WriteResults) -> None:
 
 def _strategy() -> dict[str, Any]:
     """From 0.19 on megatron-core wants another package for this, unless it is told to use its own."""
-    return {"async_strategy": "mcore"} if "async_strategy" in dist_checkpointing.save.__code__.co_varnames else {}
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
