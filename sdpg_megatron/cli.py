@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,8 +15,11 @@ from sdpg_megatron import __version__
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.settings import dump, load
 
-INTERRUPTED = 130
-"""Exit code of a run that was asked to stop and can continue."""
+STOPPED = os.EX_TEMPFAIL
+"""Exit code, 75, of a run that was asked to stop, has saved its state and can continue: what sysexits calls a temporary
+failure, to be tried again, and what no death by a signal looks like."""
+KILLED = 128 + signal.SIGINT
+"""Exit code of one that had no time to save."""
 
 EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
@@ -30,7 +34,8 @@ EXPECTED_WARNINGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 a mistake in the input, 130 interrupted and able to continue."""
+    """Entry point. Returns the exit code: 0 done, 2 an error that is explained, 75 stopped with its state
+    saved, 130 stopped at once."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
     if unknown := [argument for argument in more if argument.startswith("-")]:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:  # before the first step, or a second time
         sys.stderr.write("stopped; the same command continues from what is saved\n")
-        return INTERRUPTED
+        return KILLED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run, or continue, a training run",
-        description="Run, or continue, the run that CONFIG describes. Several ranks: torchrun --nproc-per-node N -m "
+        description="Run, or continue, the run that CONFIG describes. Exit code 75: stopped by a signal and saved; the "
+        "same command continues. Several ranks: torchrun --nproc-per-node N -m "
         "sdpg_megatron train CONFIG ...",
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
@@ -97,6 +103,9 @@ def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load(options.config, overrides)
+    from sdpg_megatron.train.presence import end_with_launcher
+
+    end_with_launcher()
     from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
 
     inputs = load_inputs(config)
@@ -108,7 +117,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     outcome = train(config, inputs)
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
-    return INTERRUPTED if outcome is Outcome.INTERRUPTED else 0
+    return STOPPED if outcome is Outcome.INTERRUPTED else 0
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:

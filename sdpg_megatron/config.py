@@ -408,6 +408,14 @@ class CheckpointConfig(Section):
     """Save every so many steps, and at the end; 0 for the end only."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
+    keep_every: int = Field(0, ge=0)
+    """Also keep those whose step is a multiple of this; 0 for none."""
+    asynchronous: bool = True
+    """Write behind the steps that follow, from a copy of the state in host memory. A checkpoint then is complete a
+    step or more later; a run that is stopped or ends waits for it."""
+    verify: Literal["digests", "sizes"] = "digests"
+    """What of a checkpoint's files is compared with its manifest before they are read: "digests" reads them whole,
+    each rank its share."""
     export: bool = True
     """Write the trained model as a Hugging Face folder when the run ends."""
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter
+
+from sdpg_megatron.checkpoint.files import FileSum, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Of the manifest and what it promises."""
 PREFIX, PARTIAL = "step_", ".partial"
-"""Of a checkpoint's folder; of one that is being written."""
-FREE_TO_CHANGE = (
-    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "model.path", "data.eval",
-    "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
-)  # fmt: skip
-"""Fields that may differ between the calls that make up one run. The model may have moved, but not changed: see
-`RunState.model`. Another engine, or number of data-parallel ranks, draws other samples, from the same distribution."""
+"""Of a checkpoint's folder; of one that is being written, or removed."""
 
+_NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _SAMPLE = 4 * 2**20
 
 
@@ -48,16 +47,15 @@ class RunState:
     """The resolved configuration of the run."""
     model: str
     """`fingerprint` of the model that the run started from, which is also the reference."""
+    files: Mapping[str, FileSum] = field(default_factory=dict)
+    """Every other file of the checkpoint, by its name."""
     format: int = FORMAT
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def write(self, path: Path) -> None:
-        """Write aside, then put in place: a manifest is whole or absent."""
-        aside = path.with_name(f".{path.name}")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        """Write a manifest that is whole or absent, with digests of the configuration and of itself."""
+        fields = dataclasses.asdict(self) | {"config_digest": digest(self.config)}
+        write_durably(path, json.dumps(fields | {"digest": digest(fields)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> RunState:
@@ -69,17 +67,38 @@ class RunState:
                     f"{path}: found format {fields['format']!r}, expected {FORMAT}. "
                     "Fix: continue with the version of this package that wrote it"
                 )
-            return cls(**fields)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{path}: found {error}, expected a manifest. Fix: remove it to continue from an older one"
-            ) from error
+            written = fields.pop("digest")
+            if written != digest(fields):
+                raise ValueError(f"content that is not what its digest {written!r} was made of")
+            del fields["config_digest"]
+            return _STATE.validate_python(fields)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise CheckpointError(f"{path}: found {found}, expected a whole manifest") from error
+
+
+_STATE = TypeAdapter(RunState)
+
+
+def digest(tree: Any) -> str:
+    """Of what JSON makes of a tree of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """What should be complete checkpoints, oldest first."""
+    found = (path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name))
+    return sorted(found, key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints under a folder, oldest first."""
-    found = (manifest.parent for manifest in folder.glob(f"{PREFIX}*/{MANIFEST}"))
-    return sorted(path for path in found if not path.name.endswith(PARTIAL))
+    return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
+
+
+def checkpoint_name(step: int) -> str:
+    """Of the folder of the checkpoint after `step` steps."""
+    return f"{PREFIX}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -94,22 +113,6 @@ def check_same_model(state: RunState, model: str) -> None:
         raise ConfigError("model.path", model, expected, "use that one")
 
 
-def check_same_run(state: RunState, config: Mapping[str, Any], model: str) -> None:
-    """Refuse to continue a run under a configuration, or from a model, that would make it another run.
-
-    Raises:
-        ConfigError: names the first field that differs, with both values.
-    """
-    check_same_model(state, model)
-    old, new = _flatten(state.config), _flatten(config)
-    for field in sorted(old.keys() | new.keys()):
-        free = any(field == name or field.startswith(f"{name}.") for name in FREE_TO_CHANGE)
-        if not free and old.get(field) != new.get(field):
-            raise ConfigError(
-                field, new.get(field), f"{old.get(field)!r}, as the run was started", "restore it, or use a new run_dir"
-            )
-
-
 def fingerprint(folder: Path) -> str:
     """Digest of a Hugging Face folder's configuration, tokenizer and weights: of large files, size, head and tail."""
     digest = hashlib.sha256()
@@ -121,10 +124,3 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(0, size - _SAMPLE))
             digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

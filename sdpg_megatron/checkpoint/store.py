@@ -1,135 +1,244 @@
 """Checkpoints of a run: Megatron's distributed format for tensors, one manifest beside it.
 
-A checkpoint is complete or absent: it is written aside and renamed when its manifest, the last file, is in place.
+A checkpoint is complete or absent: it is written aside, flushed, and renamed when its manifest, the last file, is in
+place. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import logging
+import pickle
+import secrets
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from sdpg_megatron.checkpoint.state import MANIFEST, PARTIAL, PREFIX, RunState, complete_checkpoints
+from sdpg_megatron.checkpoint.files import find_damage, flush_folder, seal, write_durably
+from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
+from sdpg_megatron.checkpoint.state import (
+    MANIFEST,
+    PARTIAL,
+    PREFIX,
+    RunState,
+    checkpoint_folders,
+    checkpoint_name,
+    complete_checkpoints,
+    step_of,
+)
+from sdpg_megatron.checkpoint.writing import Writing
+from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.mcore import torch_adam
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.parallel import Ranks
 
-_TEACHER = "teacher"
-# The layout of optimizer shards that can be read back under any other parallel layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+"""A file with the name of the newest complete checkpoint's folder, for people and scripts: nothing here reads it."""
+UNREADABLE = (
+    dist_checkpointing.core.CheckpointingException, CheckpointException, pickle.UnpicklingError,
+    OSError, EOFError, RuntimeError, KeyError, ValueError,
+)  # fmt: skip
+"""What Megatron and torch raise about tensors that are not there or not whole."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    state: RunState
+    partial: Path
+    writing: Writing
 
 
 class CheckpointStore:
-    """The checkpoints under one folder. Every rank calls `save` and `load`; only the main rank renames and deletes."""
+    """The checkpoints under one folder. Every rank calls every method; only the main rank renames and deletes."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, config: CheckpointConfig) -> None:
         self._folder = folder
         self._ranks = ranks
-        self._keep = keep
+        self._config = config
+        self._pending: _Pending | None = None
 
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return complete_checkpoints(self._folder)
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint as the main rank sees it: file systems may show ranks different things."""
-        found = self.complete() if self._ranks.is_main else []
-        return self._ranks.gather_all(found[-1] if found else None)[0]
-
-    def save(self, learner: Learner, state: RunState) -> Path:
-        """Write a checkpoint of this step and drop those beyond the newest `keep`.
+    def newest(self) -> tuple[Path, RunState] | None:
+        """The newest checkpoint as the main rank sees it: file systems may show ranks different things.
 
         Raises:
-            CheckpointError: the disk refused; earlier checkpoints are untouched.
+            CheckpointError: it has no manifest, or one that cannot be read; older ones are not taken in its place.
         """
-        target = self._folder / f"{PREFIX}{state.step:08d}"
-        partial = target.with_name(target.name + PARTIAL)
-        if self._ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        try:
-            dist_checkpointing.save(sharded_state(learner), str(partial))
-        except OSError as error:
-            raise CheckpointError(f"{partial}: could not be written: {error}. Fix: free or repair the disk") from error
-        dist.barrier()
-        if self._ranks.is_main:
-            state.write(partial / MANIFEST)
-            _flush(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-            _flush(self._folder)
-            for old in self.complete()[: -self._keep]:
-                shutil.rmtree(old)
-        dist.barrier()
-        return target
+        return self._on_main(self._find_newest)
 
-    def load(self, path: Path, learner: Learner) -> None:
-        """Fill the learner with a checkpoint's tensors.
+    def _find_newest(self) -> tuple[Path, RunState] | None:
+        found = checkpoint_folders(self._folder)
+        if not found:
+            return None
+        try:
+            return found[-1], RunState.read(found[-1] / MANIFEST)
+        except CheckpointError as error:
+            raise self._with_way_out(error, found[-1]) from error
+
+    def sweep(self) -> None:
+        """Remove what calls that were ended left unfinished; to be called while nobody else writes here."""
+        self._on_main(self._sweep)
+
+    def _sweep(self) -> None:
+        for path in self._folder.glob(f"{PREFIX}*{PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
+        complete = complete_checkpoints(self._folder)
+        if complete:
+            self._point_at(complete[-1])
+
+    def save(self, learner: Learner, state: RunState) -> None:
+        """Write a checkpoint of this step, and remove those that are not to be kept.
+
+        With `CheckpointConfig.asynchronous` it is complete when a later `advance` or `finish` has found it written.
 
         Raises:
-            CheckpointError: the tensors do not fit the model.
+            CheckpointError: the disk refused this one or the one before; complete checkpoints are untouched.
         """
-        torch_adam.make_state(learner.optimizer)
+        self.finish()
+        partial = self._on_main(lambda: self._make_partial(state.step))
         try:
-            loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
-        except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError) as error:
+            writing = Writing(sharded_state(learner), partial, behind=self._config.asynchronous)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._refused(partial, error) from error
+        self._pending = _Pending(state, partial, writing)
+        if not self._config.asynchronous:
+            self.finish()
+
+    def advance(self) -> None:
+        """Complete the checkpoint that is being written if all ranks have written theirs; does not wait."""
+        self._complete(wait=False)
+
+    def finish(self) -> None:
+        """Complete the checkpoint that is being written, if there is one. Both raise as `save` does."""
+        self._complete(wait=True)
+
+    def _complete(self, *, wait: bool) -> None:
+        if (pending := self._pending) is None:
+            return
+        try:
+            if not pending.writing.finish(wait=wait):
+                return
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self._pending = None
+            raise self._refused(pending.partial, error) from error
+        self._pending = None
+        sums = {name: one for part in self._ranks.gather_all(pending.writing.sums()) for name, one in part.items()}
+        self._on_main(lambda: self._put_in_place(pending.partial, dataclasses.replace(pending.state, files=sums)))
+
+    def load(self, path: Path, state: RunState, learner: Learner) -> None:
+        """Fill the learner with a checkpoint's tensors, once its files were found to be what its manifest says.
+
+        Raises:
+            CheckpointError: a file is damaged, or the tensors do not fit the model; on every rank.
+        """
+        self.check(path, state)
+        try:
+            load_sharded(path, learner)
+        except UNREADABLE as error:
             raise CheckpointError(
-                f"{path}: found tensors that do not fit the model ({error}), expected those of model.path. "
+                f"{path}: found tensors that do not fit the model ({describe(error)}), expected those of model.path. "
                 "Fix: continue with the model and parallel settings of the run"
             ) from error
-        for name, chunk in _named_chunks(learner):
-            chunk.load_state_dict(loaded[name])
-        torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
-        learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-        for number, kept in enumerate(learner.teacher.kept):
-            kept.copy_(loaded[_TEACHER][number])
+
+    def check(self, path: Path, state: RunState) -> None:
+        """Hold a checkpoint's files against its manifest; each rank reads its share.
+
+        Raises:
+            CheckpointError: names the first that is damaged, and what there is to continue from; on every rank.
+        """
+        names = sorted(state.files)[self._ranks.rank :: self._ranks.world]
+        share = {name: state.files[name] for name in names}
+        damage = find_damage(path, share, digests=self._config.verify == "digests")
+        found = next(filter(None, self._ranks.gather_all(damage)), None)
+        if found is not None:
+            raise self._with_way_out(found, path)
+
+    def _with_way_out(self, damage: CheckpointError, path: Path) -> CheckpointError:
+        older = [other for other in complete_checkpoints(self._folder) if step_of(other) < step_of(path)]
+        then = f"continues from {older[-1].name}" if older else "starts the run again: there is no older one"
+        return CheckpointError(f"{damage}. Fix: bring the file back, or remove {path}: the same command then {then}")
+
+    # --- on the main rank
+
+    def _make_partial(self, step: int) -> Path:
+        """A folder that nobody else writes to: writers of a run that was killed may still be at work in its own."""
+        partial = self._folder / f"{checkpoint_name(step)}.{secrets.token_hex(4)}{PARTIAL}"
+        partial.mkdir(parents=True)
+        return partial
+
+    def _put_in_place(self, partial: Path, state: RunState) -> None:
+        try:
+            others = (path for path in partial.rglob("*") if path.is_file())
+            names = {path.relative_to(partial).as_posix(): path for path in others}
+            small = {name: seal(path) for name, path in sorted(names.items()) if name not in state.files}
+            dataclasses.replace(state, files={**state.files, **small}).write(partial / MANIFEST)
+            target = self._folder / checkpoint_name(state.step)
+            self._remove(target)
+            partial.rename(target)
+            flush_folder(self._folder)
+            self._point_at(target)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._prune()
+
+    def _point_at(self, path: Path) -> None:
+        write_durably(self._folder / LATEST, path.name + "\n")
+
+    def _prune(self) -> None:
+        """Called when a newer one is in place. What cannot be removed is no reason to stop."""
+        every = self._config.keep_every
+        for old in complete_checkpoints(self._folder)[: -self._config.keep]:
+            if not every or step_of(old) % every:
+                try:
+                    self._remove(old)
+                except OSError as error:
+                    logger.warning("%s: could not be removed: %s", old, error)
+
+    def _remove(self, path: Path) -> None:
+        """First out of sight, so that no half of it passes for a checkpoint."""
+        if path.exists():
+            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+            path.rename(aside)
+            shutil.rmtree(aside)
+
+    def _on_main(self, act: Callable[[], T]) -> T:
+        """What the main rank returns or raises, on every rank. A disk's refusal becomes a `CheckpointError`."""
+        answer: T | CheckpointError | None = None
+        if self._ranks.is_main:
+            try:
+                answer = act()
+            except CheckpointError as error:
+                answer = error
+            except OSError as error:
+                answer = self._refused(self._folder, error)
+        shared = self._ranks.gather_all(answer)[0]
+        if isinstance(shared, CheckpointError):
+            raise shared
+        return shared  # type: ignore[return-value]  # None only where `act` returned it
+
+    def _refused(self, path: Path, error: BaseException) -> CheckpointError:
+        if self._ranks.is_main and path.name.endswith(PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
+        space = next((shutil.disk_usage(p).free >> 20 for p in (path, *path.parents) if p.exists()), 0)
+        return CheckpointError(
+            f"{path}: could not be written: {describe(error)} ({space} MiB free). Earlier checkpoints are untouched. "
+            "Fix: free or repair the disk; the same command then continues from the newest one"
+        )
 
 
-def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
-    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
-
-    And a teacher that is neither the model nor where the run started from, under keys with a prefix.
-    """
-    metadata: dict[str, Any] = {**_METADATA}  # Megatron adds the groups of the present layout to it
-    state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
-    }
-    teacher = _teacher_state(state, learner)
-    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    state["opt_param_scheduler"] = learner.scheduler.state_dict()
-    return {**state, _TEACHER: teacher} if teacher else state
-
-
-def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, Any]:
-    """The teacher's weights by the number of their parameter, each cut as the model's own; empty for none to keep."""
-    if not learner.teacher.kept:
-        return {}
-    parameters = [parameter for chunk in learner.chunks for parameter in chunk.parameters()]
-    sharded = get_param_id_to_sharded_param_map(model_state, parameters)
-    return {
-        number: make_sharded_optimizer_tensor(sharded[number], kept, _TEACHER)
-        for number, kept in enumerate(learner.teacher.kept)
-    }
-
-
-def _flush(folder: Path) -> None:
-    """Ask the disk to keep the entries of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
-    modules = [chunk.module for chunk in learner.chunks]
-    if len(modules) == 1:
-        return [("model", modules[0])]
-    return [(f"model{number}", module) for number, module in enumerate(modules)]
+def describe(error: BaseException) -> str:
+    """In one line, with what a rank's writer said."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__

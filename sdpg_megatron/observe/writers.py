@@ -10,7 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdpg_megatron.observe.cut import beyond, cut_events, cut_lines
+
 METRICS_FILE = "metrics.jsonl"
+PROMPTS_FILE = "prompts.jsonl"
+"""Which prompts each step learned from: ``{"step": ..., "prompts": [uid, ...]}`` lines, in the order of the batch."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -33,9 +37,13 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.append(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
+
+    def append(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Record whatever JSON knows; the disk has it when the call returns."""
+        self._file.write(json.dumps({"step": step, **fields}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -44,12 +52,11 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Writes scalars as TensorBoard events."""
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        """Events of an earlier run beyond `resumed_step` are hidden by TensorBoard."""
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds, and only the writing rank needs it
 
         # torch leaves this class untyped
-        self._events: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)  # type: ignore[no-untyped-call]
+        self._events: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -77,29 +84,18 @@ class MultiWriter:
                 stack.callback(writer.close)
 
 
-def open_writers(run_dir: Path, resumed_step: int) -> MetricsWriter:
-    """The run's metrics.jsonl and TensorBoard events, continued after `resumed_step` (0 for a new run)."""
+def open_writers(run_dir: Path) -> MetricsWriter:
+    """The run's metrics.jsonl and TensorBoard events, from their ends on."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    truncate_to(run_dir / METRICS_FILE, resumed_step)
-    return MultiWriter(
-        [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER, resumed_step)]
-    )
+    return MultiWriter([JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)])
 
 
-def truncate_to(path: Path, step: int) -> None:
-    """Cut the lines beyond `step`, which a resumed run writes again, and a last line that was half written.
-
-    The file only ever grows, so it is cut in place at the first such line. No file is no work.
-    """
-    if not path.exists():
-        return
-    kept = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or _step_of(line) > step:
-                break
-            kept += len(line)
-    os.truncate(path, kept)
+def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
+    """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.cut`."""
+    is_beyond = beyond(step, evaluated=evaluated)
+    for name in (METRICS_FILE, PROMPTS_FILE):
+        cut_lines(run_dir / name, is_beyond)
+    cut_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
 
 
 def _step_of(line: bytes) -> float:

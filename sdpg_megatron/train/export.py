@@ -62,12 +62,13 @@ def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -
     target = checkpoint / EXPORT_FOLDER
     if any(parallel.current().gather_all((target / "config.json").exists())):
         return target
-    check_same_model(RunState.read(checkpoint / MANIFEST), fingerprint(config.model.path))
+    state = RunState.read(checkpoint / MANIFEST)
+    check_same_model(state, fingerprint(config.model.path))
     check_parallel(arch, config.parallel)
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
     learner = Learner(config, arch, objective, ranks)
-    CheckpointStore(checkpoint.parent, ranks, config.checkpoint.keep).load(checkpoint, learner)
+    CheckpointStore(checkpoint.parent, ranks, config.checkpoint).load(checkpoint, state, learner)
     export_weights(config, learner, target)
     ranks.barrier()
     del learner

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the run to stop after the present step; a second one stops at once."""
+"""Ctrl-C and SIGTERM ask the run to stop soon, with a checkpoint; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, the first signal sets `requested`; the second has its usual effect."""
+    """While entered, the first of these signals sets `requested`; the second, of either kind, has its usual effect."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -21,9 +21,12 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._previous[signal.Signals(number)])
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 from sdpg_megatron import objectives
-from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_run, fingerprint
+from sdpg_megatron.checkpoint.changes import Change, check_same_run
+from sdpg_megatron.checkpoint.state import RunState, fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.render import Renderer
-from sdpg_megatron.errors import MismatchError
+from sdpg_megatron.errors import ConfigError, MismatchError
 from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.mcore import parallel
@@ -27,11 +28,20 @@ from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import StepContext
 from sdpg_megatron.objectives.mismatch import DIFFERENCE
 from sdpg_megatron.observe.alarms import Alarms
+from sdpg_megatron.observe.cut import cut_folders
 from sdpg_megatron.observe.metrics import Metric, merge, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.observe.writers import METRICS_FILE, MultiWriter, open_writers, read_metrics
+from sdpg_megatron.observe.writers import (
+    METRICS_FILE,
+    PROMPTS_FILE,
+    JsonlWriter,
+    MultiWriter,
+    cut_records,
+    open_writers,
+    read_metrics,
+)
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
@@ -44,6 +54,7 @@ from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_wei
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.peers import describe_contexts, with_peers
+from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.rollouts import describe, with_shaping
 from sdpg_megatron.train.selection import Judge, Selection, select
 
@@ -73,20 +84,35 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
     ranks = parallel.initialize(config.parallel, config.seed)
-    store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint.keep)
+    store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
+        _lock(config.run_dir, ranks, stack)
         model = fingerprint(config.model.path)
-        checkpoint = store.latest()
-        state = RunState.read(checkpoint / MANIFEST) if checkpoint else None
-        if state is not None:
-            check_same_run(state, config.model_dump(mode="json"), model)
+        newest = store.newest()
+        changes: list[Change] = []
+        if newest is not None:
+            _, state = newest
+            changes = check_same_run(state, config.model_dump(mode="json"), model)
             if state.step == config.steps and read_summary(config.run_dir) is not None:
                 return Outcome.ALREADY_DONE
+        store.sweep()
         trainer = Trainer(config, inputs, ranks, store, model)
-        if checkpoint and state:
-            trainer.resume(checkpoint, state)
+        if newest is not None:
+            trainer.resume(*newest, changes)
         return trainer.run(stack)
+
+
+def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Claim the run's folder; where another run has it, every rank says so."""
+    fault: ConfigError | None = None
+    if ranks.is_main:
+        try:
+            stack.callback(RunLock(run_dir).close)
+        except ConfigError as error:
+            fault = error
+    if (found := ranks.gather_all(fault)[0]) is not None:
+        raise found
 
 
 class Trainer:
@@ -104,6 +130,9 @@ class Trainer:
         self.objective = objectives.build(config.objective, config.total_optimizer_steps)
         self.learner = Learner(config, inputs.arch, self.objective, ranks)
         self.step = 0
+        self.saved: int | None = None
+        """The step of the newest checkpoint, complete or being written."""
+        self.changes: Sequence[Change] = ()
         self.seconds = 0.0
         self.baseline: Mapping[str, float] = {}
         self.evaluated = False
@@ -111,9 +140,10 @@ class Trainer:
         self.gated = config.rollout.mismatch_limit is None
         """Whether the rollout engine's log-probs were held against the trainer's."""
 
-    def resume(self, checkpoint: Path, state: RunState) -> None:
-        """Go on where a checkpoint was written."""
-        self.store.load(checkpoint, self.learner)
+    def resume(self, checkpoint: Path, state: RunState, changes: Sequence[Change]) -> None:
+        """Go on where a checkpoint was written; `changes` of the configuration since then are shown."""
+        self.store.load(checkpoint, state, self.learner)
+        self.saved, self.changes = state.step, changes
         self.step, self.seconds = state.step, state.seconds
         self.baseline, self.evaluated = state.baseline, state.evaluated
         self.cursor = Cursor.from_state(state.cursor, self.prompts.size)
@@ -127,8 +157,14 @@ class Trainer:
         config, main = self.config, self.ranks.is_main
         self.progress = Progress(config.steps, done=self.step, enabled=main)
         stack.callback(self.progress.close)
-        self.writer = open_writers(config.run_dir, self.step) if main else MultiWriter([])
+        if main:
+            cut_records(config.run_dir, self.step, evaluated=self.evaluated)
+            cut_folders(config.run_dir / EVAL_FOLDER, self.step, evaluated=self.evaluated)
+        self.writer = open_writers(config.run_dir) if main else MultiWriter([])
         stack.callback(self.writer.close)
+        self.prompt_log = JsonlWriter(config.run_dir / PROMPTS_FILE) if main else None
+        if self.prompt_log:
+            stack.callback(self.prompt_log.close)
         self.alarms = Alarms(config.alarms, read_metrics(config.run_dir / METRICS_FILE) if main else [])
         if self._colocated:  # servers divide up the memory that they find
             self.learner.offload()
@@ -142,28 +178,50 @@ class Trainer:
             self.baseline = self.baseline or numbers
             self._report(numbers)
         evaluated: Mapping[str, float] | None = None
-        with Interrupt() as interrupt:
+        with Interrupt() as self.interrupt:
             while self.step < config.steps:
                 metrics = self._train_step()
-                stop = self.step < config.steps and any(self.ranks.gather_all(interrupt.requested))
+                if metrics is None:
+                    return self._stop("before")
+                self.store.advance()
+                stop = self.step < config.steps and self._asked_to_stop()
                 due = self._due(config.eval.every)
                 self.evaluated = not (due and stop)  # who asks to stop may not wait for long: later, then
                 evaluated = values(self._evaluate()) if due and not stop else None
                 self._report({**values(metrics), **(evaluated or {})})
-                if stop or self._due(config.checkpoint.every):
-                    self._save()
                 if stop:
-                    self.progress.message(f"stopped after step {self.step}; the same command continues")
-                    return Outcome.INTERRUPTED
+                    return self._stop("after")
+                if self._due(config.checkpoint.every):
+                    self._save()
+        self.store.finish()
         self._finish(evaluated if evaluated is not None else values(self._evaluate()))
         return Outcome.FINISHED
 
-    def _train_step(self) -> dict[str, Metric]:
-        """One rollout and the optimizer steps on it."""
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was: they stop together."""
+        return any(self.ranks.gather_all(self.interrupt.requested))
+
+    def _stop(self, where: str) -> Outcome:
+        """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way."""
+        if self.saved != self.step:
+            self._save()
+        self.store.finish()
+        told = f"stopped after step {self.step}" + (", the next was abandoned" if where == "before" else "")
+        self.progress.message(f"{told}; the same command continues")
+        return Outcome.INTERRUPTED
+
+    def _train_step(self) -> dict[str, Metric] | None:
+        """One rollout and the optimizer steps on it.
+
+        None where the run was asked to stop before the first of these: then nothing has changed.
+        """
         started = time.perf_counter()
-        config = self.config
+        config, cursor = self.config, self.cursor.state()
         with self._phase("rollout"):
             selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
+        if self._asked_to_stop():
+            self.cursor = Cursor.from_state(cursor, self.prompts.size)
+            return None
         groups = self._with_context(selection.kept)
         self._warn_of_shortage(selection)
         self._to_training()
@@ -171,10 +229,15 @@ class Trainer:
         parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
         with self._phase("prepare"):
             batches = [self._prepare(part, self._context(number)) for number, part in enumerate(parts)]
+        if self._asked_to_stop():
+            self.cursor = Cursor.from_state(cursor, self.prompts.size)
+            return None
         with self._phase("update"):
             updates = [self._update(batch, self._context(number)) for number, batch in enumerate(batches)]
         self._check_mismatch(merge(updates))
         self.step += 1
+        if self.prompt_log:
+            self.prompt_log.append(self.step, {"prompts": [scored.group.prompt.uid for scored in groups]})
         self._publish()
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -339,8 +402,11 @@ class Trainer:
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.prompts.describe()}, "
             f"{r.world} ranks (tensor {r.tensor_size} x pipeline {r.pipeline_size} x data {r.data_size}), "
-            f"{self.learner.device.type}; " + (f"continuing after step {self.step}" if self.step else "a new run")
+            f"{self.learner.device.type}; "
+            + ("a new run" if self.saved is None else f"continuing after step {self.step}")
         )
+        if self.changes:
+            self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, self.changes))}")
 
     def _report(self, numbers: Mapping[str, float]) -> None:
         if not self.ranks.is_main:
@@ -365,6 +431,7 @@ class Trainer:
                     model=self.fingerprint,
                 ),
             )
+        self.saved = self.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpg_megatron.checkpoint.store import CheckpointStore
 from tests.dist.test_step import config_of, scored_groups
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
@@ -109,12 +108,3 @@ def swap(folder: Path) -> tuple[bool, bool, bool]:
 
 def test_frozen_weights_swap_in_and_out(model: Path, ranks: RankPool) -> None:
     assert ranks.run(swap, 1, model) == [(True, True, True)]
-
-
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
-    for name in ("step_00000002", "step_00000010", "step_00000012.partial", "step_00000014"):
-        (tmp_path / name).mkdir()
-        if name != "step_00000014":
-            (tmp_path / name / "manifest.json").write_text("{}")
-    store = CheckpointStore(tmp_path, ranks=None, keep=1)  # type: ignore[arg-type]  # the listing asks no rank
-    assert [path.name for path in store.complete()] == ["step_00000002", "step_00000010"]

@@ -14,12 +14,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
 from sdpg_megatron.observe.progress import HEADER_EVERY, Progress, format_seconds
 from sdpg_megatron.observe.report import GREEDY, KL, REWARD, SAMPLED, plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.observe.writers import JsonlWriter, MultiWriter, open_writers, read_metrics, truncate_to
+from sdpg_megatron.observe.writers import JsonlWriter, MultiWriter, cut_records, open_writers, read_metrics
 
 STEP = {
     "reward/mean": 0.40625,
@@ -98,27 +100,77 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
 def test_resuming_cuts_what_will_be_written_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    truncate_to(path, step)
+    cut_lines(path, beyond(step, evaluated=True))
     assert path.read_text() == kept
 
 
-def test_truncating_no_file_makes_none(tmp_path: Path) -> None:
-    truncate_to(tmp_path / "metrics.jsonl", 3)
+@pytest.mark.parametrize(
+    ("text", "step", "kept"),
+    [
+        ('{"step": 0, "eval/a": 1}\n', 0, ""),
+        ('{"step": 2, "a": 1}\n{"step": 2, "eval/a": 1}\n', 2, '{"step": 2, "a": 1}\n'),
+        ('{"step": 1, "eval/a": 1}\n{"step": 2, "a": 1}\n', 2, '{"step": 1, "eval/a": 1}\n{"step": 2, "a": 1}\n'),
+    ],
+)
+def test_so_is_an_evaluation_that_will_be_made_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    cut_lines(path, beyond(step, evaluated=False))
+    assert path.read_text() == kept
+
+
+def test_cutting_no_file_makes_none(tmp_path: Path) -> None:
+    cut_records(tmp_path, 3, evaluated=True)
+    cut_folders(tmp_path / "eval", 3, evaluated=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("evaluated", "left"), [(True, ["step_1", "step_2"]), (False, ["step_1"])])
+def test_evaluations_that_will_be_made_again_are_removed(tmp_path: Path, evaluated: bool, left: list[str]) -> None:
+    for name in ("step_1", "step_2", "step_10"):
+        (tmp_path / name).mkdir()
+    cut_folders(tmp_path, 2, evaluated=evaluated)
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def events(run: Path) -> list[tuple[int, str]]:
+    """What the event files hold, whoever would hide it."""
+    found = []
+    for path in sorted((run / "tensorboard").glob("events.*")):
+        for event in EventFileLoader(str(path)).Load():
+            found += [(event.step, value.tag) for value in event.summary.value]
+    return found
 
 
 def test_a_resumed_run_replaces_the_lost_steps_everywhere(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo"
     for resumed, steps, shift in ((0, (1, 2, 3), 0.0), (2, (3, 4), 100.0)):
-        writer = open_writers(run, resumed)
+        cut_records(run, resumed, evaluated=False)
+        writer = open_writers(run)
         for step in steps:
             writer.write(step, {"reward/mean": step + shift})
+            if step == 2:
+                writer.write(step, {"eval/accuracy": 1.0})
         writer.close()
     want = [(1, 1.0), (2, 2.0), (3, 103.0), (4, 104.0)]
     assert [(r["step"], r["reward/mean"]) for r in read_metrics(run / "metrics.jsonl")] == want
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == want
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    assert events(run) == [(step, "reward/mean") for step in (1, 2, 3, 4)]
+    accumulated = EventAccumulator(str(run / "tensorboard"))
+    accumulated.Reload()
+    assert [(e.step, e.value) for e in accumulated.Scalars("reward/mean")] == want
+
+
+@pytest.mark.parametrize("half", [1, 9, 20])
+def test_half_an_event_is_cut(tmp_path: Path, half: int) -> None:
+    writer = open_writers(tmp_path)
+    writer.write(1, {"a": 1.0})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").glob("events.*")
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:half])
+    cut_records(tmp_path, 1, evaluated=True)
+    assert path.read_bytes() == whole
 
 
 def test_closing_one_writer_may_fail_but_all_are_closed() -> None:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sdpg_megatron.checkpoint.state import RunState, check_same_run, fingerprint
+from sdpg_megatron.checkpoint.changes import Change, check_same_run
+from sdpg_megatron.checkpoint.files import FileSum
+from sdpg_megatron.checkpoint.state import RunState, digest, fingerprint
 from sdpg_megatron.errors import CheckpointError, ConfigError
 
 STATE = RunState(
-    step=3, cursor={"position": 7}, seconds=1.5, baseline={"eval/x": 0.25}, evaluated=True, config={}, model="m"
+    step=3,
+    cursor={"position": 7},
+    seconds=1.5,
+    baseline={"eval/x": 0.25},
+    evaluated=True,
+    config={"seed": 0},
+    model="m",
+    files={"a": FileSum(1, "x")},
 )
 
 
@@ -22,18 +36,47 @@ def test_it_reads_back_what_it_wrote(tmp_path: Path) -> None:
     assert RunState.read(tmp_path / "manifest.json") == STATE
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', '{"format": 1, "step": 3, "extra": 1}'])
+def changed(text: str, **fields: Any) -> str:
+    """A manifest with other fields and the digest that belongs to them."""
+    tree = {**json.loads(text), **fields}
+    tree.pop("digest")
+    return json.dumps(tree | {"digest": digest(tree)})
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"format": 2}', "[" * 100_000, '{"format": 2, "digest": "x"}'])
 def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(damage)
-    with pytest.raises(CheckpointError, match=r"manifest\.json.*Fix"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: found .*expected a whole manifest"):
         RunState.read(path)
+
+
+@pytest.mark.parametrize("fields", [{"step": "three"}, {"cursor": []}, {"files": {"a": 1}}, {"extra": 1}])
+def test_one_with_other_contents_is_named(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = tmp_path / "manifest.json"
+    STATE.write(path)
+    path.write_text(changed(path.read_text(), **fields))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: found .*expected a whole manifest"):
+        RunState.read(path)
+
+
+@given(st.data())
+def test_no_byte_can_change_unnoticed(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.json"
+        STATE.write(path)
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 2))
+        content[place] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            assert RunState.read(path) == STATE  # other white space
 
 
 def test_one_of_another_format_is_not_misread(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**dataclasses.asdict(STATE), "format": 99}))
-    with pytest.raises(CheckpointError, match="found format 99, expected 1"):
+    with pytest.raises(CheckpointError, match="found format 99, expected 2"):
         RunState.read(path)
 
 
@@ -66,6 +109,38 @@ def test_what_changes_nothing_that_is_learnt_may_change(changes: dict[str, Any])
 def test_what_would_make_it_another_run_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_same_run(started(), tree(**changes), "m")
+
+
+def test_all_that_differs_is_shown_at_once() -> None:
+    now = tree(steps=9, objective={"beta": 0.1}, parallel={"tensor": 2})
+    with pytest.raises(ConfigError) as error:
+        check_same_run(started(), now, "m")
+    assert str(error.value).splitlines() == [
+        "objective.beta: found 0.1, expected 0.5, as the run was started",
+        "  steps: found 9, expected 4, as the run was started",
+        "  free to change: parallel.tensor: 1 -> 2",
+        "  Fix: restore what is not free to change, or use a new run_dir",
+    ]
+    assert error.value.field == "objective.beta"
+
+
+def test_the_error_travels_between_ranks() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_same_run(started(), tree(steps=9), "m")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_what_is_free_to_change_is_told() -> None:
+    changes = check_same_run(started(), tree(parallel={"tensor": 2}), "m")
+    assert changes == [Change("parallel.tensor", 1, 2)]
+
+
+def test_a_field_that_is_new_to_the_package_had_its_default() -> None:
+    check_same_run(started(), tree(selection={"oversample": 1.0}), "m")
+    with pytest.raises(ConfigError, match=r"selection\.oversample: found 2\.0, expected 1\.0"):
+        check_same_run(started(), tree(selection={"oversample": 2.0}), "m")
+    with pytest.raises(ConfigError, match=r"tasks\.gcd\.weight: found 1\.0, expected None"):
+        check_same_run(started(), tree(reasoning_gym={"tasks": {"gcd": {"weight": 1.0}}}), "m")
 
 
 def test_another_model_is_refused() -> None:

@@ -1,0 +1,322 @@
+"""Kills runs without warning, again and again, and holds what becomes of them against a run that nobody disturbed.
+
+    python benchmarks/crash.py
+    python benchmarks/crash.py --kills 100 --seed 0 --out benchmarks/results/crash.json
+
+Each run is one of two ranks (two pipeline stages) of the tests' tiny model, eight steps with a checkpoint after each,
+written behind the steps in every second run. It is killed (SIGKILL) several times, started again by the same command
+each time, and in the end left to finish. A kill takes a rank or the launcher; every other one strikes at a drawn time
+between the start and the end, the rest at a drawn place in the code, most of which lie inside a save: see
+tests/e2e/dying.py. The seed decides all but how far a run has come at a drawn time.
+
+The launcher is a small one, below: it starts the ranks as forks of a process that has everything imported, so that a
+start takes a second and not ten. Like torchrun it ends all ranks when one fails; like torchrun's, its ranks are ended
+by the system when it is killed itself (tests/e2e/test_crash.py has that with torchrun).
+
+    kills       that were done
+    resumes     starts after a kill that went on from a checkpoint; the others began again
+    mismatches  lines of metrics (but for what a clock measured) and tensors of the trained model that differ in a bit
+    lost        prompts that the undisturbed run learned from and this one did not, by prompts.jsonl
+    doubled     prompts that this one learned from more often
+    broken      checkpoints that stood there after a kill and were not whole
+
+Killing the rollout server is not part of it: tests/sglang/test_train.py does that, with a real one, whose samples are
+not the same bit for bit from one batch to another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script, whose folder is then the first place to look for modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+RANKS = 2
+SETTINGS = {
+    "steps": 8,
+    "checkpoint": {"every": 1, "keep": 2},
+    "eval": {"every": 4, "samples": 2},
+    "parallel": {"pipeline": RANKS},
+}
+KILLS_PER_RUN = 10
+PRELOADED = (
+    "tests.e2e.dying", "sdpg_megatron.train.loop", "sdpg_megatron.train.inputs", "sdpg_megatron.rollout.hf",
+    "torch.utils.tensorboard", "matplotlib.pyplot", "transformers.models.qwen3.modeling_qwen3",
+)  # fmt: skip
+LIMIT = 600.0
+"""Seconds for one start of a run."""
+
+
+@dataclass(slots=True)
+class Result:
+    """The output; the JSON has these keys and no others."""
+
+    kills: int = 0
+    resumes: int = 0
+    mismatches: int = 0
+    lost: int = 0
+    doubled: int = 0
+    broken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A kill to come."""
+
+    of_launcher: bool
+    rank: int
+    """Which rank it strikes, or which one kills the launcher."""
+    moment: str | None
+    """In the code, for a rank to die at by itself; None for a time."""
+    count: int
+    share: float
+    """Of the undisturbed run's seconds, for a time."""
+
+
+def draw_death(draw: random.Random, moments: Sequence[str]) -> Death:
+    timed = draw.random() < 0.5
+    return Death(
+        of_launcher=draw.random() < 0.5,
+        rank=draw.randrange(RANKS),
+        moment=None if timed else draw.choice(list(moments)),
+        count=draw.randint(1, 3),
+        share=draw.random(),
+    )
+
+
+# --- in the launcher and its ranks
+
+
+def launch(config: str, overrides: Sequence[str], death: Death | None, scratch: str) -> None:
+    """Start the ranks, and end them all when one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [fork_rank(rank, port, config, overrides, death, scratch) for rank in range(RANKS)]
+    Path(scratch, "pids").write_text(json.dumps(ranks))
+    left, code = set(ranks), 0
+    while left:
+        pid, status = os.wait()
+        if pid in left:
+            left.remove(pid)
+            code = code or abs(os.waitstatus_to_exitcode(status))
+            if code:
+                for other in left:
+                    os.kill(other, signal.SIGKILL)
+    os._exit(code)
+
+
+def fork_rank(rank: int, port: int, config: str, overrides: Sequence[str], death: Death | None, scratch: str) -> int:
+    launcher = os.getpid()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        log = os.open(str(Path(scratch, f"rank{rank}.log")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="crash",
+        )  # fmt: skip
+        from sdpg_megatron.cli import main
+        from tests.e2e import dying
+
+        if death is not None and death.moment is not None and death.rank == rank:
+            if death.of_launcher:
+                dying.die = lambda: os.kill(launcher, signal.SIGKILL)
+            dying.MOMENTS[death.moment](death.count)
+        code = main(["train", config, *overrides])
+        sys.stdout.flush()
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(code)
+
+
+# --- in the parent
+
+
+class Runner:
+    """Starts runs in a folder each, kills them and compares them with the undisturbed one."""
+
+    def __init__(self, scratch: Path, seed: int) -> None:
+        from tests.e2e.dying import MOMENTS
+
+        self.scratch = scratch
+        self.draw = random.Random(f"crash/{seed}")
+        self.moments = sorted(MOMENTS)
+        self.result = Result()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["__main__", *PRELOADED])
+        self.config = self._write("whole")
+        self._start(self.config, (), None)  # the first one imports
+        if self._start(self.config, ("run_dir=" + str(scratch / "timed"),), None):
+            raise RuntimeError(f"the undisturbed run failed: see {scratch}")
+        self.seconds = self.last_seconds
+
+    def _write(self, name: str) -> Path:
+        from tests.e2e.runs import write_run
+
+        folder = self.scratch / name
+        folder.mkdir()
+        return write_run(folder, **SETTINGS)
+
+    def _start(self, config: Path, overrides: Sequence[str], death: Death | None) -> int:
+        """One start of a run to its end, which a death may bring; the launcher's exit code."""
+        pids = config.parent / "pids"
+        pids.unlink(missing_ok=True)
+        started = time.perf_counter()
+        launcher: Any = self.context.Process(
+            target=launch, args=(str(config), list(overrides), death, str(config.parent))
+        )
+        launcher.start()
+        if death is not None and death.moment is None:
+            launcher.join(death.share * self.seconds)
+            ranks = json.loads(pids.read_text()) if pids.exists() else []
+            if launcher.is_alive() and ranks:
+                os.kill(launcher.pid if death.of_launcher else ranks[death.rank], signal.SIGKILL)
+        launcher.join(LIMIT)
+        if launcher.is_alive():
+            launcher.kill()
+            raise RuntimeError(f"no end after {LIMIT:g} s: see {config.parent}")
+        wait_until_gone(json.loads(pids.read_text()) if pids.exists() else [])
+        self.last_seconds = time.perf_counter() - started
+        return int(launcher.exitcode or 0)
+
+    def torment(self, number: int, kills: int) -> None:
+        """One run, killed up to so many times."""
+        config = self._write(f"run{number}")
+        overrides = [f"checkpoint.asynchronous={str(bool(number % 2)).lower()}"]
+        code, killed = 1, 0
+        while killed < kills and code:
+            code = self._start(config, overrides, draw_death(self.draw, self.moments))
+            if code:
+                killed += 1
+                self._look_at(config.parent / "run")
+        if code and (code := self._start(config, overrides, None)):
+            raise RuntimeError(f"exit code {code} without a kill: see {config.parent}")
+        self.result.kills += killed
+        self._compare(config.parent / "run")
+
+    def _look_at(self, run: Path) -> None:
+        from sdpg_megatron.checkpoint.files import find_damage
+        from sdpg_megatron.checkpoint.state import MANIFEST, RunState, checkpoint_folders
+        from sdpg_megatron.errors import CheckpointError
+
+        found = checkpoint_folders(run / "checkpoints")
+        self.result.resumes += bool(found)
+        for path in found:
+            try:
+                damage = find_damage(path, RunState.read(path / MANIFEST).files, digests=True)
+            except CheckpointError as error:
+                damage = error
+            self.result.broken += damage is not None
+
+    def _compare(self, run: Path) -> None:
+        import torch  # not at the top: the ranks' verifier processes import this file, and nothing else of it
+
+        from tests.e2e.runs import weights
+
+        whole = self.scratch / "whole" / "run"
+        self.result.mismatches += differing(metrics_lines(whole), metrics_lines(run))
+        ours, theirs = weights(run), weights(whole)
+        self.result.mismatches += sum(
+            name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+            for name in ours.keys() | theirs.keys()
+        )
+        expected, found = learned(whole), learned(run)
+        self.result.lost += (expected - found).total()
+        self.result.doubled += (found - expected).total()
+
+
+def wait_until_gone(pids: Sequence[int]) -> None:
+    """Ranks of a launcher that was killed are no children of anybody here."""
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {pids} outlive their launcher")
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def metrics_lines(run: Path) -> list[dict[str, Any]]:
+    """As they stand in the file, without what a clock measured."""
+    from tests.e2e.runs import TIMES
+
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in lines]
+
+
+def differing(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> int:
+    pairs = zip(expected, found, strict=False)
+    return sum(one != other for one, other in pairs) + abs(len(expected) - len(found))
+
+
+def learned(run: Path) -> Counter[tuple[int, str]]:
+    """How often each step learned from each prompt."""
+    lines = (json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines())
+    return Counter((line["step"], uid) for line in lines for uid in line["prompts"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import torch
+
+    from benchmarks.head import machine, write_json
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks/crash.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--kills", type=int, default=100, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json says of what run")
+    arguments = parser.parse_args(argv)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    root = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="crash-benchmark-") as folder:
+        runner = Runner(Path(folder), arguments.seed)
+        number = 0
+        while (left := arguments.kills - runner.result.kills) > 0:
+            runner.torment(number, min(left, KILLS_PER_RUN))
+            number += 1
+            sys.stderr.write(f"{asdict(runner.result)} in {number} runs, {time.perf_counter() - started:.0f} s\n")
+    result = asdict(runner.result)
+    sys.stdout.write(json.dumps(result) + "\n")
+    if arguments.out:
+        write_json(arguments.out, result)
+        meta = {
+            "command": f"python benchmarks/crash.py --kills {arguments.kills} --seed {arguments.seed}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine("cpu", 1),
+            "torch": torch.__version__,
+            "runs": number,
+            "seconds": round(time.perf_counter() - started),
+        }
+        write_json(arguments.out.with_name(f"{arguments.out.name}.meta.json"), meta)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The learner's tensors in Megatron's sharded form, out of it and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+
+from sdpg_megatron.checkpoint.pickles import check_tensor_list
+from sdpg_megatron.mcore import torch_adam
+from sdpg_megatron.mcore.learner import Learner
+
+_TEACHER = "teacher"
+# The layout of optimizer shards that can be read back under any other parallel layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
+    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
+
+    And a teacher that is neither the model nor where the run started from, under keys with a prefix.
+    """
+    metadata = dict(_METADATA)  # Megatron adds the process groups of the moment
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
+    }
+    teacher = _teacher_state(state, learner)
+    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    state["opt_param_scheduler"] = learner.scheduler.state_dict()
+    return {**state, _TEACHER: teacher} if teacher else state
+
+
+def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, Any]:
+    """The teacher's weights by the number of their parameter, each cut as the model's own; empty for none to keep."""
+    if not learner.teacher.kept:
+        return {}
+    parameters = [parameter for chunk in learner.chunks for parameter in chunk.parameters()]
+    sharded = get_param_id_to_sharded_param_map(model_state, parameters)
+    return {
+        number: make_sharded_optimizer_tensor(sharded[number], kept, _TEACHER)
+        for number, kept in enumerate(learner.teacher.kept)
+    }
+
+
+def load_sharded(path: Path, learner: Learner) -> None:
+    """Fill the learner with a checkpoint's tensors, whatever layout they were written under.
+
+    Raises:
+        CheckpointError: reading it would run code.
+    """
+    check_tensor_list(path)
+    torch_adam.make_state(learner.optimizer)
+    with _only_weights():
+        loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
+    for name, chunk in _named_chunks(learner):
+        chunk.load_state_dict(loaded[name])
+    torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
+    learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    for number, kept in enumerate(learner.teacher.kept):
+        kept.copy_(loaded[_TEACHER][number])
+
+
+@contextmanager
+def _only_weights() -> Iterator[None]:
+    """Have torch read tensors and plain data alone, also where torch and Megatron ask it for any object."""
+    before = os.environ.get(_ONLY_WEIGHTS)
+    os.environ[_ONLY_WEIGHTS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONLY_WEIGHTS]
+        else:
+            os.environ[_ONLY_WEIGHTS] = before
+
+
+def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
+    modules = [chunk.module for chunk in learner.chunks]
+    if len(modules) == 1:
+        return [("model", modules[0])]
+    return [(f"model{number}", module) for number, module in enumerate(modules)]

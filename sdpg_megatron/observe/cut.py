@@ -1,0 +1,75 @@
+"""A run's records, cut to where it continues: what comes after will be written again.
+
+Files of records only ever grow, so each is cut in place at the first record that is beyond, or half written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+EVALUATED = "eval/"
+"""Names of what only evaluations measure begin so."""
+
+Beyond = Callable[[int, Iterable[str]], bool]
+"""(step, names of what was measured) -> whether the record is of a time after the run's."""
+
+_LENGTH, _CHECKSUM = struct.Struct("<Q"), 4
+
+
+def beyond(step: int, *, evaluated: bool) -> Beyond:
+    """Of a run that continues after `step`; `evaluated`: with the evaluation that was due after it."""
+    return lambda other, names: (
+        other > step or (other == step and not evaluated and any(name.startswith(EVALUATED) for name in names))
+    )
+
+
+def cut_lines(path: Path, is_beyond: Beyond) -> None:
+    """Cut a file of ``{"step": ..., name: value}`` lines. No file is no work."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not _keeps(line, is_beyond):
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def _keeps(line: bytes, is_beyond: Beyond) -> bool:
+    try:
+        record = json.loads(line)
+        return not is_beyond(int(record["step"]), record)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def cut_events(folder: Path, is_beyond: Beyond) -> None:
+    """Cut TensorBoard's event files. Readers hide such events only if they meet the files in the order of writing."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    for path in folder.glob("events.*"):
+        data, kept = path.read_bytes(), 0
+        while kept + _LENGTH.size + _CHECKSUM <= len(data):
+            start = kept + _LENGTH.size + _CHECKSUM
+            end = start + _LENGTH.unpack_from(data, kept)[0]
+            if end + _CHECKSUM > len(data):
+                break
+            event = Event.FromString(data[start:end])
+            if event.HasField("summary") and is_beyond(event.step, (value.tag for value in event.summary.value)):
+                break
+            kept = end + _CHECKSUM
+        os.truncate(path, kept)
+
+
+def cut_folders(folder: Path, step: int, *, evaluated: bool) -> None:
+    """Remove evaluations, in folders ``step_<number>``, that the run will make again."""
+    for path in folder.glob("step_*"):
+        number = path.name.removeprefix("step_")
+        if number.isdigit() and (int(number) > step or (int(number) == step and not evaluated)):
+            shutil.rmtree(path)

@@ -1,0 +1,69 @@
+"""That a run is one run: no ranks without their launcher, no two runs in one folder."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from sdpg_megatron.errors import ConfigError
+
+LOCK_FILE = ".lock"
+FIX = "wait for it to end, or use another run_dir"
+PATIENCE = 10.0
+"""Seconds for a run that is being ended to be gone."""
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Have the system kill this rank when torchrun is gone, which starts ranks in sessions of their own.
+
+    They would go on otherwise, beside those that a restart brings. Linux only; nothing elsewhere and without torchrun.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in environment:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RunLock:
+    """The right to write to a run's folder, held until it is closed or the process ends, however it ends."""
+
+    def __init__(self, run_dir: Path, patience: float = PATIENCE) -> None:
+        """Raises `ConfigError` where another process has it and does not end in `patience` seconds."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / LOCK_FILE).open("a+", encoding="utf-8")
+        deadline = time.monotonic() + patience
+        while not _acquired(self._file):
+            if time.monotonic() > deadline:
+                holder = _holder(self._file)
+                self._file.close()
+                raise ConfigError("run_dir", str(run_dir), f"a folder that no other run writes to ({holder} does)", FIX)
+            time.sleep(0.05)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _acquired(file: IO[str]) -> bool:
+    """Record locks: forked processes, as those that write checkpoints, do not inherit them; network disks know them."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "a process"

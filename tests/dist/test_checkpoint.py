@@ -1,0 +1,259 @@
+"""Checkpoints of real learners: continued on the same layout bit for bit, on others to rounding; disks that refuse."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.dist.test_teachers import Run, start
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+EMA = {"objective.teacher": "ema", "objective.teacher_ema": 0.3}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"parallel.tensor": 2}),
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "dp2": (2, {}),
+    "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "tp2_pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=True, seed=3)
+
+
+def store_of(run: Run, folder: Path) -> Any:
+    from sdpg_megatron.checkpoint.store import CheckpointStore
+
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # the pool's workers are; Python lets no daemon fork, as saving does
+    return CheckpointStore(folder, run.ranks, run.config.checkpoint)
+
+
+def state_at(step: int) -> Any:
+    from sdpg_megatron.checkpoint.state import RunState
+
+    return RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+
+
+def whole_weights(run: Run) -> dict[str, Tensor]:
+    from sdpg_megatron.weights import WeightStream
+
+    groups = {"tp_group": run.ranks.tensor_group, "pp_group": run.ranks.pipeline_group}
+    buckets = WeightStream(run.learner.named_weights(), run.learner.arch, **groups)
+    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
+
+
+def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """A checkpoint after the first step, the next while it is written; divergences and weights after that."""
+    run = start(model, {**EMA, **overrides})
+    run.step(0)
+    store = store_of(run, folder)
+    store.save(run.learner, state_at(1))
+    found = run.step(1)
+    store.finish()
+    return found, whole_weights(run)
+
+
+def load_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    run = start(model, {**EMA, **overrides})
+    store = store_of(run, folder)
+    store.load(*store.newest(), run.learner)
+    return run.step(1), whole_weights(run)
+
+
+@pytest.mark.parametrize(("layout", "behind"), [("one", True), ("one", False), ("dp2", True), ("tp2_pp2", True)])
+def test_the_same_layout_goes_on_bit_for_bit(
+    model: Path, tmp_path: Path, ranks: RankPool, layout: str, behind: bool
+) -> None:
+    world, overrides = LAYOUTS[layout]
+    overrides = {**overrides, "checkpoint.asynchronous": behind}
+    expected, weights = ranks.run(save_and_go_on, world, model, tmp_path, overrides)[0]
+    found, resumed = ranks.run(load_and_go_on, world, model, tmp_path, overrides)[0]
+    assert found == expected
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("tp2", "pp2"), ("dp2", "tp2"), ("vpp2", "one"), ("one", "tp2_pp2"), ("tp2_pp2", "dp2")]
+)
+def test_another_layout_goes_on_to_rounding(
+    model: Path, tmp_path: Path, ranks: RankPool, written: str, read: str
+) -> None:
+    """Weights, the optimizer's moments and step counts, the schedule and the teacher's own weights all come along."""
+    expected, weights = ranks.run(save_and_go_on, LAYOUTS[written][0], model, tmp_path, LAYOUTS[written][1])[0]
+    found, resumed = ranks.run(load_and_go_on, LAYOUTS[read][0], model, tmp_path, LAYOUTS[read][1])[0]
+    assert found == pytest.approx(expected, rel=2e-4)
+    for name, weight in weights.items():
+        assert_close(resumed[name], weight, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def damaged(model: Path, folder: Path) -> list[str]:
+    """What loading says about each damage, done to the newest of two checkpoints and undone."""
+    from sdpg_megatron.errors import CheckpointError
+
+    run = start(model, EMA)
+    store = store_of(run, folder)
+    for step in (1, 2):
+        store.save(run.learner, state_at(step))
+    store.finish()
+    found = []
+    newest, _ = store.newest()
+    for name in ("__0_0.distcp", ".metadata", "metadata.json", "manifest.json"):
+        path = newest / name
+        content = path.read_bytes()
+        flipped = content[:50] + bytes([content[50] ^ 1]) + content[51:]
+        for damage in (content[: len(content) // 2], flipped, None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            try:
+                store.load(*store.newest(), run.learner)
+                found.append("nothing")
+            except CheckpointError as error:
+                found.append(str(error))
+            path.write_bytes(content)
+    store.load(*store.newest(), run.learner)
+    return found
+
+
+def test_damage_is_named_with_the_way_out(model: Path, tmp_path: Path, ranks: RankPool) -> None:
+    (found,) = ranks.run(damaged, 1, model, tmp_path)
+    assert len(found) == 12
+    names = [name for name in ("__0_0.distcp", ".metadata", "metadata.json", "manifest.json") for _ in range(3)]
+    for name, error in zip(names, found, strict=True):
+        assert error.startswith(f"{tmp_path / 'step_00000002' / name}: found "), error
+        assert error.endswith(
+            f"remove {tmp_path / 'step_00000002'}: the same command then continues from step_00000001"
+        )
+    assert "bytes, expected" in found[0]
+    assert "found sha256" in found[1]
+    assert "No such file" in found[2]
+
+
+def with_a_disk_that_refuses(model: Path, folder: Path, overrides: dict[str, Any], limited: int) -> tuple[str, bool]:
+    """What a save says where one rank cannot write 64 KiB to a file, and that a later one works again."""
+    from sdpg_megatron.errors import CheckpointError
+
+    run = start(model, {**EMA, **overrides})
+    store = store_of(run, folder)
+    store.save(run.learner, state_at(1))
+    store.finish()
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.ranks.rank == limited:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    said = "nothing"
+    try:
+        store.save(run.learner, state_at(2))
+        store.finish()
+    except CheckpointError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run.ranks.barrier()
+    left = [path.name for path in sorted(folder.iterdir())]
+    run.ranks.barrier()
+    store.save(run.learner, state_at(3))
+    store.finish()
+    path, state = store.newest()
+    store.load(path, state, run.learner)
+    return said, left == ["latest", "step_00000001"] and state.step == 3
+
+
+@pytest.mark.parametrize(("layout", "limited", "behind"), [("one", 0, False), ("tp2", 1, False), ("tp2", 1, True)])
+def test_a_disk_that_refuses_leaves_the_last_checkpoint(
+    model: Path, tmp_path: Path, ranks: RankPool, layout: str, limited: int, behind: bool
+) -> None:
+    world, overrides = LAYOUTS[layout]
+    arguments = model, tmp_path, {**overrides, "checkpoint.asynchronous": behind}, limited
+    for said, as_promised in ranks.run(with_a_disk_that_refuses, world, *arguments):
+        assert "could not be written" in said
+        assert "MiB free). Earlier checkpoints are untouched" in said
+        assert as_promised
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MiB: room for one checkpoint of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(model: Path, folder: Path) -> tuple[str, list[str]]:
+    from sdpg_megatron.errors import CheckpointError
+
+    run = start(model, EMA)
+    store = store_of(run, folder)
+    store.save(run.learner, state_at(1))
+    store.finish()
+    try:
+        store.save(run.learner, state_at(2))
+        store.finish()
+    except CheckpointError as error:
+        store.load(*store.newest(), run.learner)
+        return str(error), sorted(os.listdir(folder))
+    return "nothing", []
+
+
+def test_a_full_disk(model: Path, small_disk: Path, ranks: RankPool) -> None:
+    ((said, left),) = ranks.run(fill, 1, model, small_disk)
+    assert "could not be written" in said
+    assert left == ["latest", "step_00000001"]
+
+
+def without_a_writer(model: Path, folder: Path) -> tuple[str, list[str]]:
+    """The process that writes behind the steps is killed."""
+    from sdpg_megatron.errors import CheckpointError
+
+    run = start(model, EMA)
+    store = store_of(run, folder)
+    store.save(run.learner, state_at(1))
+    store.finish()
+    store.save(run.learner, state_at(2))
+    if run.ranks.rank == 1:
+        store._pending.writing._queue.async_calls[0].async_caller.process.kill()
+    try:
+        store.finish()
+    except CheckpointError as error:
+        return str(error), sorted(os.listdir(folder))
+    return "nothing", []
+
+
+def test_a_writer_that_is_killed_is_noticed(model: Path, tmp_path: Path, ranks: RankPool) -> None:
+    for said, _ in ranks.run(without_a_writer, 2, model, tmp_path):
+        assert "could not be written" in said
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+
+
+def draws(model: Path) -> tuple[bool, bool]:
+    """Whether a training step left torch's and Megatron's generators as they were."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    run = start(model, EMA)
+    before, tracked = torch.get_rng_state(), {k: v.clone() for k, v in get_cuda_rng_tracker().get_states().items()}
+    run.step(0)
+    after = get_cuda_rng_tracker().get_states()
+    return torch.equal(before, torch.get_rng_state()), all(torch.equal(tracked[name], after[name]) for name in tracked)
+
+
+def test_training_draws_nothing(model: Path, ranks: RankPool) -> None:
+    """So that no generator's state has to be saved."""
+    assert ranks.run(draws, 2, model) == [(True, True)] * 2

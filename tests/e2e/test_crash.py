@@ -1,0 +1,100 @@
+"""Runs that are killed without warning, in training and inside a save: they go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
+from tests.e2e.dying import MOMENTS, VARIABLE
+from tests.e2e.runs import ROOT, environment, metrics, train, weights, write_run
+
+SETTINGS = {"steps": 6, "checkpoint": {"every": 1, "keep": 2}, "eval": {"every": 3, "samples": 2}}
+LIMIT = 120.0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(write_run(folder, **SETTINGS))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def records(run: Path, name: str) -> list[int]:
+    """The step of each line, as they stand in the file."""
+    return [json.loads(line)["step"] for line in (run / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["asynchronous", "synchronous"])
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    """Once at each moment, in a seeded order, at the first or second time that it comes."""
+    draw = random.Random(f"crash/{behind}")
+    moments = draw.sample(list(MOMENTS), len(MOMENTS))
+    config, run = write_run(tmp_path, **SETTINGS), tmp_path / "run"
+    killed = 0
+    for moment in moments:
+        monkeypatch.setenv(VARIABLE, f"{moment}:{draw.randint(1, 2)}")
+        call = train(config, f"checkpoint.asynchronous={str(behind).lower()}", program="tests.e2e.dying")
+        if call.returncode == 0:
+            break
+        assert call.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), call.stderr[-3000:]
+        killed += 1
+        for checkpoint in complete_checkpoints(run / "checkpoints"):
+            RunState.read(checkpoint / MANIFEST)
+    assert killed >= 4
+    done = train(config, f"checkpoint.asynchronous={str(behind).lower()}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(run) == metrics(whole)
+    assert records(run, "metrics.jsonl") == records(whole, "metrics.jsonl")
+    assert (run / "prompts.jsonl").read_text() == (whole / "prompts.jsonl").read_text()
+    expected, found = weights(whole), weights(run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000005", "step_00000006"]
+
+
+def ranks_of(config: Path) -> list[psutil.Process]:
+    """The living processes of a run that are not its launcher."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if str(config) in line and "torch.distributed.run" not in line and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def wait_for_step(run: Path, launcher: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not (run / "prompts.jsonl").exists() or not (run / "prompts.jsonl").read_text():
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    """Or the run that is started next would have company."""
+    config = write_run(tmp_path, **{**SETTINGS, "steps": 1000})
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["-m", "sdpg_megatron", "train", str(config), "parallel.pipeline=2"]
+    with subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL) as launcher:
+        wait_for_step(tmp_path / "run", launcher)
+        assert len(ranks_of(config)) >= 2
+        os.kill(launcher.pid, signal.SIGKILL)
+    deadline = time.monotonic() + LIMIT
+    while ranks_of(config):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

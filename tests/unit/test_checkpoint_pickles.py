@@ -1,0 +1,63 @@
+"""What a checkpoint's list of tensors may name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, check_tensor_list
+from sdpg_megatron.errors import CheckpointError
+
+
+class Runs:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def write(folder: Path, content: Any) -> None:
+    (folder / TENSOR_LIST).write_bytes(pickle.dumps(content))
+
+
+def test_descriptions_pass(tmp_path: Path) -> None:
+    index = MetadataIndex("a", torch.Size([2]))
+    described = Metadata(
+        {"a": BytesStorageMetadata()}, {torch.bfloat16: torch.strided}, {index: _StorageInfo("f", 0, 9)}
+    )
+    write(tmp_path, described)
+    check_tensor_list(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (Runs(os.mkdir, "made"), "posix.mkdir"),
+        (Runs(eval, "1"), "builtins.eval"),
+        (Runs(torch.load, "x"), "torch.serialization.load"),
+        (Runs(FileSystemWriter, "made"), "torch.distributed.checkpoint.filesystem.FileSystemWriter"),
+    ],
+)
+def test_what_would_run_is_refused(tmp_path: Path, content: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, Metadata({"a": content}))
+    with pytest.raises(CheckpointError, match=rf"\.metadata: found {name}, expected .*it would run code"):
+        check_tensor_list(tmp_path)
+    assert os.listdir(tmp_path) == [TENSOR_LIST]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"hello", b"\x80\x04]\x94(K\x01"])
+def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / TENSOR_LIST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata: found .*expected torch's list"):
+        check_tensor_list(tmp_path)

@@ -1,0 +1,179 @@
+"""What lies in a checkpoints folder: what counts, what is kept, what is swept, and what is said of damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpg_megatron.checkpoint.files import FileSum, find_damage, seal
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
+from sdpg_megatron.checkpoint.store import CheckpointStore
+from sdpg_megatron.config import CheckpointConfig
+from sdpg_megatron.errors import CheckpointError
+
+
+class Alone:
+    """The only rank."""
+
+    rank, world, is_main = 0, 1, True
+
+    def gather_all(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def store_in(folder: Path, **config: Any) -> CheckpointStore:
+    return CheckpointStore(folder, Alone(), CheckpointConfig(**config))  # type: ignore[arg-type]
+
+
+def add(store: CheckpointStore, *steps: int) -> None:
+    """Checkpoints of one file, put in place as real ones are."""
+    for step in steps:
+        partial = store._make_partial(step)
+        (partial / "weights").write_text(f"of step {step}")
+        state = RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+        store._put_in_place(partial, state)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept_and_every_so_many(tmp_path: Path) -> None:
+    add(store_in(tmp_path, keep=2, keep_every=4), *range(1, 12))
+    assert names(tmp_path) == ["latest", *(f"step_{step:08d}" for step in (4, 8, 10, 11))]
+    assert (tmp_path / "latest").read_text() == "step_00000011\n"
+
+
+def test_old_ones_go_only_when_the_new_one_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_in(tmp_path, keep=1)
+    add(store, 1)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if target.name == "step_00000002":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        add(store, 2)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert store.newest() == (tmp_path / "step_00000001", RunState.read(tmp_path / "step_00000001" / MANIFEST))
+
+
+def test_one_that_cannot_be_removed_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(tmp_path, keep=1)
+    add(store, 1)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store, "_remove", lambda path: path.exists() and refuse(path))
+    add(store, 2)
+    assert "step_00000001: could not be removed" in caplog.text
+    found = store.newest()
+    assert found is not None and found[1].step == 2
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=2)
+    add(store, 1, 2)
+    (tmp_path / "step_00000002" / "old").touch()
+    add(store, 2)
+    assert names(tmp_path / "step_00000002") == [MANIFEST, "weights"]
+
+
+def test_only_whole_ones_count(tmp_path: Path) -> None:
+    add(store_in(tmp_path, keep=9), 2, 10, 100000000)
+    for name in ("step_00000012.1a2b.partial", "step_x", "step_7", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).touch()
+    (tmp_path / "step_00000014").mkdir()
+    found = [path.name for path in complete_checkpoints(tmp_path)]
+    assert found == ["step_00000002", "step_00000010", "step_100000000"]
+
+
+def test_what_was_left_unfinished_is_swept_and_the_pointer_put_right(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    add(store, 1, 2)
+    (tmp_path / "step_00000003.ab.partial" / "deep").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "step_00000002")
+    store.sweep()
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert store_in(tmp_path / "nowhere").newest() is None
+    store_in(tmp_path / "nowhere").sweep()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_newest_without_manifest_is_not_passed_over(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    add(store, 1, 2)
+    (tmp_path / "step_00000002" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json: found .*No such file.*continues from step_00000001"):
+        store.newest()
+
+
+def test_the_only_one_being_damaged_means_to_start_again(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    add(store, 1)
+    (tmp_path / "step_00000001" / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match="starts the run again: there is no older one"):
+        store.newest()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("of step", "found 7 bytes, expected 9"), ("of step 3", "found sha256"), (None, "No such")]
+)
+def test_files_are_held_against_the_manifest(tmp_path: Path, content: str | None, said: str) -> None:
+    store = store_in(tmp_path)
+    add(store, 1, 2)
+    path, state = store.newest() or pytest.fail()
+    store.check(path, state)
+    (path / "weights").unlink() if content is None else (path / "weights").write_text(content)
+    with pytest.raises(CheckpointError, match=f"{path / 'weights'}: found .*continues from step_00000001") as error:
+        store.check(path, state)
+    assert said in str(error.value)
+
+
+def test_sizes_alone_do_not_see_a_flipped_byte(tmp_path: Path) -> None:
+    store = store_in(tmp_path, verify="sizes")
+    add(store, 1)
+    path, state = store.newest() or pytest.fail()
+    (path / "weights").write_text("of step 3")
+    store.check(path, state)
+    (path / "weights").write_text("of step")
+    with pytest.raises(CheckpointError, match="7 bytes"):
+        store.check(path, state)
+
+
+def test_files_that_came_later_do_not_matter(tmp_path: Path) -> None:
+    """As the model that ``sdpg-megatron eval`` puts there."""
+    store = store_in(tmp_path)
+    add(store, 1)
+    path, state = store.newest() or pytest.fail()
+    (path / "model").mkdir()
+    (path / "model" / "config.json").touch()
+    store.check(path, state)
+
+
+def test_a_sum_is_what_other_tools_make(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    expected = FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    assert seal(tmp_path / "f") == expected
+    assert find_damage(tmp_path, {"f": expected}, digests=True) is None
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    store = store_in(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"checkpoints: could not be written: .*\d+ MiB free.*Fix: free"):
+        store.save(None, RunState(step=1, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m"))  # type: ignore[arg-type]
