@@ -111,6 +111,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("source", type=Path, metavar="SOURCE", help="folder, run, or checkpoint")
     command.add_argument("target", type=Path, metavar="TARGET", help="a new path")
+    command.add_argument("--to", choices=("megatron", "huggingface"), help="refuse a SOURCE of this kind")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as they are)")
     command.add_argument(
         "--like", type=Path, metavar="FOLDER", help="Hugging Face folder with the model's config.json and tokenizer"
@@ -183,6 +184,7 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
     convert(
         options.source,
         options.target,
+        to=options.to,
         like=options.like,
         dtype=options.dtype,
         shard_bytes=int(options.shard_gb * 10**9),

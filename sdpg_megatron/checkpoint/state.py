@@ -70,7 +70,7 @@ class RunState:
                     "Fix: continue with the version of this package that wrote it"
                 )
             return cls(**fields)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: found {error}, expected a manifest. Fix: remove it to continue from an older one"
             ) from error

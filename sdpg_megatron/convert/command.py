@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 
 from sdpg_megatron.convert.convert import to_hugging_face, to_megatron
 from sdpg_megatron.convert.source import find_source
+from sdpg_megatron.errors import ConversionError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -17,6 +19,7 @@ def convert(
     path: Path,
     target: Path,
     *,
+    to: Literal["megatron", "huggingface"] | None = None,
     like: Path | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -26,6 +29,7 @@ def convert(
     """Bring a model into the other format: a Hugging Face folder becomes a Megatron checkpoint, all else a folder.
 
     Args:
+        to: the format that the caller wants; None for whichever the source is not of.
         like: where config.json and tokenizer are, of a Megatron checkpoint that does not know.
         dtype: a key of `DTYPES`; None for the types as they are.
         shard_bytes: bound of one safetensors file.
@@ -36,15 +40,18 @@ def convert(
     """
     console = console or Console(stderr=True)
     source = find_source(path)
+    is_folder = source.kind == "Hugging Face folder"
+    if to is not None and (to == "megatron") != is_folder:
+        wanted = "a Hugging Face folder" if to == "megatron" else "a Megatron checkpoint, or a run"
+        raise ConversionError(str(path), f"a {source.kind}", wanted, "convert the other way")
     to_type = DTYPES[dtype] if dtype else None
-    if source.kind == "Hugging Face folder":
+    if is_folder:
         to_megatron(path, target, dtype=to_type, console=console)
     else:
         to_hugging_face(source, target, like=like, dtype=to_type, shard_bytes=shard_bytes, console=console)
     if text is not None:
         from sdpg_megatron.convert.verify import logit_difference  # Megatron's models take seconds to import
 
-        is_folder = source.kind == "Hugging Face folder"
         folder, checkpoint = (path, find_source(target).folder) if is_folder else (target, source.folder)
         difference, scale = logit_difference(folder, checkpoint, text)
         console.print(f"largest difference of logits: {difference:.3g}, the logits up to {scale:.3g}", highlight=False)
