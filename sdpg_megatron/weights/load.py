@@ -105,7 +105,7 @@ def _file_names(weight_map: Any) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise TypeError(f"weight_map is a {type(weight_map).__name__}")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise ValueError(f"weight_map: {name}: found {file!r}, expected the name of a file of the folder")
     return weight_map
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,8 @@ def save(folder: Path, target: Path, parallel: ParallelConfig, metadata: dict[st
     """As Megatron-LM saves a model without its optimizer."""
     from megatron.core import dist_checkpointing
 
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # the pool's workers are; Python lets no daemon fork, as saving does
     ranks = initialize(parallel, seed=0)
     arch = read_architecture(folder)
     chunks = build_chunks(arch, ModelConfig(path=folder, spec="local"), parallel, ranks)

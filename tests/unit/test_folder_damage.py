@@ -127,14 +127,12 @@ def _matches(message: str, text: str) -> bool:
 
 def test_a_renamed_tensor_is_found(folder: Path) -> None:
     path = shard(folder)
-    path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.nurm.weight", 1))
+    path.write_bytes(path.read_bytes().replace(b"lm_head.weight", b"lm_haed.weight", 1))
     index = folder / "model.safetensors.index.json"
-    with pytest.raises(
-        SdpgError, match=r"model-00002-of-00002\.safetensors: the index puts 'model\.norm\.weight' here"
-    ):
+    with pytest.raises(SdpgError, match=r"model-00002-of-00002\.safetensors: the index puts 'lm_head\.weight' here"):
         _load(folder)
-    index.write_text(index.read_text().replace("model.norm.weight", "model.nurm.weight"))
-    with pytest.raises(SdpgError, match=r"index\.json: tensor 'model\.norm\.weight' is missing; did you mean"):
+    index.write_text(index.read_text().replace("lm_head.weight", "lm_haed.weight"))
+    with pytest.raises(SdpgError, match=r"index\.json: tensor 'lm_head\.weight' is missing; did you mean"):
         _load(folder)
 
 
@@ -142,9 +140,9 @@ def test_a_renamed_tensor_is_found(folder: Path) -> None:
 def test_an_index_stays_in_its_folder(folder: Path, file: object) -> None:
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = file
+    content["weight_map"]["lm_head.weight"] = file
     index.write_text(json.dumps(content))
-    with pytest.raises(SdpgError, match=r"index\.json: not a safetensors index .*model\.norm\.weight: found .*file of"):
+    with pytest.raises(SdpgError, match=r"index\.json: not a safetensors index .*lm_head\.weight: found .*file of"):
         _load(folder)
 
 
