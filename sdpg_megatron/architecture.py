@@ -167,24 +167,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _family(config: Mapping[str, Any]) -> Family:
-    found = config.get("model_type")
-    for family, class_name in _CLASSES.items():
-        if found == family:
-            names = config.get("architectures") or [class_name]
-            if names != [class_name]:
-                raise _unsupported("architectures", names, repr([class_name]))
-            return family
-    raise _unsupported("model_type", found, f"one of {', '.join(_CLASSES)}")
-
-
-def _integer(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:  # true and false are integers, too
-        raise ConfigError(f"config.json: {key}", value, "a positive integer", f"set {key} in the model's config.json")
-    return value
-
-
 _MOST_LAYERS = 10_000
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "head_dim": ((int,), "a positive integer"),
@@ -221,6 +203,24 @@ def _fits(value: object, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     return type(value) in kinds and 0 < value < float("inf")
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    found = config.get("model_type")
+    for family, class_name in _CLASSES.items():
+        if found == family:
+            names = config.get("architectures") or [class_name]
+            if names != [class_name]:
+                raise _unsupported("architectures", names, repr([class_name]))
+            return family
+    raise _unsupported("model_type", found, f"one of {', '.join(_CLASSES)}")
+
+
+def _integer(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:  # true and false are integers, too
+        raise ConfigError(f"config.json: {key}", value, "a positive integer", f"set {key} in the model's config.json")
+    return value
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:

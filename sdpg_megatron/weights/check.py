@@ -62,4 +62,4 @@ def _keys(arch: Architecture, name: str, found: Shape) -> str:
         other = hf_shapes(replace(arch, **{field: 2 * value}))[name]
         if any(other[dim] != expected[dim] for dim in differ):
             keys.append(f"{key} = {value}")
-    return " and ".join(keys)
+    return " and ".join(keys) or "the sizes"

@@ -100,16 +100,6 @@ class SafetensorsFolder:
             raise WeightError(f"{self.folder / file}: the index puts {name!r} here, but {error}") from error
 
 
-def _file_names(weight_map: Any) -> dict[str, str]:
-    """An index's table, each of its files in the index's own folder."""
-    if not isinstance(weight_map, dict):
-        raise TypeError(f"weight_map is a {type(weight_map).__name__}")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or Path(file).name != file:
-            raise ValueError(f"weight_map: {name}: found {file!r}, expected the name of a file of the folder")
-    return weight_map
-
-
 def load_shards(
     local_params: Mapping[str, Tensor], folder: Path, arch: Architecture, *, tp_rank: int, tp_size: int
 ) -> None:
@@ -144,3 +134,13 @@ def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: 
         else:
             target.copy_(source.read(names[piece.source], dim, piece.start, piece.length))
         filled += piece.length
+
+
+def _file_names(weight_map: Any) -> dict[str, str]:
+    """An index's table, each of its files in the index's own folder."""
+    if not isinstance(weight_map, dict):
+        raise TypeError(f"weight_map is a {type(weight_map).__name__}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise ValueError(f"weight_map: {name}: found {file!r}, expected the name of a file of the folder")
+    return weight_map
