@@ -106,6 +106,7 @@ def read_architecture(folder: Path) -> Architecture:
         ConfigError: the file cannot be read, lacks a dimension, or asks for something that is not supported.
     """
     config = _read_json(folder / "config.json")
+    _check_values(config)
     family = _family(config)
     for key, supported in _FIXED.items():
         if config.get(key) not in (None, supported):
@@ -215,11 +216,49 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "model.path", str(path), "a Hugging Face folder with a config.json", error.strerror or "check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("model.path", f"{path}: {error}", "valid JSON", "download the file again") from error
     if not isinstance(config, dict):
         raise ConfigError("model.path", f"{path}: a {type(config).__name__}", "a JSON object", "check the file")
     return config
+
+
+_MOST_LAYERS = 10_000
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "head_dim": ((int,), "a positive integer"),
+    "rms_norm_eps": ((int, float), "a positive number"),
+    "rope_theta": ((int, float), "a positive number"),
+    "factor": ((int, float), "a positive number"),
+    "rope_parameters": ((dict,), "an object"),
+    "rope_scaling": ((dict,), "an object"),
+    "layer_types": ((list,), "a list"),
+    "tie_word_embeddings": ((bool,), "true or false"),
+}
+"""Keys that may be absent or null, and what else they may be."""
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Refuse values that no model has, before anything is computed from them. Raises `ConfigError`."""
+    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        for key, value in place.items() if isinstance(place, dict) else ():
+            if key in _KINDS and value is not None and not _fits(value, _KINDS[key][0]):
+                raise ConfigError(f"config.json: {key}", value, _KINDS[key][1], f"correct {key} in config.json")
+    if any(not isinstance(kind, str) for kind in config.get("layer_types") or ()):
+        raise _unsupported("layer_types", config["layer_types"], "names")
+    heads, kv_heads = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
+    for key, found, wrong, expected in (
+        ("num_key_value_heads", kv_heads, heads % kv_heads, f"a divisor of the {heads} attention heads"),
+        ("num_attention_heads", heads, heads > _integer(config, "hidden_size"), "no more than hidden_size"),
+        ("num_hidden_layers", layers := _integer(config, "num_hidden_layers"), layers > _MOST_LAYERS, "fewer layers"),
+    ):
+        if wrong:
+            raise ConfigError(f"config.json: {key}", found, expected, f"correct {key} in config.json")
+
+
+def _fits(value: object, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    return type(value) in kinds and 0 < value < float("inf")
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -235,7 +274,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:  # true and false are integers, too
         raise ConfigError(f"config.json: {key}", value, "a positive integer", f"set {key} in the model's config.json")
     return value
 

@@ -1,4 +1,7 @@
-"""The command line: ``sdpg-megatron train``, ``eval`` and ``compare``; the first two alone or under torchrun."""
+"""The command line: ``sdpg-megatron train``, ``eval``, ``compare``, ``convert`` and ``inspect``.
+
+The first two run alone or under torchrun.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
-from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.settings import dump, load
 
 STOPPED = os.EX_TEMPFAIL
@@ -31,6 +34,7 @@ EXPECTED_WARNINGS = (
     "Please use DTensor instead",
 )
 """What megatron-core says on any machine without Transformer Engine, and what torch says about megatron-core."""
+VERIFY_TEXT = "The largest planet of the solar system is Jupiter. 17 + 25 = 42."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +97,40 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluation: what --out named")
     compare.add_argument("--anyway", action="store_true", help="also where data or settings differ")
     compare.set_defaults(command=_compare, overrides=[])
+    _add_convert(commands.add_parser("convert", help="bring a model from Hugging Face to Megatron, or back"))
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a folder holds",
+        description="Say what a Hugging Face folder, a run, one of its checkpoints or a Megatron checkpoint holds, and "
+        "what of it is damaged. Exit code 2 where anything is.",
+    )
+    inspect.add_argument("path", type=Path, metavar="PATH")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_inspect, overrides=[])
     return parser
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Make a Megatron checkpoint of a Hugging Face folder, or a Hugging Face folder of a Megatron checkpoint or of "
+        "a run of this trainer. The result is read back and compared before it is put in place."
+    )
+    command.add_argument("source", type=Path, metavar="SOURCE", help="folder, run, or checkpoint")
+    command.add_argument("target", type=Path, metavar="TARGET", help="a new path")
+    command.add_argument("--to", choices=("megatron", "huggingface"), help="refuse a SOURCE of this kind")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as they are)")
+    command.add_argument(
+        "--like", type=Path, metavar="FOLDER", help="Hugging Face folder with the model's config.json and tokenizer"
+    )
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="bound of one safetensors file")
+    command.add_argument(
+        "--verify",
+        nargs="?",
+        const=VERIFY_TEXT,
+        metavar="TEXT",
+        help="have both models read a text, print the largest difference of logits; needs memory for a whole model",
+    )
+    command.set_defaults(command=_convert, overrides=[])
 
 
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
@@ -147,6 +184,36 @@ def _compare(options: argparse.Namespace, more: Sequence[str]) -> int:
     for name, table in compare([Evaluation.read(folder) for folder in folders], anyway=options.anyway).items():
         show(name, table, sys.stdout)
     return 0
+
+
+def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
+    from sdpg_megatron.convert.command import convert
+
+    _refuse(more)
+    convert(
+        options.source,
+        options.target,
+        to=options.to,
+        like=options.like,
+        dtype=options.dtype,
+        shard_bytes=int(options.shard_gb * 10**9),
+        text=options.verify,
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace, more: Sequence[str]) -> int:
+    from sdpg_megatron.convert.inspect import inspect
+
+    _refuse(more)
+    report = inspect(options.path)
+    sys.stdout.write(report.to_json() if options.json else report.to_text())
+    return 2 if report.damage else 0
+
+
+def _refuse(more: Sequence[str]) -> None:
+    if more:
+        raise ConfigError("command line", more[0], "no more arguments", "remove it")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ class CheckpointError(SdpgError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class ConversionError(SdpgError):
+    """A model cannot be brought into another format, or did not arrive as it was."""
+
+    def __init__(self, where: str, found: object, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
+
+
 class RolloutError(SdpgError):
     """A rollout engine could not do what was asked of it."""
 

@@ -33,7 +33,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(str(path), found, "a readable YAML file in UTF-8", "check the path") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that is none, or an endless number
         raise ConfigError(str(path), str(error), "valid YAML", "correct the syntax") from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), type(tree).__name__, "a mapping of sections", "see examples/")
@@ -56,7 +56,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(key, section, "a section", f"{section} is a single value")
     try:
         tree[name] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(key, text, "a YAML value", "quote it") from error
 
 

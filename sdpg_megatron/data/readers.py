@@ -52,7 +52,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse_line(where: str, number: int, line: bytes) -> Row:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(where, f"invalid JSON ({error})", "one JSON object per line", "correct the line") from error
     if not isinstance(values, dict):
         raise DataError(where, f"a JSON {type(values).__name__}", "a JSON object", "write {column: value, ...}")
@@ -67,7 +67,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", number, values)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 

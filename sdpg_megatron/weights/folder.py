@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.check import check_stored_shapes
 from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from sdpg_megatron.weights.map import check_folder, hf_shapes
 from sdpg_megatron.weights.stream import Bucket
@@ -54,10 +55,8 @@ def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path
     aside.mkdir(parents=True)
     try:
         dtype = _write_weights(buckets, aside, source_folder, shard_bytes)
-        _write_config(source_folder, aside, dtype)
-        for name in COMPANIONS:
-            if (source_folder / name).is_file():
-                shutil.copyfile(source_folder / name, aside / name)
+        write_config(source_folder, aside, dtype)
+        copy_companions(source_folder, aside)
         _replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -75,11 +74,12 @@ def read_folder(
         device: where they are to be; None for the CPU.
 
     Raises:
-        WeightError: a tensor of the model is missing, or one is there that it has no place for.
+        WeightError: a tensor of the model is missing or has another shape, or one is there that it has no place for.
         ConfigError: no usable config.json.
     """
     arch, source = read_architecture(folder), SafetensorsFolder(folder)
-    check_folder(arch, source.names, str(folder))
+    check_folder(arch, source.names, str(source.where))
+    check_stored_shapes(arch, source, hf_shapes(arch))
     bucket: list[tuple[str, Tensor]] = []
     held = 0
     for name in hf_shapes(arch):
@@ -119,9 +119,14 @@ def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path,
     names = {index: f"model-{index:05}-of-{number:05}.safetensors" for index in range(1, number + 1)}
     for index, name in names.items():
         (folder / str(index)).rename(folder / name)
-    weight_map = {tensor: names[index] for tensor, index in sorted(file_of.items())}
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_index(folder, {tensor: names[index] for tensor, index in file_of.items()}, total)
     return dtype
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], total: int) -> None:
+    """Say which file has each tensor; `total` bytes are in them."""
+    weight_map = dict(sorted(file_of.items()))
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -139,7 +144,15 @@ def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, T
         yield shard
 
 
-def _write_config(source_folder: Path, folder: Path, dtype: str) -> None:
+def copy_companions(source_folder: Path, folder: Path) -> None:
+    """Copy what a model has beside weights and config.json: tokenizer, chat template, generation defaults."""
+    for name in COMPANIONS:
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, folder / name)
+
+
+def write_config(source_folder: Path, folder: Path, dtype: str) -> None:
+    """Write a model's config.json with another type of the weights."""
     config = json.loads((source_folder / "config.json").read_text(encoding="utf-8"))
     # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; both read the older name.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.check import check_stored_shapes
 from sdpg_megatron.weights.map import (
     WHOLE_EXPERTS,
     ExpertShare,
@@ -24,6 +26,8 @@ from sdpg_megatron.weights.map import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights, by their names in safetensors."""
 
 
 class SafetensorsFolder:
@@ -39,8 +43,25 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    @property
+    def where(self) -> Path:
+        """The file that says which tensors there are."""
+        single = self.folder / SINGLE_FILE
+        return single if set(self._file_of.values()) == {SINGLE_FILE} else self.folder / INDEX_FILE
+
+    def file_of(self, name: str) -> Path:
+        return self.folder / self._file_of[name]
+
     def shape(self, name: str) -> Shape:
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises `WeightError` where it is no type of weights: quantized ones have scales that the maps do not know."""
+        found = self._slice(name).get_dtype()
+        if found not in DTYPES:
+            expected = f"one of {', '.join(DTYPES)}"
+            raise WeightError(f"{self.file_of(name)}: tensor {name!r} has type {found}, expected {expected}")
+        return DTYPES[found]
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """`length` rows (dim 0) or columns (dim 1) of a tensor from `start`, on the CPU, as stored."""
@@ -48,18 +69,27 @@ class SafetensorsFolder:
         part: Tensor = self._slice(name)[index]
         return part
 
+    def close(self) -> None:
+        """Let go of the files, and of what the system has mapped of them; they are opened again when needed."""
+        self._handles.clear()
+
+    def check(self) -> None:
+        """Raises `WeightError` where a file is missing or damaged, or lacks what the index says that it has."""
+        for name in self.names:
+            self._slice(name)
+
     def _find_files(self) -> dict[str, str]:
         if (self.folder / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
         try:
             index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
-            return dict(index["weight_map"])
+            return _file_names(index["weight_map"])
         except FileNotFoundError as error:
             raise WeightError(
                 f"{self.folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}. Fix: give a Hugging Face folder with "
                 "safetensors weights"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightError(f"{self.folder / INDEX_FILE}: not a safetensors index ({error})") from error
 
     def _open(self, file: str) -> Any:
@@ -103,24 +133,13 @@ def load_shards(
             Nothing was written then, save where a file is found to be damaged half-way.
     """
     parameters, source = weight_map(arch), SafetensorsFolder(folder)
-    check_folder(arch, source.names, str(folder))
+    check_folder(arch, source.names, str(source.where))
     check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size, experts)
-    for name in local_params:
-        _check_stored_shapes(parameters[name], source)
+    check_stored_shapes(arch, source, {tensor for name in local_params for tensor in parameters[name].tensors})
     for name, local in local_params.items():
         is_expert = parameters[name].expert is not None
         rank, size = (experts.tensor_rank, experts.tensor_size) if is_expert else (tp_rank, tp_size)
         _fill(local.detach(), parameters[name], source, rank, size)
-
-
-def _check_stored_shapes(parameter: Parameter, source: SafetensorsFolder) -> None:
-    for tensor, expected in parameter.tensors.items():
-        found = source.shape(tensor)
-        if found != expected:
-            raise WeightError(
-                f"{source.folder}: tensor {tensor!r} has shape {list(found)}, expected {list(expected)}. "
-                "Fix: the weights belong to another config.json"
-            )
 
 
 def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: int, size: int) -> None:
@@ -132,3 +151,13 @@ def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: 
         else:
             target.copy_(source.read(names[piece.source], dim, piece.start, piece.length))
         filled += piece.length
+
+
+def _file_names(weight_map: Any) -> dict[str, str]:
+    """An index's table, each of its files in the index's own folder."""
+    if not isinstance(weight_map, dict):
+        raise TypeError(f"weight_map is a {type(weight_map).__name__}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise ValueError(f"weight_map: {name}: found {file!r}, expected the name of a file of the folder")
+    return weight_map

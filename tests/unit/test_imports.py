@@ -16,7 +16,7 @@ PACKAGE = "sdpg_megatron"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("train", "plugins"),
+    ("train", "convert", "plugins"),
     ("checkpoint",),
     ("mcore", "rollout"),
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),

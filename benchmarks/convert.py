@@ -1,0 +1,216 @@
+"""Time and memory of converting a model to Megatron's checkpoint format and back.
+
+    python benchmarks/convert.py
+    python benchmarks/convert.py --models qwen3 --gigabytes 0.5 --out convert.json
+
+`smollm2` is SmolLM2-135M-Instruct in float32 where scripts/setup.sh prepared it; `qwen3` has random weights in
+bfloat16, the vocabulary and widths of Qwen3-0.6B, and as many layers as make up `--gigabytes`.
+
+Seconds. A whole conversion in a process of its own, from the call to the result in its place: reading, writing, having
+the disk keep it, and reading it back for the comparison; imports do not count. Beside it stands what the bytes cost
+that way with nothing done to them: the model's files are copied twice, and each copy is kept by the disk.
+
+Memory. The most that the process holds beyond what it held before: see benchmarks/memory.py. Beside it stands the
+model's largest tensor, 1.5 of which the code is meant to stay below, but for the bounded blocks and buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+if not __package__:  # run as a script, whose folder is then the first place to look for modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.head import machine, write_json
+from benchmarks.memory import MIB, peak_memory
+from benchmarks.publish import QWEN3, SMOLLM2
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.convert.command import convert
+from sdpg_megatron.weights import hf_shapes
+from sdpg_megatron.weights.load import SafetensorsFolder
+
+COPY_BYTES = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row of the output; the JSON has these keys and no others."""
+
+    model: str
+    to: str
+    bytes: int
+    seconds: float
+    copied_twice_seconds: float
+    peak_bytes: int
+    largest_tensor_bytes: int
+
+
+def in_process(job: Callable[[Path, Path], object], source: Path, target: Path) -> tuple[float, int]:
+    """Seconds and peak of `job(source, target)` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_measured, args=(there, job, source, target))
+    process.start()
+    there.close()
+    seconds, peak = here.recv()
+    process.join()
+    return seconds, peak
+
+
+def _measured(
+    pipe: multiprocessing.connection.Connection, job: Callable[[Path, Path], object], source: Path, target: Path
+) -> None:
+    with peak_memory(torch.device("cpu")) as peak:
+        start = time.perf_counter()
+        job(source, target)
+        seconds = time.perf_counter() - start
+    pipe.send((seconds, peak[0]))
+
+
+def run_conversion(source: Path, target: Path) -> None:
+    convert(source, target, console=Console(quiet=True))
+
+
+def copy_twice(source: Path, target: Path) -> None:
+    """The model's files, and then the copy's."""
+    for number, folder in enumerate((source, target / "0")):
+        (target / str(number)).mkdir(parents=True)
+        for file in sorted(folder.glob("*.safetensors")):
+            _copy(file, target / str(number) / file.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    room = memoryview(bytearray(COPY_BYTES))
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while count := reader.readinto(room):  # type: ignore[attr-defined]
+            writer.write(room[:count])
+        os.fsync(writer.fileno())
+
+
+def measure(model: str, folder: Path, scratch: Path, repeats: int) -> list[Result]:
+    """The best of `repeats` rounds in each direction; of peaks the largest."""
+    source = SafetensorsFolder(folder)
+    arch = read_architecture(folder)
+    sizes = [prod(shape) * source.dtype(name).itemsize for name, shape in hf_shapes(arch).items()]
+    source.close()
+    rounds: dict[str, list[tuple[float, int]]] = {"megatron": [], "huggingface": [], "copy": []}
+    for _ in range(repeats):
+        jobs = {
+            "megatron": (run_conversion, folder, scratch / "megatron"),
+            "huggingface": (run_conversion, scratch / "megatron", scratch / "back"),
+            "copy": (copy_twice, folder, scratch / "copies"),
+        }
+        for name, (job, where, target) in jobs.items():
+            rounds[name].append(in_process(job, where, target))
+        for name in ("megatron", "back", "copies"):
+            shutil.rmtree(scratch / name)
+    copied = min(seconds for seconds, _ in rounds["copy"])
+    return [
+        Result(
+            model,
+            to,
+            sum(sizes),
+            min(seconds for seconds, _ in rounds[to]),
+            copied,
+            max(peak for _, peak in rounds[to]),
+            max(sizes),
+        )
+        for to in ("megatron", "huggingface")
+    ]
+
+
+@contextmanager
+def model_folder(name: str, gigabytes: float, scratch: Path) -> Iterator[Path]:
+    if name == "smollm2":
+        yield SMOLLM2
+        return
+    folder = scratch / name
+    folder.mkdir()
+    config = {**QWEN3, "torch_dtype": "bfloat16", "num_hidden_layers": 1}
+    for layers in range(1, 10_000):
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        shapes = hf_shapes(read_architecture(folder))
+        if sum(prod(shape) for shape in shapes.values()) * 2 >= gigabytes * 1e9:
+            break
+    numbers = torch.Generator().manual_seed(0)
+    weights = {tensor: torch.randn(shape, generator=numbers, dtype=torch.bfloat16) for tensor, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    del weights
+    yield folder
+    shutil.rmtree(folder)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lines of all results."""
+    lines = [f"{'model':9}{'to':13}{'MB':>7}{'s':>8}{'copied twice s':>16}{'peak MiB':>10}{'largest MiB':>13}"]
+    lines += [
+        f"{r.model:9}{r.to:13}{r.bytes / 1e6:7.0f}{r.seconds:8.2f}{r.copied_twice_seconds:16.2f}"
+        f"{r.peak_bytes / MIB:10.0f}{r.largest_tensor_bytes / MIB:13.0f}"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks/convert.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--models", nargs="+", choices=("smollm2", "qwen3"), default=["smollm2", "qwen3"])
+    parser.add_argument("--gigabytes", type=float, default=2.0, metavar="N", help="size of qwen3")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="on the disk to measure (default: temporary)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json says of what run"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    results: list[Result] = []
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="convert-benchmark-", dir=options.scratch) as name:
+        for model in options.models:
+            if model == "smollm2" and not SMOLLM2.exists():
+                left_out[model] = f"no {SMOLLM2}: scripts/setup.sh prepares it"
+                continue
+            with model_folder(model, options.gigabytes, Path(name)) as folder:
+                sys.stderr.write(f"{model}\n")
+                results += measure(model, folder, Path(name), options.repeats)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    meta = {
+        "machine": machine("cpu", threads),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "benchmarks/convert.py", *(sys.argv[1:] if argv is None else argv)]),
+        "torch": torch.__version__,
+        "left_out": left_out,
+    }
+    sys.stdout.write(f"{meta['machine']}; torch {meta['torch']}; {meta['date']}; {meta['command']}\n")
+    sys.stdout.write(table(results))
+    sys.stdout.writelines(f"left out: {which}: {reason}\n" for which, reason in left_out.items())
+    if options.out:
+        write_json(options.out, [asdict(result) for result in results])
+        write_json(options.out.with_name(options.out.name + ".meta.json"), meta)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The command ``sdpg-megatron convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from sdpg_megatron.convert.convert import to_hugging_face, to_megatron
+from sdpg_megatron.convert.source import find_source
+from sdpg_megatron.errors import ConversionError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def convert(
+    path: Path,
+    target: Path,
+    *,
+    to: Literal["megatron", "huggingface"] | None = None,
+    like: Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    text: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Bring a model into the other format: a Hugging Face folder becomes a Megatron checkpoint, all else a folder.
+
+    Args:
+        to: the format that the caller wants; None for whichever the source is not of.
+        like: where config.json and tokenizer are, of a Megatron checkpoint that does not know.
+        dtype: a key of `DTYPES`; None for the types as they are.
+        shard_bytes: bound of one safetensors file.
+        text: what both models are to read afterwards; None for nothing.
+
+    Raises:
+        SdpgError: nothing was written then.
+    """
+    console = console or Console(stderr=True)
+    source = find_source(path)
+    is_folder = source.kind == "Hugging Face folder"
+    if to is not None and (to == "megatron") != is_folder:
+        wanted = "a Hugging Face folder" if to == "megatron" else "a Megatron checkpoint, or a run"
+        raise ConversionError(str(path), f"a {source.kind}", wanted, "convert the other way")
+    to_type = DTYPES[dtype] if dtype else None
+    if is_folder:
+        to_megatron(path, target, dtype=to_type, console=console)
+    else:
+        to_hugging_face(source, target, like=like, dtype=to_type, shard_bytes=shard_bytes, console=console)
+    if text is not None:
+        from sdpg_megatron.convert.verify import logit_difference  # Megatron's models take seconds to import
+
+        folder, checkpoint = (path, find_source(target).folder) if is_folder else (target, source.folder)
+        difference, scale = logit_difference(folder, checkpoint, text)
+        console.print(f"largest difference of logits: {difference:.3g}, the logits up to {scale:.3g}", highlight=False)

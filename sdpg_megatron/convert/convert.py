@@ -1,0 +1,232 @@
+"""Conversion in both directions: streamed, proven before it is put in place, whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.checkpoint.state import check_same_model, fingerprint
+from sdpg_megatron.checkpoint.torch_dist import TorchDist
+from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
+from sdpg_megatron.convert.arguments import arguments_of, check_arguments, checkpoint_arguments
+from sdpg_megatron.convert.places import Stored, extra_states, stored_parameters
+from sdpg_megatron.convert.proof import check_same_tensors
+from sdpg_megatron.convert.safetensors_file import write_safetensors
+from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
+from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
+from sdpg_megatron.errors import ConversionError
+from sdpg_megatron.observe.transfer import transfer
+from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
+from sdpg_megatron.weights.load import SINGLE_FILE
+from sdpg_megatron.weights.map import Shape, hf_shapes
+
+Moved = Callable[[int], None]
+"""Told how many bytes more have been written, or read back."""
+
+Specs = Mapping[str, tuple[Shape, torch.dtype]]
+
+
+def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, console: Console) -> None:
+    """Make a Megatron checkpoint of a Hugging Face folder.
+
+    The tensors in it are whole, so that it can be loaded under any layout. One block of rows is held at a time.
+
+    Args:
+        source: with config.json, safetensors, tokenizer.
+        target: the folder to make.
+        dtype: type of the weights; None for that of each in the folder.
+        console: where progress is shown.
+
+    Raises:
+        ConversionError: `target` is there already, or what was written is not what was read.
+        ConfigError, WeightError: the folder is damaged, or no model that is supported.
+    """
+    arch = read_architecture(source)
+    tensors = FolderTensors(source, arch)
+    parameters = stored_parameters(arch)
+    types = {stored.names: _type_of(stored, tensors, dtype) for stored in parameters}
+    main_type = types[parameters[0].names]
+    specs = _specs(tensors, dtype)
+    with _aside(target) as aside, transfer(f"{source} -> {target}", 2 * _bytes(specs), console) as moved:
+        written = aside / RELEASE
+        written.mkdir()
+        write_torch_dist(
+            written,
+            [block for stored in parameters for block in _blocks(stored, tensors, types[stored.names], moved)],
+            extra_states(parameters),
+            {"args": checkpoint_arguments(arch, main_type), "checkpoint_version": 3.0, "iteration": 0},
+        )
+        companions = aside / COMPANION_FOLDER
+        companions.mkdir()
+        write_config(source, companions, _name(main_type))
+        copy_companions(source, companions)
+        (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+        _prove_megatron(written, read_architecture(companions), tensors, specs, moved)
+
+
+def to_hugging_face(
+    source: Source,
+    target: Path,
+    *,
+    like: Path | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    console: Console,
+) -> None:
+    """Make a Hugging Face folder of a Megatron checkpoint, this trainer's or Megatron-LM's own.
+
+    Args:
+        source: where the checkpoint is.
+        target: the folder to make.
+        like: Hugging Face folder of the same architecture, for config.json, tokenizer and templates; None for the one
+            that the checkpoint was made of or its run was started from.
+        dtype: type of the weights; None for that of each in the checkpoint.
+        shard_bytes: bound of one safetensors file; a larger tensor has one to itself.
+        console: where progress is shown.
+
+    Raises:
+        ConversionError: `target` is there already, no config.json is known or it tells of another model, or what was
+            written is not what was read.
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: config.json is of no model that is supported, or `like` is not what the run was started from.
+    """
+    folder = like or source.companions
+    if folder is None:
+        expected = "the config.json and tokenizer of the model in it"
+        raise ConversionError(str(source.folder), "weights alone", expected, "name a folder with them: --like FOLDER")
+    arch = read_architecture(folder)
+    _check_config(source, folder, arch)
+    tensors = CheckpointTensors(TorchDist(source.folder), arch)
+    specs = _specs(tensors, dtype)
+    title = f"{source.folder} -> {target}"
+    with _aside(target) as aside, transfer(title, 2 * _bytes(specs), console) as moved:
+        _write_files(aside, specs, tensors, shard_bytes, moved)
+        write_config(folder, aside, _name(next(iter(specs.values()))[1]))
+        copy_companions(folder, aside)
+        if (found := read_architecture(aside)) != arch:
+            raise ConversionError(str(target / "config.json"), found, str(arch), "report this")
+        check_same_tensors(tensors, FolderTensors(aside, arch), specs, target, moved)
+
+
+def _specs(tensors: Tensors, dtype: torch.dtype | None) -> Specs:
+    """Shape of every tensor, and the type that it is to have."""
+    return {name: (shape, dtype or tensors.dtype(name)) for name, shape in hf_shapes(tensors.arch).items()}
+
+
+def _bytes(specs: Specs) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` where nothing is raised, and is gone otherwise."""
+    if target.exists():
+        raise ConversionError(str(target), "something there already", "a new path", "choose another, or remove it")
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(target)
+    except OSError as error:
+        raise ConversionError(str(target), str(error), "a disk that takes it", "free or repair the disk") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _type_of(stored: Stored, tensors: Tensors, dtype: torch.dtype | None) -> torch.dtype:
+    """Type of a parameter, whose tensors have to agree on one."""
+    found = {tensors.dtype(name) for name in stored.parameter.tensors}
+    if dtype is None and len(found) > 1:
+        names = ", ".join(stored.parameter.tensors)
+        raise ConversionError(names, f"the types {sorted(map(str, found))}", "one", "choose one: --dtype")
+    return dtype or found.pop()
+
+
+def _blocks(stored: Stored, tensors: Tensors, dtype: torch.dtype, moved: Moved) -> Iterator[Block]:
+    place = stored.canonical_place()
+    for start, length in blocks(stored.shape, dtype.itemsize):
+
+        def make(start: int = start, length: int = length) -> Tensor:
+            rows = _parameter_rows(stored, tensors, start, length, dtype)
+            moved(rows.nbytes)
+            return rows
+
+        yield Block(place.key, (*place.lead, *stored.shape), dtype, place.at, start, length, make)
+
+
+def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a Megatron parameter, from the Hugging Face tensors that it is made of."""
+    found = torch.empty(length, *stored.shape[1:], dtype=dtype)
+    for run in stored.runs():
+        first, last = max(start, run.start), min(start + length, run.start + run.length)
+        if first >= last:
+            continue
+        target = found[first - start : last - start]
+        if run.tensor is None:
+            target.zero_()
+        else:
+            target.copy_(tensors.rows(run.tensor, run.tensor_start + first - run.start, last - first))
+    return found
+
+
+def _prove_megatron(written: Path, arch: Architecture, tensors: Tensors, specs: Specs, moved: Moved) -> None:
+    """Read back what was written: arguments, config.json and every tensor."""
+    found = TorchDist(written)
+    check_arguments(arguments_of(found), arch, f"{written}: args")
+    if arch != tensors.arch:
+        raise ConversionError(str(written.parent / COMPANION_FOLDER), str(arch), str(tensors.arch), "report this")
+    check_same_tensors(tensors, CheckpointTensors(found, arch), specs, written, moved)
+
+
+def _check_config(source: Source, folder: Path, arch: Architecture) -> None:
+    """Hold a config.json against what the checkpoint says of its model."""
+    if source.state is not None:
+        check_same_model(source.state, fingerprint(folder))
+        return
+    check_arguments(arguments_of(TorchDist(source.folder)), arch, f"{source.folder}: args")
+
+
+def _write_files(folder: Path, specs: Specs, tensors: Tensors, shard_bytes: int, moved: Moved) -> None:
+    """Write the safetensors files, and their index where there are several."""
+
+    def rows(name: str) -> Iterator[Tensor]:
+        shape, dtype = specs[name]
+        for start, length in blocks(shape, max(dtype.itemsize, tensors.dtype(name).itemsize)):
+            block = tensors.rows(name, start, length).to(dtype)
+            moved(block.nbytes)
+            yield block
+
+    files = _files(specs, shard_bytes)
+    for file, names in files.items():
+        write_safetensors(folder / file, {name: specs[name] for name in names}, rows)
+    if len(files) > 1:
+        write_index(folder, {name: file for file, names in files.items() for name in names}, _bytes(specs))
+
+
+def _files(specs: Specs, shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors each file has."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, (shape, dtype) in specs.items():
+        size = prod(shape) * dtype.itemsize
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

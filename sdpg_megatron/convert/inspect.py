@@ -1,0 +1,158 @@
+"""Say what a path holds, and what of it is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.checkpoint.torch_dist import TorchDist
+from sdpg_megatron.convert.arguments import arguments_of, check_arguments
+from sdpg_megatron.convert.places import of_the_model
+from sdpg_megatron.convert.source import Source, find_source
+from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors
+from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.weights.load import SafetensorsFolder
+from sdpg_megatron.weights.map import Shape
+
+T = TypeVar("T")
+
+
+@dataclass
+class Report:
+    """What was found. Fields stay None where a path does not say, or cannot because of damage."""
+
+    path: str
+    kind: str
+    model: str | None = None
+    """Folder of config.json and tokenizer."""
+    family: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocabulary: int | None = None
+    parameters: int | None = None
+    """Numbers in the model's tensors as they are stored: with rows that pad the vocabulary, without tied copies."""
+    bytes: int | None = None
+    dtype: str | None = None
+    files: int | None = None
+    """With tensors in them."""
+    step: int | None = None
+    layout: str | None = None
+    """That it was written under; it can be read under any."""
+    training_state: bool | None = None
+    """Whether an optimizer's state is there."""
+    versions: dict[str, str] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    def to_text(self) -> str:
+        rows = dataclasses.asdict(self)
+        damage, versions = rows.pop("damage"), rows.pop("versions")
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or None
+        shown = [(name.replace("_", " "), value) for name, value in rows.items() if value is not None]
+        shown += [("damage", one) for one in damage]
+        return "".join(f"{name:<15}{_shown(value)}\n" for name, value in shown)
+
+
+def inspect(path: Path) -> Report:
+    """Look at a Hugging Face folder, a run, a run checkpoint or a Megatron checkpoint. No tensor is read.
+
+    Raises:
+        ConversionError: the path is nothing of these.
+        CheckpointError: a run checkpoint's manifest is damaged.
+    """
+    source = find_source(path)
+    report = Report(str(source.folder), source.kind)
+    arch = None
+    if source.companions is not None:
+        report.model = str(source.companions)
+        arch = _attempt(report, read_architecture, source.companions)
+    if arch is not None:
+        report.family, report.layers, report.hidden = arch.family, arch.num_layers, arch.hidden_size
+        report.heads, report.kv_heads, report.vocabulary = arch.num_heads, arch.num_kv_heads, arch.vocab_size
+    if source.kind == "Hugging Face folder":
+        _attempt(report, _look_at_folder, report, source.folder, arch)
+    else:
+        _attempt(report, _look_at_checkpoint, report, source, arch)
+    return report
+
+
+def _attempt(report: Report, look: Callable[..., T], *arguments: Any) -> T | None:
+    """Note as damage what keeps a look from its end."""
+    try:
+        return look(*arguments)
+    except SdpgError as error:
+        if str(error) not in report.damage:
+            report.damage.append(str(error))
+        return None
+
+
+def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if arch is not None else {}
+    if version := config.get("transformers_version"):
+        report.versions["transformers"] = str(version)
+    source = SafetensorsFolder(folder)
+    report.files = len({source.file_of(name) for name in source.names})
+    if arch is not None:
+        _attempt(report, FolderTensors, folder, arch)
+    source.check()
+    _count(report, ((source.shape(name), source.dtype(name)) for name in source.names))
+
+
+def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | None) -> None:
+    if source.state is not None:
+        report.step = source.state.step
+        _attempt(report, _look_at_manifest, report, source)
+    checkpoint = TorchDist(source.folder)
+    report.damage += [str(fault) for fault in checkpoint.faults()]
+    model = of_the_model(checkpoint.tensors)
+    report.files = len(list(source.folder.glob("*.distcp")))
+    report.training_state = len(model) < len(checkpoint.tensors)
+    _count(report, ((tuple(t.size), t.properties.dtype) for t in (checkpoint.tensors[key] for key in model)))
+    if arch is not None and not report.damage:
+        _attempt(report, CheckpointTensors, checkpoint, arch)
+    if source.state is None:
+        _look_at_arguments(report, checkpoint, arch)
+
+
+def _look_at_manifest(report: Report, source: Source) -> None:
+    assert source.state is not None
+    report.versions["manifest"] = str(source.state.format)
+    layout = source.state.config.get("parallel")
+    if isinstance(layout, dict):
+        names = ("tensor", "pipeline", "virtual_pipeline", "expert")
+        report.layout = " x ".join(f"{name} {layout[name]}" for name in names if layout.get(name))
+
+
+def _look_at_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
+    common, arguments = checkpoint.common(), arguments_of(checkpoint)
+    if isinstance(common.get("iteration"), int):
+        report.step = common["iteration"]
+    if "checkpoint_version" in common:
+        report.versions["checkpoint"] = str(common["checkpoint_version"])
+    names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
+    report.layout = " x ".join(f"{name} {arguments[key]}" for name, key in names.items() if key in arguments) or None
+    if arch is not None:
+        check_arguments(arguments, arch, f"{checkpoint.folder}: args")
+
+
+def _count(report: Report, tensors: Iterable[tuple[Shape, torch.dtype]]) -> None:
+    found = list(tensors)
+    report.parameters = sum(prod(shape) for shape, _ in found)
+    report.bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in found)
+    report.dtype = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in found}))
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

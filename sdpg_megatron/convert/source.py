@@ -1,0 +1,89 @@
+"""What a path that the user names holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
+from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
+from sdpg_megatron.errors import ConversionError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's: the iteration whose folder is the newest, or "release" for a model without training state."""
+RELEASE = "release"
+COMPANION_FOLDER = "huggingface"
+"""Beside the iterations of a Megatron checkpoint that was made of a Hugging Face folder: that without the weights."""
+CHECKPOINTS, CONFIG_FILE = "checkpoints", "config.yaml"
+
+Kind = Literal["Hugging Face folder", "run checkpoint", "Megatron checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model on disk."""
+
+    kind: Kind
+    folder: Path
+    """With the tensors."""
+    companions: Path | None
+    """Hugging Face folder with config.json and tokenizer; None where none is known."""
+    state: RunState | None = None
+    """A run checkpoint's manifest."""
+
+
+def find_source(path: Path) -> Source:
+    """Find the model that a path names: of a run the newest checkpoint, of Megatron's what the tracker names.
+
+    Raises:
+        ConversionError: there is none.
+        CheckpointError: a run checkpoint's manifest is damaged.
+    """
+    if (path / "config.json").is_file():
+        return Source("Hugging Face folder", path, path)
+    if (path / MANIFEST).is_file():
+        state = RunState.read(path / MANIFEST)
+        return Source("run checkpoint", path, _started_from(state.config), state)
+    if (path / BACKEND_FILE).is_file():
+        return Source("Megatron checkpoint", path, _beside(path.parent))
+    if (path / TRACKER_FILE).is_file():
+        return Source("Megatron checkpoint", _iteration(path), _beside(path))
+    for folder in (path / CHECKPOINTS, path):
+        if found := complete_checkpoints(folder):
+            return find_source(found[-1])
+    raise ConversionError(
+        str(path),
+        "nothing that is known" if path.exists() else "no such path",
+        f"a Hugging Face folder (config.json), a run's folder or checkpoint ({MANIFEST}), or a Megatron checkpoint "
+        f"({TRACKER_FILE} or {BACKEND_FILE})",
+        "check the path",
+    )
+
+
+def _iteration(path: Path) -> Path:
+    try:
+        text = (path / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(path / TRACKER_FILE), str(error), "a readable file", "check it") from error
+    if text != RELEASE and not (text.isascii() and text.isdigit()):
+        raise ConversionError(str(path / TRACKER_FILE), repr(text), f"a number or {RELEASE!r}", "correct it")
+    folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        raise ConversionError(
+            str(path / TRACKER_FILE), text, f"the iteration of a folder here, such as {folder.name}", "correct it"
+        )
+    return folder
+
+
+def _beside(path: Path) -> Path | None:
+    folder = path / COMPANION_FOLDER
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _started_from(config: Mapping[str, Any]) -> Path | None:
+    """The model that a run was started from."""
+    model = config.get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    return Path(path) if isinstance(path, str) and (Path(path) / "config.json").is_file() else None

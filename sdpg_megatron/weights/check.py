@@ -1,0 +1,65 @@
+"""Whether a config.json and the tensors beside it speak of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.map import Shape, hf_shapes
+
+_KEYS: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim (or hidden_size / num_attention_heads)",
+}
+"""Dimensions of an architecture, and what config.json calls them."""
+
+
+class StoredTensors(Protocol):
+    """Tensors in a folder."""
+
+    folder: Path
+
+    def shape(self, name: str) -> Shape: ...
+
+    def file_of(self, name: str) -> Path: ...
+
+
+def check_stored_shapes(arch: Architecture, source: StoredTensors, names: Iterable[str]) -> None:
+    """Hold the shapes of tensors against those that an architecture gives them.
+
+    Raises:
+        WeightError: naming the first tensor that has another shape, its file, and the keys of config.json that its
+            shape follows from.
+    """
+    expected = hf_shapes(arch)
+    wanted = set(names)
+    for name in expected:
+        if name in wanted and (found := source.shape(name)) != expected[name]:
+            config = source.folder / "config.json"
+            raise WeightError(
+                f"{source.file_of(name)}: tensor {name!r} has shape {list(found)}, expected {list(expected[name])} "
+                f"from {_keys(arch, name, found)} in {config}. Fix: the weights belong to another config.json"
+            )
+
+
+def _keys(arch: Architecture, name: str, found: Shape) -> str:
+    """The keys of config.json, with their values, that the dimensions which differ follow from."""
+    expected = hf_shapes(arch)[name]
+    if len(found) != len(expected):
+        return "the model's family"
+    differ = [dim for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
+    keys = []
+    for field, key in _KEYS.items():
+        value = getattr(arch, field)
+        other = hf_shapes(replace(arch, **{field: 2 * value}))[name]
+        if any(other[dim] != expected[dim] for dim in differ):
+            keys.append(f"{key} = {value}")
+    return " and ".join(keys) or "the sizes"

@@ -1,0 +1,295 @@
+"""Conversion in one process: what arrives, what travels along, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpg_megatron import cli
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.checkpoint.torch_dist import TorchDist
+from sdpg_megatron.convert import convert as conversion
+from sdpg_megatron.convert import tensors
+from sdpg_megatron.convert.arguments import arguments_of, check_arguments
+from sdpg_megatron.convert.command import convert
+from sdpg_megatron.convert.proof import check_same_tensors
+from sdpg_megatron.errors import CheckpointError, ConversionError, WeightError
+from tests.tiny import write_tiny_model
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("source") / "model", "qwen3", tied=False, seed=5)
+
+
+@pytest.fixture(scope="module")
+def megatron(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("converted") / "megatron"
+    convert(model, target, console=QUIET)
+    return target
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time, so that blocks end within tensors and within groups of query heads."""
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 64 * 4 * 3)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.usefixtures("small_blocks")
+def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, tied: bool) -> None:
+    source = write_tiny_model(tmp_path / "model", family, tied=tied, seed=4, layers=2)
+    convert(source, tmp_path / "megatron", console=QUIET)
+    convert(tmp_path / "megatron", tmp_path / "back", console=QUIET)
+    assert same(weights(tmp_path / "back"), weights(source))
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_no_block_is_larger_than_its_bound(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    read = tensors.FolderTensors.rows
+
+    def watched(self: tensors.FolderTensors, name: str, start: int, length: int) -> Tensor:
+        nonlocal largest
+        found = read(self, name, start, length)
+        largest = max(largest, found.nbytes)
+        return found
+
+    monkeypatch.setattr(tensors.FolderTensors, "rows", watched)
+    convert(model, tmp_path / "megatron", console=QUIET)
+    assert 0 < largest <= tensors.BLOCK_BYTES
+
+
+def test_casts(model: Path, megatron: Path, tmp_path: Path) -> None:
+    expected = {name: tensor.bfloat16() for name, tensor in weights(model).items()}
+    convert(megatron, tmp_path / "model", dtype="bfloat16", console=QUIET)
+    assert same(weights(tmp_path / "model"), expected)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype is torch.bfloat16
+
+    convert(model, tmp_path / "megatron", dtype="bfloat16", console=QUIET)
+    convert(tmp_path / "megatron", tmp_path / "wide", dtype="float32", console=QUIET)
+    assert same(weights(tmp_path / "wide"), {name: tensor.float() for name, tensor in expected.items()})
+
+
+def test_several_files(model: Path, megatron: Path, tmp_path: Path) -> None:
+    convert(megatron, tmp_path / "model", shard_bytes=200_000, console=QUIET)
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 200_000 for file in files)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(model).values())
+    assert all(name in load_file(tmp_path / "model" / file) for name, file in index["weight_map"].items())
+    assert same(weights(tmp_path / "model"), weights(model))
+
+
+def test_tokenizer_template_and_generation_defaults_travel(model: Path, megatron: Path, tmp_path: Path) -> None:
+    convert(megatron, tmp_path / "model", console=QUIET)
+    chat = [{"role": "user", "content": "12 + 34"}]
+    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "model"))
+    assert one.apply_chat_template(chat, tokenize=False) == other.apply_chat_template(chat, tokenize=False)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id == [2, 4]
+
+
+def test_what_megatron_lm_looks_for(model: Path, megatron: Path) -> None:
+    assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "release"
+    backends = json.loads((megatron / "release/metadata.json").read_text())
+    assert backends["sharded_backend"] == "torch_dist" and backends["common_backend"] == "torch"
+    checkpoint = TorchDist(megatron / "release")
+    common, arguments = checkpoint.common(), arguments_of(checkpoint)
+    assert common["checkpoint_version"] == 3.0 and common["iteration"] == 0
+    assert (arguments["num_layers"], arguments["num_query_groups"], arguments["kv_channels"]) == (4, 2, 32)
+    assert arguments["qk_layernorm"] and not arguments["add_qkv_bias"] and arguments["swiglu"]
+    assert arguments["untie_embeddings_and_output_weights"] and arguments["padded_vocab_size"] == 384
+    qkv = checkpoint.tensors["decoder.layers.self_attention.linear_qkv.weight"]
+    assert tuple(qkv.size) == (4, 256, 64)
+    assert MetadataIndex("decoder.layers.mlp.linear_fc1._extra_state/shard_3_4") in checkpoint._metadata.storage_data
+
+
+def test_existing_targets_are_refused(model: Path, megatron: Path, tmp_path: Path) -> None:
+    for source, other in ((model, megatron), (megatron, model)):
+        before = sorted(other.rglob("*"))
+        with pytest.raises(ConversionError, match=r"found something there already, expected a new path\. Fix"):
+            convert(source, other, console=QUIET)
+        assert sorted(other.rglob("*")) == before
+
+
+@pytest.mark.parametrize("way", ["to_megatron", "to_hugging_face"])
+def test_a_failure_leaves_nothing(
+    model: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    kind = tensors.FolderTensors if way == "to_megatron" else tensors.CheckpointTensors
+    read, calls = kind.rows, 0
+
+    def failing(self: tensors.Tensors, name: str, start: int, length: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise OSError(28, "No space left on device")
+        found: Tensor = read(self, name, start, length)  # type: ignore[arg-type]
+        return found
+
+    monkeypatch.setattr(kind, "rows", failing)
+    with pytest.raises(ConversionError, match=r"found .*No space left on device.*Fix: free or repair the disk"):
+        convert(model if way == "to_megatron" else megatron, tmp_path / "target", console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_arrives_differently_is_found(model: Path, tmp_path: Path) -> None:
+    arch = read_architecture(model)
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    stored = load_file(changed / "model.safetensors")
+    stored["model.layers.2.self_attn.v_proj.weight"][3, 5] += 1e-6
+    save_file(stored, changed / "model.safetensors")
+    one, other = (tensors.FolderTensors(folder, arch) for folder in (model, changed))
+    specs = conversion._specs(one, None)
+    check_same_tensors(one, one, specs, tmp_path, lambda count: None)
+    with pytest.raises(ConversionError, match=r"model\.layers\.2\.self_attn\.v_proj\.weight: found other numbers"):
+        check_same_tensors(one, other, specs, tmp_path, lambda count: None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("num_layers", 8, r"args: num_layers: found 8, expected 4, which config\.json says \(num_hidden_layers\)"),
+        ("num_query_groups", 4, r"num_query_groups: found 4, expected 2, .*num_key_value_heads"),
+        ("rotary_base", 500000, r"rotary_base: found 500000, expected 10000\.0, .*rope_theta"),
+        ("untie_embeddings_and_output_weights", False, "tie_word_embeddings"),
+        ("norm_epsilon", 1e-5, "rms_norm_eps"),
+    ],
+)
+def test_arguments_that_contradict_config_json_are_named(
+    model: Path, megatron: Path, argument: str, value: object, message: str
+) -> None:
+    arch, arguments = read_architecture(model), arguments_of(TorchDist(megatron / "release"))
+    check_arguments(arguments, arch, "args")
+    with pytest.raises(ConversionError, match=message):
+        check_arguments({**arguments, argument: value}, arch, "args")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"num_layers: found 4, expected 2"),
+        ({"vocab_size": 500}, r"vocab_size: found 300, expected 500"),
+        ({"tie_word_embeddings": True}, r"untie_embeddings_and_output_weights: found True"),
+    ],
+)
+def test_another_models_config_json_is_refused(
+    model: Path, megatron: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    like = tmp_path / "like"
+    shutil.copytree(model, like)
+    config = json.loads((like / "config.json").read_text())
+    (like / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConversionError, match=message):
+        convert(megatron, tmp_path / "target", like=like, console=QUIET)
+    (megatron / "release/common.pt").rename(tmp_path / "common.pt")  # without arguments, the shapes tell
+    torch.save({}, megatron / "release/common.pt")
+    try:
+        with pytest.raises(ConversionError, match=r"release: tensor '.*': found .*config\.json"):
+            convert(megatron, tmp_path / "target", like=like, console=QUIET)
+    finally:
+        (tmp_path / "common.pt").replace(megatron / "release/common.pt")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_checkpoint_that_knows_no_config_json_needs_one(megatron: Path, tmp_path: Path) -> None:
+    shutil.copytree(megatron / "release", tmp_path / "iter_0000005")
+    with pytest.raises(ConversionError, match=r"weights alone, expected .*--like FOLDER"):
+        convert(tmp_path / "iter_0000005", tmp_path / "target", console=QUIET)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json", "common.pt"])
+def test_damage_of_a_checkpoint_is_named(megatron: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "megatron"
+    shutil.copytree(megatron, path)
+    for content in ((path / "release" / name).read_bytes()[:-9], b"", None):
+        if content is None:
+            (path / "release" / name).unlink()
+        else:
+            (path / "release" / name).write_bytes(content)
+        if name == "metadata.json" and content is None:
+            continue  # then it is no Megatron checkpoint
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            convert(path, tmp_path / "target", console=QUIET)
+    assert not (tmp_path / "target").exists()
+
+
+class Harm:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('a stranger ran this')",)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_nothing_in_a_checkpoint_is_run(megatron: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "megatron"
+    shutil.copytree(megatron, path)
+    if name == ".metadata":
+        (path / "release" / name).write_bytes(pickle.dumps(Harm()))
+    else:
+        torch.save({"args": Harm()}, path / "release" / name)
+    with pytest.raises(CheckpointError, match=name):
+        convert(path, tmp_path / "target", console=QUIET)
+
+
+def test_tensors_of_two_types_in_one_parameter_need_a_choice(model: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(model, mixed)
+    stored = load_file(mixed / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**stored, name: stored[name].bfloat16()}, mixed / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"up_proj\.weight: found the types .*--dtype"):
+        convert(mixed, tmp_path / "target", console=QUIET)
+    convert(mixed, tmp_path / "target", dtype="bfloat16", console=QUIET)
+
+
+def test_a_quantized_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "quantized"
+    shutil.copytree(model, quantized)
+    stored = load_file(quantized / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**stored, name: stored[name].to(torch.int8)}, quantized / "model.safetensors")
+    with pytest.raises(WeightError, match=r"model\.safetensors: tensor '.*up_proj\.weight' has type I8"):
+        convert(quantized, tmp_path / "target", console=QUIET)
+
+
+def test_the_commands(model: Path, megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", str(model), str(tmp_path / "a"), "--dtype", "bfloat16", "--to", "megatron"]) == 0
+    assert "MB in" in capsys.readouterr().err
+    assert cli.main(["convert", str(model), str(tmp_path / "b"), "--to", "huggingface"]) == 2
+    assert "a Hugging Face folder, expected a Megatron checkpoint" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "none"), str(tmp_path / "b")]) == 2
+    assert "found no such path" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("later", "found 'later', expected a number"), ("12", "found 12, expected .*iter_0000012")]
+)
+def test_a_tracker_that_names_nothing(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(ConversionError, match=rf"latest_checkpointed_iteration\.txt: {message}"):
+        convert(tmp_path, tmp_path / "target", console=QUIET)

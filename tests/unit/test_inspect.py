@@ -1,0 +1,94 @@
+"""What ``sdpg-megatron inspect`` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sdpg_megatron import cli
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, fingerprint
+from sdpg_megatron.convert.command import convert
+from sdpg_megatron.convert.inspect import inspect
+from sdpg_megatron.errors import ConversionError
+from tests.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("source") / "model", "qwen2", tied=True, seed=7, layers=2)
+
+
+@pytest.fixture
+def megatron(model: Path, tmp_path: Path) -> Path:
+    convert(model, tmp_path / "megatron", dtype="bfloat16", console=Console(quiet=True))
+    return tmp_path / "megatron"
+
+
+def test_a_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspect(model)
+    stored = load_file(model / "model.safetensors")
+    assert (report.kind, report.family, report.layers, report.hidden) == ("Hugging Face folder", "qwen2", 2, 64)
+    assert (report.heads, report.kv_heads, report.vocabulary, report.files) == (4, 2, 300, 1)
+    assert report.parameters == sum(tensor.numel() for tensor in stored.values())
+    assert (report.bytes, report.dtype, report.damage) == (4 * report.parameters, "float32", [])
+    assert cli.main(["inspect", str(model)]) == 0
+    assert f"parameters     {report.parameters:,}\n" in capsys.readouterr().out
+
+
+def test_a_megatron_checkpoint(megatron: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = inspect(megatron)
+    assert (report.kind, report.family, report.step) == ("Megatron checkpoint", "qwen2", 0)
+    assert (report.dtype, report.layout, report.training_state) == ("bfloat16", "tensor 1 x pipeline 1", False)
+    assert report.versions == {"checkpoint": "3.0"} and report.damage == []
+    assert cli.main(["inspect", str(megatron / "release"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(report.to_json())
+
+
+def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    shutil.copytree(megatron / "release", checkpoint)
+    config = {"model": {"path": str(model)}, "parallel": {"tensor": 2, "pipeline": 1, "virtual_pipeline": None}}
+    state = RunState(
+        step=3, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model=fingerprint(model)
+    )
+    state.write(checkpoint / MANIFEST)
+    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        report = inspect(path)
+        assert (report.kind, report.step, report.layout) == ("run checkpoint", 3, "tensor 2 x pipeline 1")
+        assert (report.family, report.model, report.path) == ("qwen2", str(model), str(checkpoint))
+        assert report.damage == []
+    convert(tmp_path / "run", tmp_path / "back", console=Console(quiet=True))
+    dataclasses.replace(state, model="another").write(checkpoint / MANIFEST)
+
+
+def test_damage_is_told_and_makes_the_exit_code(megatron: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = megatron / "release/__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert cli.main(["inspect", str(megatron)]) == 2
+    text = capsys.readouterr().out
+    assert "damage " in text and "__0_0.distcp: found 1000 bytes, expected" in text
+    path.unlink()
+    assert "__0_0.distcp: found no such file" in inspect(megatron).damage[0]
+    (megatron / "release/common.pt").write_bytes(b"")
+    (megatron / "release/.metadata").write_bytes(b"")
+    assert [".metadata" in damage for damage in inspect(megatron).damage] == [True]
+
+
+def test_a_config_that_contradicts_the_checkpoint(megatron: Path) -> None:
+    path = megatron / "huggingface/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 4}))
+    found = "\n".join(inspect(megatron).damage)
+    assert "linear_qkv.weight'" in found and "num_query_groups: found 2, expected 4" in found
+
+
+def test_what_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConversionError, match="found nothing that is known"):
+        inspect(tmp_path)
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 2
+    assert "found no such path" in capsys.readouterr().err

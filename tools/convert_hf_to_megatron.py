@@ -1,0 +1,13 @@
+"""Make a Megatron checkpoint of a Hugging Face folder: ``sdpg-megatron convert``, as a script.
+
+python tools/convert_hf_to_megatron.py FOLDER TARGET [--dtype bfloat16] [--verify]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sdpg_megatron.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:], "--to", "megatron"]))

@@ -1,0 +1,13 @@
+"""Make a Hugging Face folder of a Megatron checkpoint or a run: ``sdpg-megatron convert``, as a script.
+
+python tools/convert_megatron_to_hf.py CHECKPOINT TARGET [--like FOLDER] [--dtype bfloat16] [--verify]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sdpg_megatron.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:], "--to", "huggingface"]))
