@@ -50,10 +50,9 @@ def state_at(step: int) -> Any:
 
 
 def whole_weights(run: Run) -> dict[str, Tensor]:
-    from sdpg_megatron.weights import WeightStream
+    from sdpg_megatron.train.export import stream_weights
 
-    groups = {"tp_group": run.ranks.tensor_group, "pp_group": run.ranks.pipeline_group}
-    buckets = WeightStream(run.learner.named_weights(), run.learner.arch, **groups)
+    buckets = stream_weights(run.config, run.learner)
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 

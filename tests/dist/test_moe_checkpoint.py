@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.dist.test_teachers import Run, start
+from tests.dist.test_checkpoint import state_at, store_of, whole_weights
+from tests.dist.test_teachers import start
 from tests.pool import RankPool
 
 EMA = {"objective.teacher": "ema", "objective.teacher_ema": 0.3}
@@ -30,36 +30,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("moe"), "qwen3_moe", tied=True, seed=3, layers=2)
 
 
-def store_of(run: Run, folder: Path) -> Any:
-    from sdpg_megatron.checkpoint.store import CheckpointStore
-
-    process: Any = multiprocessing.current_process()
-    process._config["daemon"] = False  # the pool's workers are; Python lets no daemon fork, as saving does
-    return CheckpointStore(folder, run.ranks, run.config.checkpoint.keep)
-
-
-def whole_weights(run: Run) -> dict[str, Tensor]:
-    from sdpg_megatron.train.export import stream_weights
-
-    buckets = stream_weights(run.config, run.learner)
-    return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
-
-
 def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     """A checkpoint after the first step; divergences and weights of the second."""
-    from sdpg_megatron.checkpoint.state import RunState
-
     run = start(model, {**EMA, **overrides})
     run.step(0)
-    state = RunState(step=1, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
-    store_of(run, folder).save(run.learner, state)
+    store = store_of(run, folder)
+    store.save(run.learner, state_at(1))
+    store.finish()
     return run.step(1), whole_weights(run)
 
 
 def load_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     run = start(model, {**EMA, **overrides})
     store = store_of(run, folder)
-    store.load(store.latest(), run.learner)
+    path, state = store.newest()
+    store.load(path, state, run.learner)
     return run.step(1), whole_weights(run)
 
 
