@@ -54,7 +54,13 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def command(arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron") -> list[str]:
+def command(
+    arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron", what: str = "train"
+) -> list[str]:
+    return _line(program, [what, *arguments], ranks)
+
+
+def _line(program: str, arguments: Sequence[object], ranks: int) -> list[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     return [sys.executable, "-m", *launcher, program, *map(str, arguments)]
 
@@ -81,7 +87,7 @@ def run_module(
 ) -> subprocess.CompletedProcess[str]:
     """Run a module to the end. One rank is a fork of a process with all imports done, unless it is to be `fresh`."""
     if ranks > 1 or fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
-        line = command(arguments, ranks, program)
+        line = _line(program, arguments, ranks)
         return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     return preloaded().run(program, list(map(str, arguments)), environment(), LIMIT)
 

@@ -75,9 +75,7 @@ def test_a_second_call_says_that_the_run_is_done(whole: Path) -> None:
 def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path)
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(["train", config]), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command([config]), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     deadline = time.monotonic() + 120
     for line in process.stdout:  # the row of step 1: the next steps are under way

@@ -70,9 +70,7 @@ def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
     arguments = [config, f"model.path={model}", "rollout.engine=sglang", "optimizer.schedule=constant", "eval.every=0"]
     arguments += ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
     arguments.append(f"rollout.sglang.arguments={json.dumps(CPU_ARGUMENTS)}")
-    run = subprocess.Popen(
-        command(["train", *arguments]), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen(command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     guards: list[int] = []
     try:
         assert run.stdout is not None
