@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests; arguments go to pytest:
 #
-#   bash scripts/test.sh                          all of them, less those that need SGLang
+#   bash scripts/test.sh                          all of them, less those that need SGLang, two at a time
 #   bash scripts/test.sh --sglang                 those, with an SGLang for CPUs (scripts/install_sglang_cpu.sh)
 #   bash scripts/test.sh tests/unit -k config     some of them
 #   SDPG_PYTHON=python3.12 bash scripts/test.sh   the same in .venv-312, with the newest megatron-core of Python 3.12
@@ -13,5 +13,9 @@ if [[ "${1:-}" == --sglang ]]; then
   SDPG_SGLANG_PYTHON="${SDPG_SGLANG_PYTHON:-$(SDPG_PYTHON='' bash scripts/install_sglang_cpu.sh)}"
   export SDPG_SGLANG_PYTHON
   if (($# == 0)); then set -- tests/sglang; fi
+elif (($# == 0)); then
+  # Each worker takes the next group of tests/conftest.py, in the order of the folders: the longest, tests/dist, first.
+  set -- --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 exec "$PYTHON" -m pytest "$@"

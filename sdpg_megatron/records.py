@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # processes that run verifiers read these records, too; to import torch takes them seconds
+    import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -24,10 +24,20 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist then reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if DIST in item.path.parents:
             item.add_marker(pytest.mark.dist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
+
+
+def group_of(item: pytest.Item) -> str:
+    """Which tests one worker of pytest-xdist takes: a file's share what they set up, and there is one set of ranks."""
+    fixtures = getattr(item, "fixturenames", ())
+    return "ranks" if DIST in item.path.parents or "ranks" in fixtures else str(item.path)

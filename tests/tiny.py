@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -126,32 +126,13 @@ def tiny_model(
     return model.eval()
 
 
-def write_tiny_model(
-    folder: Path,
-    family: Family,
-    *,
-    tied: bool,
-    seed: int,
-    layers: int = 4,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    vocab: int = VOCAB,
-    normalized: bool = True,
-) -> Path:
-    """Write a `tiny_model` with its tokenizer and generation config (two stop ids) to `folder`, and return `folder`."""
+def write_tiny_model(folder: Path, family: Family, *, vocab: int = VOCAB, **options: Any) -> Path:
+    """Write a `tiny_model` with its tokenizer and generation config (two stop ids) to `folder`, and return `folder`.
+
+    `options`: as of `tiny_model`, which needs `tied` and `seed`.
+    """
     tokenizer = tiny_tokenizer(vocab)
-    model = tiny_model(
-        family,
-        tied=tied,
-        seed=seed,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        vocab=vocab,
-        normalized=normalized,
-    )
+    model = tiny_model(family, vocab=vocab, **options)
     stop_ids = tokenizer.convert_tokens_to_ids([EOS, TURN_END])
     model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0, eos_token_id=stop_ids)
     model.save_pretrained(folder)

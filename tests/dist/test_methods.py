@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
 from sdpg_megatron.settings import parse
+from tests.objective_samples import Sample
 from tests.pool import RankPool
 
 ROWS, COLUMNS, VALID, HIDDEN = 16, 24, 21, 6
@@ -27,17 +28,9 @@ TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Sample):
     """Four responses of four tokens, two of them with a positive advantage; old log-probs some ratios of e away."""
 
-    hidden_TH: Tensor
-    teacher_TH: Tensor
-    weight_VH: Tensor
-    labels_T: Tensor
-    old_logprob_T: Tensor
-    reference_logprob_T: Tensor
-    advantage_T: Tensor
-    gate_T: Tensor
     mixture_T: Tensor
     """Weights of the tokens' losses in what is differentiated."""
 

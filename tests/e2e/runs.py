@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -10,14 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from sdpg_megatron.observe.writers import read_metrics
+from tests.e2e.preloaded import Preloaded
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("time/", "speed/")
+LIMIT = 280.0
+"""Seconds that a run may take."""
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
@@ -51,8 +57,12 @@ def write_run(folder: Path, **changes: Any) -> Path:
 def command(
     arguments: Sequence[object], ranks: int = 1, program: str = "sdpg_megatron", what: str = "train"
 ) -> list[str]:
+    return _line(program, [what, *arguments], ranks)
+
+
+def _line(program: str, arguments: Sequence[object], ranks: int) -> list[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return [sys.executable, "-m", *launcher, program, what, *map(str, arguments)]
+    return [sys.executable, "-m", *launcher, program, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -60,18 +70,34 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
-def train(*arguments: object, ranks: int = 1, program: str = "sdpg_megatron") -> subprocess.CompletedProcess[str]:
-    """Run to the end; the caller looks at the exit code."""
-    return _finish(command(arguments, ranks, program))
+def train(
+    *arguments: object, ranks: int = 1, program: str = "sdpg_megatron", fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the caller looks at the exit code. `fresh`: see `run_module`."""
+    return run_module(program, "train", *arguments, ranks=ranks, fresh=fresh)
 
 
 def evaluate(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """``sdpg-megatron eval``."""
-    return _finish(command(arguments, ranks, what="eval"))
+    return run_module("sdpg_megatron", "eval", *arguments, ranks=ranks)
 
 
-def _finish(line: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
+def run_module(
+    program: str, *arguments: object, ranks: int = 1, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a module to the end. One rank is a fork of a process with all imports done, unless it is to be `fresh`."""
+    if ranks > 1 or fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
+        line = _line(program, arguments, ranks)
+        return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    return preloaded().run(program, list(map(str, arguments)), environment(), LIMIT)
+
+
+@functools.cache
+def preloaded() -> Preloaded:
+    """One for all tests of this process."""
+    process = Preloaded(ROOT, environment())
+    atexit.register(process.close)
+    return process
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -34,7 +34,7 @@ def test_a_run_that_continues_takes_the_prompts_that_it_would_have_taken(tmp_pat
     shutil.copytree(run, whole)
     shutil.rmtree(last)
     (run / "summary.json").unlink()
-    continued = train(config, *GYM)
+    continued = train(config, *GYM, fresh=True)  # with a hash seed of its own
     assert continued.returncode == 0, continued.stderr
     assert "continuing after step 2" in continued.stdout
     assert metrics(run) == metrics(whole)

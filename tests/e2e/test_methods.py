@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 import yaml
 
 from sdpg_megatron.observe.writers import read_metrics
-from tests.e2e.runs import ROOT, environment, metrics, train, weights, write_run
+from tests.e2e.runs import metrics, run_module, train, weights, write_run
 
 MINIBATCHES, STEPS = 2, 2
 OUTCOME = {"teacher": 0, "logprobs": MINIBATCHES * STEPS}
@@ -35,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
-    """The run folder of each case, and the passes that were made. One process for all: starting is what takes long."""
+    """The run folder of each case, and the passes that were made, all by one process."""
     folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
     configs = [
         write_run(
@@ -49,10 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
         )
         for name, folder in folders.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.count_passes", *map(str, configs)],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    done = run_module("tests.e2e.count_passes", *configs)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {name: (folder / "run", counts) for (name, folder), counts in zip(folders.items(), lines, strict=True)}

@@ -1,9 +1,9 @@
 """Real SGLang servers for the tests in this folder.
 
 They need an interpreter that has sglang, named by $SDPG_SGLANG_PYTHON (``scripts/test.sh --sglang`` sets it); without
-one these tests are skipped. A server takes 20 to 60 s of two cores to start, so tests share what they can: `server` and
-`servers` live until the session ends, and a test leaves them as it found them: alive, not paused, with no session of
-weight updates open. Their weights may be any: a test that cares publishes its own first.
+one these tests are skipped. A server takes 20 to 60 s of two cores to start, so tests share what they can: `server`
+lives until the session ends, and a test leaves it as it found it: alive, not paused, with no session of weight updates
+open. Its weights may be any: a test that cares publishes its own first.
 """
 
 from __future__ import annotations
@@ -154,13 +154,6 @@ class Servers:
             wait_until_gone(pid)
 
 
-@pytest.fixture(scope="session")
-def _shared(launch: Callable[..., Launch]) -> Iterator[Servers]:
-    servers = Servers(launch)
-    yield servers
-    servers.close()
-
-
 @pytest.fixture
 def own_servers(launch: Callable[..., Launch]) -> Iterator[Servers]:
     """For a test that breaks its servers; each costs a start."""
@@ -170,12 +163,8 @@ def own_servers(launch: Callable[..., Launch]) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="session")
-def server(_shared: Servers) -> Running:
+def server(launch: Callable[..., Launch]) -> Iterator[Running]:
     """One server for the whole session."""
-    return _shared.start()
-
-
-@pytest.fixture(scope="session")
-def servers(server: Running, _shared: Servers) -> tuple[Running, Running]:
-    """`server` and another one, for the whole session."""
-    return server, _shared.start()
+    servers = Servers(launch)
+    yield servers.start()
+    servers.close()

@@ -18,17 +18,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rollout.base import RolloutEngine, Sampling, SharedEngine, WeightsWanted
-from sdpg_megatron.rollout.hf import stop_ids
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
 from tests.rollout.contract import EngineContract, MakeEngine, assert_same, prompts_of, stream, versions
 from tests.sglang.conftest import Running
+from tests.sglang.served import served_model
 from tests.tiny import write_tiny_model
 
 Open = Callable[..., SGLangEngine]
@@ -36,15 +35,7 @@ Open = Callable[..., SGLangEngine]
 
 @pytest.fixture(scope="session")
 def served(model: Path) -> ServedModel:
-    return ServedModel(
-        folder=model,
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        stop_ids=stop_ids(model),
-        dtype="float32",
-        device="cpu",
-        prompt_tokens=200,
-        response_tokens=200,
-    )
+    return served_model(model, prompt_tokens=200, response_tokens=200)
 
 
 @pytest.fixture(scope="session")

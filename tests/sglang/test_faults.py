@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
-from sdpg_megatron.rollout.hf import stop_ids
-from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
+from sdpg_megatron.rollout.sglang.engine import SGLangEngine
 from sdpg_megatron.rollout.sglang.member import Member, State
 from tests.rollout.contract import completions, prompts_of, stream, versions
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, members, wait_until_gone
+from tests.sglang.served import served_model
 
 HEALTH = {"health_interval": 0.5, "health_timeout": 8.0, "health_misses": 2}
 FENCED = 2 * (0.5 + 8.0) + 5.0
@@ -82,15 +82,7 @@ def engine(
         arguments=CPU_ARGUMENTS,
         **HEALTH,
     )
-    served = ServedModel(
-        folder=model,
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        stop_ids=stop_ids(model),
-        dtype="float32",
-        device="cpu",
-        prompt_tokens=100,
-        response_tokens=100,
-    )
+    served = served_model(model, prompt_tokens=100, response_tokens=100)
     engine = SGLangEngine(config, served, run_dir=tmp_path_factory.mktemp("run"), nonce="faults", on_progress=trigger)
     engine.publish(1, stream(trained))
     yield engine

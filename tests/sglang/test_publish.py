@@ -31,7 +31,7 @@ from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER
 from sdpg_megatron.weights import WeightStream, hf_shapes, load_shards, write_folder
 from tests.dist.test_weights_stream import megatron_shapes
 from tests.rollout.contract import stream
-from tests.sglang.conftest import Running, Servers, members
+from tests.sglang.conftest import Running, Servers, members, wait_until_well
 
 T = TypeVar("T")
 Weights = dict[str, Tensor]
@@ -69,12 +69,19 @@ def client(thread: LoopThread, server: Running) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def victim(launch: Callable[..., Any]) -> Iterator[Running]:
-    """A second server, which tests may stop, and the last one kill."""
+@pytest.fixture(scope="module", autouse=True)
+def second(launch: Callable[..., Any]) -> Iterator[Running]:
+    """A second server, begun before the first test, so that it gets ready while those of one server run."""
     servers = Servers(launch)
-    yield servers.start()
+    yield servers.begin()
     servers.close()
+
+
+@pytest.fixture(scope="module")
+def victim(second: Running) -> Running:
+    """The second server, which tests may stop, and the last one kill."""
+    wait_until_well(second.process)
+    return second
 
 
 @pytest.fixture(scope="module")

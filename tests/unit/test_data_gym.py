@@ -63,20 +63,18 @@ def test_a_prompt_follows_from_seed_and_index(tokenizer: Any) -> None:
     assert f"The correct answer to this problem is: {prompts[7].answer}" in answer
 
 
-def test_other_processes_make_the_same_prompts() -> None:
-    """Whatever their hash seeds: the ranks of a run, and the run that continues it."""
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", PRINT],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert printed[0] == printed[1] == "".join(f"{source()[index]!r}\n" for index in (0, 7, 501, 123456))
+def test_another_process_makes_the_same_prompts() -> None:
+    """Whatever its hash seed: the ranks of a run, and the run that continues it."""
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    printed = subprocess.run(
+        [sys.executable, "-c", PRINT],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed == "".join(f"{source()[index]!r}\n" for index in (0, 7, 501, 123456))
 
 
 def test_a_resumed_run_goes_on_with_the_same_prompts() -> None:

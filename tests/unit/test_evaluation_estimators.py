@@ -75,10 +75,12 @@ def test_votes_one_can_count(answers: list[str | None], rewards: list[float], k:
 
 
 def test_majority_of_many_samples_is_a_number() -> None:
-    """C(1200, 600) is beyond floats."""
-    answers, rewards = ["7"] * 1188 + ["8"] * 12, [1.0] * 1188 + [0.0] * 12
+    """C(20000, 120) is beyond floats."""
+    answers, rewards = ["7"] * 19800 + ["8"] * 200, [1.0] * 19800 + [0.0] * 200
+    with pytest.raises(OverflowError):
+        float(comb(20000, 120))
     assert majority_at(answers, rewards, 1) == pytest.approx(0.99, abs=1e-12)
-    assert majority_at(answers, rewards, 600) == pytest.approx(1, abs=1e-9)
+    assert majority_at(answers, rewards, 120) == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [0, 3])

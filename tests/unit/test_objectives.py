@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import HeadOptions, TeacherRows, VocabShard, head_terms
 from sdpg_megatron.objectives import build
 from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
+from tests.objective_samples import Sample
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ROWS, COLUMNS, HIDDEN = 12, 17, 5
@@ -24,22 +25,11 @@ CONTEXT = StepContext(step=20, total_steps=TOTAL)
 DECAYED = 20 / 35
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Random model outputs: three responses of four tokens, one of them with a positive advantage."""
-
-    hidden_TH: Tensor
-    teacher_TH: Tensor
-    weight_VH: Tensor
-    labels_T: Tensor
-    old_logprob_T: Tensor
-    reference_logprob_T: Tensor
-    advantage_T: Tensor
-    gate_T: Tensor
-
-
 def make_sample(near_policy: bool = True) -> Sample:
-    """`near_policy`: old log-probs that differ from the current ones, up to ratios of e^1.5 or so."""
+    """Three responses of four tokens, one of them with a positive advantage.
+
+    `near_policy`: old log-probs that differ from the current ones, up to ratios of e^1.5 or so.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:

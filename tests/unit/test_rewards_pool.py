@@ -1,6 +1,8 @@
 """The pool: whatever a verifier does costs its own sample and nothing else."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +132,12 @@ def test_a_verifier_that_only_the_parent_can_load_is_an_error(tmp_path: Path, mo
         pool.score([group("a", "x")])
     pool.close()
     pool.close()
+
+
+def test_what_a_process_imports_is_little() -> None:
+    """torch alone takes seconds and 200 MB, in each of them."""
+    code = "import sys, sdpg_megatron.rewards.pool; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_unknown_verifier_is_refused_before_any_process_starts() -> None:

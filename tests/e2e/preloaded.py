@@ -1,0 +1,145 @@
+"""A process that has imported what runs import, and becomes one by forking: the imports take longer than a tiny run.
+
+A fork does what ``python -m MODULE`` does, but all forks have the same hash seed. `Preloaded` is the side that asks,
+`main` the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+IMPORTED = (
+    "matplotlib.backends.backend_agg",
+    "sdpg_megatron.train.evaluator",
+    "sdpg_megatron.train.loop",
+    "sdpg_megatron.train.subject",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+
+SINGLE_THREADED = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Otherwise the allocator of pyarrow starts a thread when imported."""
+
+
+class Preloaded:
+    """Runs modules, one after another."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        """`folder` is the working directory, of the runs, too; `environment` is that of the imports."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            cwd=folder,
+            env={**environment, **SINGLE_THREADED},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._number(timeout=120)
+
+    def run(
+        self, module: str, arguments: Sequence[str], environment: Mapping[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` with ``python -m module *arguments`` does, its output captured as text."""
+        line = [sys.executable, "-m", module, *arguments]
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            request = {"line": line[2:], "environment": dict(environment), "out": str(out), "err": str(err)}
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            pid = self._number(timeout)
+            try:
+                code = self._number(timeout)
+            except BaseException:
+                os.kill(pid, signal.SIGKILL)
+                self._number(timeout)
+                raise
+            return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _number(self, timeout: float) -> int:
+        """What the process says next."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            raise TimeoutError(f"the run did not end within {timeout:g} s")
+        said = self._process.stdout.readline()
+        assert said, "the preloaded process has ended"
+        return int(said)
+
+
+def main() -> None:
+    """Say 0 once all is imported; then fork for each line of standard input, and say the fork's pid and exit code."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    # A fork has the thread that forks and no other: what others are at, or hold, would stay so for ever.
+    assert psutil.Process().num_threads() == 1, "an import started threads"
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for those who wait for it
+    sys.stdout.write("0\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGINT, on_interrupt)
+            os._exit(become(json.loads(line)))
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        sys.stdout.flush()
+
+
+def become(request: dict[str, Any]) -> int:
+    """Be the process that was asked for, and give its exit code.
+
+    It ends as Python does, but that what was imported is not taken apart: that would take two seconds.
+    """
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    flags = os.O_WRONLY | os.O_CREAT
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], flags), (2, request["err"], flags)):
+        descriptor = os.open(path, mode)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = os.fdopen(0, closefd=False)
+    np.random.seed()  # Python's own generator does so by itself
+    module, *sys.argv[1:] = request["line"]
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    main()
