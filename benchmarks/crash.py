@@ -54,6 +54,8 @@ SETTINGS = {
     "parallel": {"pipeline": RANKS},
 }
 KILLS_PER_RUN = 10
+ON_EVERY_RANK = ("update", "begun", "writer")
+"""Moments that each rank passes; the others are the first one's."""
 PRELOADED = (
     "tests.e2e.dying", "sdpg_megatron.train.loop", "sdpg_megatron.train.inputs", "sdpg_megatron.rollout.hf",
     "torch.utils.tensorboard", "matplotlib.pyplot", "transformers.models.qwen3.modeling_qwen3",
@@ -89,14 +91,9 @@ class Death:
 
 
 def draw_death(draw: random.Random, moments: Sequence[str]) -> Death:
-    timed = draw.random() < 0.5
-    return Death(
-        of_launcher=draw.random() < 0.5,
-        rank=draw.randrange(RANKS),
-        moment=None if timed else draw.choice(list(moments)),
-        count=draw.randint(1, 3),
-        share=draw.random(),
-    )
+    of_launcher, rank, count, share = draw.random() < 0.5, draw.randrange(RANKS), draw.randint(1, 2), draw.random()
+    moment = None if draw.random() < 0.5 else draw.choice(list(moments))
+    return Death(of_launcher, rank if moment in (None, *ON_EVERY_RANK) else 0, moment, count, share)
 
 
 # --- in the launcher and its ranks

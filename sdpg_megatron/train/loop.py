@@ -202,8 +202,11 @@ class Trainer:
         return any(self.ranks.gather_all(self.interrupt.requested))
 
     def _stop(self, where: str) -> Outcome:
-        """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way."""
-        if self.saved != self.step:
+        """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way.
+
+        Before the first step there is nothing to save: the optimizer has no state.
+        """
+        if self.step and self.saved != self.step:
             self._save()
         self.store.finish()
         told = f"stopped after step {self.step}" + (", the next was abandoned" if where == "before" else "")

@@ -43,6 +43,13 @@ def store_of(run: Run, folder: Path) -> Any:
     return CheckpointStore(folder, run.ranks, run.config.checkpoint)
 
 
+def begin(model: Path, overrides: dict[str, Any]) -> Run:
+    """After the first step: before it an optimizer has nothing to save."""
+    run = start(model, overrides)
+    run.step(0)
+    return run
+
+
 def state_at(step: int) -> Any:
     from sdpg_megatron.checkpoint.state import RunState
 
@@ -58,8 +65,7 @@ def whole_weights(run: Run) -> dict[str, Tensor]:
 
 def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     """A checkpoint after the first step, the next while it is written; divergences and weights after that."""
-    run = start(model, {**EMA, **overrides})
-    run.step(0)
+    run = begin(model, {**EMA, **overrides})
     store = store_of(run, folder)
     store.save(run.learner, state_at(1))
     found = run.step(1)
@@ -106,7 +112,7 @@ def damaged(model: Path, folder: Path) -> list[str]:
     """What loading says about each damage, done to the newest of two checkpoints and undone."""
     from sdpg_megatron.errors import CheckpointError
 
-    run = start(model, EMA)
+    run = begin(model, EMA)
     store = store_of(run, folder)
     for step in (1, 2):
         store.save(run.learner, state_at(step))
@@ -147,7 +153,7 @@ def with_a_disk_that_refuses(model: Path, folder: Path, overrides: dict[str, Any
     """What a save says where one rank cannot write 64 KiB to a file, and that a later one works again."""
     from sdpg_megatron.errors import CheckpointError
 
-    run = start(model, {**EMA, **overrides})
+    run = begin(model, {**EMA, **overrides})
     store = store_of(run, folder)
     store.save(run.learner, state_at(1))
     store.finish()
@@ -199,7 +205,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(model: Path, folder: Path) -> tuple[str, list[str]]:
     from sdpg_megatron.errors import CheckpointError
 
-    run = start(model, EMA)
+    run = begin(model, EMA)
     store = store_of(run, folder)
     store.save(run.learner, state_at(1))
     store.finish()
@@ -222,7 +228,7 @@ def without_a_writer(model: Path, folder: Path) -> tuple[str, list[str]]:
     """The process that writes behind the steps is killed."""
     from sdpg_megatron.errors import CheckpointError
 
-    run = start(model, EMA)
+    run = begin(model, {**EMA, "parallel.tensor": 2})
     store = store_of(run, folder)
     store.save(run.learner, state_at(1))
     store.finish()
