@@ -11,6 +11,9 @@ from sdpg_megatron.convert.tensors import Tensors, blocks
 from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.weights.map import Shape
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types that compare bit patterns: numbers alone would take -0 for 0, and no NaN for itself."""
+
 
 def check_same_tensors(
     source: Tensors,
@@ -30,7 +33,8 @@ def check_same_tensors(
         for start, length in blocks(shape, max(dtype.itemsize, source.dtype(name).itemsize)):
             expected = source.rows(name, start, length).to(dtype).contiguous()
             found = written.rows(name, start, length).contiguous()
-            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+            bits = _BITS[dtype.itemsize]
+            if not torch.equal(found.view(bits), expected.view(bits)):
                 rows = f"other numbers in rows {start} to {start + length}"
                 raise ConversionError(f"{where}: {name}", rows, "those of the source", "check the disk, convert again")
             moved(found.nbytes)

@@ -53,13 +53,17 @@ class FolderTensors:
         self._source.check()
         check_stored_shapes(arch, self._source, hf_shapes(arch))
         self._dtypes = {name: self._source.dtype(name) for name in hf_shapes(arch)}
+        self._mapped = 0
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
     def rows(self, name: str, start: int, length: int) -> Tensor:
         found = self._source.read(name, 0, start, length)
-        self._source.close()  # or the system would count all that was read of the files as this process's memory
+        self._mapped += found.nbytes
+        if self._mapped >= BLOCK_BYTES:  # or the system would count all that was read as this process's memory
+            self._source.close()
+            self._mapped = 0
         return found
 
 

@@ -22,6 +22,7 @@ from tests.pool import RankPool
 
 OPTIONS: dict[str, Any] = {
     "auto_detect_ckpt_format": False,
+    "bf16": False,
     "ckpt_assume_constant_structure": False,
     "ckpt_format": "torch_dist",
     "ckpt_fully_parallel_load": False,
