@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from sdpg_megatron.config import ParallelConfig, RunConfig
@@ -225,23 +226,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 _MOST_LAYERS = 10_000
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "head_dim": ((int,), "a positive integer"),
+    "head_dim": ((int, NoneType), "a positive integer"),
     "rms_norm_eps": ((int, float), "a positive number"),
     "rope_theta": ((int, float), "a positive number"),
     "factor": ((int, float), "a positive number"),
-    "rope_parameters": ((dict,), "an object"),
-    "rope_scaling": ((dict,), "an object"),
-    "layer_types": ((list,), "a list"),
-    "tie_word_embeddings": ((bool,), "true or false"),
+    "rope_parameters": ((dict, NoneType), "an object"),
+    "rope_scaling": ((dict, NoneType), "an object"),
+    "layer_types": ((list, NoneType), "a list"),
+    "tie_word_embeddings": ((bool, NoneType), "true or false"),
 }
-"""Keys that may be absent or null, and what else they may be."""
+"""What keys may be that need not be there."""
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
     """Refuse values that no model has, before anything is computed from them. Raises `ConfigError`."""
     for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         for key, value in place.items() if isinstance(place, dict) else ():
-            if key in _KINDS and value is not None and not _fits(value, _KINDS[key][0]):
+            if key in _KINDS and not _fits(value, _KINDS[key][0]):
                 raise ConfigError(f"config.json: {key}", value, _KINDS[key][1], f"correct {key} in config.json")
     if any(not isinstance(kind, str) for kind in config.get("layer_types") or ()):
         raise _unsupported("layer_types", config["layer_types"], "names")

@@ -99,13 +99,15 @@ class TorchDist:
             CheckpointError: a part of it is missing or damaged.
         """
         meta, dim = self.tensors[key], len(index)
-        found = torch.empty(length, *meta.size[dim + 1 :], dtype=meta.properties.dtype)
+        found = torch.empty(length, *meta.size[dim + 1 :], dtype=meta.properties.dtype)  # no memory before it is filled
         filled = 0
         for chunk in self._chunks(key, index):
             first = max(start, chunk.offsets[dim])
             last = min(start + length, chunk.offsets[dim] + chunk.sizes[dim])
             if first < last:
                 part = self._read(key, meta, chunk, index, first, last)
+                if part.shape == found.shape:
+                    return part
                 target = found[first - start : last - start]
                 for axis, (offset, size) in enumerate(
                     zip(chunk.offsets[dim + 1 :], chunk.sizes[dim + 1 :], strict=True), start=1

@@ -170,6 +170,8 @@ def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, d
         first, last = max(start, run.start), min(start + length, run.start + run.length)
         if first >= last:
             continue
+        if last - first == length and run.tensor is not None:
+            return tensors.rows(run.tensor, run.tensor_start + first - run.start, length).to(dtype)
         target = found[first - start : last - start]
         if run.tensor is None:
             target.zero_()

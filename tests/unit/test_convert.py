@@ -171,6 +171,35 @@ def test_what_arrives_differently_is_found(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("way", "name", "file"),
+    [
+        ("to_megatron", "write_torch_dist", "__0_0.distcp"),
+        ("to_hugging_face", "write_safetensors", "model.safetensors"),
+    ],
+)
+def test_what_the_disk_changed_is_never_put_in_place(
+    model: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, name: str, file: str
+) -> None:
+    write = getattr(conversion, name)
+
+    def faulty(path: Path, *arguments: object) -> None:
+        write(path, *arguments)
+        written = path / file if path.is_dir() else path
+        content = bytearray(written.read_bytes())
+        at = content.index(model_bytes)
+        content[at] ^= 1
+        written.write_bytes(content)
+
+    model_bytes = weights(model)["model.layers.1.mlp.down_proj.weight"].numpy().tobytes()
+    monkeypatch.setattr(conversion, name, faulty)
+    with pytest.raises(
+        ConversionError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: found other numbers in rows 0"
+    ):
+        convert(model if way == "to_megatron" else megatron, tmp_path / "target", console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
         ("num_layers", 8, r"args: num_layers: found 8, expected 4, which config\.json says \(num_hidden_layers\)"),

@@ -210,7 +210,8 @@ def test_tensors_of_other_names_shapes_and_types(model: Path, copy: Path, data: 
 @given(data=st.data())
 def test_config_json(model: Path, copy: Path, data: st.DataObject) -> None:
     config = json.loads((model / "config.json").read_text())
-    tree = data.draw(retold(config | {"rope_scaling": None, "head_dim": 4, "layer_types": ["full_attention"]}))
+    older = {"rope_scaling": None, "rope_theta": 1e4, "head_dim": 4, "layer_types": ["full_attention"]}
+    tree = data.draw(retold(config | older) | retold({**config, **older, "rope_parameters": None}))
     (copy / "config.json").write_text(json.dumps(tree))
     answers(lambda: read_architecture(copy))
 
