@@ -1,4 +1,4 @@
-"""The one pickle of a checkpoint that torch reads whole: looked through before torch does."""
+"""The one pickle of a checkpoint that torch reads with no restriction: a stranger's would be run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from sdpg_megatron.errors import CheckpointError
 
@@ -16,19 +17,38 @@ TENSOR_LIST = ".metadata"
 """What lies where, as `torch.distributed.checkpoint` keeps it."""
 DESCRIPTIONS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 """Modules whose data classes and enumerations describe tensors, and do nothing when they are made."""
-OTHERS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+OTHERS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),  # where Python 3.13 has it
+    ("_io", "BytesIO"),
+}
 
 
-def check_tensor_list(checkpoint: Path) -> None:
-    """Raises `CheckpointError` where the list of tensors is no pickle, or one of anything but descriptions."""
+def read_tensor_list(checkpoint: Path) -> Metadata:
+    """A checkpoint's list of tensors.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or a pickle of anything but descriptions.
+    """
     path = checkpoint / TENSOR_LIST
     try:
         with path.open("rb") as file:
-            _Unpickler(file).load()
+            found = _Unpickler(file).load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path}: found {type(error).__name__}: {error}, expected torch's list") from error
+        raise _no_list(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise _no_list(path, f"a {type(found).__name__}")
+    return found
+
+
+def _no_list(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"{path}: found {found}, expected torch's list of tensors. Fix: copy it again")
 
 
 class _Unpickler(pickle.Unpickler):

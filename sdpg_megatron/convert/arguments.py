@@ -28,14 +28,25 @@ CONFIG_KEYS: Mapping[str, str] = {
     "add_qkv_bias": "model_type",
     "qk_layernorm": "model_type",
     "vocab_size": "vocab_size",
+    "num_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_pre_softmax": "norm_topk_prob",
 }
 """Arguments that say what the weights are, and the keys of config.json that say the same."""
-_OF_A_FEATURE = {"num_query_groups": "group_query_attention", "rope_scaling_factor": "use_rope_scaling"}
+_OF_A_FEATURE = {
+    "num_query_groups": "group_query_attention",
+    "rope_scaling_factor": "use_rope_scaling",
+    "moe_ffn_hidden_size": "num_experts",
+    "moe_router_topk": "num_experts",
+    "moe_router_pre_softmax": "num_experts",
+}
 """Arguments that mean something only where another one is true."""
 
 
 def model_arguments(arch: Architecture) -> dict[str, Any]:
-    """What Megatron-LM calls the parts of an architecture, for models without experts."""
+    """What Megatron-LM calls the parts of an architecture."""
+    experts = arch.experts
     return {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -66,7 +77,10 @@ def model_arguments(arch: Architecture) -> dict[str, Any]:
         "use_rotary_position_embeddings": True,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "num_experts": None,
+        "num_experts": experts.count if experts else None,
+        "moe_ffn_hidden_size": arch.ffn_size if experts else None,
+        "moe_router_topk": experts.per_token if experts else 2,  # Megatron-LM's default
+        "moe_router_pre_softmax": experts is not None and not experts.normalized,
     }
 
 

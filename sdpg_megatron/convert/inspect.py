@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.checkpoint.files import find_damage
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.places import of_the_model
@@ -129,6 +130,8 @@ def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | Non
 def _look_at_manifest(report: Report, source: Source) -> None:
     assert source.state is not None
     report.versions["manifest"] = str(source.state.format)
+    if damage := find_damage(source.folder, source.state.files, digests=False):
+        report.damage.append(str(damage))
     layout = source.state.config.get("parallel")
     if isinstance(layout, dict):
         names = ("tensor", "pipeline", "virtual_pipeline", "expert")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -57,9 +57,16 @@ def _keys(arch: Architecture, name: str, found: Shape) -> str:
         return "the model's family"
     differ = [dim for dim, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
     keys = []
-    for field, key in _KEYS.items():
-        value = getattr(arch, field)
-        other = hf_shapes(replace(arch, **{field: 2 * value}))[name]
+    for key, value, altered in _alterations(arch):
+        other = hf_shapes(altered)[name]
         if any(other[dim] != expected[dim] for dim in differ):
             keys.append(f"{key} = {value}")
     return " and ".join(keys) or "the sizes"
+
+
+def _alterations(arch: Architecture) -> Iterator[tuple[str, int, Architecture]]:
+    """Each dimension's key and value, with an architecture that has it twice as large."""
+    for field, usual in _KEYS.items():
+        key = "moe_intermediate_size" if (field, arch.family) == ("ffn_size", "qwen3_moe") else usual
+        value = getattr(arch, field)
+        yield key, value, replace(arch, **{field: 2 * value})

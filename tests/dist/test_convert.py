@@ -45,7 +45,14 @@ def loaded(folder: Path, checkpoint: Path, parallel: ParallelConfig) -> dict[str
     for parameter in params.values():
         torch.nn.init.constant_(parameter, torch.nan)
     load_weights_only(chunks, checkpoint)
-    buckets = WeightStream(params, arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+    buckets = WeightStream(
+        params,
+        arch,
+        tp_group=ranks.tensor_group,
+        pp_group=ranks.pipeline_group,
+        expert_group=ranks.expert_group,
+        expert_tensor=ranks.expert_tensor_size,
+    )
     return {name: tensor for bucket in buckets for name, tensor in bucket}
 
 
@@ -57,6 +64,19 @@ def test_a_converted_folder_loads_under_any_layout(folder: Path, ranks: RankPool
     convert(folder, tmp_path / "megatron", console=QUIET)
     world = parallel.tensor * parallel.pipeline
     found = ranks.run(loaded, world, folder, tmp_path / "megatron" / "release", parallel)[0]
+    expected = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_experts_load_over_expert_parallel_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    from sdpg_megatron.convert.command import convert
+    from tests.tiny import write_tiny_model
+
+    folder = write_tiny_model(tmp_path / "model", "qwen3_moe", tied=False, seed=3, layers=2)
+    convert(folder, tmp_path / "megatron", console=QUIET)
+    parallel = ParallelConfig(tensor=2, sequence=True, expert=2)
+    found = ranks.run(loaded, 4, folder, tmp_path / "megatron" / "release", parallel)[0]
     expected = load_file(folder / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

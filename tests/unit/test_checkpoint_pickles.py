@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, check_tensor_list
+from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError
 
 
@@ -36,7 +36,7 @@ def test_descriptions_pass(tmp_path: Path) -> None:
         {"a": BytesStorageMetadata()}, {torch.bfloat16: torch.strided}, {index: _StorageInfo("f", 0, 9)}
     )
     write(tmp_path, described)
-    check_tensor_list(tmp_path)
+    assert read_tensor_list(tmp_path) == described
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_would_run_is_refused(tmp_path: Path, content: Any, name: str, monk
     monkeypatch.chdir(tmp_path)
     write(tmp_path, Metadata({"a": content}))
     with pytest.raises(CheckpointError, match=rf"\.metadata: found {name}, expected .*it would run code"):
-        check_tensor_list(tmp_path)
+        read_tensor_list(tmp_path)
     assert os.listdir(tmp_path) == [TENSOR_LIST]
 
 
@@ -60,4 +60,4 @@ def test_what_would_run_is_refused(tmp_path: Path, content: Any, name: str, monk
 def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / TENSOR_LIST).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata: found .*expected torch's list"):
-        check_tensor_list(tmp_path)
+        read_tensor_list(tmp_path)

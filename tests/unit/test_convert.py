@@ -55,7 +55,9 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3_moe", True), ("mixtral", False)]
+)
 @pytest.mark.usefixtures("small_blocks")
 def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, tied: bool) -> None:
     source = write_tiny_model(tmp_path / "model", family, tied=tied, seed=4, layers=2)

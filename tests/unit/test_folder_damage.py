@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers": (configure(num_hidden_layers=1), r"index\.json: tensor 'model\.layers\.1\..*' is not in the map"),
     "no number": (configure(vocab_size="many"), r"config\.json: vocab_size: found 'many', expected a positive integer"),
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"num_experts": 8}, r"experts\.4\.gate_proj\.weight' is missing"),
+        ({"num_experts": 2}, r"experts\.2\.down_proj\.weight' is not in the map"),
+        ({"moe_intermediate_size": 64}, "moe_intermediate_size = 64 in"),
+    ],
+)
+def test_a_config_that_lies_about_experts(tmp_path: Path, changes: dict[str, int], keys: str) -> None:
+    folder = write_tiny_model(tmp_path / "model", "qwen3_moe", tied=False, seed=6, layers=2)
+    configure(**changes)(folder)
+    (damage,) = inspect(folder).damage
+    assert re.search(keys, damage), damage
 
 
 @pytest.mark.parametrize("name", DAMAGES)

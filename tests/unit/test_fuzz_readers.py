@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from sdpg_megatron.architecture import read_architecture
-from sdpg_megatron.checkpoint.plain_pickle import read_metadata
+from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.convert.inspect import inspect
@@ -260,4 +260,4 @@ def test_manifests(tmp_path: Path, data: st.DataObject) -> None:
 @given(content=st.binary(max_size=60))
 def test_descriptions_of_tensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
-    answers(lambda: read_metadata(tmp_path / ".metadata"))
+    answers(lambda: read_tensor_list(tmp_path))

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sdpg_megatron import cli
+from sdpg_megatron.checkpoint.files import FileSum
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, fingerprint
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
@@ -64,6 +65,10 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
         assert (report.family, report.model, report.path) == ("qwen2", str(model), str(checkpoint))
         assert report.damage == []
     convert(tmp_path / "run", tmp_path / "back", console=Console(quiet=True))
+    common = checkpoint / "common.pt"
+    summed = dataclasses.replace(state, files={"common.pt": FileSum(common.stat().st_size + 1, "")})
+    summed.write(checkpoint / MANIFEST)
+    assert [str(common) in damage for damage in inspect(checkpoint).damage] == [True]
     dataclasses.replace(state, model="another").write(checkpoint / MANIFEST)
 
 
