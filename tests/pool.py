@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
+
+from sdpg_megatron.train.presence import end_with_parent
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
@@ -148,7 +150,10 @@ def _stack_file(folder: Path, rank: int) -> Path:
 
 
 def _serve(pipe: Connection[Any, Any]) -> None:
-    """A worker's life: one job after another until the pipe closes."""
+    """A worker's life: one job after another until the pipe closes, or the test runner is gone."""
+    parent = parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with_parent(parent.pid)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)

@@ -27,10 +27,28 @@ def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
 
     They would go on otherwise, beside those that a restart brings. Linux only; nothing elsewhere and without torchrun.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in environment:
+    if "TORCHELASTIC_RUN_ID" in environment:
+        parent = os.getppid()
+        end_with_parent(0 if parent == 1 and not _is_launcher(parent) else parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when process `parent`, which started it, is gone; at once where it is already.
+
+    Linux only; nothing elsewhere.
+    """
+    if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it was gone before
+        if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_launcher(process: int) -> bool:
+    """In a container the launcher may be process 1, whose children orphans otherwise become."""
+    try:
+        return b"torch" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 class RunLock:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +35,36 @@ def test_a_folder_is_one_runs_until_its_process_is_gone(tmp_path: Path) -> None:
         holder.kill()
     RunLock(run, patience=0).close()
     RunLock(run, patience=0).close()
+
+
+CHILD = """
+import os, sys, time
+from sdpg_megatron.train.presence import end_with_parent
+end_with_parent(int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid())
+print("here", flush=True)
+time.sleep(120)
+"""
+PARENT = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {CHILD!r}])
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+
+
+@linux
+def test_a_process_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline()
+        parent.kill()
+        assert select.select([parent.stdout], [], [], 30)[0]  # the child had the other end open, too
+        assert parent.stdout.read() == ""
+
+
+@linux
+def test_an_orphan_ends_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD, str(os.getpid() + 1)], capture_output=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL and not done.stdout
 
 
 def test_without_torchrun_nothing_is_asked_of_the_system() -> None:
