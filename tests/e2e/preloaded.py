@@ -7,6 +7,7 @@ A fork does what ``python -m MODULE`` does, but all forks have the same hash see
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -51,24 +52,30 @@ class Preloaded:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        self._number(timeout=120)
+        self._numbers(timeout=120)
 
     def run(
-        self, module: str, arguments: Sequence[str], environment: Mapping[str, str], timeout: float
+        self, module: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """As `subprocess.run` with ``python -m module *arguments`` does, its output captured as text."""
+        """As `subprocess.run` with ``python -m module *arguments`` does, its output captured as text.
+
+        Several environments are for as many processes at once. Where one fails, the others are killed, and its exit
+        code is the one returned.
+        """
         line = [sys.executable, "-m", module, *arguments]
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            request = {"line": line[2:], "environment": dict(environment), "out": str(out), "err": str(err)}
+            request = {"line": line[2:], "environments": environments, "out": str(out), "err": str(err)}
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            pid = self._number(timeout)
+            pids = self._numbers(timeout)
             try:
-                code = self._number(timeout)
+                (code,) = self._numbers(timeout)
             except BaseException:
-                os.kill(pid, signal.SIGKILL)
-                self._number(timeout)
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                self._numbers(timeout)
                 raise
             return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
 
@@ -81,44 +88,63 @@ class Preloaded:
         self._process.stdin.close()
         self._process.wait()
 
-    def _number(self, timeout: float) -> int:
+    def _numbers(self, timeout: float) -> list[int]:
         """What the process says next."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             raise TimeoutError(f"the run did not end within {timeout:g} s")
         said = self._process.stdout.readline()
         assert said, "the preloaded process has ended"
-        return int(said)
+        return [int(number) for number in said.split()]
 
 
 def main() -> None:
-    """Say 0 once all is imported; then fork for each line of standard input, and say the fork's pid and exit code."""
+    """Say 0 once all is imported; then fork for each line of standard input, and say the forks' pids and exit code."""
     for name in IMPORTED:
         importlib.import_module(name)
     # A fork has the thread that forks and no other: what others are at, or hold, would stay so for ever.
     assert psutil.Process().num_threads() == 1, "an import started threads"
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for those who wait for it
-    sys.stdout.write("0\n")
-    sys.stdout.flush()
+    say(0)
     for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            signal.signal(signal.SIGINT, on_interrupt)
-            os._exit(become(json.loads(line)))
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
-        sys.stdout.flush()
+        request = json.loads(line)
+        pids = []
+        for environment in request["environments"]:
+            pids.append(os.fork())
+            if not pids[-1]:
+                signal.signal(signal.SIGINT, on_interrupt)
+                os._exit(become(request, environment))
+        say(*pids)
+        say(wait(pids))
 
 
-def become(request: dict[str, Any]) -> int:
+def say(*numbers: int) -> None:
+    sys.stdout.write(" ".join(map(str, numbers)) + "\n")
+    sys.stdout.flush()
+
+
+def wait(pids: Sequence[int]) -> int:
+    """The exit code of the first process that fails, when its peers are killed; 0 where none does."""
+    left, failed = set(pids), 0
+    while left:
+        pid, status = os.wait()
+        left.remove(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not failed:
+            failed = code
+            for peer in left:
+                os.kill(peer, signal.SIGKILL)
+    return failed
+
+
+def become(request: dict[str, Any], environment: Mapping[str, str]) -> int:
     """Be the process that was asked for, and give its exit code.
 
     It ends as Python does, but that what was imported is not taken apart: that would take two seconds.
     """
     os.environ.clear()
-    os.environ.update(request["environment"])
-    flags = os.O_WRONLY | os.O_CREAT
+    os.environ.update(environment)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], flags), (2, request["err"], flags)):
         descriptor = os.open(path, mode)
         os.dup2(descriptor, number)

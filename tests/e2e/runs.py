@@ -6,6 +6,7 @@ import atexit
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,11 +86,21 @@ def evaluate(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[
 def run_module(
     program: str, *arguments: object, ranks: int = 1, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module to the end. One rank is a fork of a process with all imports done, unless it is to be `fresh`."""
-    if ranks > 1 or fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
+    """Run a module to the end. Ranks are forks of a process with all imports done, unless they are to be `fresh`."""
+    if fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
         line = _line(program, arguments, ranks)
         return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    return preloaded().run(program, list(map(str, arguments)), environment(), LIMIT)
+    return preloaded().run(program, list(map(str, arguments)), _environments(ranks), LIMIT)
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """Of each rank, with what torchrun puts there where there are several."""
+    if ranks == 1:
+        return [environment()]
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    return [{**environment(), **shared, **dict.fromkeys(("RANK", "LOCAL_RANK"), str(n))} for n in range(ranks)]
 
 
 @functools.cache

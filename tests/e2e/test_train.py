@@ -151,9 +151,8 @@ def test_mistakes_are_named_in_one_line(
 )
 def test_under_torchrun(tmp_path: Path, whole: Path, ranks: int, layout: list[str]) -> None:
     config = write_run(tmp_path)
-    done = train(
-        config, *layout, "steps=2", "optimizer.schedule=constant", "objective.correction=truncate", ranks=ranks
-    )
+    settings = ["steps=2", "optimizer.schedule=constant", "objective.correction=truncate"]
+    done = train(config, *layout, *settings, ranks=ranks, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert lines[1]["rollout/correction"] == pytest.approx(1, abs=1e-4)

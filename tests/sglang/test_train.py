@@ -48,7 +48,7 @@ def test_a_rank_that_dies_in_a_publish_ends_the_run_and_the_same_command_works(
     config = write_run(tmp_path, steps=2)
     arguments = [config, f"model.path={model}", "rollout.engine=sglang", f"rollout.sglang.urls=[{server.url}]"]
     arguments += ["parallel.tensor=2", "optimizer.schedule=constant", "eval.every=0"]
-    died = train(*arguments, ranks=2, program="tests.sglang.dying_rank")
+    died = train(*arguments, ranks=2, program="tests.sglang.dying_rank", fresh=True)
     assert died.returncode != 0
     assert "Signal 9 (SIGKILL)" in died.stderr
     assert [step["step"] for step in metrics(tmp_path / "run")] == [0], "the step whose weights nobody has is not done"
