@@ -29,6 +29,9 @@ class ModelConfig(Section):
     """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
+    packed: bool = True
+    """Sequences of a micro-batch lie one after the other, without padding; otherwise padded to the longest of them, for
+    attention kernels that want it."""
 
 
 class ParallelConfig(Section):
@@ -41,9 +44,11 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks. A mixture of
     experts needs it where `tensor` is over 1."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks: each holds a share of every sequence's tokens. Needs `model.packed`."""
     expert: int = Field(1, ge=1)
     """Expert-parallel ranks of a mixture of experts: each holds its share of every layer's experts. They are taken from
-    the tensor- and data-parallel ones."""
+    the tensor-, context- and data-parallel ones."""
     expert_tensor: int | None = Field(None, ge=1)
     """Tensor-parallel ranks of each expert; null for `tensor`."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
@@ -350,6 +355,9 @@ class OptimizerConfig(Section):
     """Optimizer steps per rollout; prompts are split evenly over them."""
     micro_batch_size: int = Field(8, ge=1)
     """Sequences per forward and backward pass."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included.
+    A response that has more with its prompts is alone. Needs `model.packed`."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks."""
 

@@ -1,14 +1,14 @@
 """What flows along one training step. Every stage takes some of these and returns new ones.
 
-Shape suffixes: B sequences of a micro-batch, S padded sequence length, T response tokens of a micro-batch (the rows
-that the head sees), G the rows among them whose gate is open, H hidden size.
+Shape suffixes: B sequences of a micro-batch, S their padded length (where they are packed, B is 1 and S all tokens),
+T response tokens of a micro-batch (the rows that the head sees), G those of them whose gate is open, H hidden size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # processes that run verifiers read these records, too; to import torch takes them seconds
@@ -81,20 +81,54 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """How the rows that a context-parallel rank has computed come to the ranks that want them, all to all."""
+
+    sent: tuple[int, ...]
+    """How many of this rank's rows, in their order, go to each rank."""
+    received: tuple[int, ...]
+    """How many come from each rank."""
+    order_G: Tensor
+    """int64: at which place each row that is wanted here arrives."""
+
+    def to(self, device: torch.device) -> Route:
+        return Route(self.sent, self.received, self.order_G.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Right-padded token sequences and the positions whose next token is a response token."""
+    """Token sequences and the positions whose next token is a response token: padded, or packed one after the other.
+
+    Under context parallelism, which takes packed ones, this rank's share of each sequence alone.
+    """
 
     tokens_BS: Tensor
-    """int64 [B, S]."""
+    """int64 [B, S], right-padded; packed, [1, S]."""
     rows_T: Tensor
     """int64 [T]: index b * S + s of the position that predicts each response token, sequence by sequence."""
+    lengths: tuple[int, ...] | None = None
+    """Of the packed sequences, over all context-parallel ranks and with what pads them; None where they are padded."""
+    multiple: int = 1
+    """Of what the number of packed tokens on a rank has to be a multiple."""
+    route: Route | None = None
+    """Under context parallelism, for sequences whose rows are wanted elsewhere."""
 
     def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(self.tokens_BS.to(device), self.rows_T.to(device))
+        route = None if self.route is None else self.route.to(device)
+        return replace(self, tokens_BS=self.tokens_BS.to(device), rows_T=self.rows_T.to(device), route=route)
+
+    @property
+    def count(self) -> int:
+        """Sequences, those included that only fill up."""
+        return self.tokens_BS.shape[0] if self.lengths is None else len(self.lengths)
 
     def emptied(self) -> SequenceBatch:
-        """One of the sequences, with no response token marked."""
-        return SequenceBatch(self.tokens_BS[:1], self.rows_T[:0])
+        """One short sequence, with no response token marked."""
+        if self.lengths is None:
+            return SequenceBatch(self.tokens_BS[:1], self.rows_T[:0])
+        ranks = sum(self.lengths) // self.tokens_BS.shape[1]
+        tokens_1S = self.tokens_BS[:, : self.multiple]
+        return SequenceBatch(tokens_1S, self.rows_T[:0], (ranks * self.multiple,), self.multiple)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +142,8 @@ class MicroBatch:
     """int64 [G]: position in 0..T-1 of each row of `teacher.rows_T`."""
     labels_T: Tensor
     """int64 [T] response tokens."""
+    sequence_T: Tensor
+    """int64 [T]: which sequence of the micro-batch each response token is of."""
     advantages_T: Tensor
     gates_T: Tensor
     """float32 [T], 1 where the distillation term counts."""
@@ -139,6 +175,7 @@ class MicroBatch:
             teacher=student,
             gated_rows_G=self.gated_rows_G[:0],
             labels_T=self.labels_T[:0],
+            sequence_T=self.sequence_T[:0],
             advantages_T=self.advantages_T[:0],
             gates_T=self.gates_T[:0],
             weights_T=self.weights_T[:0],
@@ -150,11 +187,6 @@ class MicroBatch:
             contrast=None if self.contrast is None else student,
             contrast_hidden_GH=None if self.contrast_hidden_GH is None else self.contrast_hidden_GH[:0],
         )
-
-    @property
-    def sequence_T(self) -> Tensor:
-        """int64 [T]: which sequence each response token is of."""
-        return self.student.rows_T // self.student.tokens_BS.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with every tensor on `device`."""

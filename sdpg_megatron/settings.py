@@ -83,6 +83,7 @@ def check(config: RunConfig) -> None:
     _check_steps(config)
     _check_rewards(config)
     _check_parallel(config.parallel)
+    _check_packed(config)
     _check_servers(config.rollout.sglang)
     if wrong := [k for k in config.eval.k if not 1 <= k <= config.eval.samples]:
         expected = f"1 to eval.samples ({config.eval.samples})"
@@ -202,6 +203,18 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         # Ranks gather equal shapes: those of data-parallel ranks differ, and in a pipeline megatron-core refuses it.
         expected = "alltoall with several pipeline stages, or experts over more ranks than parallel.tensor"
         raise ConfigError("parallel.dispatcher", "allgather", expected, "use alltoall")
+
+
+def _check_packed(config: RunConfig) -> None:
+    if config.model.packed:
+        return
+    for field, found, none in (
+        ("parallel.context", config.parallel.context, 1),
+        ("optimizer.micro_batch_tokens", config.optimizer.micro_batch_tokens, None),
+    ):
+        if found != none:
+            expected = f"{none or 'null'} where model.packed is false"
+            raise ConfigError(field, found, expected, "remove model.packed: false, or this")
 
 
 def _check_servers(sglang: SGLangConfig) -> None:

@@ -1,18 +1,20 @@
 """The forward step: what any loop hands to Megatron's ``get_forward_backward_func()``.
 
-Shapes: B sequences, S padded length, H hidden size, T response tokens of a micro-batch, C some of them,
-G those with a teacher, V this rank's columns of the vocabulary.
+Shapes: B sequences, S padded length (where they are packed, B is 1 and S all tokens), H hidden size, T response tokens
+of a micro-batch, C some of them, G those with a teacher, V this rank's columns of the vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -26,22 +28,32 @@ from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 
-def last_hidden(model: nn.Module, tokens_BS: Tensor) -> Tensor:
+def last_hidden(model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """Run a GPTModel chunk, wrapped or not, without its output layer.
 
     Args:
         model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
-        tokens_BS: int64, right-padded. Under sequence parallelism S must be a multiple of the tensor-parallel size.
+        tokens_BS: int64, right-padded; or [1, S], sequences one after the other. Under sequence parallelism S must be a
+            multiple of the tensor-parallel size.
+        lengths: of the packed sequences, over all context-parallel ranks (see `mcore.context`); None where they are
+            padded.
 
     Returns:
         Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
     """
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
+    packed = {} if lengths is None else {"packed_seq_params": _packed(lengths, tokens_BS.device)}
     (gpt,) = unwrap_model([model])
     bypass = _hidden_instead_of_logits(gpt.output_layer) if gpt.post_process else nullcontext()
     with bypass:
-        hidden: Tensor = model(tokens_BS, positions_BS, None)
+        hidden: Tensor = model(tokens_BS, positions_BS, None, **packed)
     return hidden
+
+
+def _packed(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 @contextmanager
@@ -63,6 +75,11 @@ def _hidden_instead_of_logits(output_layer: Any) -> Iterator[None]:
         yield
     finally:
         del output_layer.forward
+
+
+def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """`last_hidden` of a batch's sequences."""
+    return last_hidden(model, batch.tokens_BS, batch.lengths)
 
 
 def rows(hidden_BSH: Tensor, batch: SequenceBatch) -> Tensor:
@@ -89,7 +106,7 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         batch = next(data_iterator)
-        return last_hidden(model, batch.student.tokens_BS), functools.partial(self.loss, batch, model)
+        return hidden_states(model, batch.student), functools.partial(self.loss, batch, model)
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""

@@ -1,9 +1,7 @@
 """Transformer layers out of megatron-core's parallel linears, for machines without Transformer Engine.
 
-Two parts replace megatron-core's local ones: its norm refuses sequence parallelism, and its attention core materialises
-all scores.
-
-Shapes: S sequence, B batch, N attention heads of this rank, K key-value heads of this rank, D head size.
+Two parts replace megatron-core's local ones: its norm refuses sequence parallelism, and its attention core
+(`mcore.attention` is ours) materialises all scores.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn import functional
+
+from sdpg_megatron.mcore.attention import ScaledDotProductAttention
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,48 +39,6 @@ class RMSNorm(torch.nn.Module):
         wide = hidden.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(hidden.dtype) * self.weight
-
-
-class ScaledDotProductAttention(torch.nn.Module):
-    """Causal attention on `torch.nn.functional.scaled_dot_product_attention`, with grouped key-value heads.
-
-    Sequences are right-padded: a causal mask alone keeps padding out of every real position.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
-    ) -> None:
-        super().__init__()
-        if attn_mask_type is not AttnMaskType.causal or config.context_parallel_size > 1:
-            raise NotImplementedError(
-                f"this attention core is causal and without context parallelism, asked for {attn_mask_type}, "
-                f"context_parallel_size {config.context_parallel_size}; use Transformer Engine for that"
-            )
-        self.softmax_scale = config.softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *_: Any,
-        packed_seq_params: Any = None,
-        **__: Any,
-    ) -> Tensor:
-        """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]."""
-        if attention_mask is not None or packed_seq_params is not None:
-            raise NotImplementedError("this attention core is causal alone: pass no mask and no packed sequences")
-        query_BNSD, key_BKSD, value_BKSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BNSD = functional.scaled_dot_product_attention(
-            query_BNSD,
-            key_BKSD,
-            value_BKSD,
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query_BNSD.shape[1] != key_BKSD.shape[1],
-        )
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

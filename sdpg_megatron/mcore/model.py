@@ -62,6 +62,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         **(_experts(arch.experts, arch.ffn_size, grouped=uses_te(model)) if arch.experts else {}),

@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in the tensor x pipeline x data grid, and among the ranks that share experts.
+    """This rank's place in the tensor x pipeline x context x data grid, and among the ranks that share experts.
 
-    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the data-parallel
-    ranks that its experts are spread over.
+    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the context- and
+    data-parallel ranks that its experts are spread over.
     """
 
     world: int
@@ -36,6 +36,9 @@ class Ranks:
     pipeline: int
     pipeline_size: int
     pipeline_group: ProcessGroup
+    context: int
+    context_size: int
+    context_group: ProcessGroup
     data: int
     data_size: int
     expert: int
@@ -46,17 +49,21 @@ class Ranks:
     """The ranks of the stage that hold one copy of its experts, those that share an expert next to one another."""
 
     @property
-    def _data_of_replica(self) -> int:
-        """Data-parallel ranks of one replica."""
+    def _copy(self) -> int:
+        """Context- and data-parallel ranks, counted together: each has all layers' weights but the experts'."""
+        return self.data * self.context_size + self.context
+
+    @property
+    def _copies_of_replica(self) -> int:
         return max(1, self.expert_group.size() // self.tensor_size)
 
     @property
     def replica(self) -> int:
-        return self.data // self._data_of_replica
+        return self._copy // self._copies_of_replica
 
     @property
     def replicas(self) -> int:
-        return self.data_size // self._data_of_replica
+        return self.data_size * self.context_size // self._copies_of_replica
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +73,7 @@ class Ranks:
     @property
     def leads_replica(self) -> bool:
         """The rank of its replica that receives full weights and generates: first stage, first tensor rank."""
-        return self.tensor == 0 and self.pipeline == 0 and self.data % self._data_of_replica == 0
+        return self.tensor == 0 and self.pipeline == 0 and self._copy % self._copies_of_replica == 0
 
     @property
     def on_last_stage(self) -> bool:
@@ -92,7 +99,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     Under torchrun the environment says who this rank is; without it this process is the whole run.
 
     Raises:
-        ConfigError: the number of ranks is no multiple of tensor x pipeline, or of the ranks that share experts.
+        ConfigError: the number of ranks is no multiple of tensor x pipeline x context, or of the ranks that share
+            experts.
     """
     device.install()
     _check_world(parallel)
@@ -104,6 +112,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(parallel.timeout / 60)),
@@ -115,7 +124,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
 def _check_world(parallel: ParallelConfig) -> None:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     for field, size in (
-        ("parallel.tensor", parallel.tensor),
+        ("parallel.tensor x parallel.context", parallel.tensor * parallel.context),
         ("parallel.expert x parallel.expert_tensor", parallel.expert_ranks),
     ):
         if world % (size * parallel.pipeline):
@@ -152,6 +161,9 @@ def current() -> Ranks:
         pipeline=state.get_pipeline_model_parallel_rank(),
         pipeline_size=state.get_pipeline_model_parallel_world_size(),
         pipeline_group=state.get_pipeline_model_parallel_group(),
+        context=state.get_context_parallel_rank(),
+        context_size=state.get_context_parallel_world_size(),
+        context_group=state.get_context_parallel_group(),
         data=state.get_data_parallel_rank(),
         data_size=state.get_data_parallel_world_size(),
         expert=state.get_expert_model_parallel_rank(),

@@ -16,9 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from sdpg_megatron.mcore.forward_step import last_hidden, rows
+from sdpg_megatron.mcore.context import exchange
+from sdpg_megatron.mcore.forward_step import hidden_states, rows
 from sdpg_megatron.mcore.head import Head
-from sdpg_megatron.records import MicroBatch
+from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 
 def run_schedule(
@@ -57,12 +58,19 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
 
     def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         sequences = next(data).student
-        return last_hidden(model, sequences.tokens_BS), _Collect(lambda hidden: rows(hidden, sequences))
+        return hidden_states(model, sequences), _Collect(lambda hidden: rows(hidden, sequences))
 
     taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
     fillers = [batches[0].emptied()] * (_most(len(taught)) - len(taught))
     found = iter(_collect(chunks, forward, [*taught, *fillers]))
-    return [None if batch.teacher is None else next(found) for batch in batches]
+    return [None if batch.teacher is None else _where_wanted(next(found), batch.teacher) for batch in batches]
+
+
+def _where_wanted(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
+    """A prompt of another length puts a response's tokens on other context-parallel ranks: bring the rows together."""
+    if rows_GH is None or read.route is None:
+        return rows_GH
+    return exchange(rows_GH, read.route, parallel_state.get_context_parallel_group())
 
 
 @torch.no_grad()
@@ -75,7 +83,7 @@ def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: H
         def collect(hidden_BSH: Tensor) -> Tensor:
             return head.logprobs(model, rows(hidden_BSH, batch.student), batch.labels_T)
 
-        return last_hidden(model, batch.student.tokens_BS), _Collect(collect)
+        return hidden_states(model, batch.student), _Collect(collect)
 
     return _collect(chunks, forward, batches)
 

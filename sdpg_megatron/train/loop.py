@@ -46,7 +46,8 @@ from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.settings import dump
-from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobody, with_corrections
+from sdpg_megatron.train.batch import StepBatch, build_step, with_corrections
+from sdpg_megatron.train.collate import Layout
 from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.evaluate import evaluate, metrics
@@ -54,8 +55,10 @@ from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_wei
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.peers import describe_contexts, with_peers
+from sdpg_megatron.train.plan import Limit
 from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.rollouts import describe, with_shaping
+from sdpg_megatron.train.sample import make_samples, nobody
 from sdpg_megatron.train.selection import Judge, Selection, select
 
 logger = logging.getLogger(__name__)
@@ -297,17 +300,16 @@ class Trainer:
                 stop_ids=self.inputs.stop_ids,
             ),
             regularized=needs.reference or needs.every_token,
-            micro_batch_size=self.config.optimizer.micro_batch_size,
-            data_rank=self.ranks.data,
-            data_size=self.ranks.data_size,
-            length_multiple=self.ranks.tensor_size if self.config.parallel.sequence else 1,
+            limit=Limit.of(self.config),
+            layout=Layout.of(self.config, self.ranks),
             device=self.learner.device,
         )
         corrected = self.config.objective.correction != "none"
         if self._minibatches > 1 or corrected:
             batch = batch.with_micro_batches(self.learner.with_old_logprobs(batch.micro_batches))
         if corrected:
-            batch = batch.with_micro_batches(with_corrections(batch.micro_batches, self.config.objective))
+            sharers = self.ranks.context_group if self.ranks.context_size > 1 else None
+            batch = batch.with_micro_batches(with_corrections(batch.micro_batches, self.config.objective, sharers))
         if needs.reference:
             batch = batch.with_micro_batches(self.learner.with_reference(batch.micro_batches))
         if needs.teacher:

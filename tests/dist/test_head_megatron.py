@@ -61,16 +61,17 @@ class Layout:
 
 def step_batches(config: RunConfig, vocab: int, ranks: Any) -> list[Any]:
     from sdpg_megatron import objectives
-    from sdpg_megatron.train.batch import build_step, make_samples
+    from sdpg_megatron.train.batch import build_step
+    from sdpg_megatron.train.collate import Layout
+    from sdpg_megatron.train.plan import Limit
+    from sdpg_megatron.train.sample import make_samples
 
     taught = objectives.build(config.objective, config.total_optimizer_steps).taught
     return build_step(
         make_samples(scored_groups(vocab), config.objective, taught=taught),
         regularized=True,
-        micro_batch_size=config.optimizer.micro_batch_size,
-        data_rank=ranks.data,
-        data_size=ranks.data_size,
-        length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        limit=Limit.of(config),
+        layout=Layout.of(config, ranks),
         device=torch.device("cpu"),
     ).micro_batches
 

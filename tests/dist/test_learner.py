@@ -28,7 +28,10 @@ def updates(
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step, make_samples, nobody
+    from sdpg_megatron.train.batch import build_step
+    from sdpg_megatron.train.collate import Layout
+    from sdpg_megatron.train.plan import Limit
+    from sdpg_megatron.train.sample import make_samples, nobody
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
@@ -41,10 +44,8 @@ def updates(
             if sample.advantage or scale == 1
         ],
         regularized=regularized,
-        micro_batch_size=4,
-        data_rank=0,
-        data_size=1,
-        length_multiple=1,
+        limit=Limit.of(config),
+        layout=Layout.of(config, ranks),
         device=learner.device,
     )
     norms: list[float] = []

@@ -30,6 +30,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro_batches_of_3": (1, {"optimizer.micro_batch_size": 3}),
     "one_micro_batch": (1, {"optimizer.micro_batch_size": 64}),
     "recompute": (1, {"model.recompute": True}),
+    "padded": (1, {"model.packed": False}),
+    "tp2_sp_pp2_padded": (
+        4,
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "model.packed": False},
+    ),
+    "micro_batches_of_60_tokens": (1, {"optimizer.micro_batch_tokens": 60}),
+    "cp2": (2, {"parallel.context": 2}),
+    "cp2_tp2_sp": (4, {"parallel.context": 2, "parallel.tensor": 2, "parallel.sequence": True}),
+    "cp2_pp2": (4, {"parallel.context": 2, "parallel.pipeline": 2}),
+    "cp2_vpp2": (4, {"parallel.context": 2, "parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "cp2_dp2": (4, {"parallel.context": 2}),
+    "cp4": (4, {"parallel.context": 4}),
     "small_head_chunks": (1, {"head.chunk_rows": 3}),
     "head_recompute": (1, {"head.schedule": "recompute"}),
     "head_without_main_grad": (1, {"head.main_grad": False}),
@@ -82,7 +94,10 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.mcore.model import named_parameters
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step, make_samples, with_corrections
+    from sdpg_megatron.train.batch import build_step, with_corrections
+    from sdpg_megatron.train.collate import Layout
+    from sdpg_megatron.train.plan import Limit
+    from sdpg_megatron.train.sample import make_samples
     from sdpg_megatron.weights import WeightStream
 
     config = config_of(folder, overrides)
@@ -93,15 +108,13 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     batch = build_step(
         samples,
         regularized=True,
-        micro_batch_size=config.optimizer.micro_batch_size,
-        data_rank=ranks.data,
-        data_size=ranks.data_size,
-        length_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        limit=Limit.of(config),
+        layout=Layout.of(config, ranks),
         device=learner.device,
     )
     batches = batch.micro_batches
     if config.objective.correction != "none":
-        batches = with_corrections(learner.with_old_logprobs(batches), config.objective)
+        batches = with_corrections(learner.with_old_logprobs(batches), config.objective, ranks.context_group)
     metrics = [
         learner.update(learner.with_reference(batches), StepContext(step, config.total_optimizer_steps))
         for step in range(2)
@@ -152,8 +165,9 @@ def test_layouts_and_splits_agree(model: Path, single: dict[str, Any], ranks: Ra
         torch.testing.assert_close(
             found["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
-    if world == 1 or overrides.get("optimizer.distributed") is False or "dp" not in layout:
-        # With a sharded optimizer each data-parallel rank holds its own part of the summed gradient only.
+    copies = world // (overrides.get("parallel.tensor", 1) * overrides.get("parallel.pipeline", 1))
+    if copies == 1 or overrides.get("optimizer.distributed") is False:
+        # With a sharded optimizer each data- or context-parallel rank holds its part of the summed gradient alone.
         for name, expected in single["gradients"].items():
             torch.testing.assert_close(
                 found["gradients"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"

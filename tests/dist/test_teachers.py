@@ -59,17 +59,18 @@ class Run:
     config: Any
 
     def minibatches(self) -> list[Any]:
-        from sdpg_megatron.train.batch import build_step, make_samples
+        from sdpg_megatron.train.batch import build_step
+        from sdpg_megatron.train.collate import Layout
+        from sdpg_megatron.train.plan import Limit
+        from sdpg_megatron.train.sample import make_samples
 
         groups = scored_groups(self.learner.arch.vocab_size)
         return [
             build_step(
                 make_samples(part, self.config.objective, taught=self.learner.objective.taught, outcome=False),
                 regularized=False,
-                micro_batch_size=4,
-                data_rank=self.ranks.data,
-                data_size=self.ranks.data_size,
-                length_multiple=self.config.parallel.tensor if self.config.parallel.sequence else 1,
+                limit=Limit.of(self.config),
+                layout=Layout.of(self.config, self.ranks),
                 device=self.learner.device,
             ).micro_batches
             for part in (groups[:2], groups[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,15 @@ import torch
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
-from sdpg_megatron.train.batch import Sample, StepBatch, balance, build_step, collate, nobody, with_corrections
-from sdpg_megatron.train.batch import make_samples as samples_of
+from sdpg_megatron.train.batch import StepBatch, build_step, with_corrections
+from sdpg_megatron.train.collate import Layout, collate
+from sdpg_megatron.train.plan import Limit, balance, plan
+from sdpg_megatron.train.sample import Sample, nobody
+from sdpg_megatron.train.sample import make_samples as samples_of
 
 CPU = torch.device("cpu")
+PADDED = Layout(packed=False)
+FOUR = Limit(4)
 
 
 def make_samples(
@@ -48,21 +54,25 @@ def some_samples(count: int = 23) -> list[Sample]:
 
 
 def step_of(
-    samples: list[Sample], *, regularized: bool = True, micro: int = 4, rank: int = 0, size: int = 1
+    samples: list[Sample],
+    *,
+    regularized: bool = True,
+    limit: Limit = FOUR,
+    rank: int = 0,
+    size: int = 1,
+    packed: bool = False,
 ) -> StepBatch:
     return build_step(
         samples,
         regularized=regularized,
-        micro_batch_size=micro,
-        data_rank=rank,
-        data_size=size,
-        length_multiple=1,
+        limit=limit,
+        layout=Layout(packed=packed, data=rank, data_size=size),
         device=CPU,
     )
 
 
 def test_rows_point_at_the_position_before_each_response_token() -> None:
-    batch = collate([sample(3, 2, gate=True), sample(1, 4)], 1)
+    batch = collate([sample(3, 2, gate=True), sample(1, 4)], PADDED)
     following = batch.student.tokens_BS.flatten()[batch.student.rows_T + 1]
     assert following.tolist() == batch.labels_T.tolist() == [300, 301, 300, 301, 302, 303]
     assert batch.student.tokens_BS[0].tolist() == [100, 101, 102, 300, 301]
@@ -75,7 +85,7 @@ def test_rows_point_at_the_position_before_each_response_token() -> None:
 
 
 def test_corrections_go_to_the_tokens_of_their_own_response() -> None:
-    batch = collate([sample(3, 2, gate=True), sample(1, 4)], 1)
+    batch = collate([sample(3, 2, gate=True), sample(1, 4)], PADDED)
     assert batch.sequence_T.tolist() == [0, 0, 1, 1, 1, 1]
     old_T = batch.rollout_logprobs_T + torch.tensor([0.4, 0.8, 0.0, 0.1, -0.1, 0.0])
     config = ObjectiveConfig(correction="truncate", correction_level="sequence", correction_bound=9.0)
@@ -87,17 +97,27 @@ def test_corrections_go_to_the_tokens_of_their_own_response() -> None:
 
 
 def test_without_an_open_gate_there_is_no_teacher() -> None:
-    assert collate([sample(3, 2)], 1).teacher is None
+    assert collate([sample(3, 2)], PADDED).teacher is None
 
 
 def test_padded_lengths_are_multiples() -> None:
-    batch = collate([sample(3, 2, gate=True)], 4)
+    batch = collate([sample(3, 2, gate=True)], Layout(packed=False, multiple=4))
     assert batch.student.tokens_BS.shape == (1, 8)
     assert batch.teacher is not None
     assert batch.teacher.tokens_BS.shape == (1, 12)
 
 
-@pytest.mark.parametrize("empty", [collate([], 2), collate([sample(3, 2, gate=True)], 2).emptied()])
+LAYOUTS = (Layout(multiple=2), Layout(packed=False, multiple=2), Layout(multiple=3, context=1, context_size=2))
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        batch
+        for layout in LAYOUTS
+        for batch in (collate([], layout), collate([sample(3, 2, gate=True)], layout).emptied())
+    ],
+)
 def test_an_empty_micro_batch_has_tokens_to_run_and_none_to_learn_from(empty: MicroBatch) -> None:
     assert empty.student.tokens_BS.numel() > 0
     assert empty.num_tokens == 0
@@ -106,22 +126,51 @@ def test_an_empty_micro_batch_has_tokens_to_run_and_none_to_learn_from(empty: Mi
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 30])
 @pytest.mark.parametrize("micro", [1, 4, 100])
-def test_ranks_share_all_samples_in_equally_many_micro_batches(size: int, micro: int) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_ranks_share_all_samples_in_equally_many_micro_batches(size: int, micro: int, packed: bool) -> None:
     samples = some_samples()
-    steps = [step_of(samples, micro=micro, rank=rank, size=size) for rank in range(size)]
+    steps = [step_of(samples, limit=Limit(micro), packed=packed, rank=rank, size=size) for rank in range(size)]
     assert len({len(step.micro_batches) for step in steps}) == 1
     batches = [batch for step in steps for batch in step.micro_batches]
-    assert all(batch.student.tokens_BS.shape[0] <= micro for batch in batches)
+    assert all(batch.student.count <= micro for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == sum(len(s.response) for s in samples)
     total = sum(s.weight * len(s.response) for s in samples)
     assert sum(float(batch.weights_T.sum()) for batch in batches) == pytest.approx(total, rel=1e-5)
     assert sum(batch.gated_rows_G.numel() for batch in batches) == sum(len(s.response) for s in samples if s.gate)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 30])
+@pytest.mark.parametrize("tokens", [1, 40, 75, 10_000])
+def test_a_bound_on_tokens_holds_and_ranks_have_equally_many_micro_batches(size: int, tokens: int) -> None:
+    """Only a sample that is itself beyond the bound exceeds it, alone."""
+    samples = some_samples(60)
+    shared = plan(samples, size, Limit(1, tokens), alike=False)
+    assert len(shared) == size and len({len(parts) for parts in shared}) == 1
+    assert Counter(s for parts in shared for part in parts for s in part) == Counter(samples)
+    for part in (part for parts in shared for part in parts):
+        assert len(part) <= 1 or sum(s.cost for s in part) <= tokens
+    fewest = max(1, *(-(-sum(s.cost for part in parts for s in part) // tokens) for parts in shared))
+    assert fewest <= len(shared[0]) <= max(fewest + 2, min(tokens == 1, 1) * len(samples))
+    costs = [sum(s.cost for part in parts for s in part) for parts in shared]
+    assert max(costs) - min(costs) <= max(s.cost for s in samples)
+
+
+def test_packed_micro_batches_cost_about_the_same() -> None:
+    samples = some_samples(24)
+    (even,) = plan(samples, 1, Limit(4), alike=False)
+    (alike,) = plan(samples, 1, Limit(4), alike=True)
+
+    def spread(parts: list[list[Sample]]) -> int:
+        costs = [sum(s.cost for s in part) for part in parts]
+        return max(costs) - min(costs)
+
+    assert spread(even) < max(s.cost for s in samples) < spread(alike)
+
+
 def test_ranks_get_like_loads() -> None:
     """The longest is dealt first, and with equal counts no rank is further behind than the longest sample."""
     samples = some_samples(24)
-    shares = balance(samples, 4)
+    shares = balance(samples, 4, room=6)
     loads = [sum(s.cost for s in share) for share in shares]
     assert {len(share) for share in shares} == {6}
     assert max(loads) - min(loads) <= max(s.cost for s in samples)
@@ -216,7 +265,7 @@ def test_stop_tokens_need_not_be_distilled(
 def test_stop_tokens_are_left_out_of_the_teachers_rows_and_stay_in_the_loss() -> None:
     groups = [stopping(REWARDS, RESPONSES)]
     config = ObjectiveConfig(distill_stop_tokens=False)
-    batch = collate(make_samples(groups, config, distill=True, stop_ids=(STOP, OTHER_STOP)), 1)
+    batch = collate(make_samples(groups, config, distill=True, stop_ids=(STOP, OTHER_STOP)), PADDED)
     assert batch.labels_T.tolist() == [token for tokens in RESPONSES for token in tokens]
     assert batch.gates_T.tolist() == [1, 0, 1, 0, 0, 0, 0, 0, 1]
     assert batch.gated_rows_G.tolist() == [0, 2, 8]
@@ -232,7 +281,7 @@ def test_stop_tokens_are_left_out_of_the_teachers_rows_and_stay_in_the_loss() ->
 def test_a_micro_batch_whose_open_gates_are_all_stop_tokens_has_no_teacher() -> None:
     groups = [stopping([1.0, 0.0], [(STOP,), (8, 9)])]
     samples = make_samples(groups, ObjectiveConfig(distill_stop_tokens=False), distill=True, stop_ids=(STOP,))
-    batch = collate(samples, 1)
+    batch = collate(samples, PADDED)
     assert batch.teacher is None and batch.gated_rows_G.numel() == 0
 
 
@@ -242,15 +291,15 @@ def test_a_contrast_has_the_teachers_responses_and_rows_after_other_prompts() ->
     groups = [dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=prompt))]
     plain = make_samples(groups, ObjectiveConfig(), distill=True)
     samples = make_samples(groups, ObjectiveConfig(contrast=0.5), distill=True)
-    assert collate(plain, 1).contrast is None
+    assert collate(plain, PADDED).contrast is None
     # Another prompt and the response once more where the teacher reads, nothing where it does not.
     assert [s.cost - p.cost for s, p in zip(samples, plain, strict=True)] == [4 + 4, 0, 4 + 1, 4 + 1]
-    batch = collate(samples, 1)
+    batch = collate(samples, PADDED)
     assert batch.teacher is not None and batch.contrast is not None
     assert batch.contrast.tokens_BS[0].tolist() == [6, 6, 6, 6, *RESPONSES[0]]
     following = [side.tokens_BS.flatten()[side.rows_T + 1].tolist() for side in (batch.teacher, batch.contrast)]
     assert following[0] == following[1] == batch.labels_T[batch.gated_rows_G].tolist()
-    assert collate(make_samples(groups, ObjectiveConfig(contrast=0.5), distill=False), 1).contrast is None
+    assert collate(make_samples(groups, ObjectiveConfig(contrast=0.5), distill=False), PADDED).contrast is None
 
 
 def test_distill_scale_counts_gated_tokens_alone() -> None:

@@ -19,8 +19,12 @@ ROLLOUT_T = torch.tensor([-1.0, -2.0, -0.1, -3.0, -0.5, -4.0])
 SEQUENCE_T = torch.tensor([0, 0, 0, 2, 2, 3])
 
 
+def corrected(old_T: Tensor, rollout_T: Tensor, sequence_T: Tensor, config: ObjectiveConfig) -> Tensor:
+    return correction(old_T, rollout_T, config, sequence_T=sequence_T, sequences=4)
+
+
 def weights(**config: Any) -> Tensor:
-    return correction(ROLLOUT_T + LOG_WEIGHT_T, ROLLOUT_T, SEQUENCE_T, ObjectiveConfig(**config))
+    return corrected(ROLLOUT_T + LOG_WEIGHT_T, ROLLOUT_T, SEQUENCE_T, ObjectiveConfig(**config))
 
 
 def test_truncation_bounds_the_weight_above_alone() -> None:
@@ -45,13 +49,13 @@ def test_a_sequence_has_the_geometric_mean_of_its_tokens_weights() -> None:
 def test_no_tokens_have_no_weights(level: str) -> None:
     none_T = torch.zeros(0)
     config = ObjectiveConfig(correction="mask", correction_level=level)  # type: ignore[arg-type]
-    assert correction(none_T, none_T, torch.zeros(0, dtype=torch.int64), config).shape == (0,)
+    assert corrected(none_T, none_T, torch.zeros(0, dtype=torch.int64), config).shape == (0,)
 
 
 def test_a_weight_beyond_float32_stays_finite() -> None:
     config = ObjectiveConfig(correction="truncate", correction_bound=1e30)
     far_T = torch.tensor([200.0])
-    assert correction(far_T, torch.zeros(1), torch.zeros(1, dtype=torch.int64), config).isfinite().all()
+    assert corrected(far_T, torch.zeros(1), torch.zeros(1, dtype=torch.int64), config).isfinite().all()
 
 
 def test_what_is_reported() -> None:

@@ -11,8 +11,9 @@ from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.train.batch import collate, make_samples
+from sdpg_megatron.train.collate import Layout, collate
 from sdpg_megatron.train.peers import describe_contexts, with_peers
+from sdpg_megatron.train.sample import make_samples
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = "{question}|{context}|{answer}"
@@ -96,7 +97,7 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
     samples = make_samples(groups, SDPO, taught=build(SDPO, 1).taught, outcome=False)
     assert [s.gate for s in samples] == [True, False, True, False, False]
     assert samples[0].teacher_prompt == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
-    batch = collate(samples, 1)
+    batch = collate(samples, Layout(packed=False))
     assert batch.teacher is not None and batch.teacher.tokens_BS.shape[0] == 2
     assert batch.gates_T.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert describe_contexts(groups)["distill/without_context"].value == 3

@@ -1,0 +1,129 @@
+"""From samples to the tensors of a micro-batch: packed one after the other, or padded to the longest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.mcore.context import route, shards
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.records import MicroBatch, SequenceBatch
+from sdpg_megatron.train.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a step's sequences lie in tensors, and which of them, and of their tokens, are this rank's."""
+
+    packed: bool = True
+    multiple: int = 1
+    """Of what a micro-batch's tokens on a rank, or padded lengths, are multiples: the tensor-parallel size under
+    sequence parallelism."""
+    context: int = 0
+    context_size: int = 1
+    """This rank among the context-parallel ones."""
+    data: int = 0
+    data_size: int = 1
+    """And among the data-parallel ones."""
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: Ranks) -> Layout:
+        """A run's, on this rank."""
+        multiple = ranks.tensor_size if config.parallel.sequence else 1
+        return cls(config.model.packed, multiple, ranks.context, ranks.context_size, ranks.data, ranks.data_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a model reads, and at which response tokens it is asked for its prediction."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    asked: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
+    """Build a micro-batch; no samples make one that contributes nothing."""
+    gated = [sample for sample in samples if sample.gate]
+    misled = [sample for sample in gated if sample.contrast_prompt]
+    assert not misled or len(misled) == len(gated), "either every taught response has a wrong hint or none has"
+    student, rank_T = _lay([_Text(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], layout)
+    gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
+    sequence_T = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.response) for s in samples]).long())
+    logprobs_T = torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32)
+    assert logprobs_T.shape == gates_T.shape, "a log-prob for each response token"
+
+    def hinted(texts: list[_Text]) -> SequenceBatch | None:
+        """What a teacher reads. Its rows are wanted where the student's are."""
+        if not texts:
+            return None
+        read, from_G = _lay(texts, layout)
+        if layout.context_size == 1:
+            return read
+        mine, along = route(from_G, rank_T[gates_T.bool()], layout.context, layout.context_size)
+        return replace(read, rows_T=read.rows_T[mine], route=along)
+
+    here = rank_T == layout.context
+    return MicroBatch(
+        student=replace(student, rows_T=student.rows_T[here]),
+        teacher=hinted([_Text(s.teacher_prompt, s.response, s.gates) for s in gated]),
+        contrast=hinted([_Text(s.contrast_prompt, s.response, s.gates) for s in misled]),
+        gated_rows_G=gates_T[here].nonzero().squeeze(1),
+        labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64)[here],
+        sequence_T=sequence_T[here],
+        advantages_T=torch.tensor([s.advantage for s in samples])[sequence_T][here],
+        gates_T=gates_T[here],
+        weights_T=torch.tensor([s.weight for s in samples])[sequence_T][here],
+        rollout_logprobs_T=logprobs_T[here],
+    )
+
+
+def _lay(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]:
+    """This rank's tokens, and for every response token that is asked for, on any rank: its row there, and that rank."""
+    return _pack(texts, layout) if layout.packed else _pad(texts, layout.multiple)
+
+
+def _pad(texts: Sequence[_Text], multiple: int) -> tuple[SequenceBatch, Tensor]:
+    longest = max(map(len, texts), default=1)
+    width = -(-longest // multiple) * multiple
+    tokens_BS = torch.zeros(max(len(texts), 1), width, dtype=torch.int64)
+    for b, text in enumerate(texts):
+        tokens_BS[b, : len(text)] = torch.tensor(text.prompt + text.response)
+    rows_T = _rows(texts, [b * width for b in range(len(texts))])
+    return SequenceBatch(tokens_BS, rows_T), torch.zeros_like(rows_T)
+
+
+def _pack(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]:
+    """Where tokens are missing for a whole multiple, a sequence of its own fills up."""
+    size = layout.context_size
+    unit = 2 * size if size > 1 else 1  # context-parallel ranks share each sequence in so many chunks
+    multiple = math.lcm(layout.multiple, unit // size)
+    lengths = [-(-len(text) // unit) * unit for text in texts]
+    if filling := -sum(lengths) % (multiple * size) or (0 if texts else multiple * size):
+        lengths.append(filling)
+    tokens_P = torch.zeros(sum(lengths), dtype=torch.int64)
+    firsts = [0, *itertools.accumulate(lengths)]
+    for first, text in zip(firsts, texts, strict=False):
+        tokens_P[first : first + len(text)] = torch.tensor(text.prompt + text.response)
+    rank_P, place_P = shards(lengths, size)
+    at_T = _rows(texts, firsts)
+    mine_1S = tokens_P[rank_P == layout.context].unsqueeze(0)
+    return SequenceBatch(mine_1S, place_P[at_T], tuple(lengths), multiple), rank_P[at_T]
+
+
+def _rows(texts: Sequence[_Text], firsts: Sequence[int]) -> Tensor:
+    """The positions that predict the response tokens which are asked for, with each text's first position given."""
+    rows: list[int] = []
+    for first, text in zip(firsts, texts, strict=False):
+        before = first + len(text.prompt) - 1
+        rows.extend(before + i for i, wanted in enumerate(text.asked) if wanted)
+    return torch.tensor(rows, dtype=torch.int64)

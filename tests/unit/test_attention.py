@@ -1,0 +1,69 @@
+"""The attention core: packed sequences know nothing of one another."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sdpg_megatron.mcore.attention import ScaledDotProductAttention
+
+LENGTHS = (3, 3, 1, 7, 2, 2, 2)
+
+
+def core(kind: AttnMaskType = AttnMaskType.causal, **options: Any) -> ScaledDotProductAttention:
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, **options)
+    return ScaledDotProductAttention(config, 1, kind)
+
+
+def inputs(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(sum(LENGTHS), heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def packed(lengths: tuple[int, ...] = LENGTHS) -> PackedSeqParams:
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return PackedSeqParams("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+
+
+def test_packed_is_each_sequence_alone() -> None:
+    tensors = inputs()
+    found = core()(*tensors, packed_seq_params=packed())
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((found * upstream).sum(), tensors)
+    first = 0
+    for length in LENGTHS:
+        span = slice(first, first + length)
+        alone = [x[span].detach().unsqueeze(1).requires_grad_() for x in tensors]
+        expected = core()(*alone)
+        torch.testing.assert_close(found[span], expected.squeeze(1))
+        own = torch.autograd.grad((expected.squeeze(1) * upstream[span]).sum(), alone)
+        for grad, twin in zip(grads, own, strict=True):
+            torch.testing.assert_close(grad[span], twin.squeeze(1))
+        first += length
+
+
+def test_no_bit_crosses_a_boundary() -> None:
+    tensors = [x.detach() for x in inputs()]
+    before = core()(*tensors, packed_seq_params=packed())
+    for x in tensors:
+        x[7:14] = 1e4  # the sequence of 7
+    after = core()(*tensors, packed_seq_params=packed())
+    assert torch.equal(before[:7], after[:7]) and torch.equal(before[14:], after[14:])
+    assert not torch.equal(before[7:14], after[7:14])
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    query, key, value = (x.unsqueeze(1) for x in inputs())
+    with pytest.raises(NotImplementedError, match="no mask"):
+        core()(query, key, value, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="packed"):
+        core(context_parallel_size=2)(query, key, value)
+    with pytest.raises(NotImplementedError, match="causal"):
+        core(kind=AttnMaskType.padding)
