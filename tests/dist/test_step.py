@@ -1,4 +1,4 @@
-"""One training step on a tiny Qwen3: every layout and every split gives what a single process gives."""
+"""Training steps on a tiny Qwen3: every layout and every split gives what a single process gives."""
 
 from __future__ import annotations
 
@@ -17,37 +17,23 @@ from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {"parallel.tensor": 2}),
-    "pp2": (2, {"parallel.pipeline": 2}),
-    "tp2_pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
-    "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
-    "dp2": (2, {}),
     "dp2_plain_optimizer": (2, {"optimizer.distributed": False}),
-    "tp2_sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
-    "tp2_sp_pp2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
-    "dp2_pp2": (4, {"parallel.pipeline": 2}),
-    "micro_batches_of_1": (1, {"optimizer.micro_batch_size": 1}),
-    "micro_batches_of_3": (1, {"optimizer.micro_batch_size": 3}),
-    "one_micro_batch": (1, {"optimizer.micro_batch_size": 64}),
-    "recompute": (1, {"model.recompute": True}),
-    "padded": (1, {"model.packed": False}),
-    "tp2_sp_pp2_padded": (
-        4,
-        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "model.packed": False},
-    ),
-    "micro_batches_of_60_tokens": (1, {"optimizer.micro_batch_tokens": 60}),
-    "cp2": (2, {"parallel.context": 2}),
-    "cp2_tp2_sp": (4, {"parallel.context": 2, "parallel.tensor": 2, "parallel.sequence": True}),
-    "cp2_pp2": (4, {"parallel.context": 2, "parallel.pipeline": 2}),
-    "cp2_vpp2": (4, {"parallel.context": 2, "parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
-    "cp2_dp2": (4, {"parallel.context": 2}),
+    "cp2_plain_optimizer": (2, {"parallel.context": 2, "optimizer.distributed": False}),
     "cp4": (4, {"parallel.context": 4}),
+    "micro_batches_of_3": (1, {"optimizer.micro_batch_size": 3}),
     "small_head_chunks": (1, {"head.chunk_rows": 3}),
     "head_recompute": (1, {"head.schedule": "recompute"}),
     "head_without_main_grad": (1, {"head.main_grad": False}),
     "tp2_sp_head_recompute": (2, {"parallel.tensor": 2, "parallel.sequence": True, "head.schedule": "recompute"}),
     "tp2_pp2_head_without_main_grad": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "head.main_grad": False}),
 }
+"""What tests/dist/test_invariance.py does not have."""
+UNTIED: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "tp2_sp_pp2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
+}
+"""Layouts in which it matters where the output matrix is."""
 
 
 def config_of(folder: Path, overrides: dict[str, Any]) -> RunConfig:
@@ -137,8 +123,6 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     return {"metrics": values, "weights": weights, "gradients": gradients} if ranks.is_main else None
 
 
-UNTIED = ("pp2", "vpp2", "tp2_sp_pp2")
-"""Layouts in which it matters where the output matrix is; all others are tried with tied embeddings alone."""
 MODELS = [*(("tied", layout) for layout in LAYOUTS), *(("untied", layout) for layout in UNTIED)]
 each_model = pytest.mark.parametrize("model", ["tied", "untied"], indirect=True)
 
@@ -156,7 +140,7 @@ def single(model: Path, ranks: RankPool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("model", "layout"), MODELS, indirect=["model"])
 def test_layouts_and_splits_agree(model: Path, single: dict[str, Any], ranks: RankPool, layout: str) -> None:
-    world, overrides = LAYOUTS[layout]
+    world, overrides = {**LAYOUTS, **UNTIED}[layout]
     found = ranks.run(two_steps, world, model, overrides)[0]
     for expected, step in zip(single["metrics"], found["metrics"], strict=True):
         assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
@@ -181,10 +165,13 @@ def test_corrections_weigh_the_loss_alike_on_any_layout(model: Path, single: dic
     alone = ranks.run(two_steps, 1, model, corrected)[0]
     spread = {"parallel.tensor": 2, "parallel.pipeline": 2, "optimizer.micro_batch_size": 3}
     found = ranks.run(two_steps, 4, model, {**corrected, **spread})[0]
-    for expected, step in zip(alone["metrics"], found["metrics"], strict=True):
-        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    shared = ranks.run(two_steps, 2, model, {**corrected, "parallel.context": 2})[0]
+    for expected, *steps in zip(alone["metrics"], found["metrics"], shared["metrics"], strict=True):
+        for step in steps:
+            assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shared["weights"][name], alone["weights"][name], rtol=1e-4, atol=1e-6)
     assert 0 < alone["metrics"][0]["rollout/correction"] != 1
     assert alone["metrics"][0]["train/loss"] != pytest.approx(single["metrics"][0]["train/loss"], rel=0.05)
 
@@ -210,8 +197,9 @@ def test_an_entropy_bonus_is_the_same_on_any_layout(model: Path, single: dict[st
         (2, {"parallel.tensor": 2, "optimizer.micro_batch_size": 3, "head.schedule": "recompute"}),
         (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "optimizer.micro_batch_size": 3}),
+        (2, {"parallel.context": 2, "optimizer.distributed": False}),
     ],
-    ids=["tp2", "tp2_sp_pp2", "vpp2"],
+    ids=["tp2", "tp2_sp_pp2", "vpp2", "cp2"],
 )
 def test_a_contrast_is_the_same_on_any_layout(
     model: Path, single: dict[str, Any], ranks: RankPool, world: int, layout: dict[str, Any]
