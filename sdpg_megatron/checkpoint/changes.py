@@ -14,7 +14,9 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 
 FREE_TO_CHANGE = (
-    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "model.path", "data.eval",
+    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "data.eval",
+    "model.path", "model.spec", "model.packed", "model.recompute",
+    "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
 )  # fmt: skip
 """Fields that may differ. The model may have moved, but not changed: see `RunState.model`. Another engine, or number of

@@ -79,6 +79,12 @@ class Ranks:
     def on_last_stage(self) -> bool:
         return self.pipeline == self.pipeline_size - 1
 
+    def describe(self) -> str:
+        """The grid in words."""
+        sizes = {"tensor": self.tensor_size, "pipeline": self.pipeline_size}
+        sizes |= {"context": self.context_size, "data": self.data_size}
+        return " x ".join(f"{name} {size}" for name, size in sizes.items())
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -406,8 +406,7 @@ class Trainer:
         r = self.ranks
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.prompts.describe()}, "
-            f"{r.world} ranks (tensor {r.tensor_size} x pipeline {r.pipeline_size} x data {r.data_size}), "
-            f"{self.learner.device.type}; "
+            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; "
             + ("a new run" if self.saved is None else f"continuing after step {self.step}")
         )
         if self.changes:

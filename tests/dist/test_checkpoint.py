@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"parallel.tensor": 2}),
     "pp2": (2, {"parallel.pipeline": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"parallel.context": 2}),
     "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "tp2_pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
 }
@@ -95,7 +96,8 @@ def test_the_same_layout_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("written", "read"), [("tp2", "pp2"), ("dp2", "tp2"), ("vpp2", "one"), ("one", "tp2_pp2"), ("tp2_pp2", "dp2")]
+    ("written", "read"),
+    [("tp2", "pp2"), ("dp2", "tp2"), ("vpp2", "one"), ("one", "tp2_pp2"), ("tp2_pp2", "cp2"), ("cp2", "dp2")],
 )
 def test_another_layout_goes_on_to_rounding(
     model: Path, tmp_path: Path, ranks: RankPool, written: str, read: str

@@ -153,7 +153,7 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
     """The same by dense logits and autograd, all samples in one batch, on a bare model."""
     from sdpg_megatron import objectives
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.forward_step import last_hidden, rows, token_terms
+    from sdpg_megatron.mcore.forward_step import hidden_states, rows, token_terms
     from sdpg_megatron.mcore.model import named_parameters, output_weight
     from sdpg_megatron.objectives.base import StepContext
     from sdpg_megatron.weights import WeightStream
@@ -163,10 +163,10 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
     arch, (model,) = build_model(config, ranks, "float64")
     (batch,) = step_batches(config, arch.vocab_size, ranks)
     with torch.no_grad():
-        teacher_GH = rows(last_hidden(model, batch.teacher.tokens_BS), batch.teacher)
+        teacher_GH = rows(hidden_states(model, batch.teacher), batch.teacher)
     terms = dense_terms(
         Problem(
-            hidden_TH=rows(last_hidden(model, batch.student.tokens_BS), batch.student),
+            hidden_TH=rows(hidden_states(model, batch.student), batch.student),
             weight_VH=output_weight(model),
             labels_T=batch.labels_T,
             teacher_GH=teacher_GH,

@@ -22,4 +22,4 @@ def test_a_run_over_expert_parallel_ranks(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert {name for name in before if "gate" in name} <= set(moved)
-    assert "2 ranks (tensor 1 x pipeline 1 x data 2)" in done.stdout
+    assert "2 ranks (tensor 1 x pipeline 1 x context 1 x data 2)" in done.stdout
