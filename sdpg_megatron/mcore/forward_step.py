@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +44,11 @@ def last_hidden(model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | No
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
     packed = {} if lengths is None else {"packed_seq_params": _packed(lengths, tokens_BS.device)}
     (gpt,) = unwrap_model([model])
-    bypass = _hidden_instead_of_logits(gpt.output_layer) if gpt.post_process else nullcontext()
-    with bypass:
+    with ExitStack() as stack:
+        if gpt.post_process:
+            stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
+        if lengths is not None and not gpt.config.apply_rope_fusion:
+            stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **packed)
     return hidden
 
@@ -54,6 +57,27 @@ def _packed(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)
     return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+@contextmanager
+def _angles_of_all(rotary: Any, lengths: Sequence[int]) -> Iterator[None]:
+    """Let the rotary embedding return an angle for every packed position, and not for those of the longest sequence.
+
+    Megatron then turns all sequences at once. Otherwise 0.19 turns one after the other, each time with a copy of all
+    gradients in the backward pass.
+    """
+    angles = rotary.forward
+    positions_P = torch.cat([torch.arange(length) for length in lengths])
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        longest: Tensor = angles(*args, **kwargs)
+        return longest[positions_P.to(longest.device)]
+
+    rotary.forward = forward
+    try:
+        yield
+    finally:
+        del rotary.forward
 
 
 @contextmanager
