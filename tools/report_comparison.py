@@ -41,7 +41,7 @@ COLUMNS = {
     "entropy": ("train/entropy", 2),
     "length": ("rollout/length", 2),
     "divergence": ("distill/kl", 2),
-    "seconds a step": ("time/step", None),
+    "prompts asked a step": ("selection/prompts", None),
 }
 """What a column shows: the mean of a metric over its last so many values, or over all."""
 
