@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
-from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling
 from sdpg_megatron.train.batch import StepBatch, build_step, make_samples, nobody, with_corrections
 from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.engines import start_rollouts
@@ -119,6 +119,7 @@ class Trainer:
         self.baseline: Mapping[str, float] = {}
         self.evaluated = False
         self.phase_seconds: dict[str, float] = {}
+        self.interrupt = Interrupt()
         self.gated = config.rollout.mismatch_limit is None
         """Whether the rollout engine's log-probs were held against the trainer's."""
 
@@ -144,32 +145,38 @@ class Trainer:
         if self._colocated:  # servers divide up the memory that they find
             self.learner.offload()
             self.ranks.barrier()
-        self.rollouts = start_rollouts(config, self.inputs, self.ranks, self.progress.count)
+        self.rollouts = start_rollouts(
+            config, self.inputs, self.ranks, self.progress.count, lambda: self.interrupt.requested
+        )
         stack.callback(self.rollouts.close)
         self._announce()
         self._publish()
-        if not self.evaluated and self.inputs.held_out:
-            numbers = values(self._evaluate())
-            self.baseline = self.baseline or numbers
-            self.journal.report(self.step, numbers)
         evaluated: Mapping[str, float] | None = None
-        with Interrupt() as self.interrupt:
+        with self.interrupt:
+            if not self.evaluated and self.inputs.held_out:
+                evaluated = self._evaluate()
+                if evaluated is None:
+                    return self._stop("before")
+                self.baseline = self.baseline or evaluated
+                self.journal.report(self.step, evaluated)
             while self.step < config.steps:
                 metrics = self._train_step()
                 if metrics is None:
                     return self._stop("before")
                 self.store.advance()
-                stop = self.step < config.steps and self._asked_to_stop()
                 due = self._due(config.eval.every)
-                self.evaluated = not (due and stop)  # who asks to stop may not wait for long: later, then
-                evaluated = values(self._evaluate()) if due and not stop else None
+                stop = self.step < config.steps and self._asked_to_stop()
+                evaluated = self._evaluate() if due and not stop else None
+                self.evaluated = not due or evaluated is not None  # otherwise it is made when the run goes on
                 self.journal.report(self.step, {**values(metrics), **(evaluated or {})})
-                if stop:
+                if stop or not self.evaluated:
                     return self._stop("after")
                 if self._due(config.checkpoint.every):
                     self._save()
+            if evaluated is None and (evaluated := self._evaluate()) is None:
+                return self._stop("before")
         self.store.finish()
-        self._finish(evaluated if evaluated is not None else values(self._evaluate()))
+        self._finish(evaluated)
         return Outcome.FINISHED
 
     def _asked_to_stop(self) -> bool:
@@ -184,7 +191,7 @@ class Trainer:
         if self.step and self.saved != self.step:
             self._save()
         self.store.finish()
-        told = f"stopped after step {self.step}" + (", the next was abandoned" if where == "before" else "")
+        told = f"stopped after step {self.step}" + (", what came next was abandoned" if where == "before" else "")
         self.progress.message(f"{told}; the same command continues")
         return Outcome.INTERRUPTED
 
@@ -195,9 +202,10 @@ class Trainer:
         """
         started = time.perf_counter()
         config, cursor = self.config, self.cursor.state()
-        with self._phase("rollout"):
+        selection: Selection | None = None
+        with self._phase("rollout"), suppress(Abandoned):
             selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
-        if self._asked_to_stop():
+        if selection is None or self._asked_to_stop():
             self.cursor = Cursor.from_state(cursor, self.prompts.size)
             return None
         groups = self._with_context(selection.kept)
@@ -348,18 +356,24 @@ class Trainer:
             ),
         )
 
-    def _evaluate(self) -> dict[str, Metric]:
-        """Responses to the held-out prompts, kept in the run's folder; their numbers."""
+    def _evaluate(self) -> dict[str, float] | None:
+        """Responses to the held-out prompts, kept in the run's folder; their numbers.
+
+        None where the run was asked to stop before all responses were there: then nothing is kept.
+        """
         if self.inputs.held_out is None:
             return {}
         config = self.config
         files = by_file(self.inputs.held_out.prompts)
         with self._phase("eval"):
-            problems = {
-                name: evaluate(config, self.rollouts, prompts, self.ranks.replica) for name, prompts in files.items()
-            }
+            try:
+                problems = {
+                    name: evaluate(config, self.rollouts, asked, self.ranks.replica) for name, asked in files.items()
+                }
+            except Abandoned:
+                return None
             self.journal.keep_evaluation(self.step, files, problems)
-        return metrics(config, problems)
+        return values(metrics(config, problems))
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
