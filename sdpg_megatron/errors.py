@@ -59,6 +59,16 @@ class ConversionError(SdpgError):
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
 
 
+class WriteError(SdpgError):
+    """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
+
+    def __init__(self, where: str, found: str, free_mib: int) -> None:
+        super().__init__(
+            f"{where}: could not be written: {found} ({free_mib} MiB free). What was saved before is untouched. "
+            "Fix: free or repair the disk; the same command then continues from it"
+        )
+
+
 class RolloutError(SdpgError):
     """A rollout engine could not do what was asked of it."""
 

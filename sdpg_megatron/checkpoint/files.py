@@ -22,8 +22,7 @@ class FileSum:
 
 def seal(path: Path) -> FileSum:
     """Have the disk keep a file's content, and sum it up."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush_file(path)
     return FileSum(path.stat().st_size, sha256_of(path))
 
 
@@ -39,6 +38,18 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the disk keep a folder with all that is in it."""
+    for path in folder.rglob("*"):
+        flush_folder(path) if path.is_dir() else _flush_file(path)
+    flush_folder(folder)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_durably(path: Path, text: str) -> None:

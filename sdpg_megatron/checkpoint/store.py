@@ -35,7 +35,9 @@ from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.files import free_mib
 
 logger = logging.getLogger(__name__)
 
@@ -214,26 +216,22 @@ class CheckpointStore:
 
     def _on_main(self, act: Callable[[], T]) -> T:
         """What the main rank returns or raises, on every rank. A disk's refusal becomes a `CheckpointError`."""
-        answer: T | CheckpointError | None = None
-        if self._ranks.is_main:
+
+        def attempt() -> T:
             try:
-                answer = act()
-            except CheckpointError as error:
-                answer = error
+                return act()
             except OSError as error:
-                answer = self._refused(self._folder, error)
-        shared = self._ranks.gather_all(answer)[0]
-        if isinstance(shared, CheckpointError):
-            raise shared
-        return shared  # type: ignore[return-value]  # None only where `act` returned it
+                raise self._refused(self._folder, error) from error
+
+        return on_main(self._ranks, attempt)
 
     def _refused(self, path: Path, error: BaseException) -> CheckpointError:
         if self._ranks.is_main and path.name.endswith(PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
-        space = next((shutil.disk_usage(p).free >> 20 for p in (path, *path.parents) if p.exists()), 0)
         return CheckpointError(
-            f"{path}: could not be written: {describe(error)} ({space} MiB free). Earlier checkpoints are untouched. "
-            "Fix: free or repair the disk; the same command then continues from the newest one"
+            f"{path}: could not be written: {describe(error)} ({free_mib(path)} MiB free). "
+            "Earlier checkpoints are untouched. Fix: free or repair the disk; the same command then continues from the "
+            "newest one"
         )
 
 

@@ -20,7 +20,6 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
@@ -32,6 +31,8 @@ COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor: in a file of its own, from 0.18 or so on among the tensors."""
 BACKEND = "torch_dist"
+_NUMBERS = "data/0"
+"""The record of an archive with the numbers of its only tensor."""
 
 Index = tuple[int, ...]
 """Leading indices of a slice: of a layer, and of an expert in it."""
@@ -179,8 +180,11 @@ class TorchDist:
     def _start(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
         """Bytes from the start of a chunk's archive to its numbers."""
         try:
-            with FakeTensorMode(), self._open(at) as archive:  # reads where the numbers are, not the numbers
+            with self._open(at) as archive, torch.serialization.skip_data():  # what the tensor is, not its numbers
                 tensor = torch.load(archive, map_location="cpu", weights_only=True)
+                archive.seek(0)
+                records: Any = torch._C.PyTorchFileReader(archive)  # torch's stub does not know all of it
+                start = records.get_record_offset(_NUMBERS)
         except CheckpointError:
             raise
         except Exception as error:  # a damaged archive may raise anything
@@ -188,8 +192,7 @@ class TorchDist:
         found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
         if found != (expected := (tuple(chunk.sizes), dtype, True)):
             raise CheckpointError(f"{self.folder}: {at.fqn!r}: found (shape, type, in order) {found}, not {expected}")
-        storage: Any = tensor.untyped_storage()
-        return int(storage._checkpoint_offset) + int(tensor.storage_offset()) * dtype.itemsize
+        return int(start) + int(tensor.storage_offset()) * dtype.itemsize
 
     def _open(self, at: MetadataIndex) -> IO[bytes]:
         info = self._metadata.storage_data[at]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Block:
 
 
 def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Sequence[str], common: Mapping[str, Any]) -> None:
-    """Write a checkpoint into an empty folder, and have the disk keep it.
+    """Write a checkpoint into an empty folder.
 
     Args:
         blocks: cover every tensor once. One at a time is held.
@@ -56,16 +56,14 @@ def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Sequence[st
     """
     planner = _Planner(blocks, objects)
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # it tells of a single process
-            save({}, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=True)
+        # The warning tells of a single process.
+        with warnings.catch_warnings(action="ignore", category=UserWarning), _without_checksums():
+            save({}, storage_writer=FileSystemWriter(folder, sync_files=False), planner=planner, no_dist=True)
     except CheckpointException as error:  # torch's wrapper of whatever went wrong
         raise next(iter(error.failures.values()))[0] from None
     with (folder / COMMON_FILE).open("wb") as file:
         torch.save(dict(common), file)
-        _keep(file)
-    with (folder / BACKEND_FILE).open("w", encoding="utf-8") as text:
-        json.dump(_BACKENDS, text)
-        _keep(text)
+    (folder / BACKEND_FILE).write_text(json.dumps(_BACKENDS), encoding="utf-8")
 
 
 _BACKENDS = {"sharded_backend": BACKEND, "sharded_backend_version": 1, "common_backend": "torch"} | {
@@ -89,7 +87,23 @@ class _Planner(DefaultSavePlanner):
         if write_item.type is WriteItemType.BYTE_IO:
             return _nothing()
         block = self._blocks[write_item.index]
-        return block.make().view(block.sizes)
+        return _alone(block.make()).view(block.sizes)
+
+
+def _alone(rows: Tensor) -> Tensor:
+    """The same memory as a storage of its own: torch copies what is a part of a larger one before it writes it."""
+    return torch.from_numpy(rows.contiguous().flatten().view(torch.uint8).numpy()).view(rows.dtype).view(rows.shape)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Archives without CRC-32, which take as long as the writing: torch never looks at those of an archive."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _item(at: MetadataIndex, block: Block) -> WriteItem:
@@ -104,9 +118,3 @@ def _nothing() -> io.BytesIO:
     torch.save([None], room)
     room.seek(0)
     return room
-
-
-def _keep(file: Any) -> None:
-    """Have the disk keep what was written."""
-    file.flush()
-    os.fsync(file.fileno())

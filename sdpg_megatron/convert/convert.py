@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.checkpoint.files import flush_tree
 from sdpg_megatron.checkpoint.state import check_same_model, fingerprint
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
@@ -69,7 +71,8 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, consol
         write_config(source, companions, _name(main_type))
         copy_companions(source, companions)
         (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
-        _prove_megatron(written, read_architecture(companions), tensors, specs, moved)
+        with _flushing(aside):
+            _prove_megatron(written, read_architecture(companions), tensors, specs, moved)
 
 
 def to_hugging_face(
@@ -111,9 +114,10 @@ def to_hugging_face(
         _write_files(aside, specs, tensors, shard_bytes, moved)
         write_config(folder, aside, _name(next(iter(specs.values()))[1]))
         copy_companions(folder, aside)
-        if (found := read_architecture(aside)) != arch:
-            raise ConversionError(str(target / "config.json"), found, str(arch), "report this")
-        check_same_tensors(tensors, FolderTensors(aside, arch), specs, target, moved)
+        with _flushing(aside):
+            if (found := read_architecture(aside)) != arch:
+                raise ConversionError(str(target / "config.json"), found, str(arch), "report this")
+            check_same_tensors(tensors, FolderTensors(aside, arch), specs, target, moved)
 
 
 def _specs(tensors: Tensors, dtype: torch.dtype | None) -> Specs:
@@ -140,6 +144,15 @@ def _aside(target: Path) -> Iterator[Path]:
         raise ConversionError(str(target), str(error), "a disk that takes it", "free or repair the disk") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _flushing(folder: Path) -> Iterator[None]:
+    """Have the disk keep all that is in a folder, while it is read; done when this is left."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        flushed = thread.submit(flush_tree, folder)
+        yield
+        flushed.result()
 
 
 def _type_of(stored: Stored, tensors: Tensors, dtype: torch.dtype | None) -> torch.dtype:

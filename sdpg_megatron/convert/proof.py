@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sdpg_megatron.convert.tensors import Tensors, blocks
 from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.weights.map import Shape
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Types that compare bit patterns: numbers alone would take -0 for 0, and no NaN for itself."""
 
 
 def check_same_tensors(
@@ -31,10 +31,15 @@ def check_same_tensors(
         if written.dtype(name) != dtype:
             raise ConversionError(f"{where}: {name}", str(written.dtype(name)), str(dtype), "convert again")
         for start, length in blocks(shape, max(dtype.itemsize, source.dtype(name).itemsize)):
-            expected = source.rows(name, start, length).to(dtype).contiguous()
-            found = written.rows(name, start, length).contiguous()
-            bits = _BITS[dtype.itemsize]
-            if not torch.equal(found.view(bits), expected.view(bits)):
+            expected = source.rows(name, start, length).to(dtype)
+            found = written.rows(name, start, length)
+            if not np.array_equal(_bits(found), _bits(expected)):
                 rows = f"other numbers in rows {start} to {start + length}"
                 raise ConversionError(f"{where}: {name}", rows, "those of the source", "check the disk, convert again")
             moved(found.nbytes)
+
+
+def _bits(rows: Tensor) -> np.ndarray[Any, Any]:
+    """As whole numbers, the widest that fit: as they are, -0 would be 0, and no NaN itself."""
+    octets: np.ndarray[Any, Any] = rows.contiguous().flatten().view(torch.uint8).numpy()
+    return octets if octets.size % 8 else octets.view(np.int64)

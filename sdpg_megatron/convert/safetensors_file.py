@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def write_safetensors(
     path: Path, tensors: Mapping[str, tuple[Shape, torch.dtype]], blocks: Callable[[str], Iterable[Tensor]]
 ) -> None:
-    """Write one file, and have the disk keep it.
+    """Write one file.
 
     Args:
         tensors: shape and type of each.
@@ -32,8 +31,6 @@ def write_safetensors(
         for name in tensors:
             for block in blocks(name):
                 file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> bytes:

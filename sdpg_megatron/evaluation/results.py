@@ -23,7 +23,7 @@ from sdpg_megatron.errors import EvaluationError
 from sdpg_megatron.evaluation.estimators import Estimate, draw_sizes
 from sdpg_megatron.evaluation.problems import Problem, as_lines, read_problems
 from sdpg_megatron.evaluation.scores import Scores, score
-from sdpg_megatron.observe.files import write_whole
+from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.records import Prompt
 
 REQUEST_FILE, SUMMARY_FILE = "evaluation.json", "summary.json"
@@ -83,7 +83,7 @@ class Request:
 
 
 class Results:
-    """An evaluation's folder, while it is being filled."""
+    """An evaluation's folder, while it is being filled. All that write raise `WriteError` where the disk refuses."""
 
     def __init__(self, folder: Path, request: Request) -> None:
         self.folder, self.request = folder, request
@@ -92,10 +92,11 @@ class Results:
     def start(cls, folder: Path, request: Request) -> Results:
         """Begin an evaluation. Results that the folder had are replaced."""
         results = cls(folder, request)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY_FILE).unlink(missing_ok=True)
-        for name in request.data:
-            results.path(name).unlink(missing_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            for name in request.data:
+                results.path(name).unlink(missing_ok=True)
         write_whole(folder / REQUEST_FILE, _json(request))
         return results
 

@@ -1,6 +1,7 @@
 """A run's records, cut to where it continues: what comes after will be written again.
 
-Files of records only ever grow, so each is cut in place at the first record that is beyond, or half written.
+Files of records only ever grow, so each is cut in place at the first record that is beyond, or half written. Where the
+disk refuses that, it is a `WriteError`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from sdpg_megatron.observe.files import writing
 
 EVALUATED = "eval/"
 """Names of what only evaluations measure begin so."""
@@ -38,7 +41,7 @@ def cut_lines(path: Path, is_beyond: Beyond) -> None:
             if not line.endswith(b"\n") or not _keeps(line, is_beyond):
                 break
             kept += len(line)
-    os.truncate(path, kept)
+    _cut(path, kept)
 
 
 def _keeps(line: bytes, is_beyond: Beyond) -> bool:
@@ -64,6 +67,11 @@ def cut_events(folder: Path, is_beyond: Beyond) -> None:
             if event.HasField("summary") and is_beyond(event.step, (value.tag for value in event.summary.value)):
                 break
             kept = end + _CHECKSUM
+        _cut(path, kept)
+
+
+def _cut(path: Path, kept: int) -> None:
+    with writing(path):
         os.truncate(path, kept)
 
 
@@ -72,4 +80,5 @@ def cut_folders(folder: Path, step: int, *, evaluated: bool) -> None:
     for path in folder.glob("step_*"):
         number = path.name.removeprefix("step_")
         if number.isdigit() and (int(number) > step or (int(number) == step and not evaluated)):
-            shutil.rmtree(path)
+            with writing(path):
+                shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sdpg_megatron.observe.files import write_whole
 from sdpg_megatron.observe.writers import METRICS_FILE, read_metrics
 
 CURVE_FILE = "learning_curve.png"
@@ -23,6 +25,7 @@ def plot_learning_curve(run_dir: Path) -> Path:
     Raises:
         FileNotFoundError: the run has no metrics.jsonl.
         ValueError: a line of it is not a record.
+        WriteError: the disk refused the picture.
     """
     records = read_metrics(run_dir / METRICS_FILE)
     figure = Figure(figsize=(9, 7), layout="constrained")
@@ -52,9 +55,9 @@ def plot_learning_curve(run_dir: Path) -> Path:
         axes.set_xlabel("training step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    path = run_dir / CURVE_FILE
-    figure.savefig(path, dpi=130)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    return write_whole(run_dir / CURVE_FILE, picture.getvalue())
 
 
 def _draw(axes: Axes, records: list[dict[str, float]], name: str, label: str, color: str, marker: str = "") -> None:

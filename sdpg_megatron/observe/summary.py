@@ -26,7 +26,7 @@ class Summary:
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
-    """Write summary.json whole or not at all; returns its path."""
+    """Write summary.json whole or not at all; returns its path. Raises `WriteError` where the disk refuses."""
     return write_whole(run_dir / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
 
 

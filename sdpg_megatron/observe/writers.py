@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from sdpg_megatron.observe.cut import beyond, cut_events, cut_lines
+from sdpg_megatron.observe.files import Appender, writing
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
@@ -19,7 +23,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter(Protocol):
-    """A place that plain numbers are written to, one call per step, by one rank."""
+    """A place that plain numbers are written to, one call per step, by one rank.
+
+    To make one, and to write to it, raises `WriteError` where the disk refuses.
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` after `step` training steps (0: before the first). Lasting when the call returns."""
@@ -34,37 +41,47 @@ class JsonlWriter:
     """Appends ``{"step": ..., name: value}`` lines. A value that is not finite is written as null."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Appender(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.append(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def append(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record whatever JSON knows; the disk has it when the call returns."""
-        self._file.write(json.dumps({"step": step, **fields}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append((json.dumps({"step": step, **fields}) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoardWriter:
-    """Writes scalars as TensorBoard events."""
+    """Writes scalars as TensorBoard events.
+
+    TensorBoard's own writer does so from a thread, in which a disk's refusal is a traceback that nobody catches.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds, and only the writing rank needs it
-
-        # torch leaves this class untyped
-        self._events: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()  # to the microsecond: each call of a run has a file of its own, and readers go by the names
+        self._file = Appender(folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}")
+        self._append([{"file_version": "brain.Event:2"}])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        scalars = ({"tag": name, "simple_value": value} for name, value in values.items())
+        self._append([{"step": step, "summary": {"value": [scalar]}} for scalar in scalars])
+
+    def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # takes long, and only the writing rank needs it
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        records = io.BytesIO()
+        for event in events:
+            RecordWriter(records).write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._file.append(records.getvalue())
 
     def close(self) -> None:
-        self._events.close()
+        self._file.close()
 
 
 class MultiWriter:
@@ -86,7 +103,8 @@ class MultiWriter:
 
 def open_writers(run_dir: Path) -> MetricsWriter:
     """The run's metrics.jsonl and TensorBoard events, from their ends on."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     return MultiWriter([JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)])
 
 

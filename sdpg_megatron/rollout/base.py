@@ -27,6 +27,22 @@ class Sampling:
     """The same seed, prompts and weights give the same responses."""
 
 
+Stop = Callable[[], bool]
+"""Whether the caller wants what is under way to end; asked often, from any thread."""
+
+
+def never() -> bool:
+    """A `Stop` of callers that wait for the end."""
+    return False
+
+
+class Abandoned(RolloutError):
+    """The caller wanted the generation to end. What was generated of it is gone; the engine is as it was before."""
+
+    def __init__(self) -> None:
+        super().__init__("the generation was abandoned, as the run was asked to stop")
+
+
 class WeightsWanted(RolloutError):
     """No server has the current weights, though some are there to take them: publish the same version again.
 
@@ -46,10 +62,11 @@ class RolloutEngine(Protocol):
         """Version of the weights that the next sample will come from; -1 before the first publish."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
         """One whole group of `sampling.n` completions for each prompt, in order.
 
         Raises:
+            Abandoned: soon after `stop` says so.
             RolloutError: no weights were published yet, or a group could not be completed.
             WeightsWanted: the current weights have to be published again, and then the rest asked for.
         """

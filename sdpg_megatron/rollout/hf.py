@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 
 from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
-from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
 from sdpg_megatron.rollout.joined import as_saved
 
 LISTED = 8
@@ -68,8 +68,11 @@ class HFEngine:
         return self._version
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
+        """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else.
+
+        `stop` is asked before each token of a batch.
+        """
         self._require_open()
         if self._version < 0:
             raise RolloutError("generate: no complete set of weights was published. Fix: publish first")
@@ -83,7 +86,7 @@ class HFEngine:
                 unique = list(dict.fromkeys(i // n for i in batch))
                 copies = [unique.index(i // n) for i in batch]
                 tokens = [prompts[i].student_tokens for i in unique]
-                completions.update(zip(batch, self._complete(tokens, copies, sampling), strict=True))
+                completions.update(zip(batch, self._complete(tokens, copies, sampling, stop), strict=True))
         return [
             Group(prompt, tuple(completions[i] for i in range(first, first + n)))
             for prompt, first in zip(prompts, range(0, len(order), n), strict=True)
@@ -126,7 +129,7 @@ class HFEngine:
             raise RolloutError("the engine is closed")
 
     def _complete(
-        self, prompts: Sequence[Sequence[int]], copies: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], copies: Sequence[int], sampling: Sampling, stop: Stop
     ) -> list[Completion]:
         """B completions, number b of ``prompts[copies[b]]``; U prompts."""
         width = max(map(len, prompts))
@@ -141,7 +144,7 @@ class HFEngine:
             attention_mask=mask_UP[copies_B],
             past_key_values=self._prefill(tokens_UP, mask_UP, copies_B),
             generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([recorder]),
+            logits_processor=LogitsProcessorList([_Watch(stop), recorder]),
         )
         tokens_BN = output_BS[:, width:]
         rows = zip(tokens_BN.tolist(), recorder.logprobs(tokens_BN).tolist(), strict=True)
@@ -186,6 +189,18 @@ class HFEngine:
             weight_version=self._version,
             text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
         )
+
+
+class _Watch:
+    """A logits processor that changes nothing and ends the generation when that is wanted: between two tokens."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def __call__(self, tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
+        if self._stop():
+            raise Abandoned
+        return logits_BV
 
 
 class _LogprobRecorder:

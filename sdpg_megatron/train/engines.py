@@ -12,21 +12,25 @@ from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.mcore import device
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
-from sdpg_megatron.rollout.base import OnProgress, RolloutEngine
+from sdpg_megatron.rollout.base import OnProgress, RolloutEngine, Stop, never
 from sdpg_megatron.rollout.hf import HFEngine
 from sdpg_megatron.train.inputs import ModelInputs
 from sdpg_megatron.train.rollouts import Rollouts
 
 
-def start_rollouts(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> Rollouts:
+def start_rollouts(
+    config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress, stop: Stop = never
+) -> Rollouts:
     """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise.
 
-    `on_progress`: told by the first rank's servers, from another thread, of finished groups and all.
+    Args:
+        on_progress: told by the first rank's servers, from another thread, of finished groups and all.
+        stop: whether this rank wants a generation to end.
     """
     served = config.rollout.engine == "sglang"
     engine = _served(config, inputs, ranks, on_progress) if served else _embedded(config, inputs, ranks)
     verifiers = VerifierPool(config.reward) if ranks.leads_replica else None
-    return Rollouts(ranks, engine, verifiers, shared=served)
+    return Rollouts(ranks, engine, verifiers, shared=served, stop=stop)
 
 
 def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEngine | None:

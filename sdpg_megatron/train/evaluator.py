@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from rich.console import Console
 from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.config import ParallelConfig, RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
-from sdpg_megatron.errors import ConfigError, SdpgError
+from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.evaluation.scores import Scores
 from sdpg_megatron.mcore import device, parallel
+from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.engines import start_rollouts
@@ -83,18 +85,7 @@ def evaluate_subject(
 def _agree(ranks: Ranks, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
     """The folder, begun by the main rank; where it cannot, every rank says why."""
     request = Request.of(config, files, model=name, fingerprint=fingerprint(config.model.path))
-    fault: SdpgError | None = None
-    if ranks.is_main:
-        try:
-            Results.start_or_continue(config.run_dir, request)
-        except SdpgError as error:
-            fault = error
-        except OSError as error:
-            fault = ConfigError("--out", str(config.run_dir), "a folder that can be written", str(error))
-    fault = ranks.gather_all(fault)[0]
-    if fault is not None:
-        raise fault
-    return Results(config.run_dir, request)
+    return on_main(ranks, lambda: Results.start_or_continue(config.run_dir, request))
 
 
 def _fill(
@@ -120,8 +111,7 @@ def _fill(
         for current, prompts in files.items():
             status.update(current)
             problems = evaluate(config, rollouts, prompts, ranks.replica)
-            if ranks.is_main:
-                results.write(current, problems)
+            on_main(ranks, partial(results.write, current, problems))
 
 
 def _for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ from sdpg_megatron.architecture import Architecture, check_parallel
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, check_same_model, fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.main_rank import on_main
+from sdpg_megatron.observe.files import writing
 from sdpg_megatron.weights import WeightStream, write_folder
 
 EXPORT_FOLDER = "model"
@@ -37,16 +41,26 @@ def stream_weights(config: RunConfig, learner: Learner, dtype: torch.dtype | Non
 def export_weights(config: RunConfig, learner: Learner, target: Path) -> None:
     """Write the weights, with all else from the model that training started from, as a Hugging Face folder.
 
-    Every rank calls it. See `write_folder` for what it raises, on the main rank.
+    Every rank calls it.
+
+    Raises:
+        WriteError: the disk refused; on every rank.
+        SdpgError: as `write_folder`, on every rank.
     """
-    if learner.ranks.replica:
-        return
-    buckets = stream_weights(config, learner)
-    if learner.ranks.is_main:
-        write_folder(buckets, target, source_folder=config.model.path)
-    else:
-        for _ in buckets:
-            pass
+    ranks = learner.ranks
+    buckets = iter(stream_weights(config, learner) if ranks.replica == 0 else ())
+
+    def write() -> None:
+        try:
+            with writing(target):
+                write_folder(buckets, target, source_folder=config.model.path)
+        except SdpgError:
+            deque(buckets, maxlen=0)  # its source is collective
+            raise
+
+    if not ranks.is_main:
+        deque(buckets, maxlen=0)
+    on_main(ranks, write)
 
 
 def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -> Path:

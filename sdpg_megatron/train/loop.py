@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from sdpg_megatron import objectives
 from sdpg_megatron.checkpoint.changes import Change, check_same_run
@@ -19,33 +18,21 @@ from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.render import Renderer
-from sdpg_megatron.errors import ConfigError, MismatchError
+from sdpg_megatron.errors import MismatchError
 from sdpg_megatron.evaluation.problems import by_file
-from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.objectives.base import StepContext
 from sdpg_megatron.objectives.mismatch import DIFFERENCE
-from sdpg_megatron.observe.alarms import Alarms
-from sdpg_megatron.observe.cut import cut_folders
 from sdpg_megatron.observe.metrics import Metric, merge, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.observe.writers import (
-    METRICS_FILE,
-    PROMPTS_FILE,
-    JsonlWriter,
-    MultiWriter,
-    cut_records,
-    open_writers,
-    read_metrics,
-)
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping
-from sdpg_megatron.rollout.base import Bucket, Sampling
-from sdpg_megatron.settings import dump
+from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling
 from sdpg_megatron.train.batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.train.collate import Layout
 from sdpg_megatron.train.draws import draw_seed
@@ -54,6 +41,7 @@ from sdpg_megatron.train.evaluate import evaluate, metrics
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_weights
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
+from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.peers import describe_contexts, with_peers
 from sdpg_megatron.train.plan import Limit
 from sdpg_megatron.train.presence import RunLock
@@ -63,10 +51,7 @@ from sdpg_megatron.train.selection import Judge, Selection, select
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
-EVAL_FOLDER = "eval"
-"""Each evaluation's results, a folder a step."""
 
 
 class Outcome(Enum):
@@ -108,14 +93,11 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
 
 def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
     """Claim the run's folder; where another run has it, every rank says so."""
-    fault: ConfigError | None = None
-    if ranks.is_main:
-        try:
-            stack.callback(RunLock(run_dir).close)
-        except ConfigError as error:
-            fault = error
-    if (found := ranks.gather_all(fault)[0]) is not None:
-        raise found
+
+    def claim() -> None:
+        stack.callback(RunLock(run_dir).close)
+
+    on_main(ranks, claim)
 
 
 class Trainer:
@@ -140,6 +122,7 @@ class Trainer:
         self.baseline: Mapping[str, float] = {}
         self.evaluated = False
         self.phase_seconds: dict[str, float] = {}
+        self.interrupt = Interrupt()
         self.gated = config.rollout.mismatch_limit is None
         """Whether the rollout engine's log-probs were held against the trainer's."""
 
@@ -157,47 +140,46 @@ class Trainer:
         Args:
             stack: gets what has to be closed when the run ends, however it ends.
         """
-        config, main = self.config, self.ranks.is_main
-        self.progress = Progress(config.steps, done=self.step, enabled=main)
+        config = self.config
+        self.progress = Progress(config.steps, done=self.step, enabled=self.ranks.is_main)
         stack.callback(self.progress.close)
-        if main:
-            cut_records(config.run_dir, self.step, evaluated=self.evaluated)
-            cut_folders(config.run_dir / EVAL_FOLDER, self.step, evaluated=self.evaluated)
-        self.writer = open_writers(config.run_dir) if main else MultiWriter([])
-        stack.callback(self.writer.close)
-        self.prompt_log = JsonlWriter(config.run_dir / PROMPTS_FILE) if main else None
-        if self.prompt_log:
-            stack.callback(self.prompt_log.close)
-        self.alarms = Alarms(config.alarms, read_metrics(config.run_dir / METRICS_FILE) if main else [])
+        self.journal = Journal(config, self.ranks, self.progress, self.step, evaluated=self.evaluated)
+        stack.callback(self.journal.close)
         if self._colocated:  # servers divide up the memory that they find
             self.learner.offload()
             self.ranks.barrier()
-        self.rollouts = start_rollouts(config, self.inputs, self.ranks, self.progress.count)
+        self.rollouts = start_rollouts(
+            config, self.inputs, self.ranks, self.progress.count, lambda: self.interrupt.requested
+        )
         stack.callback(self.rollouts.close)
         self._announce()
         self._publish()
-        if not self.evaluated and self.inputs.held_out:
-            numbers = values(self._evaluate())
-            self.baseline = self.baseline or numbers
-            self._report(numbers)
         evaluated: Mapping[str, float] | None = None
-        with Interrupt() as self.interrupt:
+        with self.interrupt:
+            if not self.evaluated and self.inputs.held_out:
+                evaluated = self._evaluate()
+                if evaluated is None:
+                    return self._stop("before")
+                self.baseline = self.baseline or evaluated
+                self.journal.report(self.step, evaluated)
             while self.step < config.steps:
                 metrics = self._train_step()
                 if metrics is None:
                     return self._stop("before")
                 self.store.advance()
-                stop = self.step < config.steps and self._asked_to_stop()
                 due = self._due(config.eval.every)
-                self.evaluated = not (due and stop)  # who asks to stop may not wait for long: later, then
-                evaluated = values(self._evaluate()) if due and not stop else None
-                self._report({**values(metrics), **(evaluated or {})})
-                if stop:
+                stop = self.step < config.steps and self._asked_to_stop()
+                evaluated = self._evaluate() if due and not stop else None
+                self.evaluated = not due or evaluated is not None  # otherwise it is made when the run goes on
+                self.journal.report(self.step, {**values(metrics), **(evaluated or {})})
+                if stop or not self.evaluated:
                     return self._stop("after")
                 if self._due(config.checkpoint.every):
                     self._save()
+            if evaluated is None and (evaluated := self._evaluate()) is None:
+                return self._stop("before")
         self.store.finish()
-        self._finish(evaluated if evaluated is not None else values(self._evaluate()))
+        self._finish(evaluated)
         return Outcome.FINISHED
 
     def _asked_to_stop(self) -> bool:
@@ -212,7 +194,7 @@ class Trainer:
         if self.step and self.saved != self.step:
             self._save()
         self.store.finish()
-        told = f"stopped after step {self.step}" + (", the next was abandoned" if where == "before" else "")
+        told = f"stopped after step {self.step}" + (", what came next was abandoned" if where == "before" else "")
         self.progress.message(f"{told}; the same command continues")
         return Outcome.INTERRUPTED
 
@@ -223,9 +205,10 @@ class Trainer:
         """
         started = time.perf_counter()
         config, cursor = self.config, self.cursor.state()
-        with self._phase("rollout"):
+        selection: Selection | None = None
+        with self._phase("rollout"), suppress(Abandoned):
             selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
-        if self._asked_to_stop():
+        if selection is None or self._asked_to_stop():
             self.cursor = Cursor.from_state(cursor, self.prompts.size)
             return None
         groups = self._with_context(selection.kept)
@@ -242,8 +225,7 @@ class Trainer:
             updates = [self._update(batch, self._context(number)) for number, batch in enumerate(batches)]
         self._check_mismatch(merge(updates))
         self.step += 1
-        if self.prompt_log:
-            self.prompt_log.append(self.step, {"prompts": [scored.group.prompt.uid for scored in groups]})
+        self.journal.keep_prompts(self.step, [scored.group.prompt for scored in groups])
         self._publish()
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -376,33 +358,31 @@ class Trainer:
             ),
         )
 
-    def _evaluate(self) -> dict[str, Metric]:
-        """Responses to the held-out prompts, kept in the run's folder; their numbers."""
+    def _evaluate(self) -> dict[str, float] | None:
+        """Responses to the held-out prompts, kept in the run's folder; their numbers.
+
+        None where the run was asked to stop before all responses were there: then nothing is kept.
+        """
         if self.inputs.held_out is None:
             return {}
         config = self.config
         files = by_file(self.inputs.held_out.prompts)
         with self._phase("eval"):
-            problems = {
-                name: evaluate(config, self.rollouts, prompts, self.ranks.replica) for name, prompts in files.items()
-            }
-            if self.ranks.is_main:
-                model = f"{config.run_dir}, step {self.step}"
-                request = Request.of(config, files, model=model, fingerprint=None)
-                results = Results.start(config.run_dir / EVAL_FOLDER / f"step_{self.step:08d}", request)
-                for name, found in problems.items():
-                    results.write(name, found)
-                results.finish()
-        return metrics(config, problems)
+            try:
+                problems = {
+                    name: evaluate(config, self.rollouts, asked, self.ranks.replica) for name, asked in files.items()
+                }
+            except Abandoned:
+                return None
+            self.journal.keep_evaluation(self.step, files, problems)
+        return values(metrics(config, problems))
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _announce(self) -> None:
-        """Save the resolved configuration, and say what starts."""
-        if not self.ranks.is_main:
-            return
-        (self.config.run_dir / CONFIG_FILE).write_text(dump(self.config), encoding="utf-8")
+        """Keep the resolved configuration, and say what starts."""
+        self.journal.keep_config()
         r = self.ranks
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.prompts.describe()}, "
@@ -411,15 +391,6 @@ class Trainer:
         )
         if self.changes:
             self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, self.changes))}")
-
-    def _report(self, numbers: Mapping[str, float]) -> None:
-        if not self.ranks.is_main:
-            return
-        found = self.alarms.update(self.step, numbers)
-        self.writer.write(self.step, {**numbers, **found.metrics})
-        self.progress.step(self.step, numbers)
-        for warning in found.warnings:
-            logger.warning("step %d: %s", self.step, warning)
 
     def _save(self) -> None:
         with self._phase("checkpoint"):
@@ -442,19 +413,17 @@ class Trainer:
         config = self.config
         if config.checkpoint.export:
             export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
-        if self.ranks.is_main:
-            plot_learning_curve(config.run_dir)
-            summary = Summary(
-                accuracy_before=self.baseline.get("eval/sampled_accuracy"),
-                accuracy_after=evaluated.get("eval/sampled_accuracy"),
-                greedy_before=self.baseline.get("eval/greedy_accuracy"),
-                greedy_after=evaluated.get("eval/greedy_accuracy"),
-                steps=self.step,
-                seconds=round(self.seconds, 1),
-            )
-            write_summary(config.run_dir, summary)
-            self.progress.message(str(summary))
-        dist.barrier()
+        summary = Summary(
+            accuracy_before=self.baseline.get("eval/sampled_accuracy"),
+            accuracy_after=evaluated.get("eval/sampled_accuracy"),
+            greedy_before=self.baseline.get("eval/greedy_accuracy"),
+            greedy_after=evaluated.get("eval/greedy_accuracy"),
+            steps=self.step,
+            seconds=round(self.seconds, 1),
+        )
+        on_main(self.ranks, lambda: plot_learning_curve(config.run_dir))
+        on_main(self.ranks, lambda: write_summary(config.run_dir, summary))
+        self.progress.message(str(summary))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

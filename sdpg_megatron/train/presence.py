@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.observe.files import writing
 
 LOCK_FILE = ".lock"
 FIX = "wait for it to end, or use another run_dir"
@@ -55,9 +56,15 @@ class RunLock:
     """The right to write to a run's folder, held until it is closed or the process ends, however it ends."""
 
     def __init__(self, run_dir: Path, patience: float = PATIENCE) -> None:
-        """Raises `ConfigError` where another process has it and does not end in `patience` seconds."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / LOCK_FILE).open("a+", encoding="utf-8")
+        """
+        Raises:
+            ConfigError: another process has it and does not end in `patience` seconds.
+            WriteError: the disk refused.
+        """
+        path = run_dir / LOCK_FILE
+        with writing(path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+", buffering=0)
         deadline = time.monotonic() + patience
         while not _acquired(self._file):
             if time.monotonic() > deadline:
@@ -65,15 +72,15 @@ class RunLock:
                 self._file.close()
                 raise ConfigError("run_dir", str(run_dir), f"a folder that no other run writes to ({holder} does)", FIX)
             time.sleep(0.05)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        with writing(path):
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _acquired(file: IO[str]) -> bool:
+def _acquired(file: IO[bytes]) -> bool:
     """Record locks: forked processes, as those that write checkpoints, do not inherit them; network disks know them."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,6 +89,6 @@ def _acquired(file: IO[str]) -> bool:
     return True
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().strip() or "a process"
+    return file.read().decode(errors="replace").strip() or "a process"

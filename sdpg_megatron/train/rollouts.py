@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -13,7 +13,16 @@ from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 from sdpg_megatron.rewards.shaping import Shaping
-from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling, SharedEngine, WeightsWanted
+from sdpg_megatron.rollout.base import (
+    Abandoned,
+    Bucket,
+    RolloutEngine,
+    Sampling,
+    SharedEngine,
+    Stop,
+    WeightsWanted,
+    never,
+)
 
 Weights = Callable[[], Iterable[Bucket]]
 """A new stream of a replica's weights; every rank of the replica iterates it to its end."""
@@ -23,14 +32,24 @@ class Rollouts:
     """The rollout side of a run. Every rank calls every method; only replica leaders have an engine and a verifier."""
 
     def __init__(
-        self, ranks: Ranks, engine: RolloutEngine | None, verifiers: VerifierPool | None, *, shared: bool = False
+        self,
+        ranks: Ranks,
+        engine: RolloutEngine | None,
+        verifiers: VerifierPool | None,
+        *,
+        shared: bool = False,
+        stop: Stop = never,
     ) -> None:
-        """`shared`: the engines are `SharedEngine`s, all on the same servers; the first replica's publishes."""
+        """
+        Args:
+            shared: the engines are `SharedEngine`s, all on the same servers; the first replica's publishes.
+            stop: whether this rank wants a generation to end.
+        """
         assert (engine is not None) == (verifiers is not None) == ranks.leads_replica
         self._ranks = ranks
         self._engine = engine
         self._verifiers = verifiers
-        self._shared = shared
+        self._shared, self._stop = shared, stop
         self._published: tuple[int, Weights] | None = None
 
     def publish(self, version: int, weights: Weights) -> None:
@@ -79,6 +98,9 @@ class Rollouts:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
 
         `extract`: also have the answers read, where the verifier can.
+
+        Raises:
+            Abandoned: a leader was to stop while it generated; on every rank.
         """
         share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
         groups = self._generate(split_evenly(prompts, self._ranks.replica, self._ranks.replicas), sampling)
@@ -103,15 +125,22 @@ class Rollouts:
         """This replica's groups, on its leader. Servers that came back without weights get them in between."""
         groups: dict[int, Group] = {}
         missing = list(range(len(mine))) if self._engine is not None else []
+        abandoned: Abandoned | None = None
         while True:
             if self._engine is not None and missing:
+                found: Mapping[int, Group] = {}
                 try:
-                    found = dict(enumerate(self._engine.generate([mine[i] for i in missing], sampling)))
+                    found = dict(enumerate(self._engine.generate([mine[i] for i in missing], sampling, self._stop)))
                 except WeightsWanted as wanted:
                     found = wanted.done
+                except Abandoned as error:
+                    abandoned = error
                 groups.update({missing[place]: group for place, group in found.items()})
                 missing = [i for i in missing if i not in groups]
-            if not any(self._ranks.gather_all(bool(missing))):
+            states = self._ranks.gather_all((abandoned, bool(missing)))
+            if first := next((error for error, _ in states if error is not None), None):
+                raise first
+            if not any(wanting for _, wanting in states):
                 return [groups[i] for i in sorted(groups)]
             assert self._published is not None, "engines ask for weights that they had"
             self.publish(*self._published)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdpg_megatron.config import SelectionConfig
-from sdpg_megatron.errors import FilterError
+from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import ScoredGroup
@@ -91,17 +91,7 @@ class Judge:
         if not self._filters:
             return [self._verdict(group) for group in groups]
         # A filter is asked on one rank alone: one that draws lots, say, must not tell ranks different things.
-        found: list[Verdict] | FilterError | None = None
-        if self._ranks.is_main:
-            try:
-                found = [self._verdict(group) for group in groups]
-            except FilterError as error:
-                found = error
-        shared = self._ranks.gather_all(found)[0]
-        if isinstance(shared, FilterError):
-            raise shared
-        assert shared is not None
-        return shared
+        return on_main(self._ranks, lambda: [self._verdict(group) for group in groups])
 
     def _verdict(self, scored: ScoredGroup) -> Verdict:
         if self._drop_dead and (reason := dead(scored)):

@@ -14,7 +14,8 @@ from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.settings import apply_override, load, parse
 from sdpg_megatron.train.export import EXPORT_FOLDER
-from sdpg_megatron.train.loop import CHECKPOINT_FOLDER, CONFIG_FILE
+from sdpg_megatron.train.journal import CONFIG_FILE
+from sdpg_megatron.train.loop import CHECKPOINT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)

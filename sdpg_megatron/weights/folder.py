@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,6 +49,7 @@ def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path
     Raises:
         WeightError: `target` holds something that is not a model, or is `source_folder`; or the stream lacks a tensor.
         ConfigError: `source_folder` has no usable config.json.
+        OSError: the disk refused.
     """
     _check_target(target, source_folder)
     aside = target.with_name(f".{target.name}.partial")
@@ -108,7 +110,7 @@ def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path,
     file_of: dict[str, int] = {}
     total, dtype, number = 0, "", 0
     for number, shard in enumerate(_shards(buckets, shard_bytes), start=1):
-        save_file(shard, folder / str(number), metadata={"format": "pt"})
+        _save(shard, folder / str(number))
         file_of.update(dict.fromkeys(shard, number))
         total += sum(tensor.nbytes for tensor in shard.values())
         dtype = dtype or str(next(iter(shard.values())).dtype).removeprefix("torch.")
@@ -121,6 +123,13 @@ def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path,
         (folder / str(index)).rename(folder / name)
     write_index(folder, {tensor: names[index] for tensor, index in file_of.items()}, total)
     return dtype
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's wrapper of the system's reason
+        raise OSError(str(error)) from error
 
 
 def write_index(folder: Path, file_of: Mapping[str, str], total: int) -> None:

@@ -13,7 +13,7 @@ from sdpg_megatron.config import ParallelConfig, RewardConfig, SelectionConfig
 from sdpg_megatron.errors import FilterError
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards
-from sdpg_megatron.rollout.base import Bucket, Sampling
+from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop
 from tests.pool import RankPool
 
 HERE = "tests.dist.test_selection"
@@ -24,7 +24,10 @@ class Engine:
 
     weight_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop) -> list[Group]:
+        if stop():
+            raise Abandoned
+
         def completion(prompt: Prompt, number: int) -> Completion:
             token = zlib.crc32(f"{prompt.uid}/{sampling.seed}/{number}".encode()) % 100
             return Completion((token,), (-1.0,), "stop", 0, str(token))
@@ -104,6 +107,25 @@ def test_any_number_of_replicas_keeps_the_same_groups(ranks: RankPool) -> None:
 def test_a_filter_that_draws_lots_draws_once_for_all(ranks: RankPool) -> None:
     one, other = ranks.run(steps, 2, (f"{HERE}:by_lot",))
     assert one == other
+
+
+def stopped(asked: int) -> str:
+    """What a rank is told where the one of number `asked` is to stop."""
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.train.rollouts import Rollouts
+
+    ranks = parallel.initialize(ParallelConfig(), 0)
+    rollouts = Rollouts(ranks, Engine(), Verifiers(), stop=lambda: ranks.rank == asked)  # type: ignore[arg-type]
+    try:
+        rollouts.run([Prompt(str(i), (1,), (1,), "") for i in range(4)], Sampling(4, 8))
+    except Abandoned as error:
+        return str(error)
+    return "nothing"
+
+
+def test_where_one_leader_is_to_stop_all_ranks_do(ranks: RankPool) -> None:
+    one, other = ranks.run(stopped, 2, 1)
+    assert one == other == str(Abandoned())
 
 
 def test_a_filter_that_raises_does_so_on_every_rank(ranks: RankPool) -> None:

@@ -31,7 +31,7 @@ IMPORTED = (
     "sdpg_megatron.train.evaluator",
     "sdpg_megatron.train.loop",
     "sdpg_megatron.train.subject",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "transformers.models.qwen3.modeling_qwen3",
 )
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.cli import main
 from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+from tests.e2e.stopping import VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,31 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     expected, found = weights(whole / "run"), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+STOPS = [(2, 0), (4, 1), (3, 2), (3, 2), (5, 4)]
+"""The generation of a call in which it is to stop, and the newest checkpoint then. A step has one, an evaluation two:
+the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after steps 2 and 4."""
+
+
+def test_a_generation_is_abandoned_when_the_run_is_to_stop(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, and in an evaluation before, between and after the steps; each time the run goes on from there."""
+    config, run = write_run(tmp_path), tmp_path / "run"
+    for generation, newest in STOPS:
+        monkeypatch.setenv(VARIABLE, str(generation))
+        stopped = train(config, program="tests.e2e.stopping")
+        assert stopped.returncode == 75, stopped.stderr[-3000:]
+        assert f"stopped after step {newest}" in stopped.stdout
+        found = [step_of(path) for path in complete_checkpoints(run / "checkpoints")]
+        assert max(found, default=0) == newest
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run) == metrics(whole / "run")
+    assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    expected, after = weights(whole / "run"), weights(run)
+    assert all(torch.equal(expected[name], after[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("field", "found", "expected"), [("steps", 6, 4), ("objective.beta", 0.25, 0.5)])

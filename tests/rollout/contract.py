@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.errors import RolloutError, WeightError
 from sdpg_megatron.records import Completion, Group, Prompt
-from sdpg_megatron.rollout.base import Bucket, RolloutEngine, Sampling
+from sdpg_megatron.rollout.base import Abandoned, Bucket, RolloutEngine, Sampling
 from tests.tiny import EOS, TURN_END
 
 MakeEngine = Callable[[], RolloutEngine]
@@ -248,6 +248,15 @@ class EngineContract:
             engine.generate(prompts, Sampling(n=1, max_tokens=2))
 
     # Manners
+
+    def test_a_generation_that_is_to_stop_is_abandoned(self, engine: RolloutEngine, prompts: list[Prompt]) -> None:
+        """It leaves no trace: the engine goes on as if it had not been asked."""
+        sampling = Sampling(n=1, max_tokens=4, temperature=0)
+        before, state = engine.generate(prompts, sampling), torch.get_rng_state()
+        with pytest.raises(Abandoned):
+            engine.generate(prompts, Sampling(n=4, max_tokens=100), stop=lambda: True)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert_same(before, engine.generate(prompts, sampling, stop=lambda: False))
 
     def test_inputs_and_the_global_random_state_stay_as_they_were(
         self, engine: RolloutEngine, prompts: list[Prompt], weights: dict[str, Tensor]

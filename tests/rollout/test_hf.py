@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.errors import ConfigError, WeightError
 from sdpg_megatron.records import Prompt
-from sdpg_megatron.rollout.base import RolloutEngine, Sampling
+from sdpg_megatron.rollout.base import Abandoned, RolloutEngine, Sampling
 from sdpg_megatron.rollout.hf import HFEngine, stop_ids
 from tests.rollout.contract import EngineContract, MakeEngine, completions, stream
 from tests.tiny import Family, write_tiny_model
@@ -68,6 +68,12 @@ class TestHFEngine(EngineContract):
             for _, together in others:
                 assert alone.tokens == together.tokens
                 assert alone.logprobs == pytest.approx(together.logprobs, abs=1e-4)
+
+    def test_it_stops_between_two_tokens(self, engine: RolloutEngine, prompts: list[Prompt]) -> None:
+        asked = iter([False, False, True])  # one question more would be an error
+        with pytest.raises(Abandoned):
+            engine.generate(prompts, Sampling(n=2, max_tokens=20, temperature=0), stop=lambda: next(asked))
+        assert next(asked, None) is None
 
     def test_a_faulty_stream_is_read_to_its_end(self, engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
         """Other ranks may take part in making it; all faults are named at once, with the names they may mean."""

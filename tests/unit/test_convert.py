@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpg_megatron import cli
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
+from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert import convert as conversion
 from sdpg_megatron.convert import tensors
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
@@ -81,6 +85,51 @@ def test_no_block_is_larger_than_its_bound(model: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(tensors.FolderTensors, "rows", watched)
     convert(model, tmp_path / "megatron", console=QUIET)
     assert 0 < largest <= tensors.BLOCK_BYTES
+
+
+@pytest.mark.parametrize("to", ["megatron", "huggingface"])
+def test_the_disk_keeps_everything_before_it_is_put_in_place(
+    model: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    kept, target = set(), tmp_path / "target"
+
+    def fsync(descriptor: int) -> None:
+        assert not target.exists()
+        kept.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path / ".target.partial"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    convert(model if to == "megatron" else megatron, target, console=QUIET)
+    assert kept == {Path(), *(path.relative_to(target) for path in target.rglob("*"))}
+
+
+def test_a_disk_that_keeps_nothing_is_an_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConversionError, match="No space left on device"):
+        convert(model, tmp_path / "megatron", console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_done_that_nobody_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums that torch does not read, and copies of rows that are a part of a larger tensor."""
+    whole, copied = torch.arange(12.0).bfloat16().view(6, 2), []
+
+    def make() -> Tensor:
+        assert not torch.serialization.get_crc32_options()
+        return whole[1:5]
+
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda *given, **options: copied.append(1) or clone(*given, **options))
+    write_torch_dist(tmp_path, [Block("w", (4, 2), torch.bfloat16, (), 0, 4, make)], [], {})
+    assert torch.serialization.get_crc32_options() and not copied
+    assert torch.equal(TorchDist(tmp_path).rows("w", (), 1, 3), whole[2:5])
+
+
+def test_no_compiler_is_loaded(model: Path, tmp_path: Path) -> None:
+    """What torch imports for fake tensors takes longer than the conversion of a small model."""
+    program = "import sys; from sdpg_megatron.cli import main; main(); sys.exit('torch._dynamo' in sys.modules)"
+    line = [sys.executable, "-c", program, "convert", str(model), str(tmp_path / "megatron")]
+    subprocess.run(line, check=True, timeout=120)
+    assert (tmp_path / "megatron").exists()
 
 
 def test_casts(model: Path, megatron: Path, tmp_path: Path) -> None:

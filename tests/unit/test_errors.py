@@ -17,6 +17,7 @@ from sdpg_megatron.errors import (
     RolloutError,
     SdpgError,
     ServerError,
+    WriteError,
 )
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import WeightsWanted
@@ -30,6 +31,7 @@ EXAMPLES: list[SdpgError] = [
     MismatchError(3, 0.5, 0.05),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
     RolloutError("no server is left"),
+    WriteError("run/metrics.jsonl", "No space left on device", 0),
     WeightsWanted("none", {2: Group(Prompt("a:1", (1,), (2,), "3"), ())}),
 ]
 

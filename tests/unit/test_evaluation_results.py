@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import EvaluationError
+from sdpg_megatron.errors import EvaluationError, WriteError
 from sdpg_megatron.evaluation.compare import compare
 from sdpg_megatron.evaluation.problems import Draws, Problem, as_lines, by_file, read_problems
 from sdpg_megatron.evaluation.results import Evaluation, Request, Results
@@ -139,7 +139,7 @@ def test_it_goes_on_with_the_files_that_have_no_results(tmp_path: Path) -> None:
 def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results.start(tmp_path, request())
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
-    with pytest.raises(OSError, match="killed here"):
+    with pytest.raises(WriteError, match="killed here"):
         results.write("sums", PROBLEMS)
     assert results.missing == ["sums"]
 

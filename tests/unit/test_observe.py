@@ -16,6 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from sdpg_megatron.errors import WriteError
 from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
 from sdpg_megatron.observe.progress import HEADER_EVERY, Progress, format_seconds
@@ -294,7 +295,7 @@ def test_the_summary_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
         "seconds": 312.5,
     }
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
-    with pytest.raises(OSError, match="killed here"):
+    with pytest.raises(WriteError, match="killed here"):
         write_summary(
             tmp_path,
             Summary(

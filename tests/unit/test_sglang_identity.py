@@ -18,7 +18,7 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.records import Prompt
-from sdpg_megatron.rollout.base import Sampling, WeightsWanted
+from sdpg_megatron.rollout.base import Abandoned, Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
@@ -130,13 +130,14 @@ def test_one_that_follows_needs_to_know_where(served: ServedModel, tmp_path: Pat
         SGLangEngine(SGLangConfig(), served, run_dir=tmp_path, nonce="n", publishes=False)
 
 
-# A server that answers, and takes no weights
+# A server that answers, takes no weights, and makes no responses
 
 
 class Stubborn:
-    """Well, of the right model, and unwilling to open a session of weight updates."""
+    """Well, of the right model, unwilling to open a session of weight updates, and endlessly at work on a response."""
 
     def __init__(self) -> None:
+        self.version = "default"
         self.posts: list[str] = []
         self.url = ""
         self._stop = threading.Event()
@@ -153,10 +154,13 @@ class Stubborn:
         async def get(request: web.Request) -> web.Response:
             return web.json_response(
                 {"paths": {"/begin_weight_update": {}, "/end_weight_update": {}}, **MODEL, **SERVER, "device": "cpu"}
+                | {"weight_version": self.version}
             )
 
         async def post(request: web.Request) -> web.Response:
             self.posts.append(request.path)
+            while request.path == "/generate" and not self._stop.is_set():
+                await asyncio.sleep(0.02)
             refused = request.path == "/begin_weight_update"
             return web.json_response({"success": not refused, "message": "not today"}, status=400 if refused else 200)
 
@@ -199,3 +203,15 @@ def test_publishes_that_reach_nobody_end_the_run(
         engine.close()
     assert stubborn.posts[-1] == "/continue_generation", "it is not left paused"
     assert "/generate" not in stubborn.posts
+
+
+def test_a_generation_ends_when_it_is_to_stop(stubborn: Stubborn, served: ServedModel, tmp_path: Path) -> None:
+    stubborn.version = "n-1"
+    config = SGLangConfig(urls=(stubborn.url,), start_timeout=10.0)
+    engine = SGLangEngine(config, served, run_dir=tmp_path, nonce="n", publishes=False)
+    try:
+        engine.follow(1)
+        with pytest.raises(Abandoned):
+            engine.generate([Prompt("p", (5,), (), "")], Sampling(1, 1), stop=lambda: "/generate" in stubborn.posts)
+    finally:
+        engine.close()

@@ -8,9 +8,10 @@ import pytest
 from aiohttp import web
 
 from sdpg_megatron.errors import RolloutError
-from sdpg_megatron.rollout.base import WeightsWanted
+from sdpg_megatron.rollout.base import Abandoned, WeightsWanted
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.member import State
+from sdpg_megatron.rollout.sglang.tasks import unless
 from tests.sglang_fakes import (
     BOUND,
     QUICK,
@@ -316,6 +317,20 @@ def test_what_is_cancelled_leaves_nothing_running() -> None:
                 await asked
             await until(lambda: server.running == 0)
             assert pool.members[0].running == 0 and not pool.members[0].requests
+
+    run(test)
+
+
+def test_what_is_to_stop_leaves_nothing_running() -> None:
+    async def test() -> None:
+        server = Misbehaving(never)
+        async with opened(server) as pool:
+            with pytest.raises(Abandoned):
+                await unless(lambda: server.running == 5, collect(pool, 5))
+            assert pool.members[0].running == 0 and not pool.members[0].requests
+            await until(lambda: server.running == 0)
+            server.answer = good
+            assert len(await unless(lambda: False, collect(pool, 5))) == 5
 
     run(test)
 

@@ -13,7 +13,7 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
-from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, WeightsWanted
+from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
 from sdpg_megatron.rollout.sglang import checksum, memory
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_sink
 from sdpg_megatron.rollout.sglang.checksum import Served
@@ -22,6 +22,7 @@ from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.loop import LoopThread
 from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
+from sdpg_megatron.rollout.sglang.tasks import unless
 from sdpg_megatron.weights import hf_shapes
 
 __all__ = ["SGLangEngine", "ServedModel"]
@@ -93,8 +94,10 @@ class SGLangEngine:
         """See `RolloutEngine`; -1 also after a failed publish, and when the servers' memory was released."""
         return self._version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
         """See `RolloutEngine`. What a server fails to complete is asked for again, elsewhere where that is possible.
+
+        Where `stop` says so, all requests are cancelled: a server ends what nobody waits for any more.
 
         Raises:
             RolloutError: also where `attempts` publishes in a row did not help.
@@ -111,7 +114,7 @@ class SGLangEngine:
             router=self._router,
         )
         try:
-            groups = thread.run(source.collect(prompts, sampling, self._version, self._on_progress))
+            groups = thread.run(unless(stop, source.collect(prompts, sampling, self._version, self._on_progress)))
         except WeightsWanted as wanted:
             self._count_vain(wanted)
             raise

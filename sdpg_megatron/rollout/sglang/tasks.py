@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from sdpg_megatron.rollout.base import Abandoned, Stop
+
 T = TypeVar("T")
+
+STOP_POLL = 0.25
+"""Seconds between two questions whether to stop."""
 
 
 class Threads:
@@ -34,6 +39,24 @@ async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; where `stop` says so meanwhile, it is cancelled, and over when this returns.
+
+    Raises:
+        Abandoned: it was cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if stop():
+                raise Abandoned
+            await asyncio.wait({task}, timeout=STOP_POLL)
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def nap(event: asyncio.Event, seconds: float) -> bool:

@@ -1,0 +1,112 @@
+"""What a run writes down as it goes, beside its checkpoints: configuration, metrics, prompts, evaluations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.evaluation.problems import Problem
+from sdpg_megatron.evaluation.results import Request, Results
+from sdpg_megatron.mcore.main_rank import on_main
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.alarms import Alarms
+from sdpg_megatron.observe.cut import cut_folders
+from sdpg_megatron.observe.files import write_whole
+from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.observe.writers import (
+    METRICS_FILE,
+    PROMPTS_FILE,
+    JsonlWriter,
+    cut_records,
+    open_writers,
+    read_metrics,
+)
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.settings import dump
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+EVAL_FOLDER = "eval"
+"""Each evaluation's results, a folder a step."""
+
+PromptFiles = Mapping[str, Sequence[Prompt]]
+ProblemFiles = Mapping[str, Sequence[Problem]]
+
+
+class Journal:
+    """The records of a run. Every rank calls every method; the main rank writes.
+
+    Where the disk refuses, all of them but `close` raise `WriteError`, on every rank.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, progress: Progress, step: int, *, evaluated: bool) -> None:
+        """Go on after `step`; `evaluated`: with the evaluation that was due after it. Later records are removed."""
+        self._ranks = ranks
+        self._files: _Files  # on the main rank alone
+
+        def begin() -> None:
+            self._files = _Files(config, progress, step, evaluated)
+
+        on_main(ranks, begin)
+
+    def keep_config(self) -> None:
+        """Write down the resolved configuration."""
+        on_main(self._ranks, lambda: self._files.keep_config())
+
+    def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
+        """Write down which prompts a step has learned from."""
+        on_main(self._ranks, lambda: self._files.keep_prompts(step, prompts))
+
+    def keep_evaluation(self, step: int, asked: PromptFiles, problems: ProblemFiles) -> None:
+        """Write down each problem's results after `step`, by data file."""
+        on_main(self._ranks, lambda: self._files.keep_evaluation(step, asked, problems))
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write down and show what was measured after `step`, with the alarms that it raises."""
+        on_main(self._ranks, lambda: self._files.report(step, numbers))
+
+    def close(self) -> None:
+        if self._ranks.is_main:
+            self._files.close()
+
+
+class _Files:
+    """The main rank's side."""
+
+    def __init__(self, config: RunConfig, progress: Progress, step: int, evaluated: bool) -> None:
+        run_dir = config.run_dir
+        self._config, self._progress = config, progress
+        cut_records(run_dir, step, evaluated=evaluated)
+        cut_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
+        self._metrics = open_writers(run_dir)
+        self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
+        self._alarms = Alarms(config.alarms, read_metrics(run_dir / METRICS_FILE))
+
+    def keep_config(self) -> None:
+        write_whole(self._config.run_dir / CONFIG_FILE, dump(self._config))
+
+    def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
+        self._prompts.append(step, {"prompts": [prompt.uid for prompt in prompts]})
+
+    def keep_evaluation(self, step: int, asked: PromptFiles, problems: ProblemFiles) -> None:
+        config = self._config
+        request = Request.of(config, asked, model=f"{config.run_dir}, step {step}", fingerprint=None)
+        results = Results.start(config.run_dir / EVAL_FOLDER / f"step_{step:08d}", request)
+        for name, found in problems.items():
+            results.write(name, found)
+        results.finish()
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        found = self._alarms.update(step, numbers)
+        self._metrics.write(step, {**numbers, **found.metrics})
+        self._progress.step(step, numbers)
+        for warning in found.warnings:
+            logger.warning("step %d: %s", step, warning)
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for file in (self._metrics, self._prompts):
+                stack.callback(file.close)

@@ -1,0 +1,43 @@
+"""`sdpg-megatron`, but sent SIGTERM while it generates: in its $SDPG_TEST_STOP-th generation, before the third token.
+
+A generation that goes on until its end is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from sdpg_megatron.cli import main
+from sdpg_megatron.rollout import hf
+
+VARIABLE = "SDPG_TEST_STOP"
+TOKEN = 3
+
+
+def stop_in(generation: int) -> None:
+    generate, watch = hf.HFEngine.generate, hf._Watch.__call__
+    generations = tokens = 0
+
+    def generating(*arguments: Any, **options: Any) -> Any:
+        nonlocal generations, tokens
+        generations, tokens = generations + 1, 0
+        found = generate(*arguments, **options)
+        assert generations < generation, "the signal was not noticed"
+        return found
+
+    def watching(*arguments: Any) -> Any:
+        nonlocal tokens
+        tokens += 1
+        if (generations, tokens) == (generation, TOKEN):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return watch(*arguments)
+
+    hf.HFEngine.generate, hf._Watch.__call__ = generating, watching  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    stop_in(int(os.environ[VARIABLE]))
+    sys.exit(main())
