@@ -23,8 +23,8 @@ step_over_plain. Seconds of a whole step (rollout by the embedded engine, scorin
 those of a plain PyTorch and transformers loop that does the same work (`step_plain.py`), on the same prompts of the
 addition data, sampled with the same seed.
 
-The meta file and the table have what is not in the JSON: seconds of every round, lengths, phases, `sdpg_measured` and
-`unsorted`.
+The meta file and the table have what is not in the JSON: the seconds of every round, and the processor's, lengths,
+phases, `sdpg_measured` and `unsorted`.
 """
 
 from __future__ import annotations
@@ -100,10 +100,13 @@ class Rounds:
     """What was measured of one kind of step, round by round."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of this process's threads together: what else runs on the machine matters less to these."""
     known: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, seconds: float, known: Known) -> None:
+    def add(self, seconds: float, cpu_seconds: float, known: Known) -> None:
         self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
         for name, value in known.items():
             self.known.setdefault(name, []).append(value)
 
@@ -112,7 +115,8 @@ class Rounds:
         return median(self.seconds)
 
     def report(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, **{name: median(found) for name, found in self.known.items()}}
+        spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        return {**spent, **{name: median(found) for name, found in self.known.items()}}
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
@@ -121,14 +125,14 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
     for number in range(rounds + 1):
         for name, step in steps.items():
             gc.collect()
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             known = step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            sys.stderr.write(f"round {number}: {name} {seconds:.2f} s\n")
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+            sys.stderr.write(f"round {number}: {name} {seconds:.2f} s, of the processor {cpu_seconds:.2f} s\n")
             if number:
-                found[name].add(seconds, known)
+                found[name].add(seconds, cpu_seconds, known)
     return found
 
 
