@@ -1,0 +1,299 @@
+"""What a training step costs, against steps that do less, or do the same otherwise.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --rounds 5 --out benchmarks/results/step-cpu.json
+
+The model is SmolLM2-135M-Instruct where scripts/setup.sh prepared it, with the settings of the demo
+(examples/smollm2/addition.yaml), except that alpha is the paper's 1e-3, so that every step has the reference's pass;
+beta does not move; half of the responses count as right, whatever they say; and the learning rate is so small that the
+model stays as it is. The steps are the trainer's own (`step_trainer.py`). Those that are compared run in turn in this
+process, round after round; the first round does not count; of the others the medians are compared.
+
+sdpg_over_beta0. Seconds of passes and update over those of the same where beta is 0, on the same groups of random
+tokens: prompts of 60 tokens, 80 for the teacher, and responses of a tenth of `--longest-even` up to all of it.
+`gated_share` is the share of response tokens that the teacher reads. Every tenth optimizer step the trainer measures
+how hard the parts of the loss pull (`alarms.gradient_every`): `sdpg_measured` is such a step.
+
+packed_over_padded. Tokens (of prompts and responses) a second of passes and update with `model.packed` over those
+without, on responses of long-tailed lengths up to `--longest`, in micro-batches of the same number of sequences. The
+padded ones are this package's, of sequences of like length, which is the best that padding can do, and the better the
+more sequences a step has. `unsorted` are padded micro-batches in the order of arrival, as where nobody sorts.
+
+step_over_plain. Seconds of a whole step (rollout by the embedded engine, scoring, passes, update, publishing) over
+those of a plain PyTorch and transformers loop that does the same work (`step_plain.py`), on the same prompts of the
+addition data, sampled with the same seed.
+
+The meta file and the table have what is not in the JSON: the seconds of every round, and the processor's, lengths,
+phases, `sdpg_measured` and `unsorted`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import megatron.core
+import torch
+import transformers
+
+if not __package__:  # run as a script, whose folder is then the first place to look for modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.head import machine, write_json
+from benchmarks.step_data import PROMPT_TOKENS, coin, even_lengths, given_groups, long_tailed_lengths
+from benchmarks.step_plain import PlainLoop
+from benchmarks.step_trainer import StandingTrainer, standing
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.mcore import parallel
+from sdpg_megatron.records import ScoredGroup
+from sdpg_megatron.settings import load
+from sdpg_megatron.train.plan import Limit
+from sdpg_megatron.train.sample import Sample
+from tools.make_addition import split, write
+from tools.prepare_smollm2 import FOLDER, default_cache
+
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "smollm2" / "addition.yaml"
+SETTINGS = {
+    "steps": 1000,
+    "reward.verifier": "benchmarks.step_data:coin",
+    "objective.alpha": 1e-3,
+    "objective.beta_warmup_steps": 1,  # beta is 0 in step 0, and constant from then on
+    "objective.beta_decay_steps": 0,
+    "optimizer.lr": 1e-12,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+}
+UNTAUGHT, TAUGHT, MEASURED = 0, 1, 10
+"""Steps: beta is 0; it is not; and the pulls of the loss's parts are measured, too."""
+GIVEN = {"optimizer.micro_batch_size": 8, "head.chunk_rows": 256}
+"""On given responses, which are longer than the demo's: the package's defaults."""
+
+Known = Mapping[str, float]
+"""What is to be known of a step besides its seconds."""
+Step = Callable[[], Known]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The output; the JSON has these keys and no others."""
+
+    sdpg_over_beta0: float
+    gated_share: float
+    packed_over_padded: float
+    step_over_plain: float
+
+
+@dataclass(slots=True)
+class Rounds:
+    """What was measured of one kind of step, round by round."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of this process's threads together: what else runs on the machine matters less to these."""
+    known: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, seconds: float, cpu_seconds: float, known: Known) -> None:
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
+        for name, value in known.items():
+            self.known.setdefault(name, []).append(value)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def report(self) -> dict[str, Any]:
+        spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        return {**spent, **{name: median(found) for name, found in self.known.items()}}
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
+    """Run each, round after round, and once before that."""
+    found = {name: Rounds() for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            gc.collect()
+            started, cpu_started = time.perf_counter(), time.process_time()
+            known = step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+            sys.stderr.write(f"round {number}: {name} {seconds:.2f} s, of the processor {cpu_seconds:.2f} s\n")
+            if number:
+                found[name].add(seconds, cpu_seconds, known)
+    return found
+
+
+def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
+    """Steps on given responses: of sdpg, of sdpg with its pulls measured, and of sdpg where beta is 0."""
+    with standing(config) as (trainer, _):
+        groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
+        at = {"beta0": UNTAUGHT, "sdpg": TAUGHT, "sdpg_measured": MEASURED}
+        steps = {name: _learning(trainer, groups, step) for name, step in at.items()}
+        return take_turns(steps, rounds)
+
+
+def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
+    """Steps of sdpg on given responses: packed, padded, and padded in the order of arrival."""
+    with standing(config) as (trainer, _):
+        groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
+        padded = _learning(trainer, groups, TAUGHT, packed=False)
+
+        def unsorted() -> Known:
+            with patch("sdpg_megatron.train.batch.plan", plan_unsorted):
+                return padded()
+
+        steps = {"packed": _learning(trainer, groups, TAUGHT, packed=True), "padded": padded, "unsorted": unsorted}
+        return take_turns(steps, rounds)
+
+
+def plan_unsorted(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) -> list[list[list[Sample]]]:
+    """In the place of `train.plan.plan`, on one rank: micro-batches in the order of arrival."""
+    size = limit.sequences
+    return [[list(samples[first : first + size]) for first in range(0, len(samples), size)]]
+
+
+def _learning(trainer: StandingTrainer, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
+    def learn() -> Known:
+        return {"gated_share": trainer.learn(groups, step, **changes)["distill/gate_rate"]}
+
+    return learn
+
+
+def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
+    """Whole steps: ours, and those of the plain loop."""
+    with standing(config) as (trainer, stack):
+        trainer.start_engine(stack)
+        plain = PlainLoop(config, coin, trainer.learner.device)
+        prompts, seed = trainer.drawn(TAUGHT)
+
+        def our_step() -> Known:
+            metrics = trainer.whole_step(TAUGHT)
+            phases = {name: value for name, value in metrics.items() if name.startswith("time/")}
+            gated_share, tokens = metrics["distill/gate_rate"], metrics["rollout/length"]
+            return {"gated_share": gated_share, "response_tokens": tokens, **phases}
+
+        def plain_step() -> Known:
+            # Without a GPU every call of torch in this process is looked at for Megatron's sake (`mcore.device`): the
+            # plain loop shall not pay for that.
+            with torch._C.DisableTorchFunction():
+                responses = plain.step(prompts, seed)
+            phases = {f"time/{name}": seconds for name, seconds in plain.seconds.items()}
+            tokens = [len(response.tokens) for response in responses]
+            gated = sum(len(response.tokens) for response in responses if response.advantage > 0)
+            return {"gated_share": gated / sum(tokens), "response_tokens": sum(tokens) / len(tokens), **phases}
+
+        return take_turns({"ours": our_step, "plain": plain_step}, rounds)
+
+
+def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunConfig:
+    """The demo's run with `SETTINGS`, on data in `folder`."""
+    fields = {
+        **SETTINGS,
+        "run_dir": folder / "run",
+        "model.path": options.model,
+        "data.train": [folder / "train.jsonl"],
+        "data.eval": [],
+        "rollout.prompts_per_step": options.prompts,
+        **changes,
+    }
+    overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
+    return load(DEMO, overrides)
+
+
+def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
+    """The result, and what else is to be known."""
+    with tempfile.TemporaryDirectory(prefix="step-benchmark-") as name:
+        folder = Path(name)
+        write(folder / "train.jsonl", split(held_out=64, train=None, seed=0)[0])
+        whole = settings(options, folder)
+        given = settings(options, folder, **GIVEN)
+        count = options.groups * given.rollout.group_size
+        even, tailed = even_lengths(count, options.longest_even), long_tailed_lengths(count, options.longest)
+        beta = compare_beta(given, even, options.rounds)
+        layouts = compare_layouts(given, tailed, options.rounds)
+        steps = compare_plain(whole, options.rounds)
+        parallel.shutdown()
+    result = Result(
+        sdpg_over_beta0=beta["sdpg"].median / beta["beta0"].median,
+        gated_share=beta["sdpg"].known["gated_share"][0],
+        packed_over_padded=layouts["padded"].median / layouts["packed"].median,
+        step_over_plain=steps["ours"].median / steps["plain"].median,
+    )
+    details = {
+        "sdpg_measured_over_beta0": beta["sdpg_measured"].median / beta["beta0"].median,
+        "packed_over_unsorted": layouts["unsorted"].median / layouts["packed"].median,
+        "response_tokens": {"even": even, "long_tailed": tailed},
+        "tokens_per_second": {
+            name: (sum(lengths) + count * PROMPT_TOKENS) / one.median
+            for lengths, kinds in ((even, beta), (tailed, layouts))
+            for name, one in kinds.items()
+        },
+        "steps": {name: one.report() for name, one in {**beta, **layouts, **steps}.items()},
+    }
+    return result, details
+
+
+def table(result: Result, details: Mapping[str, Any]) -> str:
+    """Lines of what was compared, and of each kind of step."""
+    lines = [f"{name:26}{value:6.3f}" for name, value in asdict(result).items()]
+    lines += [f"{name:26}{details[name]:6.3f}" for name in ("sdpg_measured_over_beta0", "packed_over_unsorted")]
+    lines.append(f"{'':16}{'seconds':>9}{'tokens/s':>10}")
+    for name, one in details["steps"].items():
+        speed = details["tokens_per_second"].get(name)
+        phases = ", ".join(f"{key[5:]} {value:.2f}" for key, value in one.items() if key.startswith("time/"))
+        lines.append(f"{name:16}{median(one['seconds']):9.2f}{f'{speed:.0f}' if speed else '':>10}  {phases}")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--model", type=Path, default=default_cache() / FOLDER, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed rounds, after one that is not")
+    parser.add_argument("--groups", type=int, default=4, metavar="N", help="prompts of a step on given responses")
+    parser.add_argument("--longest-even", type=int, default=200, metavar="N", help="tokens of such a response at most")
+    parser.add_argument("--longest", type=int, default=1024, metavar="N", help="likewise, where the tail is long")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts of a whole step")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json says of what run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if not options.model.exists():
+        sys.stderr.write(f"no {options.model}: scripts/setup.sh prepares it\n")
+        return 2
+    result, details = measure(options)
+    meta = {
+        "machine": machine("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "benchmarks/step.py", *(sys.argv[1:] if argv is None else argv)]),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "megatron_core": megatron.core.__version__,
+        "model": options.model.name,
+        **details,
+    }
+    sys.stdout.write(f"{meta['machine']}; torch {meta['torch']}; {meta['date']}; {meta['command']}\n")
+    sys.stdout.write(table(result, details))
+    if options.out:
+        write_json(options.out, asdict(result))
+        write_json(options.out.with_name(options.out.name + ".meta.json"), meta)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""A step of SDPG as one would write it with PyTorch and transformers alone: what benchmarks/step.py is held against.
+
+One model that samples and learns, a frozen copy of it as the reference, padded batches, and for the losses the logits
+of all response tokens at once. It is not naive: sequences of like length share a batch, prompts do not go through the
+output layer, the teacher reads right responses alone, attention needs no mask where the padding comes last, and Adam
+is torch's fused one.
+
+Shapes: B sequences of a batch, S padded length, T response tokens of a batch, G those of right responses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.records import Prompt, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A sampled response and what it was worth."""
+
+    prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    advantage: float
+
+
+@dataclass(slots=True)
+class PlainLoop:
+    """Reads of a run's configuration the model and the numbers that both sides are to have alike."""
+
+    config: RunConfig
+    verifier: Callable[[Prompt, str], float]
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the last step, by what they were spent on."""
+    model: Any = field(init=False)
+    reference: Any = field(init=False)
+    tokenizer: Any = field(init=False)
+    optimizer: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        path, how = self.config.model.path, self.config.optimizer
+        dtype = getattr(torch, self.config.model.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device)
+        # Chat templates use the padding token, too (SmolLM2's ends turns), and transformers would not let it learn.
+        self.model.get_input_embeddings().padding_idx = None
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        norms = [p for p in self.model.parameters() if p.dim() < 2]
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": how.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+            lr=how.lr,
+            betas=(how.beta1, how.beta2),
+            eps=how.eps,
+            fused=True,
+        )
+
+    def step(self, prompts: Sequence[Prompt], seed: int) -> list[Response]:
+        """Sample, score and learn; what was learned from."""
+        self.seconds.clear()
+        with self._timed("rollout"):
+            sampled = self.sample(prompts, seed)
+        with self._timed("score"):
+            responses = self.score(prompts, sampled)
+        self.learn(responses)
+        return responses
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], seed: int) -> list[list[tuple[int, ...]]]:
+        """A group of responses to each prompt, as tokens. Prompts of like length share a batch."""
+        rollout = self.config.rollout
+        torch.manual_seed(seed)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_tokens))
+        at_a_time = max(1, rollout.batch_size // rollout.group_size)
+        found: dict[int, list[tuple[int, ...]]] = {}
+        for start in range(0, len(order), at_a_time):
+            batch = order[start : start + at_a_time]
+            inputs = self.tokenizer.pad({"input_ids": [list(prompts[i].student_tokens) for i in batch]})
+            output_BS = self.model.generate(
+                input_ids=torch.tensor(inputs["input_ids"], device=self.device),
+                attention_mask=torch.tensor(inputs["attention_mask"], device=self.device),
+                do_sample=True,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=0,
+                max_new_tokens=rollout.max_response_tokens,
+                num_return_sequences=rollout.group_size,
+            )
+            rows = [self._cut(row) for row in output_BS[:, len(inputs["input_ids"][0]) :].tolist()]
+            for place, i in enumerate(batch):
+                found[i] = rows[place * rollout.group_size : (place + 1) * rollout.group_size]
+        return [found[i] for i in range(len(prompts))]
+
+    def _cut(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Up to the first stop token, and with it."""
+        stop = self.model.generation_config.eos_token_id
+        stops = stop if isinstance(stop, list) else [stop]
+        end = next((i for i, token in enumerate(tokens, start=1) if token in stops), len(tokens))
+        return tuple(tokens[:end])
+
+    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[tuple[int, ...]]]) -> list[Response]:
+        """Responses with the advantages of their rewards."""
+        responses = []
+        for prompt, group in zip(prompts, sampled, strict=True):
+            texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
+            rewards = torch.tensor([self.verifier(prompt, text) for text in texts])
+            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+            responses += [
+                Response(prompt.student_tokens, prompt.teacher_tokens, tokens, advantage)
+                for tokens, advantage in zip(group, advantages.tolist(), strict=True)
+            ]
+        return responses
+
+    def learn(self, responses: Sequence[Response]) -> tuple[float, float]:
+        """One optimizer step: the loss and the gradient's norm before it is clipped."""
+        total = sum(len(response.tokens) for response in responses)
+        ordered = sorted(responses, key=lambda response: len(response.prompt) + len(response.tokens))
+        size, loss = self.config.optimizer.micro_batch_size, 0.0
+        for start in range(0, len(ordered), size):
+            loss += self._backward(ordered[start : start + size], total)
+        with self._timed("optimizer"):
+            norm = clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss, float(norm)
+
+    def _backward(self, batch: Sequence[Response], total: int) -> float:
+        """Add the gradients of a micro-batch, and return its part of the loss."""
+        labels_T = torch.tensor([token for r in batch for token in r.tokens], device=self.device)
+        advantage_T = torch.tensor([r.advantage for r in batch for _ in r.tokens], device=self.device)
+        texts = [(r.prompt, r.tokens) for r in batch]
+        with self._timed("reference"), torch.no_grad():
+            reference_T = _picked(self._logp(self.reference, texts), labels_T)
+        right_T = advantage_T > 0
+        with self._timed("teacher"), torch.no_grad():
+            taught = [(r.teacher_prompt, r.tokens) for r in batch if r.advantage > 0]
+            logq_GV = self._logp(self.model, taught) if taught else None
+        with self._timed("student"):
+            logp_TV = self._logp(self.model, texts)
+            logprob_T = _picked(logp_TV, labels_T)
+            ratio_T = (logprob_T - logprob_T.detach()).exp()
+            loss_T = -advantage_T * ratio_T
+            loss_T = loss_T + self.config.objective.alpha * (logprob_T - reference_T).square() / 2
+            loss = loss_T.sum()
+            if logq_GV is not None:
+                logp_GV = logp_TV[right_T]
+                kl_G = (logp_GV.exp() * (logp_GV - logq_GV)).sum(1)
+                loss = loss + self.config.objective.beta * kl_G.sum()
+            loss = loss / total
+            loss.backward()
+        return float(loss.detach())
+
+    def _logp(self, model: Any, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+        """The model's log-distribution at each response token, [T, V]."""
+        tokens = [torch.tensor(prompt + response) for prompt, response in texts]
+        tokens_BS = pad_sequence(tokens, batch_first=True).to(self.device)
+        firsts = [b * tokens_BS.shape[1] + len(prompt) - 1 for b, (prompt, _) in enumerate(texts)]
+        rows = [first + i for first, (_, response) in zip(firsts, texts, strict=True) for i in range(len(response))]
+        hidden_BSH = model.base_model(tokens_BS, use_cache=False).last_hidden_state
+        hidden_TH = hidden_BSH.flatten(0, 1)[torch.tensor(rows, device=self.device)]
+        logits_TV = model.lm_head(hidden_TH).float() / self.config.rollout.temperature
+        return logits_TV.log_softmax(1)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def _picked(logp_TV: Tensor, labels_T: Tensor) -> Tensor:
+    return logp_TV.gather(1, labels_T[:, None])[:, 0]
+
+
+def responses_of(groups: Sequence[ScoredGroup]) -> list[Response]:
+    """Groups that were sampled and scored elsewhere."""
+    return [
+        Response(scored.group.prompt.student_tokens, scored.group.prompt.teacher_tokens, c.tokens, advantage)
+        for scored in groups
+        for c, advantage in zip(scored.group.completions, scored.advantages, strict=True)
+    ]
