@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 
-import torch
-
 from sdpg_megatron import objectives
 from sdpg_megatron.checkpoint.changes import Change, check_same_run
-from sdpg_megatron.checkpoint.state import RunState, fingerprint
+from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.data.render import Renderer
-from sdpg_megatron.errors import MismatchError
-from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
-from sdpg_megatron.objectives.base import StepContext
-from sdpg_megatron.objectives.mismatch import DIFFERENCE
-from sdpg_megatron.observe.metrics import Metric, merge, values
+from sdpg_megatron.observe.metrics import Metric, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.records import ScoredGroup
-from sdpg_megatron.rewards.shaping import Shaping
-from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling
-from sdpg_megatron.train.batch import StepBatch, build_step, with_corrections
-from sdpg_megatron.train.collate import Layout
-from sdpg_megatron.train.draws import draw_seed
-from sdpg_megatron.train.engines import start_rollouts
-from sdpg_megatron.train.evaluate import evaluate, metrics
-from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights, stream_weights
+from sdpg_megatron.rollout.base import Abandoned
+from sdpg_megatron.train.collect import Collector
+from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
+from sdpg_megatron.train.held_out import HeldOut
 from sdpg_megatron.train.inputs import Inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
-from sdpg_megatron.train.peers import describe_contexts, with_peers
-from sdpg_megatron.train.plan import Limit
+from sdpg_megatron.train.lessons import Lessons
+from sdpg_megatron.train.peers import describe_contexts
+from sdpg_megatron.train.phases import Phases
+from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
-from sdpg_megatron.train.rollouts import describe, with_shaping
-from sdpg_megatron.train.sample import make_samples, nobody
-from sdpg_megatron.train.selection import Judge, Selection, select
-
-logger = logging.getLogger(__name__)
+from sdpg_megatron.train.selection import Selection
+from sdpg_megatron.train.serving import Serving
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -85,10 +71,15 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
             if state.step == config.steps and read_summary(config.run_dir) is not None:
                 return Outcome.ALREADY_DONE
         store.sweep()
-        trainer = Trainer(config, inputs, ranks, store, model)
+        objective = objectives.build(config.objective, config.total_optimizer_steps)
+        learner = Learner(config, inputs.arch, objective, ranks)
+        position = Position.first(config, inputs.prompts.size)
         if newest is not None:
-            trainer.resume(*newest, changes)
-        return trainer.run(stack)
+            store.load(*newest, learner)
+            position = Position.of(newest[1], inputs.prompts.size)
+        trainer = Trainer(config, inputs, learner, store, position, model, stack)
+        trainer.announce(changes)
+        return trainer.run()
 
 
 def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
@@ -101,78 +92,81 @@ def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
 
 
 class Trainer:
-    """One run on this rank: built from the configuration, continued from the newest checkpoint if there is one."""
+    """A run on this rank, from where it stands to its end."""
 
     def __init__(
-        self, config: RunConfig, inputs: Inputs, ranks: Ranks, store: CheckpointStore, fingerprint: str
+        self,
+        config: RunConfig,
+        inputs: Inputs,
+        learner: Learner,
+        store: CheckpointStore,
+        position: Position,
+        model: str,
+        stack: ExitStack,
     ) -> None:
-        self.config, self.inputs, self.ranks, self.store = config, inputs, ranks, store
-        self.fingerprint = fingerprint
-        self.prompts = inputs.prompts
-        self.cursor = Cursor(self.prompts.size, config.seed, config.data.shuffle)
-        self.shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
-        self.judge = Judge(config.selection, ranks)
-        self.objective = objectives.build(config.objective, config.total_optimizer_steps)
-        self.learner = Learner(config, inputs.arch, self.objective, ranks)
-        self.step = 0
-        self.saved: int | None = None
-        """The step of the newest checkpoint, complete or being written."""
-        self.changes: Sequence[Change] = ()
-        self.seconds = 0.0
-        self.baseline: Mapping[str, float] = {}
-        self.evaluated = False
-        self.phase_seconds: dict[str, float] = {}
-        self.interrupt = Interrupt()
-        self.gated = config.rollout.mismatch_limit is None
-        """Whether the rollout engine's log-probs were held against the trainer's."""
-
-    def resume(self, checkpoint: Path, state: RunState, changes: Sequence[Change]) -> None:
-        """Go on where a checkpoint was written; `changes` of the configuration since then are shown."""
-        self.store.load(checkpoint, state, self.learner)
-        self.saved, self.changes = state.step, changes
-        self.step, self.seconds = state.step, state.seconds
-        self.baseline, self.evaluated = state.baseline, state.evaluated
-        self.cursor = Cursor.from_state(state.cursor, self.prompts.size)
-
-    def run(self, stack: ExitStack) -> Outcome:
-        """Train up to the configured step, then write what a finished run leaves behind.
-
+        """
         Args:
+            position: where the run stands, and the learner's weights with it.
+            model: fingerprint of the model that the run started from.
             stack: gets what has to be closed when the run ends, however it ends.
         """
-        config = self.config
-        self.progress = Progress(config.steps, done=self.step, enabled=self.ranks.is_main)
+        self.config, self.inputs, self.learner, self.store = config, inputs, learner, store
+        self.ranks, self.at, self.model = learner.ranks, position, model
+        self.interrupt = Interrupt()
+        self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
         stack.callback(self.progress.close)
-        self.journal = Journal(config, self.ranks, self.progress, self.step, evaluated=self.evaluated)
+        self.phases = Phases(self.progress)
+        self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
         stack.callback(self.journal.close)
-        if self._colocated:  # servers divide up the memory that they find
-            self.learner.offload()
-            self.ranks.barrier()
-        self.rollouts = start_rollouts(
-            config, self.inputs, self.ranks, self.progress.count, lambda: self.interrupt.requested
+        self.serving = Serving(
+            config,
+            inputs,
+            learner,
+            self.phases,
+            on_progress=self.progress.count,
+            stop=lambda: self.interrupt.requested,
         )
-        stack.callback(self.rollouts.close)
-        self._announce()
-        self._publish()
+        stack.callback(self.serving.close)
+        rollouts = self.serving.rollouts
+        self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
+        self.lessons = Lessons(config, inputs, learner)
+        self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
+
+    def announce(self, changes: Sequence[Change]) -> None:
+        """Keep the resolved configuration, and say what starts, and what of it has changed since the checkpoint."""
+        self.journal.keep_config()
+        r = self.ranks
+        self.progress.message(
+            f"{self.config.objective.name} on {self.config.model.path.name}: {self.inputs.prompts.describe()}, "
+            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; "
+            + ("a new run" if self.at.saved is None else f"continuing after step {self.at.step}")
+        )
+        if changes:
+            self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, changes))}")
+
+    def run(self) -> Outcome:
+        """Train up to the configured step, then write what a finished run leaves behind."""
+        config, at = self.config, self.at
+        self.serving.publish(at.step)
         evaluated: Mapping[str, float] | None = None
         with self.interrupt:
-            if not self.evaluated and self.inputs.held_out:
+            if not at.evaluated and self.held_out:
                 evaluated = self._evaluate()
                 if evaluated is None:
                     return self._stop("before")
-                self.baseline = self.baseline or evaluated
-                self.journal.report(self.step, evaluated)
-            while self.step < config.steps:
+                at.baseline = at.baseline or evaluated
+                self.journal.report(at.step, evaluated)
+            while at.step < config.steps:
                 metrics = self._train_step()
                 if metrics is None:
                     return self._stop("before")
                 self.store.advance()
                 due = self._due(config.eval.every)
-                stop = self.step < config.steps and self._asked_to_stop()
+                stop = at.step < config.steps and self._asked_to_stop()
                 evaluated = self._evaluate() if due and not stop else None
-                self.evaluated = not due or evaluated is not None  # otherwise it is made when the run goes on
-                self.journal.report(self.step, {**values(metrics), **(evaluated or {})})
-                if stop or not self.evaluated:
+                at.evaluated = not due or evaluated is not None  # otherwise it is made when the run goes on
+                self.journal.report(at.step, {**values(metrics), **(evaluated or {})})
+                if stop or not at.evaluated:
                     return self._stop("after")
                 if self._due(config.checkpoint.every):
                     self._save()
@@ -181,6 +175,9 @@ class Trainer:
         self.store.finish()
         self._finish(evaluated)
         return Outcome.FINISHED
+
+    def _due(self, every: int) -> bool:
+        return self.at.step == self.config.steps or (every > 0 and self.at.step % every == 0)
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank was: they stop together."""
@@ -191,10 +188,10 @@ class Trainer:
 
         Before the first step there is nothing to save: the optimizer has no state.
         """
-        if self.step and self.saved != self.step:
+        if self.at.step and self.at.saved != self.at.step:
             self._save()
         self.store.finish()
-        told = f"stopped after step {self.step}" + (", what came next was abandoned" if where == "before" else "")
+        told = f"stopped after step {self.at.step}" + (", what came next was abandoned" if where == "before" else "")
         self.progress.message(f"{told}; the same command continues")
         return Outcome.INTERRUPTED
 
@@ -203,235 +200,66 @@ class Trainer:
 
         None where the run was asked to stop before the first of these: then nothing has changed.
         """
-        started = time.perf_counter()
-        config, cursor = self.config, self.cursor.state()
+        started, at = time.perf_counter(), self.at
+        cursor = at.cursor.state()
         selection: Selection | None = None
-        with self._phase("rollout"), suppress(Abandoned):
-            selection = select(self._ask, config.rollout.prompts_per_step, self.judge, config.selection)
+        with self.phases("rollout"), suppress(Abandoned):
+            selection = self.collector.collect(at.step, at.cursor)
         if selection is None or self._asked_to_stop():
-            self.cursor = Cursor.from_state(cursor, self.prompts.size)
+            at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
             return None
-        groups = self._with_context(selection.kept)
-        self._warn_of_shortage(selection)
-        self._to_training()
-        self.learner.begin(self.step)
-        parts = [parallel.split_evenly(groups, i, config.optimizer.minibatches) for i in range(self._minibatches)]
-        with self._phase("prepare"):
-            batches = [self._prepare(part, self._context(number)) for number, part in enumerate(parts)]
+        groups = self.lessons.with_context(selection.kept)
+        self.serving.make_room()
+        with self.phases("prepare"):
+            batches = self.lessons.prepare(at.step, groups)
         if self._asked_to_stop():
-            self.cursor = Cursor.from_state(cursor, self.prompts.size)
+            at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
             return None
-        with self._phase("update"):
-            updates = [self._update(batch, self._context(number)) for number, batch in enumerate(batches)]
-        self._check_mismatch(merge(updates))
-        self.step += 1
-        self.journal.keep_prompts(self.step, [scored.group.prompt for scored in groups])
-        self._publish()
+        with self.phases("update"):
+            updates = self.lessons.learn(at.step, batches)
+        at.step += 1
+        self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
+        self.serving.publish(at.step)
         seconds = time.perf_counter() - started
-        self.seconds += seconds
-        phases = {f"time/{name}": Metric(spent) for name, spent in self.phase_seconds.items()}
-        self.phase_seconds.clear()
+        at.seconds += seconds
         tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
         return {
-            **describe(selection.asked, self.shaping),
-            **(selection.metrics() if self.judge.active else {}),
+            **self.collector.describe(selection),
             **describe_contexts(groups),
-            **merge(updates),
-            **phases,
+            **updates,
+            **self.phases.take(),
             "time/step": Metric(seconds),
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
 
-    def _ask(self, count: int, number: int) -> list[ScoredGroup]:
-        """Groups of the next `count` prompts, in round `number` of the step."""
-        prompts = [self.prompts[i] for i in self.cursor.take(count)]
-        return with_shaping(self.rollouts.run(prompts, self._sampling(number)), self.shaping)
-
-    def _warn_of_shortage(self, selection: Selection) -> None:
-        wanted = self.config.rollout.prompts_per_step
-        if len(selection.kept) < wanted and self.ranks.is_main:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items() if count)
-            logger.warning(
-                "step %d: %d of %d groups kept after %d prompts in %d rounds, left out: %s",
-                *(self.step, len(selection.kept), wanted, len(selection.asked), selection.rounds, reasons),
-            )
-
-    def _with_context(self, groups: list[ScoredGroup]) -> list[ScoredGroup]:
-        """Give the teacher what it is to read, where that is not in the data."""
-        if self.config.objective.context == "data":
-            return groups
-        renderer = Renderer(self.config.data, self.inputs.tokenizer)
-        return with_peers(groups, renderer, self.config.objective.peer_reward, self.config.max_teacher_tokens)
-
-    @property
-    def _minibatches(self) -> int:
-        return self.config.optimizer.minibatches
-
-    def _context(self, minibatch: int) -> StepContext:
-        return StepContext(self.step * self._minibatches + minibatch, self.config.total_optimizer_steps)
-
-    def _prepare(self, groups: Sequence[ScoredGroup], context: StepContext) -> StepBatch:
-        """Build one mini-batch, with what has to be computed before the rollout's weights change."""
-        needs = self.objective.needs(context)
-        batch = build_step(
-            make_samples(
-                groups,
-                self.config.objective,
-                taught=self.objective.taught if needs.teacher else nobody,
-                outcome=needs.outcome,
-                stop_ids=self.inputs.stop_ids,
-            ),
-            regularized=needs.reference or needs.every_token,
-            limit=Limit.of(self.config),
-            layout=Layout.of(self.config, self.ranks),
-            device=self.learner.device,
-        )
-        corrected = self.config.objective.correction != "none"
-        if self._minibatches > 1 or corrected:
-            batch = batch.with_micro_batches(self.learner.with_old_logprobs(batch.micro_batches))
-        if corrected:
-            sharers = self.ranks.context_group if self.ranks.context_size > 1 else None
-            batch = batch.with_micro_batches(with_corrections(batch.micro_batches, self.config.objective, sharers))
-        if needs.reference:
-            batch = batch.with_micro_batches(self.learner.with_reference(batch.micro_batches))
-        if needs.teacher:
-            batch = batch.with_micro_batches(self.learner.with_early_teacher(batch.micro_batches))
-        return batch
-
-    def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:
-        gated = self.config.objective.distill_average == "gated"
-        scale = batch.distill_scale if gated else 1.0
-        return self.learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
-
-    def _check_mismatch(self, metrics: Mapping[str, Metric]) -> None:
-        """Hold the first step's rollout against its training, once: both have computed the same tokens' log-probs.
-
-        Raises:
-            MismatchError: on every rank, before the step's weights are published or saved.
-        """
-        limit = self.config.rollout.mismatch_limit
-        if self.gated or limit is None or DIFFERENCE not in metrics or not metrics[DIFFERENCE].weight:
-            return
-        self.gated = True
-        if not metrics[DIFFERENCE].value <= limit:
-            raise MismatchError(self.step, metrics[DIFFERENCE].value, limit)
-
-    def _weights(self) -> Iterator[Bucket]:
-        """This replica's weights as the rollout engine wants them; every rank of the replica iterates."""
-        served = self.config.rollout.sglang.dtype if self.config.rollout.engine == "sglang" else None
-        return stream_weights(self.config, self.learner, getattr(torch, served) if served else None)
-
-    def _publish(self) -> None:
-        """Bring the weights to the rollout engine; where it shares the trainer's devices, it gets them back."""
-        with self._phase("publish"):
-            if self._colocated:
-                self.learner.offload()
-                self.rollouts.resume()
-            self.rollouts.publish(self.step, self._weights)
-            every = self.config.rollout.sglang.verify_every
-            if every and self.step % every == 0:
-                self.rollouts.verify(self.step, self._weights)
-
-    def _to_training(self) -> None:
-        """Take the devices from a rollout engine that shares them."""
-        if self._colocated:
-            with self._phase("switch"):
-                self.rollouts.release()
-                self.learner.onload()
-
-    @property
-    def _colocated(self) -> bool:
-        return self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated
-
-    def _sampling(self, number: int) -> Sampling:
-        """How round `number` of the step samples."""
-        rollout = self.config.rollout
-        return Sampling(
-            n=rollout.group_size,
-            max_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            seed=draw_seed(
-                self.config.seed,
-                f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}",
-                self.ranks.replica,
-            ),
-        )
-
     def _evaluate(self) -> dict[str, float] | None:
-        """Responses to the held-out prompts, kept in the run's folder; their numbers.
-
-        None where the run was asked to stop before all responses were there: then nothing is kept.
-        """
-        if self.inputs.held_out is None:
+        """See `HeldOut.measure`."""
+        if not self.held_out:
             return {}
-        config = self.config
-        files = by_file(self.inputs.held_out.prompts)
-        with self._phase("eval"):
-            try:
-                problems = {
-                    name: evaluate(config, self.rollouts, asked, self.ranks.replica) for name, asked in files.items()
-                }
-            except Abandoned:
-                return None
-            self.journal.keep_evaluation(self.step, files, problems)
-        return values(metrics(config, problems))
-
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
-
-    def _announce(self) -> None:
-        """Keep the resolved configuration, and say what starts."""
-        self.journal.keep_config()
-        r = self.ranks
-        self.progress.message(
-            f"{self.config.objective.name} on {self.config.model.path.name}: {self.prompts.describe()}, "
-            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; "
-            + ("a new run" if self.saved is None else f"continuing after step {self.step}")
-        )
-        if self.changes:
-            self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, self.changes))}")
+        with self.phases("eval"):
+            return self.held_out.measure(self.at.step)
 
     def _save(self) -> None:
-        with self._phase("checkpoint"):
-            self.store.save(
-                self.learner,
-                RunState(
-                    step=self.step,
-                    cursor=self.cursor.state(),
-                    seconds=self.seconds,
-                    baseline=self.baseline,
-                    evaluated=self.evaluated,
-                    config=self.config.model_dump(mode="json"),
-                    model=self.fingerprint,
-                ),
-            )
-        self.saved = self.step
+        with self.phases("checkpoint"):
+            self.store.save(self.learner, self.at.state(self.config, self.model))
+        self.at.saved = self.at.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
-        config = self.config
+        config, baseline = self.config, self.at.baseline
         if config.checkpoint.export:
             export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
         summary = Summary(
-            accuracy_before=self.baseline.get("eval/sampled_accuracy"),
+            accuracy_before=baseline.get("eval/sampled_accuracy"),
             accuracy_after=evaluated.get("eval/sampled_accuracy"),
-            greedy_before=self.baseline.get("eval/greedy_accuracy"),
+            greedy_before=baseline.get("eval/greedy_accuracy"),
             greedy_after=evaluated.get("eval/greedy_accuracy"),
-            steps=self.step,
-            seconds=round(self.seconds, 1),
+            steps=self.at.step,
+            seconds=round(self.at.seconds, 1),
         )
         on_main(self.ranks, lambda: plot_learning_curve(config.run_dir))
         on_main(self.ranks, lambda: write_summary(config.run_dir, summary))
         self.progress.message(str(summary))
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Show and time a part of the step."""
-        self.progress.phase(name)
-        started = time.perf_counter()
-        yield
-        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def done_message(run_dir: Path) -> str:

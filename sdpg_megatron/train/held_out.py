@@ -1,0 +1,44 @@
+"""The evaluations of a run: the model of the moment on the held-out prompts."""
+
+from __future__ import annotations
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.evaluation.problems import by_file
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.metrics import values
+from sdpg_megatron.rollout.base import Abandoned
+from sdpg_megatron.train.evaluate import evaluate, metrics
+from sdpg_megatron.train.journal import Journal
+from sdpg_megatron.train.rollouts import Rollouts
+
+
+class HeldOut:
+    """The held-out prompts, if there are any. Every rank calls every method, and gets the same."""
+
+    def __init__(
+        self, config: RunConfig, prompts: PromptDataset | None, rollouts: Rollouts, journal: Journal, ranks: Ranks
+    ) -> None:
+        self._config, self._rollouts, self._journal, self._ranks = config, rollouts, journal, ranks
+        self._files = by_file(prompts.prompts) if prompts is not None else {}
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    def measure(self, step: int) -> dict[str, float] | None:
+        """Generate and score responses, and keep them as those after `step`; their numbers.
+
+        None where the run was asked to stop before all responses were there: then nothing is kept.
+        """
+        if not self:
+            return {}
+        config = self._config
+        try:
+            problems = {
+                name: evaluate(config, self._rollouts, asked, self._ranks.replica)
+                for name, asked in self._files.items()
+            }
+        except Abandoned:
+            return None
+        self._journal.keep_evaluation(step, self._files, problems)
+        return values(metrics(config, problems))

@@ -1,0 +1,32 @@
+"""The parts of a step: shown while they last, and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sdpg_megatron.observe.metrics import Metric
+from sdpg_megatron.observe.progress import Progress
+
+
+class Phases:
+    """Seconds of each part, by its name."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """While entered, the part is shown, and its time counts."""
+        self._progress.phase(name)
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, Metric]:
+        """Metrics of all parts since the last call."""
+        found = {f"time/{name}": Metric(spent) for name, spent in self._seconds.items()}
+        self._seconds.clear()
+        return found
