@@ -161,7 +161,7 @@ class PlainLoop:
                 kl_G = (logp_GV.exp() * (logp_GV - logq_GV)).sum(1)
                 loss = loss + self.config.objective.beta * kl_G.sum()
             loss = loss / total
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _logp(self, model: Any, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
@@ -173,7 +173,8 @@ class PlainLoop:
         hidden_BSH = model.base_model(tokens_BS, use_cache=False).last_hidden_state
         hidden_TH = hidden_BSH.flatten(0, 1)[torch.tensor(rows, device=self.device)]
         logits_TV = model.lm_head(hidden_TH).float() / self.config.rollout.temperature
-        return logits_TV.log_softmax(1)
+        logp_TV: Tensor = logits_TV.log_softmax(1)
+        return logp_TV
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

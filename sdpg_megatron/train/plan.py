@@ -29,8 +29,8 @@ def plan(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) ->
 
     Args:
         limit: of each micro-batch.
-        alike: put samples of like cost into one micro-batch, which costs less where they are padded. Otherwise
-            micro-batches cost about the same.
+        alike: put samples of like length into one micro-batch, which costs less where they are padded; without a bound
+            on tokens. Otherwise micro-batches cost about the same.
     """
     if limit.tokens is None:
         shares = balance(samples, ranks, room=-(-len(samples) // ranks))
@@ -62,7 +62,8 @@ def balance(samples: Sequence[Sample], parts: int, *, room: int | None = None) -
 
 
 def _alike(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    ordered = sorted(samples, key=lambda sample: sample.cost)
+    # Not by cost: a response that the teacher reads, too, would meet others of twice its length.
+    ordered = sorted(samples, key=lambda sample: len(sample.student_prompt) + len(sample.response))
     return [ordered[len(ordered) * i // parts : len(ordered) * (i + 1) // parts] for i in range(parts)]
 
 

@@ -167,6 +167,13 @@ def test_packed_micro_batches_cost_about_the_same() -> None:
     assert spread(even) < max(s.cost for s in samples) < spread(alike)
 
 
+def test_padded_micro_batches_hold_samples_of_like_length() -> None:
+    """Whether the teacher reads a sample, too, is no reason to pad it or others."""
+    samples = [sample(3, 10 * n, gate=bool(n % 2)) for n in (5, 1, 8, 2, 7, 3, 6, 4)]
+    (parts,) = plan(samples, 1, Limit(2), alike=True)
+    assert [sorted(len(s.response) // 10 for s in part) for part in parts] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
 def test_ranks_get_like_loads() -> None:
     """The longest is dealt first, and with equal counts no rank is further behind than the longest sample."""
     samples = some_samples(24)
