@@ -54,7 +54,7 @@ if not __package__:  # run as a script, whose folder is then the first place to 
 from benchmarks.head import machine, write_json
 from benchmarks.step_data import PROMPT_TOKENS, coin, even_lengths, given_groups, long_tailed_lengths
 from benchmarks.step_plain import PlainLoop
-from benchmarks.step_trainer import StandingTrainer, standing
+from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftovers
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.records import ScoredGroup
@@ -68,6 +68,7 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "smollm2" / "addition.
 SETTINGS = {
     "steps": 1000,
     "reward.verifier": "benchmarks.step_data:coin",
+    "rollout.mismatch_limit": None,  # given responses have log-probs that no model gave them
     "objective.alpha": 1e-3,
     "objective.beta_warmup_steps": 1,  # beta is 0 in step 0, and constant from then on
     "objective.beta_decay_steps": 0,
@@ -138,7 +139,8 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
 
 def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
     """Steps on given responses: of sdpg, of sdpg with its pulls measured, and of sdpg where beta is 0."""
-    with standing(config) as (trainer, _):
+    with no_leftovers():
+        trainer = StandingLearner(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
         at = {"beta0": UNTAUGHT, "sdpg": TAUGHT, "sdpg_measured": MEASURED}
         steps = {name: _learning(trainer, groups, step) for name, step in at.items()}
@@ -147,7 +149,8 @@ def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict
 
 def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
     """Steps of sdpg on given responses: packed, padded, and padded in the order of arrival."""
-    with standing(config) as (trainer, _):
+    with no_leftovers():
+        trainer = StandingLearner(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
         padded = _learning(trainer, groups, TAUGHT, packed=False)
 
@@ -165,7 +168,7 @@ def plan_unsorted(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike:
     return [[list(samples[first : first + size]) for first in range(0, len(samples), size)]]
 
 
-def _learning(trainer: StandingTrainer, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
+def _learning(trainer: StandingLearner, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
     def learn() -> Known:
         return {"gated_share": trainer.learn(groups, step, **changes)["distill/gate_rate"]}
 
@@ -174,8 +177,8 @@ def _learning(trainer: StandingTrainer, groups: Sequence[ScoredGroup], step: int
 
 def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
     """Whole steps: ours, and those of the plain loop."""
-    with standing(config) as (trainer, stack):
-        trainer.start_engine(stack)
+    with no_leftovers() as stack:
+        trainer = StandingTrainer(config, stack)
         plain = PlainLoop(config, coin, trainer.learner.device)
         prompts, seed = trainer.drawn(TAUGHT)
 

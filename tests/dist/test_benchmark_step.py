@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,13 @@ def config_of(model: Path, folder: Path) -> Any:
             "model": {"path": str(model)},
             "data": {"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 128},
             "reward": {"verifier": "benchmarks.step_data:coin"},
-            "rollout": {"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 6, "temperature": 0.8},
+            "rollout": {
+                "prompts_per_step": 2,
+                "group_size": 4,
+                "max_response_tokens": 6,
+                "temperature": 0.8,
+                "mismatch_limit": None,
+            },
             "objective": terms,
             "optimizer": adam,
         }
@@ -50,15 +55,14 @@ def config_of(model: Path, folder: Path) -> Any:
 def two_steps(model: Path, folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Loss and gradient norm of two steps on the same responses: the trainer's and the plain loop's."""
     from benchmarks.step_plain import PlainLoop, responses_of
-    from benchmarks.step_trainer import StandingTrainer
+    from benchmarks.step_trainer import StandingLearner
     from sdpg_megatron.mcore.device import training_device
 
     config = config_of(model, folder)
     groups = given_groups(even_lengths(8, 20), 4, vocab=300)
     plain = PlainLoop(config, lambda prompt, text: 0.0, training_device())
-    with ExitStack() as stack:
-        trainer = StandingTrainer(config, stack)
-        steps = [trainer.learn(groups, step) for step in (1, 2)]
+    trainer = StandingLearner(config)
+    steps = [trainer.learn(groups, step) for step in (1, 2)]
     ours = [(step["train/loss"], step["optimizer/grad_norm"]) for step in steps]
     return ours, [plain.learn(responses_of(groups)) for _ in steps]
 
