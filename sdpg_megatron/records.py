@@ -112,10 +112,14 @@ class SequenceBatch:
     """Of what the number of packed tokens on a rank has to be a multiple."""
     route: Route | None = None
     """Under context parallelism, for sequences whose rows are wanted elsewhere."""
+    sequence_BS: Tensor | None = None
+    """int64 [B, S]: which sequence each token is of, -1 in padding; None where nobody asks."""
+    sizes_Q: Tensor | None = None
+    """int64: tokens of each sequence without padding, over all context-parallel ranks; None likewise."""
 
     def to(self, device: torch.device) -> SequenceBatch:
-        route = None if self.route is None else self.route.to(device)
-        return replace(self, tokens_BS=self.tokens_BS.to(device), rows_T=self.rows_T.to(device), route=route)
+        parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        return SequenceBatch(**{name: x.to(device) if hasattr(x, "to") else x for name, x in parts.items()})
 
     @property
     def count(self) -> int:
@@ -123,12 +127,18 @@ class SequenceBatch:
         return self.tokens_BS.shape[0] if self.lengths is None else len(self.lengths)
 
     def emptied(self) -> SequenceBatch:
-        """One short sequence, with no response token marked."""
-        if self.lengths is None:
-            return SequenceBatch(self.tokens_BS[:1], self.rows_T[:0])
-        ranks = sum(self.lengths) // self.tokens_BS.shape[1]
-        tokens_1S = self.tokens_BS[:, : self.multiple]
-        return SequenceBatch(tokens_1S, self.rows_T[:0], (ranks * self.multiple,), self.multiple)
+        """A short one of mere padding, with no response token marked."""
+        kept, lengths = self.tokens_BS.shape[1], None
+        if self.lengths is not None:
+            kept, lengths = self.multiple, (sum(self.lengths) // kept * self.multiple,)
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS[:1, :kept],
+            rows_T=self.rows_T[:0],
+            lengths=lengths,
+            sequence_BS=None if self.sequence_BS is None else self.sequence_BS[:1, :kept] * 0 - 1,
+            sizes_Q=None if self.sizes_Q is None else self.sizes_Q[:0],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

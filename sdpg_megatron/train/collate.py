@@ -89,35 +89,42 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
 
 def _lay(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]:
     """This rank's tokens, and for every response token that is asked for, on any rank: its row there, and that rank."""
-    return _pack(texts, layout) if layout.packed else _pad(texts, layout.multiple)
+    spans, multiple = _pack(texts, layout) if layout.packed else _pad(texts, layout.multiple)
+    firsts = [0, *itertools.accumulate(spans)]
+    tokens_P = torch.zeros(firsts[-1], dtype=torch.int64)
+    sequence_P = torch.full((firsts[-1],), -1)
+    for number, text in enumerate(texts):
+        own = slice(firsts[number], firsts[number] + len(text))
+        tokens_P[own] = torch.tensor(text.prompt + text.response)
+        sequence_P[own] = number
+    rank_P, place_P = shards(spans, layout.context_size)
+    shape = (1 if layout.packed else len(spans), -1)
+    at_T = _rows(texts, firsts)
+    batch = SequenceBatch(
+        tokens_BS=tokens_P[rank_P == layout.context].view(shape),
+        rows_T=place_P[at_T],
+        lengths=tuple(spans) if layout.packed else None,
+        multiple=multiple,
+        sequence_BS=sequence_P[rank_P == layout.context].view(shape),
+        sizes_Q=torch.tensor([len(text) for text in texts], dtype=torch.int64),
+    )
+    return batch, rank_P[at_T]
 
 
-def _pad(texts: Sequence[_Text], multiple: int) -> tuple[SequenceBatch, Tensor]:
+def _pad(texts: Sequence[_Text], multiple: int) -> tuple[list[int], int]:
+    """How many positions each text gets, as many as the longest; and of what a number of tokens is a multiple."""
     longest = max(map(len, texts), default=1)
-    width = -(-longest // multiple) * multiple
-    tokens_BS = torch.zeros(max(len(texts), 1), width, dtype=torch.int64)
-    for b, text in enumerate(texts):
-        tokens_BS[b, : len(text)] = torch.tensor(text.prompt + text.response)
-    rows_T = _rows(texts, [b * width for b in range(len(texts))])
-    return SequenceBatch(tokens_BS, rows_T), torch.zeros_like(rows_T)
+    return [-(-longest // multiple) * multiple] * max(len(texts), 1), multiple
 
 
-def _pack(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]:
-    """Where tokens are missing for a whole multiple, a sequence of its own fills up."""
+def _pack(texts: Sequence[_Text], layout: Layout) -> tuple[list[int], int]:
+    """The same, where a sequence of its own fills up what is missing for a multiple of tokens on each rank."""
     size = layout.context_size
     unit = 2 * size if size > 1 else 1  # context-parallel ranks share each sequence in so many chunks
     multiple = math.lcm(layout.multiple, unit // size)
-    lengths = [-(-len(text) // unit) * unit for text in texts]
-    if filling := -sum(lengths) % (multiple * size) or (0 if texts else multiple * size):
-        lengths.append(filling)
-    tokens_P = torch.zeros(sum(lengths), dtype=torch.int64)
-    firsts = [0, *itertools.accumulate(lengths)]
-    for first, text in zip(firsts, texts, strict=False):
-        tokens_P[first : first + len(text)] = torch.tensor(text.prompt + text.response)
-    rank_P, place_P = shards(lengths, size)
-    at_T = _rows(texts, firsts)
-    mine_1S = tokens_P[rank_P == layout.context].unsqueeze(0)
-    return SequenceBatch(mine_1S, place_P[at_T], tuple(lengths), multiple), rank_P[at_T]
+    spans = [-(-len(text) // unit) * unit for text in texts]
+    filling = -sum(spans) % (multiple * size) or (0 if texts else multiple * size)
+    return [*spans, filling] if filling else spans, multiple
 
 
 def _rows(texts: Sequence[_Text], firsts: Sequence[int]) -> Tensor:
