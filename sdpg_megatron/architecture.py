@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from sdpg_megatron.config import ParallelConfig, RunConfig
+from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
@@ -188,6 +188,13 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if parallel.tensor > 1 and not parallel.sequence:
         expected = "true where a mixture of experts is trained on several tensor-parallel ranks"
         raise ConfigError("parallel.sequence", False, expected, "set it, or parallel.tensor to 1")
+
+
+def check_routers(arch: Architecture, model: ModelConfig) -> None:
+    """Check that a model that is asked for losses on its routers has some. Raises `ConfigError`."""
+    for field in ("router_aux_loss", "router_z_loss"):
+        if arch.experts is None and (found := getattr(model, field)):
+            raise ConfigError(f"model.{field}", found, f"0 with a dense model ({arch.family})", "remove it")
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:

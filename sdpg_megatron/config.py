@@ -29,6 +29,11 @@ class ModelConfig(Section):
     """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
+    router_aux_loss: float = Field(0.0, ge=0)
+    """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
+    tokens; docs/architecture.md has the formula."""
+    router_z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the router's z-loss, the squared log-sum-exp of its logits, for each layer; 0 for none."""
 
 
 class ParallelConfig(Section):

@@ -88,13 +88,31 @@ class SequenceBatch:
     """int64 [B, S]."""
     rows_T: Tensor
     """int64 [T]: index b * S + s of the position that predicts each response token, sequence by sequence."""
+    lengths_B: Tensor | None = None
+    """int64 [B] tokens of each sequence before its padding; None where there is no padding."""
+    numbers_BS: Tensor | None = None
+    """int64 [B, S]: each token's number in this rank's step, 0 in padding; None where no router asks for it."""
+
+    @property
+    def sequence_BS(self) -> Tensor:
+        """int64 [B, S]: which sequence each token is of, -1 in padding."""
+        size, width = self.tokens_BS.shape
+        which_BS = self.tokens_BS.new_ones(size, width).cumsum(0) - 1
+        if self.lengths_B is None:
+            return which_BS
+        place_S = self.tokens_BS.new_ones(width).cumsum(0) - 1
+        return which_BS.where(place_S < self.lengths_B[:, None], -1)
 
     def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(self.tokens_BS.to(device), self.rows_T.to(device))
+        parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: part if part is None else part.to(device) for name, part in parts.items()}
+        return SequenceBatch(**moved)
 
     def emptied(self) -> SequenceBatch:
-        """One of the sequences, with no response token marked."""
-        return SequenceBatch(self.tokens_BS[:1], self.rows_T[:0])
+        """One of the sequences as mere padding, with no response token marked."""
+        numbers_BS = None if self.numbers_BS is None else self.numbers_BS[:1] * 0
+        tokens_BS = self.tokens_BS[:1]
+        return SequenceBatch(tokens_BS, self.rows_T[:0], tokens_BS[:, 0] * 0, numbers_BS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

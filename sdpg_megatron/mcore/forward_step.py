@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.head import Head
+from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.mismatch import mismatch
 from sdpg_megatron.objectives.pulls import pulls, term_gradients
@@ -26,12 +27,13 @@ from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 
-def last_hidden(model: nn.Module, tokens_BS: Tensor) -> Tensor:
+def last_hidden(model: nn.Module, tokens_BS: Tensor, numbers_BS: Tensor | None = None) -> Tensor:
     """Run a GPTModel chunk, wrapped or not, without its output layer.
 
     Args:
         model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
         tokens_BS: int64, right-padded. Under sequence parallelism S must be a multiple of the tensor-parallel size.
+        numbers_BS: see `SequenceBatch.numbers_BS`.
 
     Returns:
         Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
@@ -40,7 +42,7 @@ def last_hidden(model: nn.Module, tokens_BS: Tensor) -> Tensor:
     (gpt,) = unwrap_model([model])
     bypass = _hidden_instead_of_logits(gpt.output_layer) if gpt.post_process else nullcontext()
     with bypass:
-        hidden: Tensor = model(tokens_BS, positions_BS, None)
+        hidden: Tensor = model(tokens_BS, positions_BS, None, padding_mask=as_padding_mask(gpt, numbers_BS))
     return hidden
 
 
@@ -89,7 +91,8 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         batch = next(data_iterator)
-        return last_hidden(model, batch.student.tokens_BS), functools.partial(self.loss, batch, model)
+        student = batch.student
+        return last_hidden(model, student.tokens_BS, student.numbers_BS), functools.partial(self.loss, batch, model)
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Loss sum (scalar), number of tokens (int scalar), and what to report."""

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from sdpg_megatron.mcore.routing import use_own_router
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm in float32, as Hugging Face's Llama and Qwen compute it.
@@ -90,6 +92,8 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
+    if config.num_moe_experts:
+        use_own_router(layer)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
@@ -102,8 +106,11 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Transformer Engine's fused layer."""
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.num_moe_experts:
+        use_own_router(layer)
+    return layer

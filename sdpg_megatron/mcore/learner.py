@@ -23,6 +23,7 @@ from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
 from sdpg_megatron.objectives import needs_of_run
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
@@ -44,6 +45,7 @@ class Learner:
         self._pull_every = config.alarms.gradient_every
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
+        self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
@@ -132,7 +134,8 @@ class Learner:
         matrix_VH = self.teacher.matrix() if needs.teacher else None
         measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
         step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
-        reports = passes.run_schedule(self.chunks, step, batches)
+        with self.routing.step(batches) as numbered:
+            reports = passes.run_schedule(self.chunks, step, numbered)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         succeeded, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
@@ -145,7 +148,7 @@ class Learner:
         self.teacher.updated()
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
-        merged = merge(self.ranks.gather_all(local))
+        merged = merge(self.ranks.gather_all({**local, **self.routing.metrics()}))
         return {
             **merged,
             **effective_sample_size(merged),

@@ -21,6 +21,7 @@ from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
 from sdpg_megatron.weights.map import ExpertShare
 
@@ -92,7 +93,7 @@ def _experts(experts: Experts, ffn_size: int, *, grouped: bool) -> dict[str, Any
         "moe_ffn_hidden_size": ffn_size,
         "moe_router_topk": experts.per_token,
         "moe_router_pre_softmax": not experts.normalized,
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "none",  # `routing.Router` has the losses
         "moe_grouped_gemm": grouped,
     }
 
@@ -131,6 +132,7 @@ def _build_chunk(
             # Megatron does so with several expert-parallel ranks alone. Always, it gives experts an optimizer of their
             # own on every layout, so that a checkpoint fits all, and sums their gradients where only tensors differ.
             parameter.allreduce = False
+    deliver_numbers(chunk)
     return chunk
 
 

@@ -213,12 +213,12 @@ def _pad(
     sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]], length_multiple: int
 ) -> SequenceBatch:
     """Right-pad prompt + response, and mark the positions that predict those response tokens which are asked for."""
-    longest = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=1)
-    width = -(-longest // length_multiple) * length_multiple
-    tokens_BS = torch.zeros(max(len(sequences), 1), width, dtype=torch.int64)
+    lengths = [len(prompt) + len(response) for prompt, response, _ in sequences] or [0]
+    width = -(-max(1, *lengths) // length_multiple) * length_multiple
+    tokens_BS = torch.zeros(len(lengths), width, dtype=torch.int64)
     rows: list[int] = []
     for b, (prompt, response, asked) in enumerate(sequences):
         tokens_BS[b, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         first = b * width + len(prompt) - 1
         rows.extend(first + i for i, wanted in enumerate(asked) if wanted)
-    return SequenceBatch(tokens_BS, torch.tensor(rows, dtype=torch.int64))
+    return SequenceBatch(tokens_BS, torch.tensor(rows, dtype=torch.int64), torch.tensor(lengths))

@@ -1,0 +1,189 @@
+"""The routers of a mixture of experts: losses on their choices, kept out of the objective's denominator.
+
+A router needs to know of each token which sequence it is of. That travels as the token's number in this rank's step, in
+the place of Megatron's padding mask: schedules, pipeline stages and recomputation bring it to every layer.
+
+Shapes: B sequences of a micro-batch, S padded length, N tokens of this rank's step and one that stands for all padding,
+T tokens of a router's call, E experts, Q sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from sdpg_megatron.config import ModelConfig
+from sdpg_megatron.observe.metrics import Metric, Reduction
+from sdpg_megatron.records import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStep:
+    """One optimizer step, as this rank's routers see it."""
+
+    sequence_N: Tensor
+    """int64: number of each token's sequence in its micro-batch. Token 0 stands for padding."""
+    share_N: Tensor
+    """float32: 1 / tokens of that sequence; 0 for padding."""
+    sequences: int
+    """Most sequences of a micro-batch."""
+    aux_scale: float
+    """What the load-balancing loss, summed over tokens, is multiplied by before gradients are divided."""
+    z_scale: float
+    """Likewise, of the z-loss."""
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Megatron's router, with losses that depend neither on the split into micro-batches nor on padding.
+
+    megatron-core's own are means over a micro-batch, take its sequences for equally long, and are scaled differently by
+    0.16 and 0.19 where gradients are divided by the number of tokens.
+    """
+
+    step: RouterStep | None = None
+    numbers_T: Tensor | None = None
+    """The tokens of the call that is under way, see `RouterStep`."""
+    sums: Tensor | None = None
+    """float32 [2]: load-balancing loss and z-loss of this rank's tokens so far."""
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Logits [S, B, E] -> probabilities and choices, [T, E]."""
+        probs_TE, chosen_TE = super().routing(logits, *args, **kwargs)
+        # Forward-only passes have no losses; under recomputation, only the forward that has a backward counts.
+        if self.step is not None and self.numbers_T is not None and torch.is_grad_enabled():
+            probs_TE = self._with_losses(probs_TE, chosen_TE, logits.flatten(0, 1).float(), self.numbers_T, self.step)
+        return probs_TE, chosen_TE
+
+    def _with_losses(
+        self, probs_TE: Tensor, chosen_TE: Tensor, logits_TE: Tensor, numbers_T: Tensor, step: RouterStep
+    ) -> Tensor:
+        """The same probabilities, whose backward pass adds the losses' gradients."""
+        real_T = numbers_T > 0
+        balance = z = logits_TE.new_zeros(())
+        if step.aux_scale:
+            balance = (self._loads(chosen_TE & real_T[:, None], numbers_T, step) * logits_TE.softmax(-1)).sum()
+        if step.z_scale:
+            z = (logits_TE.logsumexp(-1).square() * real_T).sum()
+        found = torch.stack([balance, z]).detach()
+        self.sums = found if self.sums is None else self.sums + found
+        with_losses: Tensor = MoEAuxLossAutoScaler.apply(probs_TE, step.aux_scale * balance + step.z_scale * z)
+        return with_losses
+
+    def _loads(self, chosen_TE: Tensor, numbers_T: Tensor, step: RouterStep) -> Tensor:
+        """float32 [T, E]: each expert's share of the choices of a token's sequence, times E; 0 for padding."""
+        sequence_T = step.sequence_N[numbers_T]
+        count_QE = torch.zeros(step.sequences, chosen_TE.shape[1], device=chosen_TE.device)
+        count_QE.index_add_(0, sequence_T, chosen_TE.float())
+        if self.tp_cp_group.size() > 1:  # sequences are cut over these ranks
+            dist.all_reduce(count_QE, group=self.tp_cp_group)
+        scale_T = step.share_N[numbers_T] * (chosen_TE.shape[1] / int(self.topk))
+        return count_QE[sequence_T] * scale_T[:, None]
+
+
+def use_own_router(layer: Any) -> None:
+    """Have the layers that a spec describes built with `Router`."""
+    mlp = layer.submodules.mlp
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # megatron-core 0.19, or 0.16
+    parts.router = Router
+
+
+def deliver_numbers(chunk: nn.Module) -> None:
+    """Have the mixtures of a chunk hand the tokens' numbers to their routers; they would make a mask of them."""
+
+    def deliver(mixture: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        numbers_BS = kwargs.pop("padding_mask", None)
+        mixture.router.numbers_T = None if numbers_BS is None else numbers_BS.T.flatten()
+        return args, kwargs
+
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_pre_hook(deliver, with_kwargs=True)
+
+
+def as_padding_mask(gpt: Any, numbers_BS: Tensor | None) -> Tensor | None:
+    """What to pass to a chunk as its padding mask: under sequence parallelism the first one alone cuts it itself."""
+    if numbers_BS is None or gpt.pre_process or not gpt.config.sequence_parallel:
+        return numbers_BS
+    local_SB: Tensor = scatter_to_sequence_parallel_region(numbers_BS.T.contiguous())
+    return local_SB.T
+
+
+class Routing:
+    """The routers of this rank's chunks, over optimizer steps."""
+
+    def __init__(self, chunks: Sequence[nn.Module], config: ModelConfig, layers: int) -> None:
+        """`layers`: of the whole model."""
+        self._routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+        self._aux, self._z, self._layers = config.router_aux_loss, config.router_z_loss, layers
+        self._tokens = 0
+
+    @contextmanager
+    def step(self, batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
+        """Prepare the routers for an optimizer step on micro-batches, which come back with their tokens numbered.
+
+        Collective over the data-parallel ranks.
+        """
+        if not (self._aux or self._z):
+            yield batches
+            return
+        device = batches[0].labels_T.device
+        counts = [[b.num_tokens for b in batches], [int((b.student.sequence_BS >= 0).sum()) for b in batches]]
+        total = torch.tensor([sum(count) for count in counts], device=device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        responses, self._tokens = total.tolist()
+        # Gradients are divided by the number of response tokens; these losses are means over all tokens.
+        scale = responses / max(self._tokens, 1)
+        numbered, sequence_N, share_N = number_tokens(batches)
+        sequences = max(len(b.student.tokens_BS) for b in batches)
+        step = RouterStep(sequence_N, share_N, sequences, self._aux * scale, self._z * scale)
+        for router in self._routers:
+            router.step, router.sums = step, None
+        try:
+            yield numbered
+        finally:
+            for router in self._routers:
+                router.step = router.numbers_T = None
+
+    def metrics(self) -> dict[str, Metric]:
+        """This rank's part of the last step's losses, means over tokens and layers; to be joined over all ranks."""
+        found = [router.sums for router in self._routers if router.sums is not None]
+        sums = torch.stack(found).sum(0).tolist() if found else [0.0, 0.0]
+        parts = (("train/router_aux_loss", self._aux, sums[0]), ("train/router_z_loss", self._z, sums[1]))
+        count = max(self._tokens, 1) * self._layers
+        return {name: Metric(total / count, Reduction.SUM) for name, coefficient, total in parts if coefficient}
+
+
+def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tensor, Tensor]:
+    """Number the tokens of a step's student sequences from 1; padding has 0.
+
+    Returns:
+        The micro-batches with numbers, and `RouterStep`'s `sequence_N` and `share_N`.
+    """
+    numbered = []
+    device = batches[0].labels_T.device
+    sequences, shares = [torch.zeros(1, dtype=torch.int64, device=device)], [torch.zeros(1, device=device)]
+    first = 1
+    for batch in batches:
+        sequence_BS = batch.student.sequence_BS
+        real_BS = sequence_BS >= 0
+        numbers_BS = torch.zeros_like(sequence_BS)
+        found = sequence_BS[real_BS]
+        numbers_BS[real_BS] = torch.arange(first, first + len(found), device=device)
+        first += len(found)
+        sequences.append(found)
+        shares.append(1 / found.bincount().float()[found])
+        numbered.append(dataclasses.replace(batch, student=dataclasses.replace(batch.student, numbers_BS=numbers_BS)))
+    return numbered, torch.cat(sequences), torch.cat(shares)
