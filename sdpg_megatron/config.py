@@ -24,11 +24,14 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face folder: config.json, safetensors, tokenizer with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and activation type. Gradients, the head and the optimizer accumulate in float32 either way."""
+    """Parameter and activation type. The head's sums, the buffers that gradients are added up in over micro-batches and
+    ranks, and the optimizer with its own copy of the weights are float32 either way."""
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
+    gradient_accumulation_fusion: bool = False
+    """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
     tokens; docs/architecture.md has the formula."""
@@ -357,6 +360,12 @@ class OptimizerConfig(Section):
     """Sequences per forward and backward pass."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the backward pass of the last micro-batch goes on."""
+    overlap_param_gather: bool = False
+    """Gather sharded updates as the next mini-batch's layers need them, where nothing else reads the weights first."""
+    bucket_size: int | None = Field(None, ge=1)
+    """Parameters that travel together where communication overlaps; null for Megatron's choice, 40 million or more."""
 
 
 class EvalConfig(Section):

@@ -16,6 +16,7 @@ from sdpg_megatron.errors import ConfigError
 FREE_TO_CHANGE = (
     "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "model.path", "data.eval",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
+    "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
 )  # fmt: skip
 """Fields that may differ. The model may have moved, but not changed: see `RunState.model`. Another engine, or number of
 data-parallel ranks, draws other samples, from the same distribution."""

@@ -77,12 +77,12 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         # Fusions that need CUDA kernels from apex or Transformer Engine.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
     )
 
 

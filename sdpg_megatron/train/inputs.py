@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from sdpg_megatron.architecture import (
     Architecture,
     check_lengths,
+    check_model,
     check_parallel,
-    check_routers,
     read_architecture,
 )
 from sdpg_megatron.config import RunConfig
@@ -75,7 +75,7 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
-    check_routers(arch, config.model)
+    check_model(arch, config.model)
     load_verifier(config.reward.verifier)
     return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 
