@@ -195,8 +195,10 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
         raise ConfigError("parallel.sequence", False, expected, "set it, or parallel.tensor to 1")
 
 
-def check_model(arch: Architecture, model: ModelConfig) -> None:
+def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool = False) -> None:
     """Check that what the configuration asks of the model is there. Raises `ConfigError`."""
+    if arch.experts is None and replay_routing:
+        raise ConfigError("rollout.replay_routing", True, f"false with a dense model ({arch.family})", "remove it")
     for field in ("router_aux_loss", "router_z_loss"):
         if arch.experts is None and (found := getattr(model, field)):
             raise ConfigError(f"model.{field}", found, f"0 with a dense model ({arch.family})", "remove it")

@@ -223,6 +223,9 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(64, ge=1)
     """Sequences generated at a time by the embedded engine."""
+    replay_routing: bool = False
+    """In a mixture of experts, have the student's passes send each token to the experts that it was sent to in rollout,
+    by the weights that the router then gives them. Costs layers x experts bytes a token on every rank."""
     mismatch_limit: float | None = Field(0.05, gt=0)
     """Largest mean |log-prob in training - log-prob in rollout| of a response token, in nats, in the first step of a
     run or of its continuation; beyond, the run stops. Null for no such gate."""

@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # processes that run verifiers read these records, too; to import torch takes them seconds
+    import numpy as np
     import torch
     from torch import Tensor
+
+    Routing = np.ndarray[tuple[int, int, int], np.dtype[np.integer[Any]]]
+    """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -50,6 +54,8 @@ class Completion:
     weight_version: int
     text: str
     """Decoded response without special tokens: what a verifier reads."""
+    experts: Routing | None = field(default=None, compare=False, repr=False)
+    """Of every token of prompt and response but the last, which is read by nobody; None where it is not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,9 @@ class SequenceBatch:
     """int64 [T]: index b * S + s of the position that predicts each response token, sequence by sequence."""
     lengths_B: Tensor | None = None
     """int64 [B] tokens of each sequence before its padding; None where there is no padding."""
+    experts_BSLK: Tensor | None = None
+    """int16 [B, S, layers, experts of a token] that each token is to be sent to, -1 for the router's own choice; None
+    where all of it is."""
     numbers_BS: Tensor | None = None
     """int64 [B, S]: each token's number in this rank's step, 0 in padding; None where no router asks for it."""
 
@@ -112,7 +121,8 @@ class SequenceBatch:
         """One of the sequences as mere padding, with no response token marked."""
         numbers_BS = None if self.numbers_BS is None else self.numbers_BS[:1] * 0
         tokens_BS = self.tokens_BS[:1]
-        return SequenceBatch(tokens_BS, self.rows_T[:0], tokens_BS[:, 0] * 0, numbers_BS)
+        experts_BSLK = None if self.experts_BSLK is None else self.experts_BSLK[:1]
+        return SequenceBatch(tokens_BS, self.rows_T[:0], tokens_BS[:, 0] * 0, experts_BSLK, numbers_BS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,8 @@ class Learner:
     def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the present weights' log-probs, as those that later mini-batches are compared with."""
         self._gather()
-        found = passes.logprobs(self.chunks, batches, self.head)
+        with self.routing.step(batches) as numbered:
+            found = passes.logprobs(self.chunks, numbered, self.head)
         return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def begin(self, step: int) -> None:

@@ -75,7 +75,7 @@ def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: H
         def collect(hidden_BSH: Tensor) -> Tensor:
             return head.logprobs(model, rows(hidden_BSH, batch.student), batch.labels_T)
 
-        return last_hidden(model, batch.student.tokens_BS), _Collect(collect)
+        return last_hidden(model, batch.student.tokens_BS, batch.student.numbers_BS), _Collect(collect)
 
     return _collect(chunks, forward, batches)
 

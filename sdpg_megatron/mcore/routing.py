@@ -1,16 +1,17 @@
-"""The routers of a mixture of experts: losses on their choices, kept out of the objective's denominator.
+"""The routers of a mixture of experts: losses on their choices, and choices that are given.
 
-A router needs to know of each token which sequence it is of. That travels as the token's number in this rank's step, in
-the place of Megatron's padding mask: schedules, pipeline stages and recomputation bring it to every layer.
+A router needs to know of each token which sequence it is of, and which experts it is to go to. What travels is the
+token's number in this rank's step, in the place of Megatron's padding mask: schedules, pipeline stages and
+recomputation bring it to every layer.
 
 Shapes: B sequences of a micro-batch, S padded length, N tokens of this rank's step and one that stands for all padding,
-T tokens of a router's call, E experts, Q sequences.
+T tokens of a router's call, E experts, K of them for a token, L layers, Q sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ class RouterStep:
     """What the load-balancing loss, summed over tokens, is multiplied by before gradients are divided."""
     z_scale: float
     """Likewise, of the z-loss."""
+    experts_NLK: Tensor | None
+    """int16: the experts that each token is sent to, -1 for the router's own choice; None for that everywhere."""
 
 
 class Router(TopKRouter):  # type: ignore[misc]
@@ -58,13 +61,20 @@ class Router(TopKRouter):  # type: ignore[misc]
     """The tokens of the call that is under way, see `RouterStep`."""
     sums: Tensor | None = None
     """float32 [2]: load-balancing loss and z-loss of this rank's tokens so far."""
+    replayed: Tensor | None = None
+    """int64 [2]: tokens that were sent elsewhere than the router's own choice, and all whose experts were given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_replay = _Replay(self)
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Logits [S, B, E] -> probabilities and choices, [T, E]."""
         probs_TE, chosen_TE = super().routing(logits, *args, **kwargs)
         # Forward-only passes have no losses; under recomputation, only the forward that has a backward counts.
-        if self.step is not None and self.numbers_T is not None and torch.is_grad_enabled():
-            probs_TE = self._with_losses(probs_TE, chosen_TE, logits.flatten(0, 1).float(), self.numbers_T, self.step)
+        step, numbers_T = self.step, self.numbers_T
+        if step is not None and numbers_T is not None and (step.aux_scale or step.z_scale) and torch.is_grad_enabled():
+            probs_TE = self._with_losses(probs_TE, chosen_TE, logits.flatten(0, 1).float(), numbers_T, step)
         return probs_TE, chosen_TE
 
     def _with_losses(
@@ -91,6 +101,32 @@ class Router(TopKRouter):  # type: ignore[misc]
             dist.all_reduce(count_QE, group=self.tp_cp_group)
         scale_T = step.share_N[numbers_T] * (chosen_TE.shape[1] / int(self.topk))
         return count_QE[sequence_T] * scale_T[:, None]
+
+
+class _Replay:
+    """What Megatron asks for a token's experts in the place of its top-k; its own knows no padding."""
+
+    layer_number: int | None = None
+    """Set by megatron-core 0.19."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self, scores_TE: Tensor, topk: int, groups: int | None, group_topk: int | None, own_topk: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and numbers of K experts, [T, K]."""
+        scores_TK, own_TK = own_topk(scores_TE, topk, groups, group_topk)
+        step, numbers_T = self._router.step, self._router.numbers_T
+        if step is None or step.experts_NLK is None or numbers_T is None:
+            return scores_TK, own_TK
+        given_TK = step.experts_NLK[numbers_T, self._router.layer_number - 1].to(own_TK.dtype)
+        chosen_TK = given_TK.where(given_TK >= 0, own_TK)
+        if torch.is_grad_enabled():
+            differs_T = (chosen_TK.sort().values != own_TK.sort().values).any(-1)
+            found = torch.stack([differs_T.sum(), (given_TK[:, 0] >= 0).sum()])
+            self._router.replayed = found if self._router.replayed is None else self._router.replayed + found
+        return scores_TE.gather(1, chosen_TK), chosen_TK
 
 
 def use_own_router(layer: Any) -> None:
@@ -132,38 +168,49 @@ class Routing:
 
     @contextmanager
     def step(self, batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
-        """Prepare the routers for an optimizer step on micro-batches, which come back with their tokens numbered.
+        """Prepare the routers for passes over micro-batches, which come back with their tokens numbered.
 
-        Collective over the data-parallel ranks.
+        Collective over the data-parallel ranks where there are losses.
         """
-        if not (self._aux or self._z):
+        scale = self._count(batches) if self._aux or self._z else 0.0
+        for router in self._routers:
+            router.sums = router.replayed = None
+        if not scale and all(batch.student.experts_BSLK is None for batch in batches):
             yield batches
             return
-        device = batches[0].labels_T.device
-        counts = [[b.num_tokens for b in batches], [int((b.student.sequence_BS >= 0).sum()) for b in batches]]
-        total = torch.tensor([sum(count) for count in counts], device=device)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        responses, self._tokens = total.tolist()
-        # Gradients are divided by the number of response tokens; these losses are means over all tokens.
-        scale = responses / max(self._tokens, 1)
         numbered, sequence_N, share_N = number_tokens(batches)
         sequences = max(len(b.student.tokens_BS) for b in batches)
-        step = RouterStep(sequence_N, share_N, sequences, self._aux * scale, self._z * scale)
+        experts_NLK = number_experts(batches)
+        step = RouterStep(sequence_N, share_N, sequences, self._aux * scale, self._z * scale, experts_NLK)
         for router in self._routers:
-            router.step, router.sums = step, None
+            router.step = step
         try:
             yield numbered
         finally:
             for router in self._routers:
                 router.step = router.numbers_T = None
 
+    def _count(self, batches: Sequence[MicroBatch]) -> float:
+        """Response tokens over all tokens: gradients are divided by the former, losses are means over the latter."""
+        counts = [[b.num_tokens for b in batches], [int((b.student.sequence_BS >= 0).sum()) for b in batches]]
+        total = torch.tensor([sum(count) for count in counts], device=batches[0].labels_T.device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        responses, tokens = total.tolist()
+        self._tokens = int(tokens)
+        return int(responses) / max(self._tokens, 1)
+
     def metrics(self) -> dict[str, Metric]:
-        """This rank's part of the last step's losses, means over tokens and layers; to be joined over all ranks."""
+        """This rank's part of the last step's, means over tokens and layers; to be joined over all ranks."""
         found = [router.sums for router in self._routers if router.sums is not None]
         sums = torch.stack(found).sum(0).tolist() if found else [0.0, 0.0]
         parts = (("train/router_aux_loss", self._aux, sums[0]), ("train/router_z_loss", self._z, sums[1]))
         count = max(self._tokens, 1) * self._layers
-        return {name: Metric(total / count, Reduction.SUM) for name, coefficient, total in parts if coefficient}
+        losses = {name: Metric(total / count, Reduction.SUM) for name, coefficient, total in parts if coefficient}
+        replayed = [router.replayed for router in self._routers if router.replayed is not None]
+        if not replayed:
+            return losses
+        differ, given = torch.stack(replayed).sum(0).tolist()
+        return {**losses, "rollout/routing_difference": Metric(differ / max(given, 1), Reduction.MEAN, given)}
 
 
 def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tensor, Tensor]:
@@ -187,3 +234,17 @@ def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tens
         shares.append(1 / found.bincount().float()[found])
         numbered.append(dataclasses.replace(batch, student=dataclasses.replace(batch.student, numbers_BS=numbers_BS)))
     return numbered, torch.cat(sequences), torch.cat(shares)
+
+
+def number_experts(batches: Sequence[MicroBatch]) -> Tensor | None:
+    """int16 [N, L, K]: the experts of each token by its number, see `number_tokens`; None where none are given."""
+    given = [batch.student.experts_BSLK for batch in batches if batch.student.experts_BSLK is not None]
+    if not given:
+        return None
+    padding_1LK = given[0].new_full((1, *given[0].shape[2:]), -1)
+    parts = [padding_1LK]
+    for batch in batches:
+        real_BS, experts_BSLK = batch.student.sequence_BS >= 0, batch.student.experts_BSLK
+        own = padding_1LK.expand(int(real_BS.sum()), -1, -1)
+        parts.append(own if experts_BSLK is None else experts_BSLK[real_BS])
+    return torch.cat(parts)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.aggregation import sequence_weights
 from sdpg_megatron.objectives.mismatch import correction
 from sdpg_megatron.records import MicroBatch, ScoredGroup, SequenceBatch
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Sample:
     """Loss weight of each of its tokens."""
     contrast_prompt: tuple[int, ...] = ()
     """With a wrong hint; empty where nobody reads one."""
+    experts: Routing | None = field(default=None, compare=False, repr=False)
+    """Of every token of the student's prompt and the response but the last; None for the router's choice."""
 
     @property
     def gate(self) -> bool:
@@ -99,6 +105,7 @@ def make_samples(
                     gates=tuple(read and token not in undistilled for token in completion.tokens),
                     weight=next(weights),
                     contrast_prompt=scored.group.prompt.contrast_tokens if config.contrast else (),
+                    experts=completion.experts,
                 )
             )
     return samples
@@ -189,8 +196,9 @@ def collate(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
     misled = [sample for sample in gated if sample.contrast_prompt]
     assert not misled or len(misled) == len(gated), "either every taught response has a wrong hint or none has"
     gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
+    student = _pad([(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], length_multiple)
     batch = MicroBatch(
-        student=_pad([(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], length_multiple),
+        student=replace(student, experts_BSLK=_experts(samples, student.tokens_BS.shape[1])),
         teacher=_pad([(s.teacher_prompt, s.response, s.gates) for s in gated], length_multiple) if gated else None,
         contrast=_pad([(s.contrast_prompt, s.response, s.gates) for s in misled], length_multiple) if misled else None,
         gated_rows_G=gates_T.nonzero().squeeze(1),
@@ -207,6 +215,18 @@ def collate(samples: Sequence[Sample], length_multiple: int) -> MicroBatch:
 def _per_token(samples: Sequence[Sample], values: Sequence[float]) -> Tensor:
     lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
+
+
+def _experts(samples: Sequence[Sample], width: int) -> Tensor | None:
+    """int16 [B, S, layers, experts of a token]; see `SequenceBatch.experts_BSLK`."""
+    recorded = [sample.experts for sample in samples if sample.experts is not None]
+    if not recorded:
+        return None
+    experts_BSLK = torch.full((len(samples), width, *recorded[0].shape[1:]), -1, dtype=torch.int16)
+    for b, sample in enumerate(samples):
+        if sample.experts is not None:
+            experts_BSLK[b, : len(sample.experts)] = torch.from_numpy(sample.experts.astype("int16"))
+    return experts_BSLK
 
 
 def _pad(

@@ -75,7 +75,7 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
-    check_model(arch, config.model)
+    check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     load_verifier(config.reward.verifier)
     return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 

@@ -367,6 +367,7 @@ class Trainer:
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
+            experts=rollout.replay_routing,
             seed=draw_seed(
                 self.config.seed,
                 f"rollout/{self.step}/{number}" if number else f"rollout/{self.step}",

@@ -138,6 +138,13 @@ def test_dense_models_have_no_experts_to_share(tmp_path: Path, parallel: dict[st
         check_parallel(read_architecture(write(tmp_path)), ParallelConfig(**parallel))
 
 
+def test_dense_models_have_no_routing_to_replay(tmp_path: Path) -> None:
+    model = ModelConfig(path=tmp_path)
+    with pytest.raises(ConfigError, match=r"^rollout\.replay_routing: found True, expected false with a dense model"):
+        check_model(read_architecture(write(tmp_path)), model, replay_routing=True)
+    check_model(read_architecture(write(tmp_path, **MOE)), model, replay_routing=True)
+
+
 def test_fused_gradients_need_their_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arch, model = read_architecture(write(tmp_path)), ModelConfig(path=tmp_path, gradient_accumulation_fusion=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
