@@ -5,6 +5,7 @@ Whatever the Megatron model would compute differently from the Hugging Face one 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from sdpg_megatron.config import ParallelConfig, RunConfig
+from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
@@ -41,6 +42,10 @@ _FIXED: Mapping[str, Any] = {
 }
 """Keys with the only value that is supported; a key that is absent or null has it."""
 
+
+FUSION_KERNELS = "fused_weight_gradient_mlp_cuda"
+"""apex's extension; without it Megatron's output layer refuses to fuse, also where the other layers are Transformer
+Engine's."""
 
 _LLAMA3: Mapping[str, float] = {
     "low_freq_factor": 1.0,
@@ -188,6 +193,19 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if parallel.tensor > 1 and not parallel.sequence:
         expected = "true where a mixture of experts is trained on several tensor-parallel ranks"
         raise ConfigError("parallel.sequence", False, expected, "set it, or parallel.tensor to 1")
+
+
+def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool = False) -> None:
+    """Check that what the configuration asks of the model is there. Raises `ConfigError`."""
+    if arch.experts is None and replay_routing:
+        raise ConfigError("rollout.replay_routing", True, f"false with a dense model ({arch.family})", "remove it")
+    for field in ("router_aux_loss", "router_z_loss"):
+        if arch.experts is None and (found := getattr(model, field)):
+            raise ConfigError(f"model.{field}", found, f"0 with a dense model ({arch.family})", "remove it")
+    if model.gradient_accumulation_fusion and importlib.util.find_spec(FUSION_KERNELS) is None:
+        expected = f"false without the module {FUSION_KERNELS}"
+        fix = "install apex with its C++ and CUDA extensions, or remove it"
+        raise ConfigError("model.gradient_accumulation_fusion", True, expected, fix)
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:

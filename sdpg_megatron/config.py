@@ -24,7 +24,8 @@ class ModelConfig(Section):
     path: Path
     """Hugging Face folder: config.json, safetensors, tokenizer with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and activation type. Gradients, the head and the optimizer accumulate in float32 either way."""
+    """Parameter and activation type. The head's sums, the buffers that gradients are added up in over micro-batches and
+    ranks, and the optimizer with its own copy of the weights are float32 either way."""
     spec: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
     recompute: bool = False
@@ -32,6 +33,13 @@ class ModelConfig(Section):
     packed: bool = True
     """Sequences of a micro-batch lie one after the other, without padding; otherwise padded to the longest of them, for
     attention kernels that want it."""
+    gradient_accumulation_fusion: bool = False
+    """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
+    router_aux_loss: float = Field(0.0, ge=0)
+    """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
+    tokens; docs/architecture.md has the formula."""
+    router_z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the router's z-loss, the squared log-sum-exp of its logits, for each layer; 0 for none."""
 
 
 class ParallelConfig(Section):
@@ -220,6 +228,9 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     batch_size: int = Field(64, ge=1)
     """Sequences generated at a time by the embedded engine."""
+    replay_routing: bool = False
+    """In a mixture of experts, have the student's passes send each token to the experts that it was sent to in rollout,
+    by the weights that the router then gives them. Costs layers x experts bytes a token on every rank."""
     mismatch_limit: float | None = Field(0.05, gt=0)
     """Largest mean |log-prob in training - log-prob in rollout| of a response token, in nats, in the first step of a
     run or of its continuation; beyond, the run stops. Null for no such gate."""
@@ -360,6 +371,12 @@ class OptimizerConfig(Section):
     A response that has more with its prompts is alone. Needs `model.packed`."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks while the backward pass of the last micro-batch goes on."""
+    overlap_param_gather: bool = False
+    """Gather sharded updates as the next mini-batch's layers need them, where nothing else reads the weights first."""
+    bucket_size: int | None = Field(None, ge=1)
+    """Parameters that travel together where communication overlaps; null for Megatron's choice, 40 million or more."""
 
 
 class EvalConfig(Section):

@@ -12,8 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # processes that run verifiers read these records, too; to import torch takes them seconds
+    import numpy as np
     import torch
     from torch import Tensor
+
+    Routing = np.ndarray[tuple[int, int, int], np.dtype[np.integer[Any]]]
+    """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -50,6 +54,8 @@ class Completion:
     weight_version: int
     text: str
     """Decoded response without special tokens: what a verifier reads."""
+    experts: Routing | None = field(default=None, compare=False, repr=False)
+    """Of every token of prompt and response but the last, which is read by nobody; None where it is not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,11 @@ class SequenceBatch:
     """int64 [B, S]: which sequence each token is of, -1 in padding; None where nobody asks."""
     sizes_Q: Tensor | None = None
     """int64: tokens of each sequence without padding, over all context-parallel ranks; None likewise."""
+    experts_BSLK: Tensor | None = None
+    """int16 [B, S, layers, experts of a token] that each token is to be sent to, -1 for the router's own choice; None
+    where all of it is."""
+    numbers_BS: Tensor | None = None
+    """int64 [B, S]: each token's number in this rank's step, 0 in padding; None where no router asks for it."""
 
     def to(self, device: torch.device) -> SequenceBatch:
         parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
@@ -138,6 +149,8 @@ class SequenceBatch:
             lengths=lengths,
             sequence_BS=None if self.sequence_BS is None else self.sequence_BS[:1, :kept] * 0 - 1,
             sizes_Q=None if self.sizes_Q is None else self.sizes_Q[:0],
+            experts_BSLK=None if self.experts_BSLK is None else self.experts_BSLK[:1, :kept],
+            numbers_BS=None if self.numbers_BS is None else self.numbers_BS[:1, :kept] * 0,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from sdpg_megatron.config import ObjectiveConfig, ParallelConfig, RunConfig, SGLangConfig
+from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED
 
@@ -169,8 +169,19 @@ def _check_steps(config: RunConfig) -> None:
             f"at most the run's {config.total_optimizer_steps} optimizer steps",
             "shorten the warm-up",
         )
+    _check_overlap(optimizer)
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError("optimizer.min_lr", optimizer.min_lr, f"at most lr ({optimizer.lr})", "lower it")
+
+
+def _check_overlap(optimizer: OptimizerConfig) -> None:
+    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
+        needed = "overlap_grad_reduce" if optimizer.distributed else "distributed"
+        expected = f"false without optimizer.{needed}"
+        raise ConfigError("optimizer.overlap_param_gather", True, expected, f"set optimizer.{needed}, or remove it")
+    if optimizer.bucket_size and not optimizer.overlap_grad_reduce:
+        expected = "null without optimizer.overlap_grad_reduce: everything then travels at once"
+        raise ConfigError("optimizer.bucket_size", optimizer.bucket_size, expected, "remove it")
 
 
 def _check_rewards(config: RunConfig) -> None:

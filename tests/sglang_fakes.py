@@ -61,6 +61,7 @@ class Misbehaving:
         self.version = WIRE
         self.looks = 0
         self.asked: list[list[int]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.running = 0
         self.most = 0
         app = web.Application()
@@ -98,7 +99,8 @@ class Misbehaving:
         return web.json_response({"weight_version": self.version})
 
     async def _generate(self, request: web.Request) -> web.Response:
-        self.asked.append(json.loads(await request.text())["input_ids"])
+        self.bodies.append(json.loads(await request.text()))
+        self.asked.append(self.bodies[-1]["input_ids"])
         self.running += 1
         self.most = max(self.most, self.running)
         try:

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
 from sdpg_megatron.checkpoint.pickles import read_tensor_list
-from sdpg_megatron.mcore import torch_adam
+from sdpg_megatron.mcore import padded_buckets, torch_adam
 from sdpg_megatron.mcore.learner import Learner
 
 _TEACHER = "teacher"
@@ -31,7 +31,8 @@ def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, An
         name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
     }
     teacher = _teacher_state(state, learner)
-    state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    with padded_buckets.kept(learner.optimizer):
+        state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
     return {**state, _TEACHER: teacher} if teacher else state
 

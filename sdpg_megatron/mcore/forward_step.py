@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.head import Head
+from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.mismatch import mismatch
 from sdpg_megatron.objectives.pulls import pulls, term_gradients
@@ -28,7 +29,9 @@ from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 
-def last_hidden(model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+def last_hidden(
+    model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | None = None, numbers_BS: Tensor | None = None
+) -> Tensor:
     """Run a GPTModel chunk, wrapped or not, without its output layer.
 
     Args:
@@ -37,19 +40,22 @@ def last_hidden(model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | No
             multiple of the tensor-parallel size.
         lengths: of the packed sequences, over all context-parallel ranks (see `mcore.context`); None where they are
             padded.
+        numbers_BS: see `SequenceBatch.numbers_BS`.
 
     Returns:
         Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
     """
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
-    packed = {} if lengths is None else {"packed_seq_params": _packed(lengths, tokens_BS.device)}
     (gpt,) = unwrap_model([model])
+    more: dict[str, Any] = {} if lengths is None else {"packed_seq_params": _packed(lengths, tokens_BS.device)}
+    if numbers_BS is not None:
+        more["padding_mask"] = as_padding_mask(gpt, numbers_BS)
     with ExitStack() as stack:
         if gpt.post_process:
             stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
         if lengths is not None and not gpt.config.apply_rope_fusion:
             stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
-        hidden: Tensor = model(tokens_BS, positions_BS, None, **packed)
+        hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
     return hidden
 
 
@@ -103,7 +109,7 @@ def _hidden_instead_of_logits(output_layer: Any) -> Iterator[None]:
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """`last_hidden` of a batch's sequences."""
-    return last_hidden(model, batch.tokens_BS, batch.lengths)
+    return last_hidden(model, batch.tokens_BS, batch.lengths, batch.numbers_BS)
 
 
 def rows(hidden_BSH: Tensor, batch: SequenceBatch) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sdpg_megatron.mcore.attention import ScaledDotProductAttention
+from sdpg_megatron.mcore.routing import use_own_router
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,6 +47,8 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
+    if config.num_moe_experts:
+        use_own_router(layer)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
@@ -58,8 +61,11 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Transformer Engine's fused layer."""
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    if config.num_moe_experts:
+        use_own_router(layer)
+    return layer

@@ -21,8 +21,9 @@ from sdpg_megatron.mcore.forward_step import ForwardStep
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
-from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, wrap
+from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, wrap
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
 from sdpg_megatron.objectives import needs_of_run
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
@@ -44,6 +45,12 @@ class Learner:
         self._pull_every = config.alarms.gradient_every
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
+        self._minibatches = config.optimizer.minibatches
+        self._gathers_late = config.optimizer.overlap_param_gather
+        self._gathered = not self._gathers_late
+        """Whether the weights are whole. They always are at a rollout step's end, where others read them."""
+        self._gather()  # they are whole, but Megatron would have the first forward pass do so
+        self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
@@ -52,12 +59,20 @@ class Learner:
         kept = needs.reference or (needs.teacher and config.objective.teacher == "initial")
         initial = FrozenWeights(self.chunks) if kept else None
         self._reference = initial if needs.reference else None
-        minibatches = config.optimizer.minibatches
         self.teacher = (
-            build_teacher(config.objective, self.chunks, initial, minibatches)
+            build_teacher(config.objective, self.chunks, initial, self._minibatches)
             if needs.teacher
             else Teacher(self.chunks)
         )
+
+    def _gather(self) -> None:
+        """Have whole weights: whoever reads them between mini-batches, but for the training pass, asks for this first.
+
+        Forward-only passes, too: they would gather what they need as they go, and some ranks may have none to run.
+        """
+        if not self._gathered:
+            gather_parameters(self.chunks)
+            self._gathered = True
 
     def offload(self) -> None:
         """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
@@ -77,18 +92,22 @@ class Learner:
 
     def named_weights(self) -> dict[str, Tensor]:
         """This rank's weight shards under global Megatron names: live storage, not copies."""
+        assert self._gathered, "weights are read between rollout steps"
         return {name: parameter.data for name, parameter in named_parameters(self.chunks)}
 
     def with_reference(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the reference model's log-probs."""
         assert self._reference is not None, "an objective that needs the reference has alpha > 0"
+        self._gather()
         with self._reference.swapped_in(self.chunks):
             found = passes.logprobs(self.chunks, batches, self.head)
         return [dataclasses.replace(b, reference_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the present weights' log-probs, as those that later mini-batches are compared with."""
-        found = passes.logprobs(self.chunks, batches, self.head)
+        self._gather()
+        with self.routing.step(batches) as numbered:
+            found = passes.logprobs(self.chunks, numbered, self.head)
         return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def begin(self, step: int) -> None:
@@ -105,6 +124,7 @@ class Learner:
         def read(batches: Sequence[MicroBatch]) -> list[Tensor | None]:
             return [None if x is None else x.to(place) for x in passes.teacher_hidden(self.chunks, batches)]
 
+        self._gather()
         with self.teacher.reading():
             found = read(batches)
             misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
@@ -132,9 +152,13 @@ class Learner:
         matrix_VH = self.teacher.matrix() if needs.teacher else None
         measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
         step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
-        reports = passes.run_schedule(self.chunks, step, batches)
+        with self.routing.step(batches) as numbered:
+            reports = passes.run_schedule(self.chunks, step, numbered)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         succeeded, grad_norm, _ = self.optimizer.step()
+        self._gathered = not self._gathers_late
+        if (context.step + 1) % self._minibatches == 0:
+            self._gather()
         if not math.isfinite(grad_norm):
             # The norm is global: all ranks raise, before the weights are published or saved.
             raise NumericsError(
@@ -142,10 +166,12 @@ class Learner:
                 "from the last checkpoint with a lower optimizer.lr or a smaller objective.beta"
             )
         self.scheduler.step(increment=1)
+        if self.teacher.follows_updates:
+            self._gather()
         self.teacher.updated()
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
-        merged = merge(self.ranks.gather_all(local))
+        merged = merge(self.ranks.gather_all({**local, **self.routing.metrics()}))
         return {
             **merged,
             **effective_sample_size(merged),

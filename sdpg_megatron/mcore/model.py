@@ -21,6 +21,7 @@ from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
 from sdpg_megatron.weights.map import ExpertShare
 
@@ -77,12 +78,12 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         recompute_granularity="full" if model.recompute else None,
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         # Fusions that need CUDA kernels from apex or Transformer Engine.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
     )
 
 
@@ -93,7 +94,7 @@ def _experts(experts: Experts, ffn_size: int, *, grouped: bool) -> dict[str, Any
         "moe_ffn_hidden_size": ffn_size,
         "moe_router_topk": experts.per_token,
         "moe_router_pre_softmax": not experts.normalized,
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "none",  # `routing.Router` has the losses
         "moe_grouped_gemm": grouped,
     }
 
@@ -132,6 +133,7 @@ def _build_chunk(
             # Megatron does so with several expert-parallel ranks alone. Always, it gives experts an optimizer of their
             # own on every layout, so that a checkpoint fits all, and sums their gradients where only tensors differ.
             parameter.allreduce = False
+    deliver_numbers(chunk)
     return chunk
 
 

@@ -19,7 +19,9 @@ def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[Distribute
     """Give every chunk float32 gradient buffers that are summed over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        bucket_size=config.bucket_size,
         use_distributed_optimizer=config.distributed,
     )
     wrapped = [
@@ -31,6 +33,15 @@ def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[Distribute
     no_sync = [chunk.no_sync for chunk in wrapped]
     model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Bring every rank the others' shares of the last update, which were left to the next forward pass.
+
+    Collective over the data-parallel ranks.
+    """
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> Any:
@@ -49,6 +60,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
+            overlap_param_gather=config.overlap_param_gather,
         ),
         list(chunks),
     )

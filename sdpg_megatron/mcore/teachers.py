@@ -23,6 +23,8 @@ class Teacher:
 
     early = False
     """Its rows are made before a rollout step's first update, those of all mini-batches."""
+    follows_updates = False
+    """`updated` reads the weights."""
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         self.chunks = chunks
@@ -98,6 +100,8 @@ class PeriodicTeacher(FrozenTeacher):
 
 class AverageTeacher(FrozenTeacher):
     """`ema`: an exponential moving average of the student's weights over optimizer steps, kept in float32."""
+
+    follows_updates = True
 
     def __init__(self, chunks: Sequence[nn.Module], rate: float) -> None:
         super().__init__(chunks, FrozenWeights(chunks, torch.float32))

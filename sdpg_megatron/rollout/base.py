@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.weights import Bucket as Bucket
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 OnProgress = Callable[[int, int], None]
 """Called with the number of finished groups, and of all."""
@@ -25,6 +30,14 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     """The same seed, prompts and weights give the same responses."""
+    experts: bool = False
+    """Record which experts of a mixture each token is sent to."""
+
+
+def compact(experts: Any) -> Routing:
+    """An array of expert numbers in the narrowest type that holds them."""
+    narrow: Routing = experts.astype(np.uint8 if experts.size == 0 or experts.max() < 256 else np.int16)
+    return narrow
 
 
 Stop = Callable[[], bool]

@@ -7,7 +7,8 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
+from sdpg_megatron.rollout.experts import ExpertRecorder
 from sdpg_megatron.rollout.joined import as_saved
 
 LISTED = 8
@@ -139,16 +141,21 @@ class HFEngine:
         tokens_UP, mask_UP = tokens_UP.to(self._device), mask_UP.to(self._device)
         copies_B = torch.tensor(copies, device=self._device)
         recorder = _LogprobRecorder(sampling.temperature or 1.0)
-        output_BS = self._model.generate(
-            tokens_UP[copies_B],
-            attention_mask=mask_UP[copies_B],
-            past_key_values=self._prefill(tokens_UP, mask_UP, copies_B),
-            generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([_Watch(stop), recorder]),
-        )
+        with ExpertRecorder(self._model) if sampling.experts else nullcontext() as experts:
+            output_BS = self._model.generate(
+                tokens_UP[copies_B],
+                attention_mask=mask_UP[copies_B],
+                past_key_values=self._prefill(tokens_UP, mask_UP, copies_B),
+                generation_config=self._generation_config(sampling),
+                logits_processor=LogitsProcessorList([_Watch(stop), recorder]),
+            )
         tokens_BN = output_BS[:, width:]
         rows = zip(tokens_BN.tolist(), recorder.logprobs(tokens_BN).tolist(), strict=True)
-        return [self._completion(tokens, logprobs) for tokens, logprobs in rows]
+        found = [self._completion(tokens, logprobs) for tokens, logprobs in rows]
+        if experts is None:
+            return found
+        routings = experts.routings([len(p) for p in prompts], copies, [len(c.tokens) for c in found])
+        return [replace(completion, experts=routing) for completion, routing in zip(found, routings, strict=True)]
 
     def _prefill(self, tokens_UP: Tensor, mask_UP: Tensor, copies_B: Tensor) -> Any:
         """Keys and values of all prompt tokens but the last, for B rows; each of the U prompts is read once."""

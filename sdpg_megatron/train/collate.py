@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from sdpg_megatron.mcore.context import route, shards
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 from sdpg_megatron.train.sample import Sample
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class _Text:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     asked: tuple[bool, ...]
+    experts: Routing | None = None
+    """That its tokens, but for the last, are sent to."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -56,7 +62,8 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
     gated = [sample for sample in samples if sample.gate]
     misled = [sample for sample in gated if sample.contrast_prompt]
     assert not misled or len(misled) == len(gated), "either every taught response has a wrong hint or none has"
-    student, rank_T = _lay([_Text(s.student_prompt, s.response, (True,) * len(s.response)) for s in samples], layout)
+    read = [_Text(s.student_prompt, s.response, (True,) * len(s.response), s.experts) for s in samples]
+    student, rank_T = _lay(read, layout)
     gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
     sequence_T = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.response) for s in samples]).long())
     logprobs_T = torch.tensor([x for s in samples for x in s.logprobs], dtype=torch.float32)
@@ -99,16 +106,31 @@ def _lay(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]
         sequence_P[own] = number
     rank_P, place_P = shards(spans, layout.context_size)
     shape = (1 if layout.packed else len(spans), -1)
+    here = rank_P == layout.context
     at_T = _rows(texts, firsts)
+    experts_PLK = _experts(texts, firsts)
     batch = SequenceBatch(
-        tokens_BS=tokens_P[rank_P == layout.context].view(shape),
+        tokens_BS=tokens_P[here].view(shape),
         rows_T=place_P[at_T],
         lengths=tuple(spans) if layout.packed else None,
         multiple=multiple,
-        sequence_BS=sequence_P[rank_P == layout.context].view(shape),
+        sequence_BS=sequence_P[here].view(shape),
         sizes_Q=torch.tensor([len(text) for text in texts], dtype=torch.int64),
+        experts_BSLK=None if experts_PLK is None else experts_PLK[here].view(*shape, *experts_PLK.shape[1:]),
     )
     return batch, rank_P[at_T]
+
+
+def _experts(texts: Sequence[_Text], firsts: Sequence[int]) -> Tensor | None:
+    """int16 [P, layers, experts of a token], see `SequenceBatch.experts_BSLK`; None where none are given."""
+    given = [text.experts for text in texts if text.experts is not None]
+    if not given:
+        return None
+    experts_PLK = torch.full((firsts[-1], *given[0].shape[1:]), -1, dtype=torch.int16)
+    for first, text in zip(firsts, texts, strict=False):
+        if text.experts is not None:
+            experts_PLK[first : first + len(text.experts)] = torch.from_numpy(text.experts.astype("int16"))
+    return experts_PLK
 
 
 def _pad(texts: Sequence[_Text], multiple: int) -> tuple[list[int], int]:

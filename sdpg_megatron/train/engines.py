@@ -60,6 +60,7 @@ def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: O
         device=kind,
         prompt_tokens=config.data.max_prompt_tokens,
         response_tokens=max(rollout.max_response_tokens, config.eval.max_response_tokens or 0),
+        experts=rollout.replay_routing,
     )
     nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None

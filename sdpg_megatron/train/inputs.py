@@ -7,7 +7,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sdpg_megatron.architecture import Architecture, check_lengths, check_parallel, read_architecture
+from sdpg_megatron.architecture import (
+    Architecture,
+    check_lengths,
+    check_model,
+    check_parallel,
+    read_architecture,
+)
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
@@ -69,6 +75,7 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
+    check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     load_verifier(config.reward.verifier)
     return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 

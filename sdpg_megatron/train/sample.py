@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.aggregation import sequence_weights
 from sdpg_megatron.records import ScoredGroup
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Sample:
     """Loss weight of each of its tokens."""
     contrast_prompt: tuple[int, ...] = ()
     """With a wrong hint; empty where nobody reads one."""
+    experts: Routing | None = field(default=None, compare=False, repr=False)
+    """Of every token of the student's prompt and the response but the last; None for the router's choice."""
 
     @property
     def gate(self) -> bool:
@@ -78,6 +84,7 @@ def make_samples(
                     gates=tuple(read and token not in undistilled for token in completion.tokens),
                     weight=next(weights),
                     contrast_prompt=scored.group.prompt.contrast_tokens if config.contrast else (),
+                    experts=completion.experts,
                 )
             )
     return samples

@@ -26,6 +26,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"parallel.pipeline": 2}),
     "dp2": (2, {}),
     "cp2": (2, {"parallel.context": 2}),
+    "dp2_overlap": (
+        2,
+        {
+            "optimizer.overlap_grad_reduce": True,
+            "optimizer.overlap_param_gather": True,
+            "optimizer.bucket_size": 3000,
+        },
+    ),
     "vpp2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "tp2_pp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
 }
@@ -97,7 +105,16 @@ def test_the_same_layout_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [("tp2", "pp2"), ("dp2", "tp2"), ("vpp2", "one"), ("one", "tp2_pp2"), ("tp2_pp2", "cp2"), ("cp2", "dp2")],
+    [
+        ("tp2", "pp2"),
+        ("dp2", "tp2"),
+        ("vpp2", "one"),
+        ("one", "tp2_pp2"),
+        ("tp2_pp2", "cp2"),
+        ("cp2", "dp2"),
+        ("dp2_overlap", "dp2"),
+        ("tp2", "dp2_overlap"),
+    ],
 )
 def test_another_layout_goes_on_to_rounding(
     model: Path, tmp_path: Path, ranks: RankPool, written: str, read: str

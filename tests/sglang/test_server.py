@@ -232,6 +232,8 @@ def test_the_command_line_of_a_server_with_devices(launch: Callable[..., Launch]
     assert (values["--tp-size"], values["--dp-size"], values["--port"], values["--device"]) == ("2", "3", "5", "cuda")
     assert API_KEY not in found
     assert "--enable-memory-saver" not in command(launch(memory_saver=True), 5)
+    assert "--enable-return-routed-experts" in command(launch(experts=True), 5)
+    assert "--enable-return-routed-experts" not in command(launch(), 5)
     assert not {"SGLANG_USE_CPU_ENGINE", *KEEP_FREED_MEMORY} & environment(launch(device="cuda"), {}).keys()
 
 

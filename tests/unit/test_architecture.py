@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from sdpg_megatron.architecture import Experts, check_lengths, check_parallel, read_architecture
-from sdpg_megatron.config import ParallelConfig
+from sdpg_megatron.architecture import Experts, check_lengths, check_model, check_parallel, read_architecture
+from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.settings import parse
 
@@ -136,6 +136,30 @@ def test_dense_models_have_no_experts_to_share(tmp_path: Path, parallel: dict[st
     (field,) = parallel
     with pytest.raises(ConfigError, match=rf"^parallel\.{field}: found .* with a dense model \(llama\)"):
         check_parallel(read_architecture(write(tmp_path)), ParallelConfig(**parallel))
+
+
+def test_dense_models_have_no_routing_to_replay(tmp_path: Path) -> None:
+    model = ModelConfig(path=tmp_path)
+    with pytest.raises(ConfigError, match=r"^rollout\.replay_routing: found True, expected false with a dense model"):
+        check_model(read_architecture(write(tmp_path)), model, replay_routing=True)
+    check_model(read_architecture(write(tmp_path, **MOE)), model, replay_routing=True)
+
+
+def test_fused_gradients_need_their_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, model = read_architecture(write(tmp_path)), ModelConfig(path=tmp_path, gradient_accumulation_fusion=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^model\.gradient_accumulation_fusion: found True, .*Fix: install apex"):
+        check_model(arch, model)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "fused_weight_gradient_mlp_cuda" or None)
+    check_model(arch, model)
+
+
+@pytest.mark.parametrize("field", ["router_aux_loss", "router_z_loss"])
+def test_dense_models_have_no_routers_to_train(tmp_path: Path, field: str) -> None:
+    model = ModelConfig(path=tmp_path, **{field: 0.01})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"^model\.{field}: found 0.01, expected 0 with a dense model \(llama\)"):
+        check_model(read_architecture(write(tmp_path)), model)
+    check_model(read_architecture(write(tmp_path, **MOE)), model)
 
 
 def test_reads_rope_of_both_generations(tmp_path: Path) -> None:

@@ -133,6 +133,12 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("objective.beta_decay_steps=101", ["beta_decay_steps", "found 101", "100 optimizer steps", "null"]),
         ("optimizer.warmup_steps=101", ["optimizer.warmup_steps: found 101", "100 optimizer steps", "shorten"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr: found 1", "at most lr (1e-06)", "lower it"]),
+        ("optimizer.bucket_size=9", ["bucket_size: found 9", "null without optimizer.overlap_grad_reduce"]),
+        ("optimizer.overlap_param_gather=true", ["overlap_param_gather", "set optimizer.overlap_grad_reduce"]),
+        (
+            "optimizer={overlap_param_gather: true, overlap_grad_reduce: true, distributed: false}",
+            ["optimizer.overlap_param_gather: found True", "false without optimizer.distributed"],
+        ),
         ("eval.k=[1, 5]", ["eval.k: found 5", "1 to eval.samples (4)", "draw more"]),
         ("eval.k=[0]", ["eval.k: found 0", "1 to eval.samples (4)"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),

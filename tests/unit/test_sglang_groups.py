@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 
 from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.records import Group
 from sdpg_megatron.rollout.base import WeightsWanted
 from sdpg_megatron.rollout.sglang import groups
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
@@ -30,6 +34,7 @@ from tests.sglang_fakes import (
     never,
     opened,
     prompts,
+    response,
     run,
     source,
     until,
@@ -303,5 +308,66 @@ def test_a_request_that_is_cancelled_when_its_time_is_up_is_cancelled(first: flo
             await request
         await client.close()
         await server.server.close()
+
+    run(test)
+
+
+# Experts of a mixture
+
+
+def with_experts(numbers: list[int] | None) -> Answer:
+    """Two responses of two tokens to a prompt of one, from a model of two layers with two experts a token."""
+    packed = None if numbers is None else base64.b64encode(np.array(numbers, dtype="<i4").tobytes()).decode()
+
+    async def answer(before: int, running: int) -> web.Response:
+        both = [response(), response()]
+        for one in both if packed is not None else []:
+            one["meta_info"]["routed_experts"] = packed
+        return web.json_response(both)
+
+    return answer
+
+
+async def collect_experts(server: Misbehaving) -> list[Group]:
+    async with opened(server) as pool:
+        asking = replace(source(pool, QUICK), layers=2)
+        return await asking.collect(prompts(1), replace(SAMPLING, experts=True), version=3)
+
+
+def test_experts_come_token_by_token_and_layer_by_layer() -> None:
+    async def test() -> None:
+        (group,) = await collect_experts(Misbehaving(with_experts([0, 1, 2, 3, 4, 5, 6, 7])))
+        for completion in group.completions:
+            assert completion.experts is not None
+            assert completion.experts.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (None, "without its experts. Fix: start the server with --enable-return-routed-experts"),
+        ([0, 1, 2], "12 bytes of experts for 2 tokens and 2 layers"),
+        ([], "0 bytes of experts"),
+    ],
+)
+def test_a_response_without_all_of_its_experts_is_refused(numbers: list[int] | None, message: str) -> None:
+    async def test() -> None:
+        with pytest.raises(ServerError, match=message):
+            await collect_experts(Misbehaving(with_experts(numbers)))
+
+    run(test)
+
+
+def test_experts_are_asked_for_where_they_are_wanted() -> None:
+    async def test() -> None:
+        server = Misbehaving(with_experts([0] * 8))
+        async with opened(server) as pool:
+            asking = replace(source(pool, QUICK), layers=2)
+            await asking.collect(prompts(1), replace(SAMPLING, experts=True), version=3)
+            (group,) = await asking.collect(prompts(1), SAMPLING, version=3)
+        assert [body.get("return_routed_experts") for body in server.bodies] == [True, None]
+        assert len(group.completions) == SAMPLING.n
 
     run(test)

@@ -41,6 +41,8 @@ class ServedModel:
     """Longest prompt."""
     response_tokens: int
     """Longest response."""
+    experts: bool = False
+    """Servers that are started say which experts of a mixture each token was sent to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def make_processes(
         device=model.device,
         mem_fraction=config.mem_fraction,
         memory_saver=config.colocated,
+        experts=model.experts,
         python=config.python or default_python(),
         arguments=config.arguments,
         api_key=keys.api,

@@ -9,6 +9,7 @@ Source of the endpoints: sglang.srt.entrypoints.http_server of SGLang 0.5.23.
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class Sample:
     finish_reason: FinishReason
     versions: frozenset[str]
     """Of the weights that made its tokens; more than one where they changed in between."""
+    experts: bytes | None = None
+    """int32 numbers of the experts of all tokens but the last, layer by layer; None where they are not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ class Client:
             "stop_token_ids": list(stop_ids),
         }
         body = {"input_ids": list(tokens), "sampling_params": params, "return_logprob": True}
+        if sampling.experts:
+            body["return_routed_experts"] = True
         found = await self._call("POST", "/generate", body, timeout=self.timeouts.generate)
         answers = found if isinstance(found, list) else [found]
         if len(answers) != sampling.n:
@@ -117,12 +122,14 @@ class Client:
             spans = meta.get("weight_versions") or []
             versions = {str(span["version"]) for span in spans} | {str(meta["weight_version"])}
             kind = (meta["finish_reason"] or {}).get("type")
+            experts = meta.get("routed_experts")
             tokens = tuple(int(token) for token in answer["output_ids"])
             sample = Sample(
                 tokens=tokens,
                 logprobs=tuple(float(pair[0]) for pair in pairs),
                 finish_reason=REASONS.get(str(kind), "abort"),
                 versions=frozenset(versions),
+                experts=None if experts is None else b64decode(experts, validate=True),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(self.url, "/generate", f"an answer that cannot be read ({error!r})") from error

@@ -111,6 +111,7 @@ class SGLangEngine:
             tokenizer=self._model.tokenizer,
             attempts=self._config.attempts,
             concurrency=self._config.concurrency * len(self._pool.members),
+            layers=self._architecture.num_layers,
             router=self._router,
         )
         try:

@@ -6,15 +6,20 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
-from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted
+from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted, compact
 from sdpg_megatron.rollout.sglang.client import Client, Sample
 from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.tasks import together
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 BACKOFF, BACKOFF_LIMIT = 0.5, 10.0
 """Seconds before the second attempt; each further one waits twice as long, up to the limit."""
@@ -31,6 +36,8 @@ class GroupSource:
     """Times that a group is asked for."""
     concurrency: int
     """Groups asked for at a time."""
+    layers: int = 0
+    """Of the model, where its experts are recorded."""
     router: Client | None = None
     """Asked instead of the servers; it hands each request to one of them."""
 
@@ -73,7 +80,7 @@ class GroupSource:
             member = await self.pool.acquire()
             try:
                 samples = await self._ask(member, prompt, sampling)
-                return Group(prompt, tuple(self._completion(sample, version) for sample in samples))
+                return Group(prompt, tuple(self._completion(prompt, sample, version) for sample in samples))
             except ServerError as error:
                 if not error.retryable:
                     raise
@@ -109,6 +116,8 @@ class GroupSource:
             raise outdated
         for sample in samples:
             self._check_end(client, sample, sampling)
+            if sampling.experts:
+                self._check_experts(client, prompt, sample)
         return samples
 
     async def _review(self, outdated: ServerError) -> None:
@@ -135,13 +144,28 @@ class GroupSource:
             fix = "Fix: name all of them as eos_token_id in the model's generation_config.json"
             raise ServerError(client.url, "/generate", f"{found}. {fix}")
 
-    def _completion(self, sample: Sample, version: int) -> Completion:
+    def _check_experts(self, client: Client, prompt: Prompt, sample: Sample) -> None:
+        """Each token but the last was sent to as many experts of each layer."""
+        tokens = len(prompt.student_tokens) + len(sample.tokens) - 1
+        if sample.experts is None:
+            fix = "Fix: start the server with --enable-return-routed-experts, or turn rollout.replay_routing off"
+            raise ServerError(client.url, "/generate", f"a response without its experts. {fix}")
+        if not sample.experts or len(sample.experts) % (4 * tokens * self.layers):
+            found = f"{len(sample.experts)} bytes of experts for {tokens} tokens and {self.layers} layers"
+            raise ServerError(client.url, "/generate", found)
+
+    def _completion(self, prompt: Prompt, sample: Sample, version: int) -> Completion:
+        tokens = len(prompt.student_tokens) + len(sample.tokens) - 1
+        experts: Routing | None = None
+        if sample.experts is not None:
+            experts = compact(np.frombuffer(sample.experts, "<i4").reshape(tokens, self.layers, -1))
         return Completion(
             tokens=sample.tokens,
             logprobs=sample.logprobs,
             finish_reason=sample.finish_reason,
             weight_version=version,
             text=self.tokenizer.decode(sample.tokens, skip_special_tokens=True),
+            experts=experts,
         )
 
 

@@ -64,6 +64,8 @@ class Launch:
     """Device number of its first rank (CUDA only)."""
     memory_saver: bool = False
     """Let the server give its memory back on request (CUDA only)."""
+    experts: bool = False
+    """Let the server say which experts of a mixture each token was sent to."""
     seed: int = 0
     python: str
     """Interpreter that has sglang."""
@@ -185,7 +187,7 @@ def command(launch: Launch, port: int) -> list[str]:
         "--random-seed": str(launch.seed),
         "--device": launch.device,
     }
-    flags = []
+    flags = ["--enable-return-routed-experts"] if launch.experts else []
     if launch.mem_fraction is not None:
         arguments["--mem-fraction-static"] = str(launch.mem_fraction)
     if launch.device == "cpu":

@@ -1,0 +1,256 @@
+"""The routers of a mixture of experts: losses on their choices, and choices that are given.
+
+A router needs to know of each token which sequence it is of, and which experts it is to go to. What travels is the
+token's number in this rank's step, in the place of Megatron's padding mask: schedules, pipeline stages and
+recomputation bring it to every layer.
+
+Shapes: B sequences of a micro-batch, S padded length, N tokens of this rank's step and one that stands for all padding,
+T tokens of a router's call, E experts, K of them for a token, L layers, Q sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from sdpg_megatron.config import ModelConfig
+from sdpg_megatron.observe.metrics import Metric, Reduction
+from sdpg_megatron.records import MicroBatch, SequenceBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStep:
+    """One optimizer step, as this rank's routers see it."""
+
+    sequence_N: Tensor
+    """int64: number of each token's sequence in its micro-batch. Token 0 stands for padding."""
+    share_N: Tensor
+    """float32: 1 / tokens of that sequence; 0 for padding."""
+    sequences: int
+    """Most sequences of a micro-batch."""
+    aux_scale: float
+    """What the load-balancing loss, summed over tokens, is multiplied by before gradients are divided."""
+    z_scale: float
+    """Likewise, of the z-loss."""
+    experts_NLK: Tensor | None
+    """int16: the experts that each token is sent to, -1 for the router's own choice; None for that everywhere."""
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Megatron's router, with losses that depend neither on the split into micro-batches nor on padding.
+
+    megatron-core's own are means over a micro-batch, take its sequences for equally long, and are scaled differently by
+    0.16 and 0.19 where gradients are divided by the number of tokens.
+    """
+
+    step: RouterStep | None = None
+    numbers_T: Tensor | None = None
+    """The tokens of the call that is under way, see `RouterStep`."""
+    sums: Tensor | None = None
+    """float32 [2]: load-balancing loss and z-loss of this rank's tokens so far."""
+    replayed: Tensor | None = None
+    """int64 [2]: tokens that were sent elsewhere than the router's own choice, and all whose experts were given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_replay = _Replay(self)
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Logits [S, B, E] -> probabilities and choices, [T, E]."""
+        probs_TE, chosen_TE = super().routing(logits, *args, **kwargs)
+        # Forward-only passes have no losses; under recomputation, only the forward that has a backward counts.
+        step, numbers_T = self.step, self.numbers_T
+        if step is not None and numbers_T is not None and (step.aux_scale or step.z_scale) and torch.is_grad_enabled():
+            probs_TE = self._with_losses(probs_TE, chosen_TE, logits.flatten(0, 1).float(), numbers_T, step)
+        return probs_TE, chosen_TE
+
+    def _with_losses(
+        self, probs_TE: Tensor, chosen_TE: Tensor, logits_TE: Tensor, numbers_T: Tensor, step: RouterStep
+    ) -> Tensor:
+        """The same probabilities, whose backward pass adds the losses' gradients."""
+        real_T = numbers_T > 0
+        balance = z = logits_TE.new_zeros(())
+        if step.aux_scale:
+            balance = (self._loads(chosen_TE & real_T[:, None], numbers_T, step) * logits_TE.softmax(-1)).sum()
+        if step.z_scale:
+            z = (logits_TE.logsumexp(-1).square() * real_T).sum()
+        found = torch.stack([balance, z]).detach()
+        self.sums = found if self.sums is None else self.sums + found
+        with_losses: Tensor = MoEAuxLossAutoScaler.apply(probs_TE, step.aux_scale * balance + step.z_scale * z)
+        return with_losses
+
+    def _loads(self, chosen_TE: Tensor, numbers_T: Tensor, step: RouterStep) -> Tensor:
+        """float32 [T, E]: each expert's share of the choices of a token's sequence, times E; 0 for padding."""
+        sequence_T = step.sequence_N[numbers_T]
+        count_QE = torch.zeros(step.sequences, chosen_TE.shape[1], device=chosen_TE.device)
+        count_QE.index_add_(0, sequence_T, chosen_TE.float())
+        if self.tp_cp_group.size() > 1:  # sequences are cut over these ranks
+            dist.all_reduce(count_QE, group=self.tp_cp_group)
+        scale_T = step.share_N[numbers_T] * (chosen_TE.shape[1] / int(self.topk))
+        return count_QE[sequence_T] * scale_T[:, None]
+
+
+class _Replay:
+    """What Megatron asks for a token's experts in the place of its top-k; its own knows no padding."""
+
+    layer_number: int | None = None
+    """Set by megatron-core 0.19."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self, scores_TE: Tensor, topk: int, groups: int | None, group_topk: int | None, own_topk: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and numbers of K experts, [T, K]."""
+        scores_TK, own_TK = own_topk(scores_TE, topk, groups, group_topk)
+        step, numbers_T = self._router.step, self._router.numbers_T
+        if step is None or step.experts_NLK is None or numbers_T is None:
+            return scores_TK, own_TK
+        given_TK = step.experts_NLK[numbers_T, self._router.layer_number - 1].to(own_TK.dtype)
+        chosen_TK = given_TK.where(given_TK >= 0, own_TK)
+        if torch.is_grad_enabled():
+            differs_T = (chosen_TK.sort().values != own_TK.sort().values).any(-1)
+            found = torch.stack([differs_T.sum(), (given_TK[:, 0] >= 0).sum()])
+            self._router.replayed = found if self._router.replayed is None else self._router.replayed + found
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+
+def use_own_router(layer: Any) -> None:
+    """Have the layers that a spec describes built with `Router`."""
+    mlp = layer.submodules.mlp
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # megatron-core 0.19, or 0.16
+    parts.router = Router
+
+
+def deliver_numbers(chunk: nn.Module) -> None:
+    """Have the mixtures of a chunk hand the tokens' numbers to their routers; they would make a mask of them."""
+
+    def deliver(mixture: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        numbers_BS = kwargs.pop("padding_mask", None)
+        mixture.router.numbers_T = None if numbers_BS is None else numbers_BS.T.flatten()
+        return args, kwargs
+
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_pre_hook(deliver, with_kwargs=True)
+
+
+def as_padding_mask(gpt: Any, numbers_BS: Tensor | None) -> Tensor | None:
+    """What to pass to a chunk as its padding mask: under sequence parallelism the first one alone cuts it itself."""
+    if numbers_BS is None or gpt.pre_process or not gpt.config.sequence_parallel:
+        return numbers_BS
+    local_SB: Tensor = scatter_to_sequence_parallel_region(numbers_BS.T.contiguous())
+    return local_SB.T
+
+
+class Routing:
+    """The routers of this rank's chunks, over optimizer steps."""
+
+    def __init__(self, chunks: Sequence[nn.Module], config: ModelConfig, layers: int) -> None:
+        """`layers`: of the whole model."""
+        self._routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+        self._aux, self._z, self._layers = config.router_aux_loss, config.router_z_loss, layers
+        self._tokens = 0
+
+    @contextmanager
+    def step(self, batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
+        """Prepare the routers for passes over micro-batches, which come back with their tokens numbered.
+
+        Collective over the data-parallel ranks where there are losses.
+        """
+        scale = self._count(batches) if self._aux or self._z else 0.0
+        for router in self._routers:
+            router.sums = router.replayed = None
+        if not scale and all(batch.student.experts_BSLK is None for batch in batches):
+            yield batches
+            return
+        numbered, sequence_N, share_N = number_tokens(batches)
+        sequences = max(batch.student.count for batch in batches)
+        experts_NLK = number_experts(batches)
+        step = RouterStep(sequence_N, share_N, sequences, self._aux * scale, self._z * scale, experts_NLK)
+        for router in self._routers:
+            router.step = step
+        try:
+            yield numbered
+        finally:
+            for router in self._routers:
+                router.step = router.numbers_T = None
+
+    def _count(self, batches: Sequence[MicroBatch]) -> float:
+        """Response tokens over all tokens: gradients are divided by the former, losses are means over the latter."""
+        counts = [[b.num_tokens for b in batches], [int((_sequence(b.student) >= 0).sum()) for b in batches]]
+        total = torch.tensor([sum(count) for count in counts], device=batches[0].labels_T.device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        responses, tokens = total.tolist()
+        self._tokens = int(tokens)
+        return int(responses) / max(self._tokens, 1)
+
+    def metrics(self) -> dict[str, Metric]:
+        """This rank's part of the last step's, means over tokens and layers; to be joined over all ranks."""
+        found = [router.sums for router in self._routers if router.sums is not None]
+        sums = torch.stack(found).sum(0).tolist() if found else [0.0, 0.0]
+        parts = (("train/router_aux_loss", self._aux, sums[0]), ("train/router_z_loss", self._z, sums[1]))
+        count = max(self._tokens, 1) * self._layers
+        losses = {name: Metric(total / count, Reduction.SUM) for name, coefficient, total in parts if coefficient}
+        replayed = [router.replayed for router in self._routers if router.replayed is not None]
+        if not replayed:
+            return losses
+        differ, given = torch.stack(replayed).sum(0).tolist()
+        return {**losses, "rollout/routing_difference": Metric(differ / max(given, 1), Reduction.MEAN, given)}
+
+
+def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tensor, Tensor]:
+    """Number the tokens of a step's student sequences from 1; padding has 0.
+
+    Returns:
+        The micro-batches with numbers, and `RouterStep`'s `sequence_N` and `share_N`.
+    """
+    numbered = []
+    device = batches[0].labels_T.device
+    sequences, shares = [torch.zeros(1, dtype=torch.int64, device=device)], [torch.zeros(1, device=device)]
+    first = 1
+    for batch in batches:
+        sequence_BS, sizes_Q = _sequence(batch.student), batch.student.sizes_Q
+        assert sizes_Q is not None
+        real_BS = sequence_BS >= 0
+        numbers_BS = torch.zeros_like(sequence_BS)
+        found = sequence_BS[real_BS]
+        numbers_BS[real_BS] = torch.arange(first, first + len(found), device=device)
+        first += len(found)
+        sequences.append(found)
+        shares.append(1 / sizes_Q[found].float())
+        numbered.append(dataclasses.replace(batch, student=dataclasses.replace(batch.student, numbers_BS=numbers_BS)))
+    return numbered, torch.cat(sequences), torch.cat(shares)
+
+
+def number_experts(batches: Sequence[MicroBatch]) -> Tensor | None:
+    """int16 [N, L, K]: the experts of each token by its number, see `number_tokens`; None where none are given."""
+    given = [batch.student.experts_BSLK for batch in batches if batch.student.experts_BSLK is not None]
+    if not given:
+        return None
+    padding_1LK = given[0].new_full((1, *given[0].shape[2:]), -1)
+    parts = [padding_1LK]
+    for batch in batches:
+        real_BS, experts_BSLK = _sequence(batch.student) >= 0, batch.student.experts_BSLK
+        own = padding_1LK.expand(int(real_BS.sum()), -1, -1)
+        parts.append(own if experts_BSLK is None else experts_BSLK[real_BS])
+    return torch.cat(parts)
+
+
+def _sequence(batch: SequenceBatch) -> Tensor:
+    assert batch.sequence_BS is not None, "routers ask which sequence a token is of"
+    return batch.sequence_BS
