@@ -37,7 +37,7 @@ class ModelConfig(Section):
     """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
-    tokens; docs/architecture.md has the formula."""
+    tokens; docs/experts.md has the formula."""
     router_z_loss: float = Field(0.0, ge=0)
     """Coefficient of the router's z-loss, the squared log-sum-exp of its logits, for each layer; 0 for none."""
 
