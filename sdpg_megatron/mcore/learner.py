@@ -46,6 +46,7 @@ class Learner:
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
         self._minibatches = config.optimizer.minibatches
+        self._contrasts = config.objective.contrast > 0
         self._gathers_late = config.optimizer.overlap_param_gather
         self._gathered = not self._gathers_late
         """Whether the weights are whole. They always are at a rollout step's end, where others read them."""
@@ -128,7 +129,8 @@ class Learner:
         with self.teacher.reading():
             found = read(batches)
             misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
-            contrast = read(misled) if any(batch.contrast for batch in batches) else [None] * len(batches)
+            # Not by what is here to read: ranks that share experts run in step, and another may have some.
+            contrast = read(misled) if self._contrasts else [None] * len(batches)
         return [
             dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
             for b, x, y in zip(batches, found, contrast, strict=True)
