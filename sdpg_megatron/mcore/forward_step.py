@@ -53,7 +53,7 @@ def last_hidden(
     with ExitStack() as stack:
         if gpt.post_process:
             stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
-        if lengths is not None and not gpt.config.apply_rope_fusion:
+        if lengths is not None and tokens_BS.device.type == "cpu":
             stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
     return hidden
@@ -70,7 +70,7 @@ def _angles_of_all(rotary: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Let the rotary embedding return an angle for every packed position, and not for those of the longest sequence.
 
     Megatron then turns all sequences at once. Otherwise 0.19 turns one after the other, each time with a copy of all
-    gradients in the backward pass.
+    gradients in the backward pass. On a GPU this would wait for the device once for each sequence and layer.
     """
     angles = rotary.forward
     positions_P = torch.cat([torch.arange(length) for length in lengths])
