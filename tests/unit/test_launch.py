@@ -243,3 +243,26 @@ def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
     place = Place(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
     with pytest.raises(Exception, match=r"rollout\.sglang\.urls: found .* expected none with SERVERS_PER_NODE"):
         Machine(place, config, ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+echo "srun NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT ${*: -3}"
+exit "$FAKE_CODE"
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then printf 'node7\\nnode8\\n'; else echo "scontrol $*"; fi
+"""
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
+def test_a_slurm_job_that_stopped_goes_back_into_the_queue(tmp_path: Path, code: int, requeued: bool) -> None:
+    """With programs in the place of Slurm's that say how they were called."""
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": 12, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": ROOT}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = script("slurm.sbatch", "my.yaml", "steps=3", **job, FAKE_CODE=code, PATH=path)
+    assert done.returncode == code
+    assert f"NNODES=2 MASTER_ADDR=node7 MASTER_PORT=20024 {ROOT}/scripts/launch.sh my.yaml steps=3" in done.stdout
+    assert ("scontrol requeue 12" in done.stdout) == requeued
