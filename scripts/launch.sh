@@ -40,8 +40,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 NNODES="${NNODES:-1}"
 if ((NNODES > 1)); then
   NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
-  : "${NODE_RANK:?launch: with NNODES over 1, set it to this machine\'s number, from 0}"
-  : "${MASTER_ADDR:?launch: with NNODES over 1, set it to the address of machine 0}"
+  [[ -n "$NODE_RANK" ]] || die "NODE_RANK is not set. Fix: set it to this machine's number, from 0"
+  [[ -n "${MASTER_ADDR:-}" ]] || die "MASTER_ADDR is not set. Fix: set it to the address of machine 0"
 fi
 gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
 RANKS_PER_NODE="${RANKS_PER_NODE:-$((gpus ? gpus : 1))}"

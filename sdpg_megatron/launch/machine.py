@@ -84,6 +84,8 @@ class Machine:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup has it
+                continue
             loop.add_signal_handler(number, self._on_signal, number, task)
         try:
             async with AsyncExitStack() as stack:

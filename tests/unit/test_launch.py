@@ -150,7 +150,8 @@ async def circles(nodes: int, lost_seconds: float, stack: AsyncExitStack) -> lis
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await arrived.put(Line(reader, writer))
 
-    server = await stack.enter_async_context(await asyncio.start_server(greet, HERE, 0))
+    server = await asyncio.start_server(greet, HERE, 0)
+    stack.callback(server.close)
     plan = Plan("run", {node: f"machine {node}" for node in range(nodes)}, tuple(range(nodes)), ())
     ends, others = {}, []
     for node in range(1, nodes):
@@ -230,8 +231,8 @@ def script(name: str, *arguments: object, **variables: object) -> subprocess.Com
 
 
 def test_the_launcher_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
-    assert "set it to this machine's number" in script("launch.sh", "x.yaml", NNODES=2).stderr
-    assert "the address of machine 0" in script("launch.sh", "x.yaml", NNODES=2, NODE_RANK=0).stderr
+    assert "NODE_RANK is not set" in script("launch.sh", "x.yaml", NNODES=2).stderr
+    assert "MASTER_ADDR is not set" in script("launch.sh", "x.yaml", NNODES=2, NODE_RANK=0).stderr
     missing = script("launch.sh", tmp_path / "x.yaml")
     assert missing.returncode == 2
     assert "expected a readable YAML file" in missing.stderr
@@ -264,5 +265,5 @@ def test_a_slurm_job_that_stopped_goes_back_into_the_queue(tmp_path: Path, code:
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = script("slurm.sbatch", "my.yaml", "steps=3", **job, FAKE_CODE=code, PATH=path)
     assert done.returncode == code
-    assert f"NNODES=2 MASTER_ADDR=node7 MASTER_PORT=20024 {ROOT}/scripts/launch.sh my.yaml steps=3" in done.stdout
+    assert f"NNODES=2 MASTER_ADDR=node7 MASTER_PORT=10024 {ROOT}/scripts/launch.sh my.yaml steps=3" in done.stdout
     assert ("scontrol requeue 12" in done.stdout) == requeued
