@@ -59,6 +59,20 @@ class ConversionError(SdpgError):
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
 
 
+class LaunchError(SdpgError):
+    """The machines of a run cannot start it together."""
+
+    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
+
+    @classmethod
+    def said(cls, text: str) -> LaunchError:
+        """What another machine found, in its words."""
+        error = cls.__new__(cls, text)
+        error.args = (text,)  # the constructor makes a message of its arguments
+        return error
+
+
 class WriteError(SdpgError):
     """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
 
