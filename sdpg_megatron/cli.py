@@ -1,4 +1,4 @@
-"""The command line: ``sdpg-megatron train``, ``eval``, ``compare``, ``convert`` and ``inspect``.
+"""The command line: ``sdpg-megatron train``, ``eval``, ``plan``, ``compare``, ``convert`` and ``inspect``.
 
 The first two run alone or under torchrun.
 """
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, metavar="N", help="of the run's training (default: its newest)")
     _add_configuration(evaluate, "e.g. data.eval=[aime24.jsonl] eval.samples=32")
     evaluate.set_defaults(command=_evaluate)
+    _add_plan(commands.add_parser("plan", help="say what a run needs: memory, communication, time"))
     compare = commands.add_parser(
         "compare",
         help="show evaluations side by side",
@@ -131,6 +132,19 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         help="have both models read a text, print the largest difference of logits; needs memory for a whole model",
     )
     command.set_defaults(command=_convert, overrides=[])
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Say what the run that CONFIG describes needs of every GPU, and about how long a step takes; without a GPU, "
+        "from CONFIG and the model's config.json alone. Exit code 2 where it does not fit."
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
+    command.add_argument("--gpu", default="H100", metavar="NAME", help="of the GPUs (default: %(default)s)")
+    command.add_argument("--ranks", type=int, metavar="N", help="of the trainer (default: the fewest of the layout)")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(command=_plan)
 
 
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
@@ -200,6 +214,19 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
         text=options.verify,
     )
     return 0
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load(options.config, overrides)
+    from sdpg_megatron.plan.advice import advise
+    from sdpg_megatron.plan.gpus import find_gpu
+    from sdpg_megatron.plan.plan import make_plan
+    from sdpg_megatron.plan.report import as_json, as_text
+
+    plan = make_plan(config, find_gpu(options.gpu), options.ranks)
+    advice = advise(plan)
+    sys.stdout.write(as_json(plan, advice) if options.json else as_text(plan, advice))
+    return 0 if plan.fits else 2
 
 
 def _inspect(options: argparse.Namespace, more: Sequence[str]) -> int:
