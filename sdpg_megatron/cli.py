@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
+from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.settings import dump, load
 
@@ -162,6 +163,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     inputs = load_inputs(config)
     if options.dry_run:
         sys.stdout.write(dump(config))
+        _walk(config)
         return 0
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
@@ -169,6 +171,19 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
+
+
+def _walk(config: RunConfig) -> None:
+    """Build the model without memory, and say what each stage holds and hands on; the first rank alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from sdpg_megatron.mcore.shapes import walk
+    from sdpg_megatron.plan.shards import Grid
+
+    world = os.environ.get("WORLD_SIZE")
+    grid = Grid.of(config.parallel, int(world) if world else None)
+    for stage in walk(config, grid.world):
+        sys.stderr.write(f"{stage}\n")
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:

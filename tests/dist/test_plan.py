@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from tests.dist.test_step import config_of
+from tests.e2e.runs import ROOT, environment
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -118,3 +122,57 @@ def test_parameters_of_the_whole_model(folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert count_parameters(read_architecture(folder)) == sum(p.numel() for p in model.parameters()), family
+
+
+def saved(folder: Path, dtype: str, recompute: bool, tokens: int) -> int:
+    """Bytes that autograd keeps of a forward pass over packed sequences, parameters left out."""
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.config import ModelConfig, ParallelConfig
+    from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore.forward_step import last_hidden
+    from sdpg_megatron.mcore.model import build_chunks
+
+    ranks = parallel.initialize(ParallelConfig(), 0)
+    model = ModelConfig(path=folder, dtype=dtype, recompute=recompute)  # type: ignore[arg-type]
+    (chunk,) = build_chunks(read_architecture(folder), model, ParallelConfig(), ranks)
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        last_hidden(chunk, torch.zeros(1, tokens, dtype=torch.int64), (tokens // 3, tokens - tokens // 3))
+    return nbytes(kept)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool, dtype: str) -> None:
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.config import ModelConfig, ParallelConfig
+    from sdpg_megatron.plan.activations import Activations
+
+    for family, folder in folders.items():
+        arch, tokens = read_architecture(folder), 96
+        model = ModelConfig(path=folder, dtype=dtype)  # type: ignore[arg-type]
+        a = Activations.of(arch, model, ParallelConfig())
+        handed_on = arch.hidden_size * (
+            2 if dtype == "bfloat16" else 4
+        )  # the final norm's output is kept by the caller
+        expected = tokens * (arch.num_layers * a.layer + a.final_norm - handed_on + 8)  # and the tokens' numbers
+        (found,) = ranks.run(saved, 1, folder, dtype, False, tokens)
+        assert found == pytest.approx(expected, rel=0.01), family
+
+
+def test_an_update_takes_the_memory_that_was_planned() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.plan"], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["planned_mib"] > 1000, "small beside the interpreter"
+    assert 0.9 < report["ratio"] < 1.1, report
