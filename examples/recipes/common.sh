@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the recipes share; each of them says what it is for. Sourced, never run.
 #
 #   PYTHON       interpreter that has the package (default: the one of .venv, or python3)
