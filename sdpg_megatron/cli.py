@@ -1,4 +1,4 @@
-"""The command line: ``sdpg-megatron train``, ``eval``, ``compare``, ``convert`` and ``inspect``.
+"""The command line: ``sdpg-megatron train``, ``eval``, ``plan``, ``compare``, ``convert`` and ``inspect``.
 
 The first two run alone or under torchrun.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdpg_megatron import __version__
+from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.settings import dump, load
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, metavar="N", help="of the run's training (default: its newest)")
     _add_configuration(evaluate, "e.g. data.eval=[aime24.jsonl] eval.samples=32")
     evaluate.set_defaults(command=_evaluate)
+    _add_plan(commands.add_parser("plan", help="say what a run needs: memory, communication, time"))
     compare = commands.add_parser(
         "compare",
         help="show evaluations side by side",
@@ -133,6 +135,19 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_convert, overrides=[])
 
 
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Say what the run that CONFIG describes needs of every GPU, and about how long a step takes; without a GPU, "
+        "from CONFIG and the model's config.json alone. Exit code 2 where it does not fit."
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
+    command.add_argument("--gpu", default="H100", metavar="NAME", help="of the GPUs (default: %(default)s)")
+    command.add_argument("--ranks", type=int, metavar="N", help="of the trainer (default: the fewest of the layout)")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(command=_plan)
+
+
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
     command.add_argument("--dry-run", action="store_true", help="check everything and print the resolved configuration")
@@ -148,6 +163,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     inputs = load_inputs(config)
     if options.dry_run:
         sys.stdout.write(dump(config))
+        _walk(config)
         return 0
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
@@ -155,6 +171,19 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
+
+
+def _walk(config: RunConfig) -> None:
+    """Build the model without memory, and say what each stage holds and hands on; the first rank alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from sdpg_megatron.mcore.shapes import walk
+    from sdpg_megatron.plan.shards import Grid
+
+    world = os.environ.get("WORLD_SIZE")
+    grid = Grid.of(config.parallel, int(world) if world else None)
+    for stage in walk(config, grid.world):
+        sys.stderr.write(f"{stage}\n")
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -200,6 +229,19 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
         text=options.verify,
     )
     return 0
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load(options.config, overrides)
+    from sdpg_megatron.plan.advice import advise
+    from sdpg_megatron.plan.gpus import find_gpu
+    from sdpg_megatron.plan.plan import make_plan
+    from sdpg_megatron.plan.report import as_json, as_text
+
+    plan = make_plan(config, find_gpu(options.gpu), options.ranks)
+    advice = advise(plan)
+    sys.stdout.write(as_json(plan, advice) if options.json else as_text(plan, advice))
+    return 0 if plan.fits else 2
 
 
 def _inspect(options: argparse.Namespace, more: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ class HeadOptions:
             return self
         free = _free_bytes(weight_VH.device) if free_bytes is None else free_bytes
         budget = min(int(free * FREE_SHARE), default_bytes(weight_VH.device))
-        rows = torch.tensor(chunk_rows(self.schedule, weight_VH.shape[0], budget, weight_VH), device=weight_VH.device)
+        rows = torch.tensor(_rows(self.schedule, weight_VH, budget), device=weight_VH.device)
         if vocab.ranks > 1:
             dist.all_reduce(rows, dist.ReduceOp.MIN, group=vocab.group)
         return replace(self, chunk_rows=int(rows))
@@ -72,8 +72,8 @@ class HeadOptions:
     def sized(self, weight_VH: Tensor) -> HeadOptions:
         """Options with all sizes chosen, by device and columns alone. Not a collective."""
         columns, device = weight_VH.shape[0], weight_VH.device
-        rows = self.chunk_rows or chunk_rows(self.schedule, columns, default_bytes(device), weight_VH)
-        tile = self.tile_columns or tile_columns(self.schedule, columns, device)
+        rows = self.chunk_rows or _rows(self.schedule, weight_VH, default_bytes(device))
+        tile = self.tile_columns or tile_columns(self.schedule, columns, cuda=device.type == "cuda")
         return replace(self, chunk_rows=rows, tile_columns=max(tile, 1))
 
 
@@ -81,21 +81,28 @@ def default_bytes(device: torch.device) -> int:
     return CUDA_BYTES if device.type == "cuda" else CPU_BYTES
 
 
-def tile_columns(schedule: Schedule, columns: int, device: torch.device) -> int:
+def tile_columns(schedule: Schedule, columns: int, *, cuda: bool) -> int:
     """Columns of a tile. On CUDA a tile is all columns, where these are held anyway: fewer, larger kernels."""
-    if device.type != "cuda":
+    if not cuda:
         return CPU_TILE
     return columns if schedule == "grad_in_forward" else 16384
 
 
-def chunk_rows(schedule: Schedule, columns: int, budget: int, weight_VH: Tensor) -> int:
-    """Rows, a power of two, whose logits of student and teacher fit `budget` bytes, with a tile's scratch beside."""
-    width = 8 if weight_VH.dtype == torch.float64 else 4
-    tile = min(columns, tile_columns(schedule, columns, weight_VH.device))
+def chunk_rows(schedule: Schedule, columns: int, budget: int, *, cuda: bool, width: int = 4) -> int:
+    """Rows, a power of two, whose logits of student and teacher fit `budget` bytes, with a tile's scratch beside.
+
+    `width`: bytes of a logit.
+    """
+    tile = min(columns, tile_columns(schedule, columns, cuda=cuda))
     held = 2 * columns if schedule == "grad_in_forward" else 0
     rows = budget // (width * (held + 5 * tile) or 1)
-    most = MOST_ROWS if weight_VH.device.type == "cuda" else CPU_ROWS
+    most = MOST_ROWS if cuda else CPU_ROWS
     return max(LEAST_ROWS, min(most, 1 << max(rows, 1).bit_length() - 1))
+
+
+def _rows(schedule: Schedule, weight_VH: Tensor, budget: int) -> int:
+    width = 8 if weight_VH.dtype == torch.float64 else 4
+    return chunk_rows(schedule, weight_VH.shape[0], budget, cuda=weight_VH.is_cuda, width=width)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ PACKAGE = "sdpg_megatron"
 FLOORS = (
     ("__main__", "launch"),
     ("cli",),
-    ("train", "convert", "plugins"),
+    ("train", "convert", "plan", "plugins"),
     ("checkpoint",),
     ("mcore", "rollout"),
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),

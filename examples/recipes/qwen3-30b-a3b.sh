@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Qwen3-30B-A3B, a mixture of experts, learns mathematics with SDPG: data, training, evaluation.
+#
+#   bash examples/recipes/qwen3-30b-a3b.sh                                                   8 H200, which take turns
+#
+#   Three machines of 8 H100: two train, the third generates. On each, with its number as NODE_RANK:
+#   NNODES=3 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash examples/recipes/qwen3-30b-a3b.sh three
+#
+#   PLAN_ONLY=1 bash examples/recipes/qwen3-30b-a3b.sh                                       what it needs
+#
+# Not run on GPUs yet. common.sh has the other choices; further arguments are key=value. To look at the result with
+# Megatron-LM's tools: python -m sdpg_megatron convert runs/qwen3-30b-a3b/model converted --to megatron
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+prepare Qwen/Qwen3-30B-A3B
+if [[ "${1:-}" == three ]]; then
+  shift
+  export ROLLOUT_NODES=2 SERVERS_PER_NODE=4
+  changes=(rollout.sglang.colocated=false rollout.sglang.sink=broadcast rollout.sglang.mem_fraction=0.85)
+  TRAINING_NODES=2 train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H100 0 2 "${changes[@]}" "$@"
+else
+  train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H200 4 1 "$@"
+fi

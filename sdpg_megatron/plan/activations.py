@@ -1,0 +1,141 @@
+"""What a micro-batch keeps for the backward pass, and what the head holds.
+
+Counted from what autograd saves in this package's layers (`mcore.layers`), one tensor after the other; a test counts
+the same there. Transformer Engine's keep less (no float32 copy for the norms), and some workspaces more.
+
+w is the bytes of a number: 2 or 4. Experts are assumed to get equal shares of the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import HeadConfig, ModelConfig, ParallelConfig
+from sdpg_megatron.head.options import CPU_BYTES, CUDA_BYTES, chunk_rows, tile_columns
+from sdpg_megatron.plan.shards import Grid
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes on a rank, for each token that it has."""
+
+    layer: float
+    """That a layer keeps."""
+    layer_input: float
+    final_norm: float
+    """Kept by the norm after the last layer, and its output."""
+    working: float
+    """Beside what is kept, in the backward pass of one layer."""
+
+    @classmethod
+    def of(cls, arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> Activations:
+        w, t = BYTES[model.dtype], parallel.tensor
+        hidden = arch.hidden_size / (t if parallel.sequence else 1)
+        query, key = arch.num_heads * arch.head_dim / t, arch.num_kv_heads * arch.head_dim / t
+        kept = 2 * _norm(hidden, w) + _attention(arch, query, key, t, w) + _feed_forward(arch, parallel, w)
+        if parallel.context > 1:
+            kept += (parallel.context - 1) * 2 * key * w  # the other ranks' keys and values
+        width = arch.ffn_size / t if arch.experts is None else _routed(arch, parallel) * arch.ffn_size
+        return cls(
+            layer=kept,
+            layer_input=hidden * w,
+            final_norm=hidden * (4 + w) + 4 + arch.hidden_size * w,
+            working=w * (5 * width + 2 * hidden),
+        )
+
+
+def _norm(hidden: float, w: int) -> float:
+    """A float32 copy of the input (in float32 the input itself), what it is divided by, and before and after scales."""
+    return hidden * (4 + 2 * w) + 4
+
+
+def _attention(arch: Architecture, query: float, key: float, t: int, w: int) -> float:
+    kept = (query + 2 * key) * w  # the projection's output, which the values are a part of
+    kept += 4 * arch.head_dim * w  # cosines and sines, for queries and for keys
+    kept += (query + key) * w  # turned
+    kept += 2 * query * w + 4 * arch.num_heads / t  # output twice, as it is and joined; the softmax's sums
+    if arch.qk_norm:
+        heads = (arch.num_heads + arch.num_kv_heads) / t
+        copied = query if w == 4 else query + key  # in float32 the keys are their own copy
+        kept += 4 * copied + (query + key) * w + 4 * heads
+    return kept
+
+
+def _routed(arch: Architecture, parallel: ParallelConfig) -> float:
+    """Tokens of a rank's experts, for each that a tensor-parallel group has; over the ranks of an expert."""
+    assert arch.experts is not None
+    return arch.experts.per_token / parallel.tensor
+
+
+def _feed_forward(arch: Architecture, parallel: ParallelConfig, w: int) -> float:
+    """Gate and up together, up again, the gate's activation, their product."""
+    if arch.experts is None:
+        return 5 * arch.ffn_size / parallel.tensor * w
+    experts, routed = arch.experts, _routed(arch, parallel)
+    choices = (20 * experts.per_token + experts.count * (1 + w)) / (parallel.tensor if parallel.sequence else 1)
+    # An expert's ranks each get all of its tokens, and compute a share of its columns; products are scaled, too.
+    return choices + routed * (parallel.expert_tensor_size * (arch.hidden_size + 1) + 6 * arch.ffn_size) * w
+
+
+def in_flight(grid: Grid, stage: int, micro_batches: int) -> float:
+    """Passes through all of a stage's layers whose activations it keeps at a time."""
+    if grid.chunks == 1:
+        return min(grid.pipeline - stage, micro_batches)
+    warm_up = 2 * (grid.pipeline - stage - 1) + (grid.chunks - 1) * grid.pipeline + 1
+    return min(warm_up, micro_batches * grid.chunks) / grid.chunks
+
+
+def kept(
+    a: Activations, layers: int, tokens: float, passes: float, *, recompute: bool, received: bool, last: bool
+) -> float:
+    """Bytes of a stage's activations in the update, beside what one layer works with.
+
+    Args:
+        layers: of the stage.
+        tokens: of a micro-batch, on this rank.
+        passes: see `in_flight`.
+        received: a stage before this one sends its input.
+    """
+    of_layers = layers * (a.layer_input if recompute else a.layer)
+    one = of_layers + (a.layer_input if received else 0) + (a.final_norm if last else 0)
+    return tokens * (passes * one + (a.layer if recompute else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBytes:
+    """What the head holds beside its inputs."""
+
+    chunk: int
+    """Logits and scratch."""
+    rows: int
+    """Hidden rows and their gradients."""
+    matrix: int
+    """The vocabulary matrix's gradient, until the backward pass."""
+
+    @property
+    def all(self) -> int:
+        return self.chunk + self.rows + self.matrix
+
+
+def head_bytes(
+    arch: Architecture, head: HeadConfig, grid: Grid, dtype: str, rows: int, *, taught: bool, cuda: bool, train: bool
+) -> HeadBytes:
+    """`rows`: response tokens of a micro-batch on this rank. `train`: with gradients; otherwise log-probs alone."""
+    columns, w = arch.padded_vocab(grid.tensor) // grid.tensor, BYTES[dtype]
+    held = train and head.schedule == "grad_in_forward"
+    schedule = head.schedule if train else "recompute"
+    budget = CUDA_BYTES if cuda else CPU_BYTES
+    # A run chooses its chunk once, by the schedule of its updates.
+    most = head.chunk_rows or chunk_rows(head.schedule, columns, budget, cuda=cuda)
+    tile = min(columns, tile_columns(schedule, columns, cuda=cuda))
+    distributions = 2 if taught and train else 1
+    width = distributions * (columns if held else tile) + 5 * tile
+    ordered = w if taught else 0
+    return HeadBytes(
+        chunk=4 * min(most, rows) * width,
+        rows=rows * arch.hidden_size * ((4 + w + ordered) if train else w),
+        matrix=4 * columns * arch.hidden_size if held else 0,
+    )
