@@ -362,6 +362,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0)
     """Global gradient-norm bound; 0 for none."""
+    skip_limit: int = Field(5, ge=1)
+    """An optimizer step whose loss or gradient is not finite is skipped; so many in a row end the run. 1 ends it at the
+    first."""
     minibatches: int = Field(1, ge=1)
     """Optimizer steps per rollout; prompts are split evenly over them."""
     micro_batch_size: int = Field(8, ge=1)

@@ -122,6 +122,18 @@ class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 
 
+class SkippedStepsError(NumericsError):
+    """Optimizer steps have been skipped too often in a row."""
+
+    def __init__(self, step: int, count: int) -> None:
+        super().__init__(
+            f"optimizer step {step}: found {count} steps in a row whose loss or gradient is not finite, expected fewer "
+            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: start a run from the last "
+            "checkpoint's model with a lower optimizer.lr or a smaller objective.beta; if the cause was elsewhere and "
+            "is gone, the same command continues from the last checkpoint"
+        )
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates most like `name`, best first; empty where nothing comes close."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
