@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -93,9 +92,11 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line += ["-m", "sdpg_megatron", "train", str(config), "parallel.pipeline=2"]
     with subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL) as launcher:
-        wait_for_step(tmp_path / "run", launcher)
-        assert len(ranks_of(config)) >= 2
-        os.kill(launcher.pid, signal.SIGKILL)
+        try:
+            wait_for_step(tmp_path / "run", launcher)
+            assert len(ranks_of(config)) >= 2
+        finally:  # leaving the block waits for its end
+            launcher.kill()
     deadline = time.monotonic() + LIMIT
     while ranks_of(config):
         assert time.monotonic() < deadline
