@@ -78,6 +78,7 @@ def your_batch() -> MicroBatch:
         teacher=SequenceBatch(teacher, torch.tensor([8, 9, 10])),
         gated_rows_G=torch.tensor([0, 1, 2]),
         labels_T=responses.flatten(),
+        sequence_T=torch.tensor([0, 0, 0, 1, 1, 1]),
         advantages_T=torch.tensor([1.0, -1.0]).repeat_interleave(3),
         gates_T=gate,
         weights_T=torch.ones(6),

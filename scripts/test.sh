@@ -14,8 +14,8 @@ if [[ "${1:-}" == --sglang ]]; then
   export SDPG_SGLANG_PYTHON
   if (($# == 0)); then set -- tests/sglang; fi
 elif (($# == 0)); then
-  # Each worker takes the next group of tests/conftest.py, in the order of the folders: the longest, tests/dist, first.
-  set -- --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+  # Each worker takes the next file (tests/conftest.py), in the order of the folders: the longest, tests/dist, first.
+  set -- --numprocesses 2 --dist loadscope --no-loadscope-reorder
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 exec "$PYTHON" -m pytest "$@"

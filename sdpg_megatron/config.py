@@ -37,7 +37,7 @@ class ModelConfig(Section):
     """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
-    tokens; docs/architecture.md has the formula."""
+    tokens; docs/experts.md has the formula."""
     router_z_loss: float = Field(0.0, ge=0)
     """Coefficient of the router's z-loss, the squared log-sum-exp of its logits, for each layer; 0 for none."""
 
@@ -362,6 +362,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0)
     """Global gradient-norm bound; 0 for none."""
+    skip_limit: int = Field(5, ge=1)
+    """An optimizer step whose loss or gradient is not finite is skipped; so many in a row end the run. 1 ends it at the
+    first."""
     minibatches: int = Field(1, ge=1)
     """Optimizer steps per rollout; prompts are split evenly over them."""
     micro_batch_size: int = Field(8, ge=1)

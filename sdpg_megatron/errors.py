@@ -59,6 +59,20 @@ class ConversionError(SdpgError):
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
 
 
+class LaunchError(SdpgError):
+    """The machines of a run cannot start it together."""
+
+    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
+
+    @classmethod
+    def said(cls, text: str) -> LaunchError:
+        """What another machine found, in its words."""
+        error = cls.__new__(cls, text)
+        error.args = (text,)  # the constructor makes a message of its arguments
+        return error
+
+
 class WriteError(SdpgError):
     """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
 
@@ -106,6 +120,18 @@ class FilterError(SdpgError):
 
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
+
+
+class SkippedStepsError(NumericsError):
+    """Optimizer steps have been skipped too often in a row."""
+
+    def __init__(self, step: int, count: int) -> None:
+        super().__init__(
+            f"optimizer step {step}: found {count} steps in a row whose loss or gradient is not finite, expected fewer "
+            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: start a run from the last "
+            "checkpoint's model with a lower optimizer.lr or a smaller objective.beta; if the cause was elsewhere and "
+            "is gone, the same command continues from the last checkpoint"
+        )
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,6 +15,8 @@ from tests.pool import RankPool
 hypothesis.settings.register_profile("suite", deadline=None)  # no test may depend on how busy the machine is
 hypothesis.settings.load_profile("suite")
 DIST = Path(__file__).parent / "dist"
+RANKS = ("tests/dist/", "tests/unit/test_benchmark_head.py")
+"""What uses `ranks`: there is one set of them."""
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +27,7 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist then reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if DIST in item.path.parents:
@@ -37,7 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(without_gpu)
 
 
-def group_of(item: pytest.Item) -> str:
-    """Which tests one worker of pytest-xdist takes: a file's share what they set up, and there is one set of ranks."""
-    fixtures = getattr(item, "fixturenames", ())
-    return "ranks" if DIST in item.path.parents or "ranks" in fixtures else str(item.path)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How pytest-xdist shares the tests out: a file's to one worker, as they share what they set up."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return "ranks" if file.startswith(RANKS) else file
+
+    return ByFile(config, log)

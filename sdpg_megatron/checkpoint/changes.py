@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from sdpg_megatron.checkpoint.state import RunState, check_same_model
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.settings import flatten
 
 FREE_TO_CHANGE = (
     "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "data.eval",
@@ -19,6 +20,7 @@ FREE_TO_CHANGE = (
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
     "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
+    "optimizer.skip_limit",
 )  # fmt: skip
 """Fields that may differ. The model may have moved, but not changed: see `RunState.model`. Another engine, or number of
 data-parallel ranks, draws other samples, from the same distribution."""
@@ -68,7 +70,7 @@ def check_same_run(state: RunState, config: Mapping[str, Any], model: str) -> li
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Fields with different values, in order of their names. A field that is new to the package had its default."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     before |= {name: _default(name) for name in after.keys() - before.keys()}
     changes = (Change(name, before[name], after.get(name)) for name in sorted(before))
     return [change for change in changes if change.old != change.new]
@@ -84,10 +86,3 @@ def _default(field: str) -> Any:
         value = kind.model_fields[name].get_default(call_default_factory=False)
         kind = kind.model_fields[name].annotation
     return None if value is PydanticUndefined else to_jsonable_python(value)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -54,6 +54,8 @@ def _no_list(path: Path, found: str) -> CheckpointError:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle asks for, if it may."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout):
             return found
         if (module, name) in OTHERS or (module.startswith(DESCRIPTIONS) and "." not in name):
@@ -64,6 +66,16 @@ class _Unpickler(pickle.Unpickler):
             f"found {module}.{name}, expected torch's and Megatron's descriptions of tensors alone. "
             "Fix: do not read this checkpoint: it would run code"
         )
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """In the place of getattr, by which early releases of Python 3.11 pickle members of enumerations: these alone."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise CheckpointError(
+        f"found builtins.getattr of {kind!r}, expected a member of an enumeration. "
+        "Fix: do not read this checkpoint: it would run code"
+    )
 
 
 def _describes(found: Any) -> bool:

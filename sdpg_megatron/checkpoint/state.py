@@ -43,6 +43,8 @@ class RunState:
     """Evaluation before the first step."""
     evaluated: bool
     """False where the run was asked to stop before the evaluation that was due after `step`."""
+    skipped: int = 0
+    """Optimizer steps that were skipped in a row, up to here, as loss or gradient was not finite."""
     config: Mapping[str, Any]
     """The resolved configuration of the run."""
     model: str

@@ -77,10 +77,11 @@ def head_terms(
     Raises:
         NumericsError: a term is not finite: a broken hidden state, a label outside the vocabulary, or a token that the
             student can produce and the teacher cannot. Names the first such row; all ranks of the group raise alike.
+            Not where `options.raises` is off.
     """
     options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
     inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options)
-    return _named(Recompute.apply(*inputs), labels_T, teacher is not None)  # type: ignore[no-untyped-call]
+    return _named(Recompute.apply(*inputs), labels_T, teacher is not None, options)  # type: ignore[no-untyped-call]
 
 
 def head_loss(
@@ -113,7 +114,7 @@ def head_loss(
 
     inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options.sized(weight_VH))
     loss_sum, *found = GradInForward.apply(*inputs, of_chunk)  # type: ignore[no-untyped-call]
-    return loss_sum, _named(found, labels_T, taught)
+    return loss_sum, _named(found, labels_T, taught, options)
 
 
 @torch.no_grad()
@@ -127,9 +128,8 @@ def head_logprobs(
 ) -> Tensor:
     """``head_terms(...).logprob_T`` without a graph: one product. Raises alike."""
     options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
-    return _named(
-        measure_terms(*_inputs(hidden_TH, weight_VH, labels_T, vocab, None, options)), labels_T, False
-    ).logprob_T
+    found = measure_terms(*_inputs(hidden_TH, weight_VH, labels_T, vocab, None, options))
+    return _named(found, labels_T, False, options).logprob_T
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def logits_terms(
         order_T = _teacher_first(rows_G, labels_T.shape[0])
     given_GV = logits_TV.detach()[:0] if teacher_GV is None else teacher_GV.detach()
     found = OfLogits.apply(logits_TV, given_GV, labels_T, order_T, vocab, options)  # type: ignore[no-untyped-call]
-    return _named(found, labels_T, teacher_GV is not None)
+    return _named(found, labels_T, teacher_GV is not None, options)
 
 
 def _inputs(
@@ -215,10 +215,10 @@ def _teacher_first(rows_G: Tensor, total: int) -> Tensor:
     return torch.cat((rows_G, taught_T.to(torch.uint8).argsort(stable=True)[: total - rows_G.shape[0]]))
 
 
-def _named(terms: Sequence[Tensor], labels_T: Tensor, taught: bool) -> HeadTerms:
+def _named(terms: Sequence[Tensor], labels_T: Tensor, taught: bool, options: HeadOptions) -> HeadTerms:
     logprob_T, entropy_T, divergence_T, teacher_logprob_T = terms
-    found = {"log-prob": logprob_T, "entropy": entropy_T, "divergence": divergence_T}
-    _check_finite(labels_T, found)
+    if options.raises:
+        _check_finite(labels_T, {"log-prob": logprob_T, "entropy": entropy_T, "divergence": divergence_T})
     return (
         HeadTerms(logprob_T, entropy_T, divergence_T, teacher_logprob_T) if taught else HeadTerms(logprob_T, entropy_T)
     )

@@ -52,6 +52,9 @@ class HeadOptions:
     reduce_hidden_grad: bool = True
     """Sum the gradient of the hidden rows over the tensor-parallel group. Otherwise it is this shard's part, and the
     caller sums, as sequence parallelism does with its reduce-scatter."""
+    raises: bool = True
+    """Raise `NumericsError` where a term is not finite. Otherwise it is returned as it is: the ranks that have it stay
+    with the others, and the caller looks at the terms."""
     main_grad: bool = False
     """Add the matrix's gradient to ``weight.main_grad``, see `products.WeightGradient`."""
 

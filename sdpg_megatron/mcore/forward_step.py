@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from sdpg_megatron.objectives.mismatch import mismatch
 from sdpg_megatron.objectives.pulls import pulls, term_gradients
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
+
+NONFINITE = "train/nonfinite_tokens"
+"""Metric: response tokens whose terms or loss are not finite."""
 
 
 def last_hidden(
@@ -53,7 +57,7 @@ def last_hidden(
     with ExitStack() as stack:
         if gpt.post_process:
             stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
-        if lengths is not None and not gpt.config.apply_rope_fusion:
+        if lengths is not None and tokens_BS.device.type == "cpu":
             stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
     return hidden
@@ -70,7 +74,7 @@ def _angles_of_all(rotary: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Let the rotary embedding return an angle for every packed position, and not for those of the longest sequence.
 
     Megatron then turns all sequences at once. Otherwise 0.19 turns one after the other, each time with a copy of all
-    gradients in the backward pass.
+    gradients in the backward pass. On a GPU this would wait for the device once for each sequence and layer.
     """
     angles = rotary.forward
     positions_P = torch.cat([torch.arange(length) for length in lengths])
@@ -139,7 +143,11 @@ class ForwardStep:
         return hidden_states(model, batch.student), functools.partial(self.loss, batch, model)
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Loss sum (scalar), number of tokens (int scalar), and what to report."""
+        """Loss sum (scalar), number of tokens (int scalar), and what to report.
+
+        The sum is NaN, and its gradient, where a token's terms or loss are not finite: not all such losses have such
+        gradients of their own.
+        """
         teacher = self._teacher(batch.teacher_hidden_GH, batch.gated_rows_G, hidden_BSH)
         weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
         hidden_TH = rows(hidden_BSH, batch.student)
@@ -153,7 +161,11 @@ class ForwardStep:
         loss_sum = loss_sum if contrast_sum is None else loss_sum + contrast_sum
         terms = token_terms(batch, head, slice(None), contrast_T)
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
+        finite_T = all_finite(batch.old_logprobs_T, head.logprob_T, head.divergence_T, loss.loss_T * weights_T)
+        # The gradient follows: a caller that looks at its norm, on any rank, need not look here.
+        loss_sum = loss_sum * torch.where(finite_T.all(), 1.0, math.nan)
         metrics = {
+            NONFINITE: TokenMetric(finite_T.logical_not(), reduction=Reduction.SUM),
             "train/loss": TokenMetric(loss.loss_T * weights_T),
             "train/entropy": TokenMetric(head.entropy_T),
             **mismatch(terms.old_logprob_T, batch.rollout_logprobs_T),
@@ -197,6 +209,11 @@ class ForwardStep:
         assert head.divergence_T is not None
         contrast_T = head.divergence_T.new_zeros(batch.num_tokens).index_copy_(0, at_G, head.divergence_T)
         return loss_sum, contrast_T
+
+
+def all_finite(*values: Tensor | None) -> Tensor:
+    """Where all of them are finite, bool [T]; those that are None are not asked."""
+    return torch.stack([values_T.detach().isfinite() for values_T in values if values_T is not None]).all(0)
 
 
 def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast_T: Tensor | None = None) -> TokenTerms:

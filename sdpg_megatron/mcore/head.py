@@ -110,6 +110,7 @@ def head_options(config: RunConfig) -> HeadOptions:
         chunk_rows=head.chunk_rows,
         kernels=head.kernels,
         main_grad=head.main_grad,
+        raises=False,  # `Learner.update` skips the step, on all ranks
     )
 
 

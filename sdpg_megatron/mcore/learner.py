@@ -15,13 +15,12 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import NumericsError
 from sdpg_megatron.mcore import device, passes
-from sdpg_megatron.mcore.forward_step import ForwardStep
+from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
-from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, wrap
+from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
@@ -29,8 +28,11 @@ from sdpg_megatron.objectives import needs_of_run
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
 from sdpg_megatron.objectives.mismatch import effective_sample_size
 from sdpg_megatron.objectives.pulls import gradient_ratio
-from sdpg_megatron.observe.metrics import Metric, merge
+from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import MicroBatch
+
+SKIPPED = "optimizer/skipped"
+"""Metric: optimizer steps that were not taken, as loss or gradient was not finite."""
 
 
 class Learner:
@@ -46,6 +48,7 @@ class Learner:
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
         self._minibatches = config.optimizer.minibatches
+        self._contrasts = config.objective.contrast > 0
         self._gathers_late = config.optimizer.overlap_param_gather
         self._gathered = not self._gathers_late
         """Whether the weights are whole. They always are at a rollout step's end, where others read them."""
@@ -128,7 +131,8 @@ class Learner:
         with self.teacher.reading():
             found = read(batches)
             misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
-            contrast = read(misled) if any(batch.contrast for batch in batches) else [None] * len(batches)
+            # Not by what is here to read: ranks that share experts run in step, and another may have some.
+            contrast = read(misled) if self._contrasts else [None] * len(batches)
         return [
             dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
             for b, x, y in zip(batches, found, contrast, strict=True)
@@ -137,11 +141,11 @@ class Learner:
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
         """Run the passes that the objective still needs, then one optimizer step over the batch.
 
+        A step whose loss or gradient is not finite is skipped, on all ranks: weights, optimizer, learning rate and
+        teacher stay as they were. `optimizer/skipped` is then 1, and nothing is reported of the rest but `NONFINITE`.
+
         Returns:
             The step's metrics, the same on every rank.
-
-        Raises:
-            NumericsError: the gradient is not finite.
         """
         needs: Needs = self.objective.needs(context)
         if needs.teacher and not self.teacher.early:
@@ -155,28 +159,38 @@ class Learner:
         with self.routing.step(batches) as numbered:
             reports = passes.run_schedule(self.chunks, step, numbered)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        self._gathered = not self._gathers_late
-        if (context.step + 1) % self._minibatches == 0:
-            self._gather()
-        if not math.isfinite(grad_norm):
-            # The norm is global: all ranks raise, before the weights are published or saved.
-            raise NumericsError(
-                f"optimizer step {context.step}: found gradient norm {grad_norm}, expected a finite one. Fix: continue "
-                "from the last checkpoint with a lower optimizer.lr or a smaller objective.beta"
-            )
-        self.scheduler.step(increment=1)
-        if self.teacher.follows_updates:
-            self._gather()
-        self.teacher.updated()
+        grad_norm = ready_gradients(self.optimizer)
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
         local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
-        merged = merge(self.ranks.gather_all({**local, **self.routing.metrics()}))
+        finite, found = zip(
+            *self.ranks.gather_all((math.isfinite(grad_norm), {**local, **self.routing.metrics()})), strict=True
+        )
+        merged = merge(found)
+        if all(finite):
+            self._step()
+        if (context.step + 1) % self._minibatches == 0:
+            self._gather()
+        if not all(finite):
+            return {SKIPPED: Metric(1.0, Reduction.SUM), NONFINITE: merged.get(NONFINITE, Metric(0.0, Reduction.SUM))}
         return {
             **merged,
             **effective_sample_size(merged),
             **gradient_ratio(merged),
-            "optimizer/grad_norm": Metric(float(grad_norm)),
+            "optimizer/grad_norm": Metric(grad_norm),
             "optimizer/lr": Metric(learning_rate),
-            "optimizer/skipped": Metric(float(not succeeded)),
+            SKIPPED: Metric(0.0, Reduction.SUM),
         }
+
+    def _step(self) -> None:
+        """Have weights, learning rate and teacher follow the gradients, which are ready."""
+        self.optimizer.step_with_ready_grads()
+        self._gathered = not self._gathers_late
+        self.scheduler.step(increment=1)
+        if self.teacher.follows_updates:
+            self._gather()
+        self.teacher.updated()
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether an optimizer step was ever taken: before, there is no state of the optimizer to save."""
+        return bool(self.scheduler.num_steps)

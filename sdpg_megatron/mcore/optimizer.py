@@ -68,6 +68,22 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
     return built
 
 
+def ready_gradients(optimizer: Any) -> float:
+    """Take an optimizer's step but for the update: gradients then are clipped, and `step_with_ready_grads` is due.
+
+    Megatron's own step updates the weights whatever it found.
+
+    Returns:
+        The global norm of the gradients before; NaN where they overflowed.
+    """
+    optimizer.step_with_ready_grads = lambda: True
+    try:
+        ready, norm, _ = optimizer.step()
+    finally:
+        del optimizer.step_with_ready_grads
+    return float(norm) if ready else math.nan
+
+
 def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up whose first step already learns (lr / warmup_steps), then `config.schedule` down to `min_lr`."""
     warmup = max(config.warmup_steps, 1)

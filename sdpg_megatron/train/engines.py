@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -16,6 +16,9 @@ from sdpg_megatron.rollout.base import OnProgress, RolloutEngine, Stop, never
 from sdpg_megatron.rollout.hf import HFEngine
 from sdpg_megatron.train.inputs import ModelInputs
 from sdpg_megatron.train.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from sdpg_megatron.rollout.sglang.build import ServedModel
 
 
 def start_rollouts(
@@ -47,28 +50,23 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEn
 
 def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
-    from sdpg_megatron.rollout.sglang.engine import ServedModel, SGLangEngine
+    from sdpg_megatron.rollout.sglang.engine import SGLangEngine
 
-    rollout = config.rollout
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
     _check(config, inputs, kind)
-    model = ServedModel(
-        folder=config.model.path,
-        tokenizer=inputs.tokenizer,
-        stop_ids=inputs.stop_ids,
-        dtype=config.model.dtype,
-        device=kind,
-        prompt_tokens=config.data.max_prompt_tokens,
-        response_tokens=max(rollout.max_response_tokens, config.eval.max_response_tokens or 0),
-        experts=rollout.replay_routing,
-    )
+    model = served_model(config, inputs, kind)
     nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None
     answer: tuple[tuple[str, ...], str] | SdpgError | None = None
     if ranks.is_main:
         try:
             engine = SGLangEngine(
-                rollout.sglang, model, run_dir=config.run_dir, nonce=nonce, seed=config.seed, on_progress=on_progress
+                config.rollout.sglang,
+                model,
+                run_dir=config.run_dir,
+                nonce=nonce,
+                seed=config.seed,
+                on_progress=on_progress,
             )
             answer = engine.urls, nonce
         except SdpgError as error:
@@ -79,9 +77,26 @@ def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: O
     assert shared is not None
     if ranks.leads_replica and not ranks.is_main:
         urls, nonce = shared
-        attached = rollout.sglang.model_copy(update={"urls": urls})
+        attached = config.rollout.sglang.model_copy(update={"urls": urls})
         engine = SGLangEngine(attached, model, run_dir=config.run_dir, nonce=nonce, publishes=False)
     return engine
+
+
+def served_model(config: RunConfig, inputs: ModelInputs, kind: Literal["cuda", "cpu"]) -> ServedModel:
+    """What servers are told of the run's model."""
+    from sdpg_megatron.rollout.sglang.build import ServedModel
+
+    rollout = config.rollout
+    return ServedModel(
+        folder=config.model.path,
+        tokenizer=inputs.tokenizer,
+        stop_ids=inputs.stop_ids,
+        dtype=config.model.dtype,
+        device=kind,
+        prompt_tokens=config.data.max_prompt_tokens,
+        response_tokens=max(rollout.max_response_tokens, config.eval.max_response_tokens or 0),
+        experts=rollout.replay_routing,
+    )
 
 
 def _check(config: RunConfig, inputs: ModelInputs, kind: str) -> None:

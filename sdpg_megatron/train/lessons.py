@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.render import Renderer
-from sdpg_megatron.errors import MismatchError
-from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.errors import MismatchError, SkippedStepsError
+from sdpg_megatron.mcore.forward_step import NONFINITE
+from sdpg_megatron.mcore.learner import SKIPPED, Learner
 from sdpg_megatron.mcore.parallel import split_evenly
 from sdpg_megatron.objectives.base import StepContext
 from sdpg_megatron.objectives.mismatch import DIFFERENCE
@@ -20,12 +22,17 @@ from sdpg_megatron.train.peers import with_peers
 from sdpg_megatron.train.plan import Limit
 from sdpg_megatron.train.sample import make_samples, nobody
 
+logger = logging.getLogger(__name__)
+
 
 class Lessons:
     """What the learner is given, and does with it. Every rank calls every method."""
 
-    def __init__(self, config: RunConfig, inputs: Inputs, learner: Learner) -> None:
+    def __init__(self, config: RunConfig, inputs: Inputs, learner: Learner, skipped: int = 0) -> None:
+        """`skipped`: what it was where the run goes on."""
         self._config, self._inputs, self._learner = config, inputs, learner
+        self.skipped = skipped
+        """Optimizer steps that were skipped in a row, up to now."""
         self._gated = config.rollout.mismatch_limit is None
         """Whether the rollout engine's log-probs were held against the learner's."""
 
@@ -48,6 +55,7 @@ class Lessons:
 
         Raises:
             MismatchError: on every rank, after the first step, before its weights are published or saved.
+            SkippedStepsError: on every rank, where too many were skipped in a row.
         """
         updates = merge([self._update(batch, self._context(step, number)) for number, batch in enumerate(batches)])
         self._check_mismatch(step, updates)
@@ -91,7 +99,21 @@ class Lessons:
     def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:
         gated = self._config.objective.distill_average == "gated"
         scale = batch.distill_scale if gated else 1.0
-        return self._learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
+        metrics = self._learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
+        self._count(context.step, metrics)
+        return metrics
+
+    def _count(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        self.skipped = self.skipped + 1 if metrics[SKIPPED].value else 0
+        if not self.skipped:
+            return
+        if self._learner.ranks.is_main:
+            tokens = f"{metrics[NONFINITE].value:.0f} response tokens whose terms are not"
+            found = "found a gradient that is not finite" + (f", and {tokens}" if metrics[NONFINITE].value else "")
+            limit = self._config.optimizer.skip_limit
+            logger.warning("optimizer step %d: skipped, number %d of %d in a row: %s", step, self.skipped, limit, found)
+        if self.skipped >= self._config.optimizer.skip_limit:
+            raise SkippedStepsError(step, self.skipped)
 
     def _check_mismatch(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Hold the first step's rollout against its training, once: both have computed the same tokens' log-probs."""

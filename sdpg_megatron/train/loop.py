@@ -14,6 +14,7 @@ from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
+from sdpg_megatron.errors import SkippedStepsError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
@@ -23,6 +24,7 @@ from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.rollout.base import Abandoned
+from sdpg_megatron.train.batch import StepBatch
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
 from sdpg_megatron.train.held_out import HeldOut
@@ -129,7 +131,7 @@ class Trainer:
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
-        self.lessons = Lessons(config, inputs, learner)
+        self.lessons = Lessons(config, inputs, learner, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
     def announce(self, changes: Sequence[Change]) -> None:
@@ -186,9 +188,9 @@ class Trainer:
     def _stop(self, where: str) -> Outcome:
         """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way.
 
-        Before the first step there is nothing to save: the optimizer has no state.
+        See `_save` for when there is nothing to save.
         """
-        if self.at.step and self.at.saved != self.at.step:
+        if self.at.saved != self.at.step:
             self._save()
         self.store.finish()
         told = f"stopped after step {self.at.step}" + (", what came next was abandoned" if where == "before" else "")
@@ -216,7 +218,8 @@ class Trainer:
             at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
             return None
         with self.phases("update"):
-            updates = self.lessons.learn(at.step, batches)
+            updates = self._learn(batches)
+        at.skipped = self.lessons.skipped
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
         self.serving.publish(at.step)
@@ -236,6 +239,14 @@ class Trainer:
         """See `HeldOut.measure`."""
         if not self.held_out:
             return {}
+    def _learn(self, batches: Sequence[StepBatch]) -> dict[str, Metric]:
+        """See `Lessons.learn`. Where that ends the run, the checkpoint that is being written is completed first."""
+        try:
+            return self.lessons.learn(self.at.step, batches)
+        except SkippedStepsError:
+            self.store.finish()
+            raise
+
         with self.phases("eval"):
             return self.held_out.measure(self.at.step)
 
@@ -244,6 +255,10 @@ class Trainer:
             self.store.save(self.learner, self.at.state(self.config, self.model))
         self.at.saved = self.at.step
 
+        """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
+        model's, and a call that begins anew comes to the same place."""
+        if not self.learner.has_learned:
+            return
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
         config, baseline = self.config, self.at.baseline

@@ -19,6 +19,7 @@ class Position:
     seconds: float = 0.0
     baseline: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = False
+    skipped: int = 0
     saved: int | None = None
     """The step of the newest checkpoint, complete or being written."""
 
@@ -31,7 +32,7 @@ class Position:
     def of(cls, state: RunState, prompts: int | None) -> Position:
         """Of a run that goes on from a checkpoint."""
         cursor = Cursor.from_state(state.cursor, prompts)
-        return cls(cursor, state.step, state.seconds, state.baseline, state.evaluated, saved=state.step)
+        return cls(cursor, state.step, state.seconds, state.baseline, state.evaluated, state.skipped, saved=state.step)
 
     def state(self, config: RunConfig, model: str) -> RunState:
         """For a checkpoint; `model` is the fingerprint of the model that the run started from."""
@@ -41,6 +42,7 @@ class Position:
             seconds=self.seconds,
             baseline=self.baseline,
             evaluated=self.evaluated,
+            skipped=self.skipped,
             config=config.model_dump(mode="json"),
             model=model,
         )

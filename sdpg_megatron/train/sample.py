@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdpg_megatron.config import ObjectiveConfig
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from sdpg_megatron.records import Routing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sample:
     """One response as a training sequence."""
 
@@ -33,12 +34,12 @@ class Sample:
     experts: Routing | None = field(default=None, compare=False, repr=False)
     """Of every token of the student's prompt and the response but the last; None for the router's choice."""
 
-    @property
+    @cached_property  # plans ask for it and for the cost again and again
     def gate(self) -> bool:
         """It needs the teacher."""
         return any(self.gates)
 
-    @property
+    @cached_property
     def cost(self) -> int:
         """Tokens that the step has to process for it: the teacher's count where the gate is open."""
         prompts = (self.student_prompt, *((self.teacher_prompt, self.contrast_prompt) if self.gate else ()))

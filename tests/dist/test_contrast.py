@@ -147,6 +147,7 @@ def batch_of(question: Question, wrong_TH: Tensor | None) -> MicroBatch:
         teacher=nothing,
         gated_rows_G=rows_G,
         labels_T=question.labels_T,
+        sequence_T=torch.zeros(ROWS, dtype=torch.int64),
         advantages_T=question.advantage_T,
         gates_T=question.gate_T,
         weights_T=question.mixture_T,

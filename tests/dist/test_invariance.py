@@ -125,11 +125,24 @@ def test_a_step_is_the_same_however_it_is_spread(
             )
 
 
-@pytest.mark.parametrize("cases", [DENSE, MOE], ids=["dense", "moe"])
-def test_every_two_settings_meet(cases: list[Case]) -> None:
-    """But those that exclude each other."""
-    met = set().union(*map(pairs, cases))
-    for (one, values), (other, others) in itertools.combinations(FACTORS.items(), 2):
-        missing = {(a, b) for a in values for b in others if ((one, a), (other, b)) not in met}
-        assert len(missing) <= 2, (one, other, missing)
+APART = {
+    (("parallel.tensor", 1), ("parallel.sequence", True)),
+    (("parallel.pipeline", 1), ("parallel.virtual_pipeline", 2)),
+    (("parallel.context", 2), ("model.packed", False)),
+    (("model.packed", False), ("micro", "60 tokens")),
+}
+"""What excludes each other."""
+
+
+@pytest.mark.parametrize(
+    ("cases", "factors", "apart"),
+    [
+        (DENSE, FACTORS, APART),
+        (MOE, {**FACTORS, **EXPERTS}, APART | {(("parallel.tensor", 2), ("parallel.sequence", False))}),
+    ],
+    ids=["dense", "moe"],
+)
+def test_every_two_settings_meet(cases: list[Case], factors: dict[str, Any], apart: set[Any]) -> None:
+    every = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
+    assert set().union(*map(pairs, every)) - set().union(*map(pairs, cases)) == apart
     assert 8 < len(cases) < 25

@@ -20,11 +20,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def updates(
     folder: Path, overrides: dict[str, object], scale: float = 1.0, regularized: bool = True
-) -> tuple[list[float], str]:
-    """Gradient norms of two updates on advantages multiplied by `scale`, and the error that ended them."""
+) -> list[float | None]:
+    """Gradient norms of two updates on advantages multiplied by `scale`; None where one was skipped."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.errors import NumericsError
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.objectives.base import StepContext
@@ -48,31 +47,25 @@ def updates(
         layout=Layout.of(config, ranks),
         device=learner.device,
     )
-    norms: list[float] = []
-    try:
-        for step in range(2):
-            norms.append(learner.update(batch.micro_batches, StepContext(step, 4))["optimizer/grad_norm"].value)
-    except NumericsError as error:
-        return norms, str(error)
-    return norms, ""
+    found = [learner.update(batch.micro_batches, StepContext(step, 4)) for step in range(2)]
+    return [None if step["optimizer/skipped"].value else step["optimizer/grad_norm"].value for step in found]
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
-def test_a_gradient_that_is_not_finite_ends_the_run_on_every_rank(model: Path, ranks: RankPool, clip: float) -> None:
+def test_a_gradient_that_is_not_finite_is_seen_with_any_bound(model: Path, ranks: RankPool, clip: float) -> None:
     found = ranks.run(updates, 2, model, {"parallel.tensor": 2, "optimizer.clip_grad": clip}, float("inf"))
-    assert [norms for norms, _ in found] == [[], []]
-    assert all("gradient norm" in error and "expected a finite one" in error for _, error in found)
+    assert found == [[None, None]] * 2
 
 
 def test_the_norm_is_reported_without_a_bound_too(model: Path, ranks: RankPool) -> None:
-    ((bounded, _),) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0})
-    ((free, _),) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0})
-    assert bounded[0] == free[0] > 0
+    (bounded,) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 1.0})
+    (free,) = ranks.run(updates, 1, model, {"optimizer.clip_grad": 0.0})
+    assert bounded[0] == free[0] is not None
 
 
 def test_leaving_out_what_teaches_nothing_changes_no_gradient(model: Path, ranks: RankPool) -> None:
-    ((all_samples, _),) = ranks.run(updates, 1, model, {})
-    ((live_samples, _),) = ranks.run(updates, 1, model, {}, regularized=False)
+    (all_samples,) = ranks.run(updates, 1, model, {})
+    (live_samples,) = ranks.run(updates, 1, model, {}, regularized=False)
     assert live_samples == pytest.approx(all_samples, rel=1e-5)
 
 

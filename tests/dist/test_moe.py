@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.dist.test_step import two_steps
+from sdpg_megatron.records import ScoredGroup
+from tests.dist import test_step
+from tests.dist.test_step import scored_groups, two_steps
 from tests.pool import RankPool
 
 KINDS = {"qwen3_moe": ("qwen3_moe", True), "qwen3_moe_shares": ("qwen3_moe", False), "mixtral": ("mixtral", True)}
@@ -119,6 +123,34 @@ def test_a_step_is_the_same_on_every_layout(
             torch.testing.assert_close(
                 found[part][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def one_right(vocab: int) -> list[ScoredGroup]:
+    """`scored_groups` of which one response alone is taught."""
+    first, *others = scored_groups(vocab)
+    low = tuple(-1.0 for _ in first.advantages)
+    return [
+        dataclasses.replace(first, advantages=(1.0, *low[1:])),
+        *(dataclasses.replace(scored, advantages=low) for scored in others),
+    ]
+
+
+def steps_of_one_right(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    with mock.patch.object(test_step, "scored_groups", one_right):
+        return two_steps(folder, overrides)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.8])
+def test_ranks_without_a_taught_response_run_their_experts_for_those_that_have_one(
+    folders: dict[str, Path], ranks: RankPool, contrast: float
+) -> None:
+    folder, more = folders["qwen3_moe"], {"objective.contrast": contrast}
+    expected = ranks.run(steps_of_one_right, 1, folder, more)[0]
+    found = ranks.run(steps_of_one_right, 2, folder, {**more, "parallel.expert": 2})[0]
+    for before, after in zip(expected["metrics"], found["metrics"], strict=True):
+        assert after == pytest.approx(before, rel=2e-4, abs=2e-6)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_every_expert_and_router_learns(single: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -153,6 +153,22 @@ def test_a_bound_on_tokens_holds_and_ranks_have_equally_many_micro_batches(size:
     assert fewest <= len(shared[0]) <= max(fewest + 2, min(tokens == 1, 1) * len(samples))
     costs = [sum(s.cost for part in parts for s in part) for parts in shared]
     assert max(costs) - min(costs) <= max(s.cost for s in samples)
+
+
+def test_a_plan_reads_the_gates_of_a_response_once() -> None:
+    """Thousands of long responses, and a try for each number of micro-batches: all ranks wait for this."""
+
+    class Gates(tuple[bool, ...]):
+        reads = 0
+
+        def __iter__(self) -> Iterator[bool]:
+            Gates.reads += 1
+            return super().__iter__()
+
+    samples = [dataclasses.replace(sample(3, 40), gates=Gates((False,) * 40)) for _ in range(30)]
+    (parts,) = plan(samples, 1, Limit(1, 60), alike=False)
+    assert len(parts) == 30  # no two fit, though two thirds as many micro-batches would hold the tokens
+    assert Gates.reads == 30
 
 
 def test_packed_micro_batches_cost_about_the_same() -> None:

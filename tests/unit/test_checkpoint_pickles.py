@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError
@@ -39,12 +45,22 @@ def test_descriptions_pass(tmp_path: Path) -> None:
     assert read_tensor_list(tmp_path) == described
 
 
+def test_members_of_enumerations_pass_by_value_or_by_name(tmp_path: Path) -> None:
+    """Python 3.11.2 pickles them by getattr, 3.11.7 as calls."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    for call in (Runs(getattr, _MEM_FORMAT_ENCODING, member.name), Runs(_MEM_FORMAT_ENCODING, member.value)):
+        write(tmp_path, Metadata({"a": call}, storage_data={}))  # type: ignore[dict-item]
+        assert read_tensor_list(tmp_path).state_dict_metadata == {"a": member}
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [
         (Runs(os.mkdir, "made"), "posix.mkdir"),
         (Runs(eval, "1"), "builtins.eval"),
         (Runs(torch.load, "x"), "torch.serialization.load"),
+        (Runs(getattr, TensorProperties, "__init__"), "builtins.getattr of .*"),
+        (Runs(getattr, _MEM_FORMAT_ENCODING, "mro"), "builtins.getattr of .*"),
         (Runs(FileSystemWriter, "made"), "torch.distributed.checkpoint.filesystem.FileSystemWriter"),
     ],
 )

@@ -14,7 +14,7 @@ ROOT = Path(sdpg_megatron.__file__).parent
 PACKAGE = "sdpg_megatron"
 
 FLOORS = (
-    ("__main__",),
+    ("__main__", "launch"),
     ("cli",),
     ("train", "convert", "plan", "plugins"),
     ("checkpoint",),

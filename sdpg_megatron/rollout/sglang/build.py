@@ -72,9 +72,13 @@ def _secret(name: str, variable: str | None) -> str | None:
 
 
 def make_processes(
-    config: SGLangConfig, model: ServedModel, keys: Keys, *, run_dir: Path, seed: int
+    config: SGLangConfig, model: ServedModel, keys: Keys, *, run_dir: Path, seed: int, name: str = "sglang"
 ) -> list[ServerProcess]:
     """The servers that this run starts, not yet started.
+
+    Args:
+        seed: unlike that of servers which the run has on other machines.
+        name: their logs' names begin with it.
 
     Raises:
         RolloutError: `host` is none of this machine's addresses, or there is no port.
@@ -103,7 +107,7 @@ def make_processes(
         ServerProcess(
             replace(
                 common,
-                log=run_dir / "logs" / f"sglang-{number}.log",
+                log=run_dir / "logs" / f"{name}-{number}.log",
                 port=port,
                 seed=seed + number,  # servers that share one would give the same responses to the same prompts
                 base_gpu=first_gpu + number * config.tensor * config.data,

@@ -1,0 +1,218 @@
+"""One machine's part of a run: meet the others, start servers and ranks, watch over them, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import ConfigError, LaunchError
+from sdpg_megatron.launch.circle import Circle
+from sdpg_megatron.launch.meeting import Card, Plan, check_port, meet
+from sdpg_megatron.launch.ranks import Ranks
+from sdpg_megatron.launch.servers import Servers, prepare
+from sdpg_megatron.settings import flatten, load
+
+LOOK = 0.2
+"""Seconds between looks at the ranks, the servers and the other machines."""
+SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+"""What is passed on, and as what. The third of them ends the ranks at once."""
+PATIENCE = 2
+PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which machine this is, what is to run on it, and where machine 0 is; see `__main__`."""
+
+    nodes: int
+    node: int
+    ranks: int
+    servers: int
+    address: str
+    port: int
+    meet_seconds: float
+    lost_seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.node < self.nodes:
+            fix = f"number the machines from 0 to {self.nodes - 1}"
+            raise LaunchError("NODE_RANK", str(self.node), f"a number below NNODES ({self.nodes})", fix)
+        if not self.ranks + self.servers:
+            raise LaunchError("RANKS_PER_NODE", "neither ranks nor servers", "some", "leave this machine out")
+
+
+class Machine:
+    """Run once."""
+
+    def __init__(self, place: Place, config: Path, overrides: Sequence[str]) -> None:
+        """Raises `ConfigError`."""
+        self._place = place
+        self._arguments = [str(config), *overrides]
+        self._config = load(config, overrides)
+        self._servers = Servers()
+        self._ranks: Ranks | None = None
+        self._circle: Circle | None = None
+        self._signals = 0
+        self._stopped: signal.Signals | None = None
+        if place.servers and self._config.rollout.sglang.urls:
+            urls = list(self._config.rollout.sglang.urls)
+            raise ConfigError("rollout.sglang.urls", urls, "none with SERVERS_PER_NODE", "leave one of them out")
+
+    async def run(self) -> int:
+        """From the meeting to the end.
+
+        Returns:
+            0 where the run is done, 75 where it was stopped and has saved, 128 + the signal where it was stopped at
+            once; otherwise what the first rank of this machine that failed left, or 1 where another machine failed.
+
+        Raises:
+            SdpgError: the run cannot be started.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup has it
+                continue
+            loop.add_signal_handler(number, self._on_signal, number, task)
+        try:
+            async with AsyncExitStack() as stack:
+                stack.callback(self._clean_up)
+                plan, address = await self._meet(stack)
+                return await self._work(plan, address)
+        except asyncio.CancelledError:
+            assert self._stopped is not None
+            return 128 + self._stopped
+
+    async def _meet(self, stack: AsyncExitStack) -> tuple[Plan, str]:
+        place, config = self._place, self._config
+
+        def servers(address: str) -> Sequence[str]:
+            self._servers = prepare(config, count=place.servers, node=place.node, ranks=place.ranks, address=address)
+            return self._servers.urls
+
+        plan, lines, address = await meet(
+            _card(place, config),
+            place.address,
+            place.port,
+            run_dir=config.run_dir,
+            servers=servers,
+            seconds=place.meet_seconds,
+            stack=stack,
+        )
+        self._circle = Circle(place.node, plan, lines, place.lost_seconds)
+        self._circle.start()
+        stack.push_async_callback(self._circle.close)
+        return plan, address
+
+    async def _work(self, plan: Plan, address: str) -> int:
+        place, circle = self._place, self._circle
+        assert circle is not None
+        environment = _environment(place, address)
+        os.environ.update(environment)  # servers take theirs from there
+        self._servers.start()
+        if place.ranks:
+            self._ranks = Ranks(
+                ["train", *self._arguments, *_served(plan)],
+                node=plan.trainers.index(place.node),
+                nodes=len(plan.trainers),
+                ranks=place.ranks,
+                address=place.address,
+                port=place.port if place.nodes > 1 else check_port(place.port),
+                run=plan.run,
+                logs=self._config.run_dir.absolute() / "logs" / f"node-{place.node}",
+                environment={**os.environ, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " "},
+            )
+        code = 1
+        try:
+            code = await self._watch(circle)
+        finally:
+            circle.end(code)
+            if self._ranks is not None:
+                self._ranks.kill()
+        while place.node == 0 and not circle.complete:  # the others hear of each other through this one
+            circle.verdict()
+            await asyncio.sleep(LOOK)
+        return code
+
+    async def _watch(self, circle: Circle) -> int:
+        while True:
+            code = circle.trainers_code() if self._ranks is None else self._ranks.poll()
+            if code is not None:
+                return code
+            if verdict := circle.verdict():
+                why, code = verdict
+                _say(f"{why}. This machine's ranks are ended; the same command continues from the newest checkpoint")
+                return code
+            while circle.stops and self._ranks is not None:
+                self._ranks.signal(circle.stops.pop())
+            self._servers.look()
+            await asyncio.sleep(LOOK)
+
+    def _on_signal(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
+        """Ask the ranks to stop; where there are none to ask, stop."""
+        self._signals += 1
+        self._stopped = number
+        if self._circle is None or self._signals > PATIENCE:
+            task.cancel()
+        elif self._ranks is not None:
+            _say(f"{number.name} is passed on to the ranks; they save, and the same command continues")
+            self._ranks.signal(SIGNALS[number])
+        else:
+            self._circle.stop(SIGNALS[number])
+
+    def _clean_up(self) -> None:
+        if self._ranks is not None:
+            self._ranks.kill()
+        self._servers.close()
+
+
+def run(machine: Machine) -> int:
+    """`Machine.run` in an event loop of its own."""
+    return asyncio.run(machine.run())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"launch: {text}\n")
+
+
+def _card(place: Place, config: RunConfig) -> Card:
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return Card(
+        node=place.node,
+        name=socket.gethostname(),
+        nodes=place.nodes,
+        ranks=place.ranks,
+        servers=place.servers,
+        config=flatten(config.model_dump(mode="json")),
+        versions=versions,
+    )
+
+
+def _served(plan: Plan) -> list[str]:
+    return ["rollout.engine=sglang", f"rollout.sglang.urls=[{', '.join(plan.urls)}]"] if plan.urls else []
+
+
+def _environment(place: Place, address: str) -> dict[str, str]:
+    """Gloo takes the interface that the machine's own name leads to, which on many is the loopback."""
+    if place.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return {"GLOO_SOCKET_IFNAME": name}
+    return {}

@@ -1,0 +1,136 @@
+"""Steps whose loss or gradient is not finite, on one rank alone: all ranks skip them, as if they had not been."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dist.test_optimizer import OVERLAP
+from tests.dist.test_teachers import MINIBATCHES, Run, start
+from tests.pool import RankPool
+from tests.tiny import write_tiny_model
+
+STEPS = 2
+SPOILT = 1, 0
+"""Rollout step and mini-batch."""
+TEACHER = {"objective.teacher": "ema", "objective.teacher_ema": 0.3, "optimizer.schedule": "cosine"}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"parallel.tensor": 2}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"optimizer.distributed": False}),
+    "dp2_overlap": (2, OVERLAP),
+    "tp2_dp2": (4, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "pp2_dp2": (4, {"parallel.pipeline": 2}),
+}
+FAULTS = ("hidden", "loss", "gradient")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=True, seed=3, layers=2)
+
+
+@contextmanager
+def spoilt(fault: str, run: Run) -> Iterator[None]:
+    """While entered, the last data-parallel replica, or for gradients the last rank alone, computes what it should not.
+
+    "hidden": a row of NaN; "loss": infinite with finite gradients; "gradient": infinite, and nothing else.
+    """
+    from sdpg_megatron.mcore import forward_step, learner
+
+    rows, schedule = forward_step.rows, learner.passes.run_schedule
+    calls: list[str] = []
+
+    def broken_rows(*arguments: Any) -> Tensor:
+        calls.append(fault)
+        found = rows(*arguments)
+        return found.index_fill(0, found.new_tensor([0], dtype=torch.int64), math.nan) if len(found) else found
+
+    def broken_loss(terms: Any, context: Any) -> Any:
+        calls.append(fault)
+        found = type(run.learner.objective).loss(run.learner.objective, terms, context)
+        infinite_T = torch.full_like(found.loss_T.detach(), math.inf)
+        return type(found)(found.loss_T + infinite_T, found.metrics)
+
+    def broken_gradient(chunks: Any, *arguments: Any, **options: Any) -> Any:
+        found = schedule(chunks, *arguments, **options)
+        if not options.get("forward_only"):
+            calls.append(fault)
+            for parameter in chunks[0].parameters():
+                parameter.main_grad.fill_(math.inf)
+        return found
+
+    if fault == "gradient":
+        here = run.ranks.rank == run.ranks.world - 1
+        patch: Any = mock.patch.object(learner.passes, "run_schedule", broken_gradient)
+    else:
+        here = run.ranks.data == run.ranks.data_size - 1 and run.ranks.on_last_stage
+        patch = (
+            mock.patch.object(forward_step, "rows", broken_rows)
+            if fault == "hidden"
+            else mock.patch.object(run.learner.objective, "loss", broken_loss, create=True)
+        )
+    with patch if here else nullcontext():
+        yield
+    assert bool(calls) == here, "the fault was made"
+
+
+def trained(folder: Path, overrides: dict[str, Any], fault: str | None) -> dict[str, Any]:
+    """What all mini-batches leave behind where one of them is spoilt, or, without a fault, is left out."""
+    from sdpg_megatron.objectives.base import StepContext
+
+    run = start(folder, {**TEACHER, **overrides})
+    learner = run.learner
+    metrics = []
+    for step in range(STEPS):
+        learner.begin(step)
+        for number, batches in enumerate(run.minibatches()):
+            context = StepContext(step * MINIBATCHES + number, STEPS * MINIBATCHES)
+            if (step, number) != SPOILT:
+                metrics.append(learner.update(batches, context))
+            elif fault is not None:
+                with spoilt(fault, run):
+                    metrics.append(learner.update(batches, context))
+    states = [part.optimizer.state for part in getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])]
+    return {
+        "metrics": [{name: metric.value for name, metric in found.items()} for found in metrics],
+        "weights": {name: weight.clone() for name, weight in learner.named_weights().items()},
+        "moments": [value.clone() for state in states for values in state.values() for value in values.values()],
+        "teacher": [kept.clone() for kept in learner.teacher.kept],
+        "schedule": learner.scheduler.state_dict(),
+    }
+
+
+def with_each_fault(folder: Path, overrides: dict[str, Any]) -> dict[str | None, dict[str, Any]]:
+    return {fault: trained(folder, overrides, fault) for fault in (None, *FAULTS)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(model: Path, ranks: RankPool, layout: str) -> None:
+    for found in ranks.run(with_each_fault, LAYOUTS[layout][0], model, LAYOUTS[layout][1]):
+        expected = found.pop(None)
+        for fault, after in found.items():
+            check(expected, after, fault)
+
+
+def check(before: dict[str, Any], after: dict[str, Any], fault: str | None) -> None:
+    skipped = after["metrics"].pop(SPOILT[0] * MINIBATCHES + SPOILT[1])
+    assert skipped.pop("optimizer/skipped") == 1
+    assert (skipped.pop("train/nonfinite_tokens") > 0) == (fault != "gradient")
+    assert not skipped, "nothing else is known of such a step"
+    assert after["metrics"] == before["metrics"]
+    assert all(metrics["optimizer/skipped"] == 0 for metrics in after["metrics"])
+    assert after["schedule"] == before["schedule"]
+    assert after["weights"].keys() == before["weights"].keys()
+    assert all(torch.equal(after["weights"][name], weight) for name, weight in before["weights"].items())
+    for part in ("moments", "teacher"):
+        assert before[part]
+        assert all(torch.equal(a, b) for a, b in zip(after[part], before[part], strict=True))

@@ -1,0 +1,269 @@
+"""Machines that meet before a run, or find out why they cannot; and what they learn of each other while it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpg_megatron.errors import LaunchError
+from sdpg_megatron.launch import circle, meeting
+from sdpg_megatron.launch.circle import Circle
+from sdpg_megatron.launch.line import Line
+from sdpg_megatron.launch.machine import Machine, Place
+from sdpg_megatron.launch.meeting import Card, Plan
+
+ROOT = Path(__file__).parents[2]
+HERE = "127.0.0.1"
+
+
+def two_free_ports() -> int:
+    """The first of them."""
+    while True:
+        port = meeting.check_port(0)
+        try:
+            return meeting.check_port(port + 1) - 1
+        except LaunchError:
+            continue
+
+
+def card(node: int, **changes: Any) -> Card:
+    config: Mapping[str, Any] = {"steps": 2, "objective.beta": 0.5}
+    basic: dict[str, Any] = {"nodes": 2, "ranks": 1, "servers": 0, "config": config, "versions": {"torch": "2.13.0"}}
+    return Card(node=node, name=f"host{node}", **{**basic, **changes})
+
+
+async def come(card: Card, port: int, run_dir: Path, *, seconds: float = 20.0) -> Plan | LaunchError:
+    """What one machine gets from the meeting."""
+    async with AsyncExitStack() as stack:
+        try:
+            plan, _, _ = await meeting.meet(
+                card,
+                HERE,
+                port,
+                run_dir=run_dir,
+                servers=lambda address: [f"http://{address}:{n}" for n in range(card.servers)],
+                seconds=seconds,
+                stack=stack,
+            )
+        except LaunchError as error:
+            return error
+        return plan
+
+
+def meet(*cards: Card, folders: Mapping[int, Path], seconds: float = 20.0) -> list[Plan | LaunchError]:
+    async def all_of_them() -> list[Plan | LaunchError]:
+        port = two_free_ports()
+        return await asyncio.gather(*(come(one, port, folders[one.node], seconds=seconds) for one in cards))
+
+    return asyncio.run(all_of_them())
+
+
+def test_machines_that_mean_the_same_run_get_one_plan(tmp_path: Path) -> None:
+    cards = [card(node, nodes=3, ranks=(2, 0, 2)[node], servers=(0, 2, 1)[node]) for node in (1, 0, 2)]
+    plans = meet(*cards, folders=dict.fromkeys(range(3), tmp_path / "run"))
+    assert plans[0] == plans[1] == plans[2]
+    assert isinstance(plans[0], Plan)
+    assert plans[0].trainers == (0, 2)
+    assert plans[0].urls == (f"http://{HERE}:0", f"http://{HERE}:1", f"http://{HERE}:0")
+    assert plans[0].machines == {0: "machine 0 (host0)", 1: "machine 1 (host1)", 2: "machine 2 (host2)"}
+    assert not list((tmp_path / "run").iterdir()), "the file that they looked for is left"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"steps": 2, "objective.beta": 0.25}}, "arguments of machine 0 (host0) and machine 1 (host1): "),
+        ({"config": {"steps": 2, "objective.beta": 0.25}}, "found objective.beta 0.5 and 0.25, expected the same"),
+        ({"versions": {"torch": "2.14.0"}}, "found torch '2.13.0' and '2.14.0', expected the same"),
+        ({"ranks": 2}, "RANKS_PER_NODE: found 2 on machine 1 (host1), 1 on machine 0 (host0)"),
+        ({"nodes": 4}, "NODE_RANK: found machine 1 (host1) of 4, expected 2 machines"),
+    ],
+)
+def test_machines_that_differ_are_refused_on_both_sides(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    found = meet(card(0), card(1, **changes), folders=dict.fromkeys(range(2), tmp_path))
+    assert str(found[0]) == str(found[1])
+    assert message in str(found[0])
+
+
+def test_a_run_dir_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LOOK_SECONDS", 0.1)
+    folders = {0: tmp_path / "a", 1: tmp_path / "b"}
+    found = meet(card(0), card(1), folders=folders)
+    assert str(found[0]) == str(found[1])
+    assert "run_dir: found a folder of machine 1 (host1) alone" in str(found[0])
+    with_servers_alone = card(1, ranks=0, servers=1)
+    assert all(isinstance(plan, Plan) for plan in meet(card(0), with_servers_alone, folders=folders))
+
+
+def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
+    folders = dict.fromkeys(range(3), tmp_path)
+    found = meet(card(0, nodes=3), card(2, nodes=3), folders=folders, seconds=1.0)
+    assert "found machine 0 (host0), machine 2 (host2), expected machines 1 as well" in str(found[0])
+    assert str(found[0]) == str(found[1])
+
+
+def test_a_machine_0_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    port = two_free_ports()
+    found = asyncio.run(come(card(1), port, tmp_path, seconds=0.6))
+    assert f"MASTER_ADDR: found no answer from {HERE} port {port + 1} in 0.6 s" in str(found)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_port_in_use_is_named(tmp_path: Path, which: int) -> None:
+    port = two_free_ports()
+    with socket.create_server(("", port + which)):
+        found = asyncio.run(come(card(0), port, tmp_path, seconds=5.0))
+    assert f"MASTER_PORT: found port {port + which} of this machine in use" in str(found)
+
+
+def test_an_unknown_address_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR: found no\.such\.host\.invalid"):
+        meeting.resolve("no.such.host.invalid", 29500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"node": 2}, "NODE_RANK: found 2"), ({"ranks": 0, "servers": 0}, "RANKS_PER_NODE: found neither")],
+)
+def test_a_place_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    place: dict[str, Any] = {"nodes": 2, "node": 1, "ranks": 1, "servers": 0, "address": HERE, "port": 1}
+    with pytest.raises(LaunchError, match=message):
+        Place(**{**place, **changes}, meet_seconds=1, lost_seconds=1)
+
+
+# --- while the run goes on
+
+
+async def circles(nodes: int, lost_seconds: float, stack: AsyncExitStack) -> list[Circle]:
+    """As the machines have them after the meeting, all with ranks."""
+    arrived: asyncio.Queue[Line] = asyncio.Queue()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await arrived.put(Line(reader, writer))
+
+    server = await asyncio.start_server(greet, HERE, 0)
+    stack.callback(server.close)
+    plan = Plan("run", {node: f"machine {node}" for node in range(nodes)}, tuple(range(nodes)), ())
+    ends, others = {}, []
+    for node in range(1, nodes):
+        others.append(Line(*await asyncio.open_connection(*server.sockets[0].getsockname())))
+        ends[node] = await arrived.get()
+    made = [Circle(0, plan, ends, lost_seconds)]
+    made += [Circle(node, plan, {0: line}, lost_seconds) for node, line in enumerate(others, start=1)]
+    for one in made:
+        one.start()
+        stack.push_async_callback(one.close)
+    return made
+
+
+async def soon(what: Any, seconds: float = 20.0) -> Any:
+    """What a function returns, once it is anything but None or False."""
+    deadline = time.monotonic() + seconds
+    while (found := what()) in (None, False):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    return found
+
+
+def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circle, "FAILED_GRACE", 0.1)
+
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            first, second, third = await circles(3, 60.0, stack)
+            third.end(2)
+            assert await soon(first.verdict) == ("machine 2 ended with exit code 2", 1)
+            assert await soon(second.verdict) == ("machine 2 ended with exit code 2", 1)
+            assert first.trainers_code() == 2
+
+    asyncio.run(scene())
+
+
+def test_a_silent_machine_is_lost_and_one_that_hangs_up_at_once() -> None:
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            first, second, _third = await circles(3, 0.5, stack)
+            assert first.verdict() is None
+            await second.close()  # gives no signs of life any more, and reads none
+            why, code = await soon(first.verdict)
+            assert why.startswith("machine 1 has not been heard of for")
+            assert code == 1
+        async with AsyncExitStack() as stack:
+            first, second = await circles(2, 60.0, stack)
+            await second.lines[0].close()
+            assert "machine 1 is gone" in (await soon(first.verdict))[0]
+
+    asyncio.run(scene())
+
+
+def test_machines_that_stop_together_have_no_quarrel() -> None:
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            first, second = await circles(2, 60.0, stack)
+            second.stop(15)
+            await soon(lambda: first.stops == [15])
+            first.end(75)
+            assert await soon(lambda: second.ended.get(0)) == 75
+            assert second.verdict() is None
+            second.end(75)
+            await soon(lambda: first.complete)
+            assert (first.trainers_code(), second.trainers_code()) == (75, 75)
+
+    asyncio.run(scene())
+
+
+# --- the scripts
+
+
+def script(name: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    line = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_launcher_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
+    assert "NODE_RANK is not set" in script("launch.sh", "x.yaml", NNODES=2).stderr
+    assert "MASTER_ADDR is not set" in script("launch.sh", "x.yaml", NNODES=2, NODE_RANK=0).stderr
+    missing = script("launch.sh", tmp_path / "x.yaml")
+    assert missing.returncode == 2
+    assert "expected a readable YAML file" in missing.stderr
+
+
+def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"run_dir: {tmp_path}\nsteps: 100\nmodel: {{path: {tmp_path}}}\ndata: {{train: [x.jsonl]}}\n")
+    place = Place(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
+    with pytest.raises(Exception, match=r"rollout\.sglang\.urls: found .* expected none with SERVERS_PER_NODE"):
+        Machine(place, config, ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+echo "srun NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT ${*: -3}"
+exit "$FAKE_CODE"
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then printf 'node7\\nnode8\\n'; else echo "scontrol $*"; fi
+"""
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
+def test_a_slurm_job_that_stopped_goes_back_into_the_queue(tmp_path: Path, code: int, requeued: bool) -> None:
+    """With programs in the place of Slurm's that say how they were called."""
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": 12, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": ROOT}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = script("slurm.sbatch", "my.yaml", "steps=3", **job, FAKE_CODE=code, PATH=path)
+    assert done.returncode == code
+    assert f"NNODES=2 MASTER_ADDR=node7 MASTER_PORT=10024 {ROOT}/scripts/launch.sh my.yaml steps=3" in done.stdout
+    assert ("scontrol requeue 12" in done.stdout) == requeued
