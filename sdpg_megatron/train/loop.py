@@ -235,10 +235,6 @@ class Trainer:
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
 
-    def _evaluate(self) -> dict[str, float] | None:
-        """See `HeldOut.measure`."""
-        if not self.held_out:
-            return {}
     def _learn(self, batches: Sequence[StepBatch]) -> dict[str, Metric]:
         """See `Lessons.learn`. Where that ends the run, the checkpoint that is being written is completed first."""
         try:
@@ -247,18 +243,22 @@ class Trainer:
             self.store.finish()
             raise
 
+    def _evaluate(self) -> dict[str, float] | None:
+        """See `HeldOut.measure`."""
+        if not self.held_out:
+            return {}
         with self.phases("eval"):
             return self.held_out.measure(self.at.step)
 
     def _save(self) -> None:
-        with self.phases("checkpoint"):
-            self.store.save(self.learner, self.at.state(self.config, self.model))
-        self.at.saved = self.at.step
-
         """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
         model's, and a call that begins anew comes to the same place."""
         if not self.learner.has_learned:
             return
+        with self.phases("checkpoint"):
+            self.store.save(self.learner, self.at.state(self.config, self.model))
+        self.at.saved = self.at.step
+
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
         config, baseline = self.config, self.at.baseline
