@@ -17,7 +17,8 @@ if [[ "${1:-}" == three ]]; then
   shift
   export ROLLOUT_NODES=2 SERVERS_PER_NODE=4
   changes=(rollout.sglang.colocated=false rollout.sglang.sink=broadcast rollout.sglang.mem_fraction=0.85)
-  TRAINING_NODES=2 train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H100 0 2 "${changes[@]}" "$@"
+  export TRAINING_NODES=2
+  train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H100 0 2 "${changes[@]}" "$@"
 else
   train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H200 4 1 "$@"
 fi

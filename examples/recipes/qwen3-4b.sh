@@ -11,7 +11,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 method=${1:?expected sdpg-urkl, sdpg-ufkl, grpo, dapo, rlsd or opsd}
 shift
 case $method in
-  sdpg-urkl | sdpg-ufkl) objective=(objective.name=sdpg objective.reference="${method#sdpg-}" objective.aggregation=group-token-mean) ;;
+  sdpg-urkl | sdpg-ufkl)
+    objective=(objective.name=sdpg objective.reference="${method#sdpg-}" objective.aggregation=group-token-mean)
+    ;;
   grpo | dapo | rlsd | opsd) objective=(objective.name="$method") ;;
   *) echo "unknown method $method" >&2 && exit 2 ;;
 esac

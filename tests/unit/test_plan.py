@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,37 @@ def test_a_recipe_fits_its_hardware(models: Path, name: str) -> None:
         assert plan.fits, (gpu, plan.fullest.fullest, plan.over)
         assert plan.server is not None and plan.server.sequences >= 8
         assert advise(plan) == []
+
+
+@pytest.mark.parametrize("method", ["grpo", "dapo", "rlsd", "opsd"])
+@pytest.mark.parametrize("name", ["qwen3-1.7b", "qwen3-4b"])
+def test_every_method_of_the_paper_fits(models: Path, name: str, method: str) -> None:
+    plan = plan_of(models, name, f"objective.name={method}", ranks=8)
+    assert plan.fits
+    taught = method in ("rlsd", "opsd")
+    assert ("teacher rows" in plan.fullest.phases["update"] and plan.load.taught > 0) == taught
+
+
+@pytest.mark.parametrize(
+    ("call", "place", "says"),
+    [
+        ("qwen3-1.7b.sh opsd", "colocated", "8 x H100"),
+        ("qwen3-4b.sh sdpg-ufkl", "disaggregated", "4 x H100 (79.6 GiB), 4 more for servers"),
+        ("qwen3-8b.sh", "disaggregated", "4 x H100 (79.6 GiB), 4 more for servers"),
+        ("qwen2.5-7b.sh", "colocated", "8 x H100"),
+        ("llama-3.1-8b.sh", "colocated", "8 x H100"),
+        ("qwen3-30b-a3b.sh", "colocated", "8 x H200"),
+        ("qwen3-30b-a3b.sh three", "colocated", "16 x H100 (79.6 GiB), 8 more for servers"),
+    ],
+)
+def test_a_recipe_plans_before_it_trains(models: Path, call: str, place: str, says: str) -> None:
+    script, *arguments = call.split()
+    several = {"NNODES": "3", "NODE_RANK": "0"} if "three" in arguments else {}
+    given = {"PYTHON": sys.executable, "MODELS": str(models), "PLACE": place, "PLAN_ONLY": "1", **several}
+    command = ["bash", str(RECIPES / script), *arguments]
+    done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert says in done.stdout and "\nFits: " in done.stdout
 
 
 @pytest.mark.parametrize("name", HARDWARE)
