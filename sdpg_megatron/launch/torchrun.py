@@ -9,9 +9,11 @@ exit code.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -27,16 +29,26 @@ def main(arguments: Sequence[str]) -> int:
     """Run torchrun to its end."""
     launcher, *rest = arguments
     end_with_parent(int(launcher))
+    torchrun: Any = run  # without types
+    options = torchrun.parse_args(rest)
     # It calls every exit code but 0 a failure, also that of ranks that have stopped and saved.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        run.main(rest)
+        torchrun.run(options)
     except ChildFailedError as error:
-        failures = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != STOPPED}
+        failures = first_failures(error.failures)
         for rank, failure in failures.items():
-            sys.stderr.write(_describe(rank, failure))
-        return next((_code(failure) for failure in failures.values()), STOPPED)
+            if failure.exitcode != STOPPED:
+                sys.stderr.write(_describe(rank, failure, Path(options.log_dir), options.rdzv_id))
+        return _code(next(iter(failures.values())))
     return 0
+
+
+def first_failures(failures: Mapping[int, ProcessFailure]) -> Mapping[int, ProcessFailure]:
+    """Without the ranks that torchrun itself has ended, when one had failed, or was done with saving before them."""
+    real = {rank: failure for rank, failure in failures.items() if failure.exitcode not in (STOPPED, -signal.SIGTERM)}
+    stopped = {rank: failure for rank, failure in failures.items() if failure.exitcode == STOPPED}
+    return real or stopped or failures
 
 
 def _code(failure: ProcessFailure) -> int:
@@ -44,13 +56,13 @@ def _code(failure: ProcessFailure) -> int:
     return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 
 
-def _describe(rank: int, failure: ProcessFailure) -> str:
-    log = Path(failure.error_file).with_name("stderr.log")
-    try:
-        tail = "".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-TAIL:])
-    except OSError:
-        tail = ""
-    return f"launch: rank {rank} ended with exit code {_code(failure)}; the end of {log}:\n{tail}"
+def _describe(rank: int, failure: ProcessFailure, logs: Path, start: str) -> str:
+    told = f"launch: rank {rank} ended with exit code {_code(failure)}"
+    for log in logs.glob(f"{start}_*/attempt_0/{failure.local_rank}/stderr.log"):
+        told += f"; its log is {log}"
+        if rank:  # what the first rank says was shown
+            told += ", which ends with:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+    return told + "\n"
 
 
 if __name__ == "__main__":

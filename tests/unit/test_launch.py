@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -219,6 +220,23 @@ def test_machines_that_stop_together_have_no_quarrel() -> None:
             assert (first.trainers_code(), second.trainers_code()) == (75, 75)
 
     asyncio.run(scene())
+
+
+# --- the ranks
+
+
+@pytest.mark.parametrize(("code", "expected"), [(75, 75), (3, 3), ("$((128 + 9))", 137)])
+def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, code: object, expected: int) -> None:
+    line = [sys.executable, "-m", "sdpg_megatron.launch.torchrun", str(os.getpid()), "--nnodes=1", "--node-rank=0"]
+    line += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
+    line += [f"--master-port={meeting.check_port(0)}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
+    program = f'echo "reason $RANK" >&2; sleep $((1 - RANK)); exit {code}'
+    done = subprocess.run(
+        [*line, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == expected, done.stderr
+    assert ("launch: rank 1 ended with exit code" in done.stderr) == (expected != 75)
+    assert ("reason 1" in done.stderr) == (expected != 75)
 
 
 # --- the scripts
