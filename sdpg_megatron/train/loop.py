@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import SkippedStepsError
+from sdpg_megatron.errors import SdpgError, SkippedStepsError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
@@ -24,7 +24,6 @@ from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.rollout.base import Abandoned
-from sdpg_megatron.train.batch import StepBatch
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
 from sdpg_megatron.train.held_out import HeldOut
@@ -151,7 +150,7 @@ class Trainer:
         config, at = self.config, self.at
         self.serving.publish(at.step)
         evaluated: Mapping[str, float] | None = None
-        with self.interrupt:
+        with self.interrupt, self._completing():
             if not at.evaluated and self.held_out:
                 evaluated = self._evaluate()
                 if evaluated is None:
@@ -218,7 +217,7 @@ class Trainer:
             at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
             return None
         with self.phases("update"):
-            updates = self._learn(batches)
+            updates = self.lessons.learn(at.step, batches)
         at.skipped = self.lessons.skipped
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
@@ -235,12 +234,14 @@ class Trainer:
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
 
-    def _learn(self, batches: Sequence[StepBatch]) -> dict[str, Metric]:
-        """See `Lessons.learn`. Where that ends the run, the checkpoint that is being written is completed first."""
+    @contextmanager
+    def _completing(self) -> Iterator[None]:
+        """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
-            return self.lessons.learn(self.at.step, batches)
-        except SkippedStepsError:
-            self.store.finish()
+            yield
+        except (SkippedStepsError, WriteError):
+            with suppress(SdpgError):
+                self.store.finish()
             raise
 
     def _evaluate(self) -> dict[str, float] | None:

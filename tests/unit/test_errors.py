@@ -13,10 +13,12 @@ from sdpg_megatron.errors import (
     DataError,
     EvaluationError,
     FilterError,
+    LaunchError,
     MismatchError,
     RolloutError,
     SdpgError,
     ServerError,
+    SkippedStepsError,
     WriteError,
 )
 from sdpg_megatron.records import Group, Prompt
@@ -29,6 +31,8 @@ EXAMPLES: list[SdpgError] = [
     EvaluationError("eval/summary.json", "nothing", "a summary", "evaluate first"),
     FilterError("filters:easy", "train.jsonl:4", "None"),
     MismatchError(3, 0.5, 0.05),
+    LaunchError("MASTER_PORT", "29500, in use", "a free port", "choose another"),
+    SkippedStepsError(7, 3),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
     RolloutError("no server is left"),
     WriteError("run/metrics.jsonl", "No space left on device", 0),
