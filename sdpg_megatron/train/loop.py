@@ -38,6 +38,7 @@ from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
+from sdpg_megatron.train.watchdog import Watchdog
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -54,7 +55,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
-    does.
+    does. Where there is none, their watchdogs end them.
 
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
@@ -63,6 +64,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
+        watchdog = stack.enter_context(Watchdog(config.watchdog, ranks))
         _lock(config.run_dir, ranks, stack)
         model = fingerprint(config.model.path)
         newest = store.newest()
@@ -79,7 +81,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         if newest is not None:
             store.load(*newest, learner)
             position = Position.of(newest[1], inputs.prompts.size)
-        trainer = Trainer(config, inputs, learner, store, position, model, stack)
+        trainer = Trainer(config, inputs, learner, store, position, model, watchdog, stack)
         trainer.announce(changes)
         return trainer.run()
 
@@ -104,6 +106,7 @@ class Trainer:
         store: CheckpointStore,
         position: Position,
         model: str,
+        watchdog: Watchdog,
         stack: ExitStack,
     ) -> None:
         """
@@ -117,7 +120,7 @@ class Trainer:
         self.interrupt = Interrupt()
         self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
         stack.callback(self.progress.close)
-        self.phases = Phases(self.progress)
+        self.phases = Phases(self.progress, watchdog)
         self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
         stack.callback(self.journal.close)
         self.serving = Serving(
@@ -174,8 +177,9 @@ class Trainer:
                     self._save()
             if evaluated is None and (evaluated := self._evaluate()) is None:
                 return self._stop("before")
-        self.store.finish()
-        self._finish(evaluated)
+        with self.phases("finish"):
+            self.store.finish()
+            self._finish(evaluated)
         return Outcome.FINISHED
 
     def _due(self, every: int) -> bool:
@@ -235,10 +239,6 @@ class Trainer:
             "speed/tokens_per_second": Metric(tokens / seconds),
         }
 
-    def _evaluate(self) -> dict[str, float] | None:
-        """See `HeldOut.measure`."""
-        if not self.held_out:
-            return {}
     def _learn(self, batches: Sequence[StepBatch]) -> dict[str, Metric]:
         """See `Lessons.learn`. Where that ends the run, the checkpoint that is being written is completed first."""
         try:
@@ -247,18 +247,22 @@ class Trainer:
             self.store.finish()
             raise
 
+    def _evaluate(self) -> dict[str, float] | None:
+        """See `HeldOut.measure`."""
+        if not self.held_out:
+            return {}
         with self.phases("eval"):
             return self.held_out.measure(self.at.step)
 
     def _save(self) -> None:
-        with self.phases("checkpoint"):
-            self.store.save(self.learner, self.at.state(self.config, self.model))
-        self.at.saved = self.at.step
-
         """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
         model's, and a call that begins anew comes to the same place."""
         if not self.learner.has_learned:
             return
+        with self.phases("checkpoint"):
+            self.store.save(self.learner, self.at.state(self.config, self.model))
+        self.at.saved = self.at.step
+
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
         config, baseline = self.config, self.at.baseline
