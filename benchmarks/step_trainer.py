@@ -19,6 +19,7 @@ from sdpg_megatron.train.inputs import load_inputs
 from sdpg_megatron.train.lessons import Lessons
 from sdpg_megatron.train.loop import Trainer
 from sdpg_megatron.train.position import Position
+from sdpg_megatron.train.watchdog import Watchdog
 
 
 class StandingLearner:
@@ -44,7 +45,8 @@ class StandingTrainer(StandingLearner):
         """`stack`: gets what has to be closed."""
         super().__init__(config)
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
-        self._trainer = Trainer(config, self.inputs, self.learner, store, self._first(), "", stack)
+        watchdog = Watchdog(config.watchdog, self.learner.ranks)  # not entered: it watches nothing
+        self._trainer = Trainer(config, self.inputs, self.learner, store, self._first(), "", watchdog, stack)
         self._trainer.serving.publish(0)
 
     def whole_step(self, step: int) -> dict[str, float]:

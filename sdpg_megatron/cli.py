@@ -40,7 +40,7 @@ VERIFY_TEXT = "The largest planet of the solar system is Jupiter. 17 + 25 = 42."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 an error that is explained, 75 stopped with its state
-    saved, 130 stopped at once."""
+    saved, 130 stopped at once. A training run that hangs ends with 70, see `sdpg_megatron.train.watchdog`."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
     if unknown := [argument for argument in more if argument.startswith("-")]:

@@ -448,6 +448,32 @@ class CheckpointConfig(Section):
     """Write the trained model as a Hugging Face folder when the run ends."""
 
 
+class WatchdogConfig(Section):
+    """Seconds that the phases of a run may take on a rank; beyond, the job ends with every rank's place and stack. Null
+    for no bound."""
+
+    enabled: bool = True
+    silence: float = Field(300.0, gt=0)
+    """Seconds without a word from a rank, as its process is dead, stopped or cut off, after which the job ends."""
+    start: float | None = Field(2 * 3600.0, gt=0)
+    """Reading the model or a checkpoint, starting servers."""
+    rollout: float | None = Field(3 * 3600.0, gt=0)
+    """Generating and scoring, all rounds of a step."""
+    prepare: float | None = Field(3600.0, gt=0)
+    """The passes before the weights change."""
+    update: float | None = Field(2 * 3600.0, gt=0)
+    """All optimizer steps of a rollout."""
+    publish: float | None = Field(3600.0, gt=0)
+    switch: float | None = Field(3600.0, gt=0)
+    """Taking the devices from colocated servers."""
+    eval: float | None = Field(3 * 3600.0, gt=0)
+    checkpoint: float | None = Field(2 * 3600.0, gt=0)
+    finish: float | None = Field(2 * 3600.0, gt=0)
+    """Waiting for the last checkpoint, exporting the model."""
+    between: float | None = Field(3600.0, gt=0)
+    """What is in no phase: planning, the records."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -468,6 +494,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,7 @@ from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
+from sdpg_megatron.train.watchdog import Watchdog
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -53,7 +54,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
-    does.
+    does. Where there is none, their watchdogs end them.
 
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
@@ -62,6 +63,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
+        watchdog = stack.enter_context(Watchdog(config.watchdog, ranks))
         _lock(config.run_dir, ranks, stack)
         model = fingerprint(config.model.path)
         newest = store.newest()
@@ -78,7 +80,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         if newest is not None:
             store.load(*newest, learner)
             position = Position.of(newest[1], inputs.prompts.size)
-        trainer = Trainer(config, inputs, learner, store, position, model, stack)
+        trainer = Trainer(config, inputs, learner, store, position, model, watchdog, stack)
         trainer.announce(changes)
         return trainer.run()
 
@@ -103,6 +105,7 @@ class Trainer:
         store: CheckpointStore,
         position: Position,
         model: str,
+        watchdog: Watchdog,
         stack: ExitStack,
     ) -> None:
         """
@@ -116,7 +119,7 @@ class Trainer:
         self.interrupt = Interrupt()
         self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
         stack.callback(self.progress.close)
-        self.phases = Phases(self.progress)
+        self.phases = Phases(self.progress, watchdog)
         self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
         stack.callback(self.journal.close)
         self.serving = Serving(
@@ -173,8 +176,9 @@ class Trainer:
                     self._save()
             if evaluated is None and (evaluated := self._evaluate()) is None:
                 return self._stop("before")
-        self.store.finish()
-        self._finish(evaluated)
+        with self.phases("finish"):
+            self.store.finish()
+            self._finish(evaluated)
         return Outcome.FINISHED
 
     def _due(self, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a step: shown while they last, and timed."""
+"""The parts of a step: shown while they last, timed and watched."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from contextlib import contextmanager
 
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.train.watchdog import Watchdog
 
 
 class Phases:
     """Seconds of each part, by its name."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, watchdog: Watchdog) -> None:
+        self._progress, self._watchdog = progress, watchdog
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """While entered, the part is shown, and its time counts."""
+        """While entered, the part is shown, and its time counts; the watchdog has to know its name."""
         self._progress.phase(name)
         started = time.perf_counter()
-        yield
+        with self._watchdog.phase(name):
+            yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take(self) -> dict[str, Metric]:

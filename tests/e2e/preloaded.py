@@ -21,7 +21,6 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -64,20 +63,44 @@ class Preloaded:
         """
         line = [sys.executable, "-m", module, *arguments]
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            request = {"line": line[2:], "environments": environments, "out": str(out), "err": str(err)}
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            pids = self._numbers(timeout)
-            try:
-                (code,) = self._numbers(timeout)
-            except BaseException:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                self._numbers(timeout)
-                raise
-            return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
+            (code,) = self._run(line[2:], environments, timeout, folder)
+            out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+            return subprocess.CompletedProcess(line, code, out, err)
+
+    def run_with_lost(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        timeout: float,
+        lost: int,
+    ) -> list[tuple[int, str]]:
+        """Exit code and standard error of each process. The `lost` one alone is killed, when the others have ended."""
+        with tempfile.TemporaryDirectory() as folder:
+            codes = self._run([module, *arguments], environments, timeout, folder, lost=lost)
+            errs = [Path(folder, f"err{number}").read_text() for number in range(len(environments))]
+            return list(zip(codes, errs, strict=True))
+
+    def _run(
+        self,
+        line: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        timeout: float,
+        folder: str,
+        lost: int | None = None,
+    ) -> list[int]:
+        request = {"line": line, "environments": environments, "folder": folder, "lost": lost}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        pids = self._numbers(timeout)
+        try:
+            return self._numbers(timeout)
+        except BaseException:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._numbers(timeout)
+            raise
 
     @property
     def pid(self) -> int:
@@ -109,13 +132,14 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
-        for environment in request["environments"]:
+        for number, environment in enumerate(request["environments"]):
             pids.append(os.fork())
             if not pids[-1]:
                 signal.signal(signal.SIGINT, on_interrupt)
-                os._exit(become(request, environment))
+                err = "err" if request["lost"] is None else f"err{number}"
+                os._exit(become(request["line"], environment, Path(request["folder"]), err))
         say(*pids)
-        say(wait(pids))
+        say(*([wait(pids)] if request["lost"] is None else wait_for_all(pids, request["lost"])))
 
 
 def say(*numbers: int) -> None:
@@ -137,21 +161,31 @@ def wait(pids: Sequence[int]) -> int:
     return failed
 
 
-def become(request: dict[str, Any], environment: Mapping[str, str]) -> int:
-    """Be the process that was asked for, and give its exit code.
+def wait_for_all(pids: Sequence[int], lost: int) -> list[int]:
+    """The exit code of each process; the `lost` one may have to be killed, once the others have ended."""
+    codes = {}
+    for pid in [*pids[:lost], *pids[lost + 1 :]]:
+        codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.kill(pids[lost], signal.SIGKILL)
+    codes[pids[lost]] = os.waitstatus_to_exitcode(os.waitpid(pids[lost], 0)[1])
+    return [codes[pid] for pid in pids]
+
+
+def become(line: Sequence[str], environment: Mapping[str, str], folder: Path, err: str) -> int:
+    """Be the process that was asked for, with its output in the folder, and give its exit code.
 
     It ends as Python does, but that what was imported is not taken apart: that would take two seconds.
     """
     os.environ.clear()
     os.environ.update(environment)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], flags), (2, request["err"], flags)):
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, folder / "out", flags), (2, folder / err, flags)):
         descriptor = os.open(path, mode)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
     np.random.seed()  # Python's own generator does so by itself
-    module, *sys.argv[1:] = request["line"]
+    module, *sys.argv[1:] = line
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

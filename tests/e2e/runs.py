@@ -93,6 +93,12 @@ def run_module(
     return preloaded().run(program, list(map(str, arguments)), _environments(ranks), LIMIT)
 
 
+def train_with_lost_rank(*arguments: object, ranks: int, program: str, lost: int) -> list[tuple[int, str]]:
+    """Exit code and standard error of each rank; the lost one is killed when the others have ended."""
+    line = ["train", *map(str, arguments)]
+    return preloaded().run_with_lost(program, line, _environments(ranks), LIMIT, lost)
+
+
 def _environments(ranks: int) -> list[dict[str, str]]:
     """Of each rank, with what torchrun puts there where there are several."""
     if ranks == 1:

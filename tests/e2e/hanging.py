@@ -1,0 +1,62 @@
+"""`sdpg-megatron`, but one rank does not come along: $SDPG_TEST_HANG is ``how:rank:place``.
+
+How: "stop" (SIGSTOP), "sleep", "die" (SIGKILL), "hold" (it keeps Python's lock); where: "update", in the second
+optimizer step, or "eval", in the first evaluation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sdpg_megatron.cli import main
+from sdpg_megatron.mcore import learner
+from sdpg_megatron.train import rollouts
+
+VARIABLE = "SDPG_TEST_HANG"
+LONG = 600
+SETTLE = 3.0
+"""Seconds in which it still says where it is."""
+
+
+def hang_here() -> None:
+    """What a stack shows."""
+    time.sleep(LONG)
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": hang_here,
+    "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hold": lambda: ctypes.PyDLL(None).sleep(LONG),
+}
+
+
+def hang(how: str, place: str) -> None:
+    owner, name, count = {
+        "update": (learner.passes, "run_schedule", 2),
+        "eval": (rollouts.Rollouts, "run", 1),
+    }[place]
+    inner, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += not options.get("forward_only")
+        if calls == count:
+            time.sleep(SETTLE)
+            WAYS[how]()
+        return inner(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    how, rank, place = os.environ[VARIABLE].split(":")
+    if os.environ.get("RANK", "0") == rank:
+        hang(how, place)
+    sys.exit(main())
