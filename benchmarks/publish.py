@@ -317,7 +317,7 @@ def model_folder(name: str, scratch: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def running_server(folder: Path, scratch: Path) -> Iterator[str]:
+def running_server(folder: Path, scratch: Path, arguments: Sequence[str] = SERVER_ARGUMENTS) -> Iterator[str]:
     """The URL of a server of the model."""
     launch = Launch(
         model=folder,
@@ -325,7 +325,7 @@ def running_server(folder: Path, scratch: Path) -> Iterator[str]:
         dtype="float32",
         device="cpu",
         python=default_python(),
-        arguments=SERVER_ARGUMENTS,
+        arguments=tuple(arguments),
     )
     process = ServerProcess(launch)
     process.start()

@@ -226,6 +226,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the student's and the teacher's logits are divided by it in training too."""
     top_p: float = Field(1.0, gt=0, le=1)
+    ahead: int = Field(0, ge=0, le=1)
+    """Steps that generation is ahead of training at most. 1 generates a step's responses while the step before it is
+    learnt from, with weights that are one step older; needs `objective.correction`."""
     batch_size: int = Field(64, ge=1)
     """Sequences generated at a time by the embedded engine."""
     replay_routing: bool = False
@@ -320,7 +323,7 @@ class ObjectiveConfig(Section):
     """Largest such ratio; null for none."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """What is done about the difference of trainer and rollout engine. The importance weight of a token is the ratio of
-    its probability in training, under the weights that it was sampled from, to that in rollout. "truncate": its loss is
+    its probability in training, before the step's first update, to that in rollout. "truncate": its loss is
     multiplied by min(weight, `correction_bound`); "mask": by the weight where that lies between the bound and
     its inverse, and left out elsewhere. Costs one forward pass where a step has one mini-batch."""
     correction_level: Literal["token", "sequence"] = "token"

@@ -93,6 +93,7 @@ def check(config: RunConfig) -> None:
     _check_parallel(config.parallel)
     _check_packed(config)
     _check_servers(config.rollout.sglang)
+    _check_ahead(config)
     if wrong := [k for k in config.eval.k if not 1 <= k <= config.eval.samples]:
         expected = f"1 to eval.samples ({config.eval.samples})"
         raise ConfigError("eval.k", wrong[0], expected, "draw more samples, or remove it")
@@ -234,6 +235,18 @@ def _check_packed(config: RunConfig) -> None:
         if found != none:
             expected = f"{none or 'null'} where model.packed is false"
             raise ConfigError(field, found, expected, "remove model.packed: false, or this")
+
+
+def _check_ahead(config: RunConfig) -> None:
+    rollout = config.rollout
+    if not rollout.ahead:
+        return
+    if config.objective.correction == "none":
+        expected = "0 with objective.correction none: responses of older weights need their importance weights"
+        raise ConfigError("rollout.ahead", rollout.ahead, expected, "set objective.correction to truncate")
+    if rollout.engine == "sglang" and rollout.sglang.colocated:
+        expected = "0 where servers share the trainer's devices: only one of them has the memory"
+        raise ConfigError("rollout.ahead", rollout.ahead, expected, "give the servers devices of their own")
 
 
 def _check_servers(sglang: SGLangConfig) -> None:

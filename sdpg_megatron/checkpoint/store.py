@@ -59,6 +59,7 @@ class _Pending:
     state: RunState
     partial: Path
     writing: Writing
+    more: Callable[[Path], None] | None
 
 
 class CheckpointStore:
@@ -98,9 +99,10 @@ class CheckpointStore:
         if complete:
             self._point_at(complete[-1])
 
-    def save(self, learner: Learner, state: RunState) -> None:
+    def save(self, learner: Learner, state: RunState, more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint of this step, and remove those that are not to be kept.
 
+        `more` writes further files into the folder that it is given, on the main rank, when the tensors are there.
         With `CheckpointConfig.asynchronous` it is complete when a later `advance` or `finish` has found it written.
 
         Raises:
@@ -112,7 +114,7 @@ class CheckpointStore:
             writing = Writing(sharded_state(learner), partial, behind=self._config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._refused(partial, error) from error
-        self._pending = _Pending(state, partial, writing)
+        self._pending = _Pending(state, partial, writing, more)
         if not self._config.asynchronous:
             self.finish()
 
@@ -135,7 +137,8 @@ class CheckpointStore:
             raise self._refused(pending.partial, error) from error
         self._pending = None
         sums = {name: one for part in self._ranks.gather_all(pending.writing.sums()) for name, one in part.items()}
-        self._on_main(lambda: self._put_in_place(pending.partial, dataclasses.replace(pending.state, files=sums)))
+        state = dataclasses.replace(pending.state, files=sums)
+        self._on_main(lambda: self._put_in_place(pending.partial, state, pending.more))
 
     def load(self, path: Path, state: RunState, learner: Learner) -> None:
         """Fill the learner with a checkpoint's tensors, once its files were found to be what its manifest says.
@@ -178,8 +181,10 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def _put_in_place(self, partial: Path, state: RunState) -> None:
+    def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None) -> None:
         try:
+            if more is not None:
+                more(partial)
             others = (path for path in partial.rglob("*") if path.is_file())
             names = {path.relative_to(partial).as_posix(): path for path in others}
             small = {name: seal(path) for name, path in sorted(names.items()) if name not in state.files}

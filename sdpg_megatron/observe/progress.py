@@ -76,8 +76,8 @@ class Progress:
         self._bar.update(self._task, description=name, refresh=True)
 
     def count(self, done: int, total: int) -> None:
-        """Say how far the phase is; from any thread."""
-        self._bar.update(self._task, description=f"{self._phase} {done}/{total}", refresh=True)
+        """Say how many groups are generated, in whatever phase; from any thread."""
+        self._bar.update(self._task, description=f"{self._phase}, {done}/{total} groups", refresh=True)
 
     def message(self, text: str) -> None:
         """Print a line of its own."""

@@ -70,6 +70,13 @@ def durations(
     }
 
 
+def step_seconds(seconds: Mapping[str, float], ahead: int) -> float:
+    """Of a whole step; `ahead` is `RolloutConfig`'s: generation then goes on beside the rest, but for the publish."""
+    learning = seconds["passes"] + seconds["update"]
+    together = max(seconds["rollout"], learning) if ahead else seconds["rollout"] + learning
+    return together + seconds["publish"]
+
+
 def _link(gpu: Gpu, flow: Flow) -> float:
     return gpu.link if flow.local else gpu.network
 

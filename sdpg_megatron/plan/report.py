@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdpg_megatron.plan.advice import Advice
-from sdpg_megatron.plan.duration import ASSUMED
+from sdpg_megatron.plan.duration import ASSUMED, step_seconds
 from sdpg_megatron.plan.gpus import GIB
 from sdpg_megatron.plan.load import MEAN_LENGTH
 from sdpg_megatron.plan.memory import CONTEXT, FRAGMENTS, StageMemory, room
@@ -105,7 +105,9 @@ def _communication(plan: Plan) -> Iterator[str]:
         sender = "the leader sends" if kind == "publish" else "a rank sends"
         yield f"  {kind:10} {sender} {flow.sent / 1e9:9.2f} GB, {where}"
     times = ", ".join(f"{phase} {plan.seconds[phase]:.0f} s" for phase in PHASES)
-    yield f"  {times}; together {sum(plan.seconds.values()):.0f} s"
+    yield f"  {times}; together {step_seconds(plan.seconds, plan.config.rollout.ahead):.0f} s" + (
+        ", as a rollout goes on beside the passes and updates before it" if plan.config.rollout.ahead else ""
+    )
     yield (
         f"  assumed: {ASSUMED.products:.0%} of peak operations, {ASSUMED.reading:.0%} of memory bandwidth in servers, "
         f"{ASSUMED.sending:.0%} of links"

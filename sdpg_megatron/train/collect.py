@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 
+from sdpg_megatron.checkpoint.drawn import Drawn
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
@@ -26,15 +29,35 @@ class Collector:
         self._config, self._prompts, self._rollouts, self._ranks = config, prompts, rollouts, ranks
         self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
         self._judge = Judge(config.selection, ranks)
+        self._begun: Sequence[int] = ()
 
-    def collect(self, step: int, cursor: Cursor) -> Selection:
+    def begin(self, step: int, cursor: Cursor) -> None:
+        """Have the first round of the step after `step` generated from now on, from the weights that are published."""
+        wanted = self._config.rollout.prompts_per_step
+        self._begun = cursor.take(math.ceil(wanted * self._config.selection.oversample))
+        self._rollouts.begin([self._prompts[i] for i in self._begun], self._sampling(step, 0))
+
+    def cancel(self) -> None:
+        """Give up the round that was begun, if one was."""
+        self._rollouts.cancel()
+
+    def finish(self) -> Drawn:
+        """The round that was begun, when it is done."""
+        return Drawn(tuple(self._begun), tuple(self._rollouts.finish()))
+
+    def collect(self, step: int, cursor: Cursor, drawn: Drawn | None = None) -> Selection:
         """The groups of the step after `step`; `cursor` moves on by the prompts that this takes.
+
+        Args:
+            drawn: its first round, if there is one already.
 
         Raises:
             Abandoned: the run is to stop.
         """
 
         def ask(count: int, number: int) -> list[ScoredGroup]:
+            if number == 0 and drawn is not None:
+                return with_shaping(drawn.groups, self._shaping)
             prompts = [self._prompts[i] for i in cursor.take(count)]
             return with_shaping(self._rollouts.run(prompts, self._sampling(step, number)), self._shaping)
 
@@ -48,10 +71,11 @@ class Collector:
             )
         return selection
 
-    def describe(self, selection: Selection) -> dict[str, Metric]:
-        """Metrics of what was asked for and of what was kept."""
+    def describe(self, step: int, selection: Selection) -> dict[str, Metric]:
+        """Metrics of what was asked for and of what was kept, for the step after `step`."""
         chosen = selection.metrics() if self._judge.active else {}
-        return {**describe(selection.asked, self._shaping), **chosen}
+        late = describe_staleness(step, selection.asked) if self._config.rollout.ahead else {}
+        return {**describe(selection.asked, self._shaping), **chosen, **late}
 
     def _sampling(self, step: int, number: int) -> Sampling:
         """How round `number` of the step samples."""
@@ -65,3 +89,9 @@ class Collector:
             experts=rollout.replay_routing,
             seed=draw_seed(self._config.seed, purpose, self._ranks.replica),
         )
+
+
+def describe_staleness(step: int, groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
+    """How many steps older than those after `step` the weights are that responses were sampled from."""
+    late = [step - completion.weight_version for scored in groups for completion in scored.group.completions]
+    return {"rollout/staleness": Metric(sum(late) / len(late), weight=len(late))}

@@ -35,6 +35,8 @@ class Lessons:
         """Optimizer steps that were skipped in a row, up to now."""
         self._gated = config.rollout.mismatch_limit is None
         """Whether the rollout engine's log-probs were held against the learner's."""
+        self._fresh = True
+        """Whether the step's responses are from the learner's own weights."""
 
     def with_context(self, groups: list[ScoredGroup]) -> list[ScoredGroup]:
         """Give the teacher what it is to read, where that is not in the data."""
@@ -47,6 +49,7 @@ class Lessons:
     def prepare(self, step: int, groups: Sequence[ScoredGroup]) -> list[StepBatch]:
         """The mini-batches of the step after `step`, with what has to be computed before the weights change."""
         self._learner.begin(step)
+        self._fresh = all(c.weight_version == step for scored in groups for c in scored.group.completions)
         parts = [split_evenly(groups, number, self._minibatches) for number in range(self._minibatches)]
         return [self._prepare(part, self._context(step, number)) for number, part in enumerate(parts)]
 
@@ -118,7 +121,9 @@ class Lessons:
     def _check_mismatch(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Hold the first step's rollout against its training, once: both have computed the same tokens' log-probs."""
         limit = self._config.rollout.mismatch_limit
-        if self._gated or limit is None or DIFFERENCE not in metrics or not metrics[DIFFERENCE].weight:
+        if self._gated or limit is None or not self._fresh:
+            return
+        if DIFFERENCE not in metrics or not metrics[DIFFERENCE].weight:
             return
         self._gated = True
         if not metrics[DIFFERENCE].value <= limit:

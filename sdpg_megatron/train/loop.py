@@ -79,7 +79,7 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         position = Position.first(config, inputs.prompts.size)
         if newest is not None:
             store.load(*newest, learner)
-            position = Position.of(newest[1], inputs.prompts.size)
+            position = Position.of(*newest, inputs.prompts)
         trainer = Trainer(config, inputs, learner, store, position, model, watchdog, stack)
         trainer.announce(changes)
         return trainer.run()
@@ -151,7 +151,6 @@ class Trainer:
     def run(self) -> Outcome:
         """Train up to the configured step, then write what a finished run leaves behind."""
         config, at = self.config, self.at
-        self.serving.publish(at.step)
         evaluated: Mapping[str, float] | None = None
         with self.interrupt, self._completing():
             if not at.evaluated and self.held_out:
@@ -206,31 +205,37 @@ class Trainer:
         None where the run was asked to stop before the first of these: then nothing has changed.
         """
         started, at = time.perf_counter(), self.at
-        cursor = at.cursor.state()
+        cursor = Cursor.from_state(at.cursor.state(), self.inputs.prompts.size)
+        self.serving.publish(at.step)
         selection: Selection | None = None
         with self.phases("rollout"), suppress(Abandoned):
-            selection = self.collector.collect(at.step, at.cursor)
+            selection = self.collector.collect(at.step, cursor, at.drawn)
         if selection is None or self._asked_to_stop():
-            at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
             return None
         groups = self.lessons.with_context(selection.kept)
+        ahead = self.config.rollout.ahead > 0 and at.step + 1 < self.config.steps
+        if ahead:
+            self.collector.begin(at.step + 1, cursor)
         self.serving.make_room()
         with self.phases("prepare"):
             batches = self.lessons.prepare(at.step, groups)
         if self._asked_to_stop():
-            at.cursor = Cursor.from_state(cursor, self.inputs.prompts.size)
+            self.collector.cancel()
             return None
         with self.phases("update"):
             updates = self.lessons.learn(at.step, batches)
-        at.skipped = self.lessons.skipped
+        described = self.collector.describe(at.step, selection)
+        at.skipped, at.cursor = self.lessons.skipped, cursor
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
-        self.serving.publish(at.step)
+        self.serving.trained(at.step)
+        with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
+            at.drawn = self.collector.finish() if ahead else None
         seconds = time.perf_counter() - started
         at.seconds += seconds
         tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
         return {
-            **self.collector.describe(selection),
+            **described,
             **describe_contexts(groups),
             **updates,
             **self.phases.take(),
@@ -252,6 +257,7 @@ class Trainer:
         """See `HeldOut.measure`."""
         if not self.held_out:
             return {}
+        self.serving.publish(self.at.step)
         with self.phases("eval"):
             return self.held_out.measure(self.at.step)
 
@@ -261,7 +267,7 @@ class Trainer:
         if not self.learner.has_learned:
             return
         with self.phases("checkpoint"):
-            self.store.save(self.learner, self.at.state(self.config, self.model))
+            self.store.save(self.learner, self.at.state(self.config, self.model), self.at.more())
         self.at.saved = self.at.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from sdpg_megatron.checkpoint.drawn import DRAWN, Drawn, read_drawn, write_drawn
 from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
+from sdpg_megatron.data.source import PromptSource
 
 
 @dataclass(slots=True)
@@ -22,6 +25,8 @@ class Position:
     skipped: int = 0
     saved: int | None = None
     """The step of the newest checkpoint, complete or being written."""
+    drawn: Drawn | None = None
+    """The first round of the next step, where that was generated ahead of it."""
 
     @classmethod
     def first(cls, config: RunConfig, prompts: int | None) -> Position:
@@ -29,10 +34,24 @@ class Position:
         return cls(Cursor(prompts, config.seed, config.data.shuffle))
 
     @classmethod
-    def of(cls, state: RunState, prompts: int | None) -> Position:
-        """Of a run that goes on from a checkpoint."""
-        cursor = Cursor.from_state(state.cursor, prompts)
-        return cls(cursor, state.step, state.seconds, state.baseline, state.evaluated, state.skipped, saved=state.step)
+    def of(cls, folder: Path, state: RunState, prompts: PromptSource) -> Position:
+        """Of a run that goes on from a checkpoint. Raises `CheckpointError`."""
+        cursor = Cursor.from_state(state.cursor, prompts.size)
+        return cls(
+            cursor,
+            state.step,
+            state.seconds,
+            state.baseline,
+            state.evaluated,
+            state.skipped,
+            saved=state.step,
+            drawn=read_drawn(folder / DRAWN, prompts) if DRAWN in state.files else None,
+        )
+
+    def more(self) -> Callable[[Path], None] | None:
+        """What writes that of it which is not in the manifest into a checkpoint's folder, if there is any."""
+        drawn = self.drawn
+        return None if drawn is None else lambda folder: write_drawn(folder / DRAWN, drawn)
 
     def state(self, config: RunConfig, model: str) -> RunState:
         """For a checkpoint; `model` is the fingerprint of the model that the run started from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from sdpg_megatron.mcore.parallel import Ranks, split_evenly
@@ -23,9 +23,32 @@ from sdpg_megatron.rollout.base import (
     WeightsWanted,
     never,
 )
+from sdpg_megatron.train.behind import Behind
 
 Weights = Callable[[], Iterable[Bucket]]
 """A new stream of a replica's weights; every rank of the replica iterates it to its end."""
+
+_Scored = tuple[tuple[Completion, ...], GroupRewards]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What was asked for."""
+
+    prompts: Sequence[Prompt]
+    share: Sequence[Prompt]
+    """What this rank generates for."""
+    sampling: Sampling
+    extract: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """How far this rank's share of a call is."""
+
+    done: Mapping[int, _Scored]
+    """By the prompt's place in the share."""
+    abandoned: Abandoned | None = None
 
 
 class Rollouts:
@@ -51,6 +74,7 @@ class Rollouts:
         self._verifiers = verifiers
         self._shared, self._stop = shared, stop
         self._published: tuple[int, Weights] | None = None
+        self._begun: tuple[_Call, Behind[_Attempt]] | None = None
 
     def publish(self, version: int, weights: Weights) -> None:
         """Bring the weights to the engines.
@@ -94,6 +118,11 @@ class Rollouts:
         """Whether this rank's replica hands out weights."""
         return not self._shared or self._ranks.replica == 0
 
+    def trained(self, version: int) -> None:
+        """The weights that `publish` was told of are those of `version` now: servers that ask for weights get these."""
+        if self._published is not None:
+            self._published = version, self._published[1]
+
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
 
@@ -102,14 +131,65 @@ class Rollouts:
         Raises:
             Abandoned: a leader was to stop while it generated; on every rank.
         """
-        share: list[tuple[tuple[Completion, ...], GroupRewards]] = []
-        groups = self._generate(split_evenly(prompts, self._ranks.replica, self._ranks.replicas), sampling)
-        if self._verifiers is not None:
-            share = [
-                (g.completions, s) for g, s in zip(groups, self._verifiers.score(groups, extract=extract), strict=True)
-            ]
+        call = _Call(prompts, self._share(prompts), sampling, extract)
+        return self._complete(call, self._attempt(call, {}, self._stop), self._stop)
+
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Have the leaders generate and score from now on, whatever else their ranks do: all but `publish` and `run`.
+
+        `finish` has the groups.
+        """
+        assert self._begun is None, "one at a time"
+        call = _Call(prompts, self._share(prompts), sampling, extract=False)
+        self._begun = call, Behind(lambda stop: self._attempt(call, {}, stop))
+
+    def finish(self) -> list[ScoredGroup]:
+        """What `run` would return, when what was begun is done."""
+        assert self._begun is not None, "nothing was begun"
+        (call, task), self._begun = self._begun, None
+        return self._complete(call, task.result(), never)
+
+    def cancel(self) -> None:
+        """End what was begun, if anything was. Every rank may call it on its own."""
+        if self._begun is not None:
+            (_, task), self._begun = self._begun, None
+            task.cancel()
+
+    def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """What this rank's engine is asked for."""
+        return split_evenly(prompts, self._ranks.replica, self._ranks.replicas) if self._engine is not None else ()
+
+    def _attempt(self, call: _Call, done: Mapping[int, _Scored], stop: Stop) -> _Attempt:
+        """Generate and score what is missing of this rank's share. It takes part in no collective."""
+        missing = [place for place in range(len(call.share)) if place not in done]
+        if self._engine is None or self._verifiers is None or not missing:
+            return _Attempt(done)
+        try:
+            found = dict(enumerate(self._engine.generate([call.share[i] for i in missing], call.sampling, stop)))
+        except WeightsWanted as wanted:
+            found = wanted.done
+        except Abandoned as error:
+            return _Attempt(done, error)
+        groups = [found[number] for number in sorted(found)]
+        scores = self._verifiers.score(groups, extract=call.extract) if groups else []
+        scored = [(group.completions, score) for group, score in zip(groups, scores, strict=True)]
+        places = [missing[number] for number in sorted(found)]
+        return _Attempt({**done, **dict(zip(places, scored, strict=True))})
+
+    def _complete(self, call: _Call, attempt: _Attempt, stop: Stop) -> list[ScoredGroup]:
+        """All ranks' groups, from the first attempt on. Servers that came back without weights get them in between."""
+        while True:
+            states = self._ranks.gather_all((attempt.abandoned, len(attempt.done) < len(call.share)))
+            if first := next((error for error, _ in states if error is not None), None):
+                raise first
+            if not any(wanting for _, wanting in states):
+                break
+            assert self._published is not None, "engines ask for weights that they had"
+            self.publish(*self._published)
+            attempt = self._attempt(call, attempt.done, stop)
         # Every rank has the prompts, and replicas are in the order of their leaders' ranks.
-        gathered = chain.from_iterable(self._ranks.gather_all(share))
+        mine = [attempt.done[place] for place in sorted(attempt.done)]
+        gathered = chain.from_iterable(self._ranks.gather_all(mine))
         return [
             ScoredGroup(
                 Group(prompt, completions),
@@ -118,34 +198,11 @@ class Rollouts:
                 score.failures,
                 score.answers,
             )
-            for prompt, (completions, score) in zip(prompts, gathered, strict=True)
+            for prompt, (completions, score) in zip(call.prompts, gathered, strict=True)
         ]
 
-    def _generate(self, mine: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """This replica's groups, on its leader. Servers that came back without weights get them in between."""
-        groups: dict[int, Group] = {}
-        missing = list(range(len(mine))) if self._engine is not None else []
-        abandoned: Abandoned | None = None
-        while True:
-            if self._engine is not None and missing:
-                found: Mapping[int, Group] = {}
-                try:
-                    found = dict(enumerate(self._engine.generate([mine[i] for i in missing], sampling, self._stop)))
-                except WeightsWanted as wanted:
-                    found = wanted.done
-                except Abandoned as error:
-                    abandoned = error
-                groups.update({missing[place]: group for place, group in found.items()})
-                missing = [i for i in missing if i not in groups]
-            states = self._ranks.gather_all((abandoned, bool(missing)))
-            if first := next((error for error, _ in states if error is not None), None):
-                raise first
-            if not any(wanting for _, wanting in states):
-                return [groups[i] for i in sorted(groups)]
-            assert self._published is not None, "engines ask for weights that they had"
-            self.publish(*self._published)
-
     def close(self) -> None:
+        self.cancel()
         if self._engine is not None:
             self._engine.close()
         if self._verifiers is not None:

@@ -30,13 +30,17 @@ class Serving:
     ) -> None:
         """Start what the configuration names; for the callbacks and what is raised see `start_rollouts`."""
         self._config, self._learner, self._phases = config, learner, phases
+        self._current = False
         if self._colocated:  # servers divide up the memory that they find
             learner.offload()
             learner.ranks.barrier()
         self.rollouts = start_rollouts(config, inputs, learner.ranks, on_progress, stop)
 
     def publish(self, step: int) -> None:
-        """Bring the weights after `step` to the engine; where it shares the learner's devices, it gets them back."""
+        """Bring the weights after `step` to the engine, unless it has them; where it shares the learner's devices, it
+        gets them back."""
+        if self._current:
+            return
         with self._phases("publish"):
             if self._colocated:
                 self._learner.offload()
@@ -45,6 +49,12 @@ class Serving:
             every = self._config.rollout.sglang.verify_every
             if every and step % every == 0:
                 self.rollouts.verify(step, self._weights)
+        self._current = True
+
+    def trained(self, step: int) -> None:
+        """The learner's weights are those after `step` from now on; the engine's are older."""
+        self._current = False
+        self.rollouts.trained(step)
 
     def make_room(self) -> None:
         """Take the devices from an engine that shares them, for training."""

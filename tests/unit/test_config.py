@@ -47,7 +47,7 @@ def test_defaults_are_the_papers(minimal: Path) -> None:
 
 
 def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) -> None:
-    assert len(sections()) == 16
+    assert len(sections()) == 17
     for section in sections():
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):
@@ -113,6 +113,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("rollout.sglang.ports=[30000, 30001]", ["rollout.sglang.ports", "1 different ones"]),
         ("rollout.sglang={servers: 2, ports: [30000, 30000]}", ["rollout.sglang.ports", "2 different ones"]),
         ("rollout.sglang.router=http://a", ["rollout.sglang.router: found 'http://a'", "rollout.sglang.ports"]),
+        ("rollout.ahead=1", ["rollout.ahead: found 1", "Fix: set objective.correction to truncate"]),
         ("rollout.sglang.colocated=true", ["rollout.sglang.sink: found 'broadcast'", "Fix: use shared"]),
         ("rollout.sglang={colocated: true, urls: [http://a]}", ["rollout.sglang.colocated: found True", "urls"]),
         ("rollout.sglang.data=2", ["rollout.sglang.sink: found 'broadcast'", "expected disk"]),

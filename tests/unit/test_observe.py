@@ -228,7 +228,7 @@ def test_the_header_returns() -> None:
 
 def test_a_terminal_gets_the_rows_and_a_bar() -> None:
     shown = show(range(1, 4), terminal=True)
-    assert "rollout 3/8" in shown and "3/30" in shown and "4:30 left" in shown
+    assert "rollout, 3/8 groups" in shown and "3/30" in shown and "4:30 left" in shown
     assert "\x1b[" in shown
 
 

@@ -1,0 +1,91 @@
+"""Responses that were generated ahead of their step, as a file of a checkpoint: the weights they are from are gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sdpg_megatron.data.source import PromptSource
+from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.objectives.advantages import group_advantages
+from sdpg_megatron.records import Completion, Group, ScoredGroup
+
+DRAWN = "drawn.safetensors"
+_WORDS = "responses"
+"""The entry of the file's metadata that has what is not a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The first round of a step."""
+
+    indices: tuple[int, ...]
+    """Of the prompts, in the run's data."""
+    groups: tuple[ScoredGroup, ...]
+    """One for each, with the advantages of the verifier's rewards."""
+
+
+def write_drawn(path: Path, drawn: Drawn) -> None:
+    """Flat arrays, response by response; texts are in the metadata."""
+    completions = [completion for scored in drawn.groups for completion in scored.group.completions]
+    arrays = {
+        "prompts": np.array(drawn.indices, np.int64),
+        "sizes": np.array([len(scored.group.completions) for scored in drawn.groups], np.int64),
+        "failures": np.array([scored.failures for scored in drawn.groups], np.int64),
+        "rewards": np.array([reward for scored in drawn.groups for reward in scored.rewards], np.float64),
+        "versions": np.array([completion.weight_version for completion in completions], np.int64),
+        "lengths": np.array([len(completion.tokens) for completion in completions], np.int64),
+        "tokens": np.array(list(chain.from_iterable(c.tokens for c in completions)), np.int64),
+        "logprobs": np.array(list(chain.from_iterable(c.logprobs for c in completions)), np.float64),
+    }
+    experts = [completion.experts for completion in completions if completion.experts is not None]
+    if experts:
+        arrays["experts"] = np.concatenate(experts)
+        arrays["routed"] = np.array([0 if c.experts is None else len(c.experts) for c in completions], np.int64)
+    words = json.dumps([(completion.finish_reason, completion.text) for completion in completions])
+    save_file(arrays, path, metadata={_WORDS: words})
+
+
+def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
+    """What `write_drawn` has written, exactly. Raises `CheckpointError`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            # safetensors ships its types for torch alone
+            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            words = json.loads(file.metadata()[_WORDS])
+        completions = list(_completions(arrays, words))
+        rewards = arrays["rewards"].tolist()
+        groups = []
+        for (start, end), index, failures in zip(
+            _spans(arrays["sizes"].tolist()), arrays["prompts"].tolist(), arrays["failures"].tolist(), strict=True
+        ):
+            group = Group(prompts[index], tuple(completions[start:end]))
+            given = tuple(rewards[start:end])
+            groups.append(ScoredGroup(group, given, group_advantages(given), failures))
+        return Drawn(tuple(arrays["prompts"].tolist()), tuple(groups))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        expected = "the responses that a run has generated ahead"
+        raise CheckpointError(f"{path}: found {' '.join(str(error).split())}, expected {expected}") from error
+
+
+def _completions(arrays: dict[str, Any], words: Sequence[tuple[Any, str]]) -> Iterator[Completion]:
+    tokens, logprobs = arrays["tokens"].tolist(), arrays["logprobs"].tolist()
+    routed = _spans(arrays["routed"].tolist()) if "routed" in arrays else [(0, 0)] * len(words)
+    for (reason, text), (start, end), version, (first, last) in zip(
+        words, _spans(arrays["lengths"].tolist()), arrays["versions"].tolist(), routed, strict=True
+    ):
+        experts = arrays["experts"][first:last] if last > first else None
+        yield Completion(tuple(tokens[start:end]), tuple(logprobs[start:end]), reason, version, text, experts)
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each part, one after the other."""
+    return list(pairwise(accumulate(lengths, initial=0)))

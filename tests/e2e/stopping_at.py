@@ -1,0 +1,31 @@
+"""`sdpg-megatron`, but sent SIGTERM where $SDPG_TEST_STOP_AT says: ``prepare:1``, before the passes of the step after
+step 1, or ``learn:1``, before its updates, when it is too late to give it up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from sdpg_megatron.cli import main
+from sdpg_megatron.train.lessons import Lessons
+
+VARIABLE = "SDPG_TEST_STOP_AT"
+
+
+def stop_at(method: str, step: int) -> None:
+    inner = getattr(Lessons, method)
+
+    def signalled(lessons: Lessons, at: int, *arguments: Any) -> Any:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(lessons, at, *arguments)
+
+    setattr(Lessons, method, signalled)
+
+
+if __name__ == "__main__":
+    method, step = os.environ[VARIABLE].split(":")
+    stop_at(method, int(step))
+    sys.exit(main())

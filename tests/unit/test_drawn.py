@@ -1,0 +1,70 @@
+"""The file of responses that were generated ahead."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdpg_megatron.checkpoint.drawn import Drawn, read_drawn, write_drawn
+from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.objectives.advantages import group_advantages
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+
+
+class Source:
+    size = 9
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(f"train.jsonl:{index}", (1, index), (2, index), str(index))
+
+    def describe(self) -> str:
+        return "nine"
+
+
+def responses(index: int, routed: bool) -> ScoredGroup:
+    experts = np.arange(12, dtype=np.uint8).reshape(3, 2, 2) + index if routed else None
+    completions = (
+        Completion((5, 6, index), (-0.1, -1 / 3, -1e-30), "stop", 4, 'five, "six"\nΩ', experts),
+        Completion((7,), (-2.5,), "length", 5, "", None),
+    )
+    rewards = (1.0, 1 / 7)
+    return ScoredGroup(Group(Source()[index], completions), rewards, group_advantages(rewards), failures=index)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
+    drawn = Drawn((8, 2, 8), tuple(responses(index, routed) for index in (8, 2, 8)))
+    write_drawn(tmp_path / "drawn", drawn)
+    read = read_drawn(tmp_path / "drawn", Source())
+    assert read == drawn
+    for old, new in zip(drawn.groups, read.groups, strict=True):
+        for before, after in zip(old.group.completions, new.group.completions, strict=True):
+            if before.experts is None:
+                assert after.experts is None
+            else:
+                np.testing.assert_array_equal(before.experts, after.experts, strict=True)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    """Or read as something else of the same form, where the checkpoint's digests were not looked at."""
+    path = tmp_path / "drawn"
+    write_drawn(path, Drawn((8, 2), tuple(responses(index, True) for index in (8, 2))))
+    whole, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged[: draw.choice([len(damaged), draw.randrange(len(damaged))])])
+        try:
+            read_drawn(path, Source())
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: found ")
+            refused += 1
+    assert refused > 150
+    path.unlink()
+    with pytest.raises(CheckpointError, match="expected the responses that a run has generated ahead"):
+        read_drawn(path, Source())
