@@ -1,4 +1,4 @@
-"""The training loop: prompts, rollout, score, batch, passes, update, publish; then eval, checkpoint and report."""
+"""The training loop: publish, prompts, rollout, score, batch, passes, update; then eval, checkpoint and report."""
 
 from __future__ import annotations
 
