@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments, checkpoint_arguments
 from sdpg_megatron.convert.places import Stored, extra_states, stored_parameters
-from sdpg_megatron.convert.proof import check_same_tensors
+from sdpg_megatron.convert.proof import Spec, check_same_tensors
 from sdpg_megatron.convert.safetensors_file import write_safetensors
 from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
@@ -28,12 +29,12 @@ from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.observe.transfer import transfer
 from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
 from sdpg_megatron.weights.load import SINGLE_FILE
-from sdpg_megatron.weights.map import Shape, hf_shapes
+from sdpg_megatron.weights.map import hf_shapes
 
 Moved = Callable[[int], None]
 """Told how many bytes more have been written, or read back."""
 
-Specs = Mapping[str, tuple[Shape, torch.dtype]]
+Specs = Mapping[str, Spec]
 
 
 def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, console: Console) -> None:
@@ -72,7 +73,7 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, consol
         copy_companions(source, companions)
         (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
         with _flushing(aside):
-            _prove_megatron(written, read_architecture(companions), tensors, specs, moved)
+            _prove_megatron(written, read_architecture(companions), source, specs, moved)
 
 
 def to_hugging_face(
@@ -107,7 +108,7 @@ def to_hugging_face(
         raise ConversionError(str(source.folder), "weights alone", expected, "name a folder with them: --like FOLDER")
     arch = read_architecture(folder)
     _check_config(source, folder, arch)
-    tensors = CheckpointTensors(TorchDist(source.folder), arch)
+    tensors = _open_checkpoint(source.folder, arch)
     specs = _specs(tensors, dtype)
     title = f"{source.folder} -> {target}"
     with _aside(target) as aside, transfer(title, 2 * _bytes(specs), console) as moved:
@@ -117,7 +118,8 @@ def to_hugging_face(
         with _flushing(aside):
             if (found := read_architecture(aside)) != arch:
                 raise ConversionError(str(target / "config.json"), found, str(arch), "report this")
-            check_same_tensors(tensors, FolderTensors(aside, arch), specs, target, moved)
+            checkpoint = partial(_open_checkpoint, source.folder, arch)
+            check_same_tensors(checkpoint, partial(FolderTensors, aside, arch), specs, target, moved)
 
 
 def _specs(tensors: Tensors, dtype: torch.dtype | None) -> Specs:
@@ -193,13 +195,18 @@ def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, d
     return found
 
 
-def _prove_megatron(written: Path, arch: Architecture, tensors: Tensors, specs: Specs, moved: Moved) -> None:
+def _prove_megatron(written: Path, arch: Architecture, source: Path, specs: Specs, moved: Moved) -> None:
     """Read back what was written: arguments, config.json and every tensor."""
-    found = TorchDist(written)
-    check_arguments(arguments_of(found), arch, f"{written}: args")
-    if arch != tensors.arch:
-        raise ConversionError(str(written.parent / COMPANION_FOLDER), str(arch), str(tensors.arch), "report this")
-    check_same_tensors(tensors, CheckpointTensors(found, arch), specs, written, moved)
+    check_arguments(arguments_of(TorchDist(written)), arch, f"{written}: args")
+    if arch != (expected := read_architecture(source)):
+        raise ConversionError(str(written.parent / COMPANION_FOLDER), str(arch), str(expected), "report this")
+    check_same_tensors(
+        partial(FolderTensors, source, arch), partial(_open_checkpoint, written, arch), specs, written, moved
+    )
+
+
+def _open_checkpoint(folder: Path, arch: Architecture) -> CheckpointTensors:
+    return CheckpointTensors(TorchDist(folder), arch)
 
 
 def _check_config(source: Source, folder: Path, arch: Architecture) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,44 @@ from sdpg_megatron.convert.tensors import Tensors, blocks
 from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.weights.map import Shape
 
+THREADS = 4
+"""At most; each holds two blocks of rows."""
+
+Spec = tuple[Shape, torch.dtype]
+"""Of a tensor: its shape, and the type that it is to have."""
+Open = Callable[[], Tensors]
+"""A reader for one thread."""
+
 
 def check_same_tensors(
-    source: Tensors,
-    written: Tensors,
-    specs: Mapping[str, tuple[Shape, torch.dtype]],
-    where: Path,
-    moved: Callable[[int], None],
+    source: Open, written: Open, specs: Mapping[str, Spec], where: Path, moved: Callable[[int], None]
 ) -> None:
-    """Compare every tensor bit for bit, after the cast to the type that was asked for.
+    """Compare every tensor bit for bit, after the cast to the type that was asked for; on several threads.
 
     Raises:
-        ConversionError: naming the first tensor that differs.
+        ConversionError: naming a tensor that differs.
     """
+    shares = _shares(specs, min(THREADS, os.cpu_count() or 1))
+    with ThreadPoolExecutor(len(shares)) as threads:
+        checks = [threads.submit(_check, source(), written(), share, where, moved) for share in shares]
+        for check in checks:
+            check.result()
+
+
+def _shares(specs: Mapping[str, Spec], count: int) -> list[dict[str, Spec]]:
+    """The tensors in parts of like size, the largest dealt first."""
+    shares: list[dict[str, Spec]] = [{} for _ in range(count)]
+    sizes = [0] * count
+    for name, spec in sorted(specs.items(), key=lambda item: -prod(item[1][0])):
+        least = sizes.index(min(sizes))
+        shares[least][name] = spec
+        sizes[least] += prod(spec[0])
+    return shares
+
+
+def _check(
+    source: Tensors, written: Tensors, specs: Mapping[str, Spec], where: Path, moved: Callable[[int], None]
+) -> None:
     for name, (shape, dtype) in specs.items():
         if written.dtype(name) != dtype:
             raise ConversionError(f"{where}: {name}", str(written.dtype(name)), str(dtype), "convert again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def transfer(title: str, total: int, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """Show how far it is; what is yielded is to be told of each number of bytes that were moved."""
+    """Show how far it is; what is yielded is to be told of each number of bytes that were moved, by any thread."""
     console = console or Console(stderr=True)
-    started, moved = time.monotonic(), 0
+    started, moved, lock = time.monotonic(), 0, threading.Lock()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(
         TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
@@ -23,7 +24,8 @@ def transfer(title: str, total: int, console: Console | None = None) -> Iterator
 
         def advance(nbytes: int) -> None:
             nonlocal moved
-            moved += nbytes
+            with lock:
+                moved += nbytes
             bar.update(task, advance=nbytes)
 
         yield advance

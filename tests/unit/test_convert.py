@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -214,8 +215,8 @@ def test_what_arrives_differently_is_found(model: Path, tmp_path: Path) -> None:
     stored = load_file(changed / "model.safetensors")
     stored["model.layers.2.self_attn.v_proj.weight"][3, 5] += 1e-6
     save_file(stored, changed / "model.safetensors")
-    one, other = (tensors.FolderTensors(folder, arch) for folder in (model, changed))
-    specs = conversion._specs(one, None)
+    one, other = (partial(tensors.FolderTensors, folder, arch) for folder in (model, changed))
+    specs = conversion._specs(one(), None)
     check_same_tensors(one, one, specs, tmp_path, lambda count: None)
     with pytest.raises(ConversionError, match=r"model\.layers\.2\.self_attn\.v_proj\.weight: found other numbers"):
         check_same_tensors(one, other, specs, tmp_path, lambda count: None)
