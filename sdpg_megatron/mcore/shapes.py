@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,11 @@ class StageShapes:
     parameters: int
     shapes: tuple[tuple[int, ...], ...]
     """What each chunk hands on, for a sequence of the greatest length; at the model's end the rows' logits. Empty where
-    they depend on values: in a mixture of experts, and in context-parallel attention."""
+    they depend on values: in context-parallel attention, and where a mixture's ranks gather all tokens."""
 
     def __str__(self) -> str:
         passes = ", ".join("x".join(map(str, shape)) for shape in self.shapes) or "not walked"
-        return f"stage {self.stage}: {self.parameters:,} parameters a rank; forward: {passes}"
+        return f"stage {self.stage}: {self.parameters:,} parameters a rank; forward and back: {passes}"
 
 
 def walk(config: RunConfig, ranks: int) -> list[StageShapes]:
@@ -116,15 +117,31 @@ def _walk_stage(config: RunConfig, arch: Architecture, stage: int) -> StageShape
     held = {name: tuple(parameter.shape) for name, parameter in named_parameters(chunks)}
     share = ExpertShare(ranks.expert, ranks.expert_size, ranks.expert_tensor, ranks.expert_tensor_size)
     check_local(weight_map(arch), held, wanted.tensor, share)
-    walked = arch.experts is None and wanted.context == 1
-    shapes = tuple(_forward(config, arch, chunk) for chunk in chunks) if walked else ()
+    gathered = arch.experts is not None and wanted.dispatcher == "allgather"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    if wanted.context == 1 and not gathered:
+        _level(chunks)
+        shapes = tuple(_pass(config, arch, chunk) for chunk in chunks)
     parallel_state.destroy_model_parallel()
     return StageShapes(stage, sum(map(math.prod, held.values())), shapes)
 
 
-@torch.no_grad()
-def _forward(config: RunConfig, arch: Architecture, chunk: torch.nn.Module) -> tuple[int, ...]:
-    """One padded sequence of the greatest length through a chunk; behind the last, the head's product."""
+def _level(chunks: Sequence[torch.nn.Module]) -> None:
+    """Have mixtures send equally many tokens to each expert: how many it really is depends on values."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                dispatcher: Any = module.token_dispatcher
+                dispatcher.drop_and_pad = True
+                dispatcher.moe_expert_capacity_factor = 1.0
+                router: Any = module.router  # Megatron leaves its weights on the host until they are used
+                router.to(META)
+
+
+def _pass(config: RunConfig, arch: Architecture, chunk: torch.nn.Module) -> tuple[int, ...]:
+    """One padded sequence of the greatest length through a chunk, and back; behind the last, the head's product."""
     from sdpg_megatron.mcore.forward_step import last_hidden
     from sdpg_megatron.mcore.model import output_weight
 
@@ -134,11 +151,15 @@ def _forward(config: RunConfig, arch: Architecture, chunk: torch.nn.Module) -> t
     if not chunk.pre_process:
         part = length // (tensor if config.parallel.sequence else 1)
         dtype = getattr(torch, config.model.dtype)
-        chunk.set_input_tensor(torch.empty(part, 1, arch.hidden_size, dtype=dtype, device=META))  # type: ignore[operator]
+        given = torch.empty(part, 1, arch.hidden_size, dtype=dtype, device=META, requires_grad=True)
+        chunk.set_input_tensor(given)  # type: ignore[operator]
     out = last_hidden(chunk, torch.zeros(1, length, dtype=torch.int64, device=META))
     if chunk.post_process:
         rows_TH = out.flatten(0, 1)[: config.rollout.max_response_tokens]
         out = rows_TH @ output_weight(chunk).T
+    out.backward(torch.empty_like(out))  # type: ignore[no-untyped-call]
+    without = [name for name, parameter in chunk.named_parameters() if parameter.grad is None]
+    assert not without, f"no gradient of {without}"
     return tuple(out.shape)
 
 

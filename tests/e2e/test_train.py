@@ -140,7 +140,7 @@ def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
     checked = train(config, "--dry-run", "objective.beta=0.25")
     assert checked.returncode == 0, checked.stderr
     assert "beta: 0.25" in checked.stdout
-    assert "stage 0: " in checked.stderr and "forward: " in checked.stderr  # the model was walked
+    assert "stage 0: " in checked.stderr and "forward and back: " in checked.stderr  # the model was walked
     assert not list((tmp_path / "run").iterdir())
 
 

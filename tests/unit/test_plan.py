@@ -125,7 +125,7 @@ def test_a_recipe_can_be_walked(models: Path, name: str) -> None:
     (stage,) = walk(config, ranks)
     assert stage.parameters == plan.stages[0].numel
     columns = plan.arch.padded_vocab(config.parallel.tensor) // config.parallel.tensor
-    assert stage.shapes == (() if plan.arch.experts else ((config.rollout.max_response_tokens, columns),))
+    assert stage.shapes == ((config.rollout.max_response_tokens, columns),)
 
 
 def test_a_walk_over_pipeline_stages(models: Path) -> None:
