@@ -42,6 +42,19 @@ def test_two_steps_on_a_server(server: Running, model: Path, tmp_path: Path, lay
     assert_answers_as(server.url, after)
 
 
+def test_a_server_that_generates_one_step_ahead(server: Running, model: Path, tmp_path: Path) -> None:
+    """Two replicas, whose leaders ask the same server from threads of their own while the ranks learn."""
+    config = write_run(tmp_path, steps=3, eval={"every": 2, "samples": 1})
+    served = ["rollout.engine=sglang", f"rollout.sglang.urls=[{server.url}]", "rollout.sglang.verify_every=1"]
+    ahead = ["rollout.ahead=1", "objective.correction=truncate", "optimizer.schedule=constant"]
+    done = train(config, f"model.path={model}", *served, *ahead, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = metrics(tmp_path / "run")[1:]
+    assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
+    assert steps[0]["rollout/logprob_diff_max"] < 1e-3 < min(step["rollout/logprob_diff_max"] for step in steps[1:])
+    assert_answers_as(server.url, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32))
+
+
 def test_a_rank_that_dies_in_a_publish_ends_the_run_and_the_same_command_works(
     server: Running, model: Path, tmp_path: Path
 ) -> None:
