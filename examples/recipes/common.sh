@@ -22,8 +22,9 @@ prepare() {
     "$PYTHON" tools/prepare_data.py runs/data/math --train dapo-math-17k --eval aime-2024 aime-2025 amc-2023
 }
 
-# train_and_evaluate RUN CONFIG GPU SERVERS TENSOR key=value ...: where it fits, in the folder RUN. Where servers have
-# GPUs of their own, SERVERS of TENSOR GPUs each take them from the machine's.
+# train_and_evaluate RUN CONFIG GPU SERVERS TENSOR key=value ...: where it fits, in the folder RUN, which then has the
+# trained model twice: RUN/model for Hugging Face, RUN/megatron for Megatron-LM. Where servers have GPUs of their own,
+# SERVERS of TENSOR GPUs each take them from the machine's.
 train_and_evaluate() {
   local run=$1 config=$2 gpu=$3 servers=$4 tensor=$5 ranks=${RANKS_PER_NODE:-8} nodes=${TRAINING_NODES:-${NNODES:-1}}
   shift 5
@@ -39,4 +40,5 @@ train_and_evaluate() {
   RANKS_PER_NODE=$ranks bash scripts/launch.sh "$config" "${changes[@]}"
   [[ "${NODE_RANK:-0}" == 0 ]] || return 0
   "$PYTHON" -m sdpg_megatron eval "$run" --out "$run/final" eval.samples=32
+  [[ -e "$run/megatron" ]] || "$PYTHON" tools/convert_hf_to_megatron.py "$run/model" "$run/megatron"
 }

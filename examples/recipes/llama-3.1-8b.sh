@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Llama-3.1-8B-Instruct learns mathematics with SDPG: data, training, evaluation.
+# Llama-3.1-8B-Instruct learns mathematics with SDPG: data, training, evaluation, conversion.
 #
 #   bash examples/recipes/llama-3.1-8b.sh
 #   PLACE=disaggregated bash examples/recipes/llama-3.1-8b.sh              4 GPUs train, 4 generate

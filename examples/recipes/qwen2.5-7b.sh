@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen2.5-7B-Instruct learns mathematics with SDPG: data, training, evaluation.
+# Qwen2.5-7B-Instruct learns mathematics with SDPG: data, training, evaluation, conversion.
 #
 #   bash examples/recipes/qwen2.5-7b.sh
 #   PLACE=disaggregated bash examples/recipes/qwen2.5-7b.sh              4 GPUs train, 4 generate

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen3-30B-A3B, a mixture of experts, learns mathematics with SDPG: data, training, evaluation.
+# Qwen3-30B-A3B, a mixture of experts, learns mathematics with SDPG: data, training, evaluation, conversion.
 #
 #   bash examples/recipes/qwen3-30b-a3b.sh                                                   8 H200, which take turns
 #

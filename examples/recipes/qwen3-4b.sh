@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen3-4B as in the paper, with one of its methods: data, training, evaluation.
+# Qwen3-4B as in the paper, with one of its methods: data, training, evaluation, conversion.
 #
 #   bash examples/recipes/qwen3-4b.sh sdpg-urkl                        or sdpg-ufkl, grpo, dapo, rlsd, opsd
 #   PLACE=disaggregated bash examples/recipes/qwen3-4b.sh grpo         4 GPUs train, 4 generate

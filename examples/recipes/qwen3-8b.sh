@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen3-8B learns mathematics with SDPG: data, training, evaluation.
+# Qwen3-8B learns mathematics with SDPG: data, training, evaluation, conversion.
 #
 #   bash examples/recipes/qwen3-8b.sh
 #   PLACE=disaggregated bash examples/recipes/qwen3-8b.sh              4 GPUs train, 4 generate
