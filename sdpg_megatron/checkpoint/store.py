@@ -181,7 +181,7 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None) -> None:
+    def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None = None) -> None:
         try:
             if more is not None:
                 more(partial)

@@ -9,11 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.mcore import passes
-from sdpg_megatron.settings import load
-from sdpg_megatron.train.inputs import load_inputs
-from sdpg_megatron.train.loop import Outcome, train
-
 PASSES = {"teacher": "teacher_hidden", "logprobs": "logprobs"}
 
 
@@ -26,6 +21,11 @@ def counted(real: Callable[..., Any], count: Callable[[], None]) -> Callable[...
 
 
 def main(paths: list[Path]) -> None:
+    from sdpg_megatron.mcore import passes
+    from sdpg_megatron.settings import load
+    from sdpg_megatron.train.inputs import load_inputs
+    from sdpg_megatron.train.loop import Outcome, train
+
     counts: Counter[str] = Counter()
     for name, function in PASSES.items():
         setattr(passes, function, counted(getattr(passes, function), lambda name=name: counts.update([name])))

@@ -6,19 +6,14 @@ a checkpoint, which takes the trainer with it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from sdpg_megatron.checkpoint import writing
-from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.cli import main
-from sdpg_megatron.mcore.learner import Learner
-from sdpg_megatron.observe.writers import MultiWriter
-from sdpg_megatron.train.loop import Trainer
 
 VARIABLE = "SDPG_TEST_DEATH"
 
@@ -27,8 +22,9 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_after(owner: Any, name: str, count: int) -> None:
-    """Once `owner.name` has been called `count` times."""
+def die_after(module: str, kind: str, name: str, count: int) -> None:
+    """Once the method `name` of a class of this package has been called `count` times."""
+    owner = getattr(importlib.import_module(f"sdpg_megatron.{module}"), kind)
     inner: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
@@ -45,6 +41,8 @@ def die_after(owner: Any, name: str, count: int) -> None:
 
 def die_while_writing(count: int) -> None:
     """The `count`-th checkpoint's writer, once it has begun the file; and then the trainer, its parent."""
+    from sdpg_megatron.checkpoint import writing
+
     trainer, inner = os.getpid(), writing.seal
     calls = 0
 
@@ -61,13 +59,13 @@ def die_while_writing(count: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "update": lambda count: die_after(Learner, "update", count),
-    "reported": lambda count: die_after(MultiWriter, "write", count),
-    "begun": lambda count: die_after(Trainer, "_save", count),
+    "update": lambda count: die_after("mcore.learner", "Learner", "update", count),
+    "reported": lambda count: die_after("observe.writers", "MultiWriter", "write", count),
+    "begun": lambda count: die_after("train.loop", "Trainer", "_save", count),
     "writer": die_while_writing,
-    "manifest": lambda count: die_after(RunState, "write", count),
-    "renamed": lambda count: die_after(CheckpointStore, "_point_at", count),
-    "pruned": lambda count: die_after(CheckpointStore, "_prune", count),
+    "manifest": lambda count: die_after("checkpoint.state", "RunState", "write", count),
+    "renamed": lambda count: die_after("checkpoint.store", "CheckpointStore", "_point_at", count),
+    "pruned": lambda count: die_after("checkpoint.store", "CheckpointStore", "_prune", count),
 }
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from sdpg_megatron.cli import main
-from sdpg_megatron.mcore import learner
-from sdpg_megatron.train import rollouts
 
 VARIABLE = "SDPG_TEST_HANG"
 LONG = 600
@@ -38,6 +36,9 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 
 def hang(how: str, place: str) -> None:
+    from sdpg_megatron.mcore import learner
+    from sdpg_megatron.train import rollouts
+
     owner, name, count = {
         "update": (learner.passes, "run_schedule", 2),
         "eval": (rollouts.Rollouts, "run", 1),

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdpg_megatron.cli import main
-from sdpg_megatron.observe import files
-from sdpg_megatron.train import export
-from tests.disk import files_end_at
 
 VARIABLE = "SDPG_TEST_REFUSAL"
 THROUGH = 10
@@ -22,6 +19,10 @@ THROUGH = 10
 
 
 def refuse(name: str, count: int) -> None:
+    from sdpg_megatron.observe import files
+    from sdpg_megatron.train import export
+    from tests.disk import files_end_at
+
     inner = files.writing
     turns = 0
 

@@ -86,7 +86,10 @@ def evaluate(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[
 def run_module(
     program: str, *arguments: object, ranks: int = 1, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module to the end. Ranks are forks of a process with all imports done, unless they are to be `fresh`."""
+    """Run a module to the end. Ranks are forks of a process with all imports done, unless they are to be `fresh`.
+
+    A run's verifier process imports the module as well: one that has its heavy imports in functions is ready sooner.
+    """
     if fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
         line = _line(program, arguments, ranks)
         return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)

@@ -9,12 +9,13 @@ from collections.abc import Collection
 from typing import Any
 
 from sdpg_megatron.cli import main
-from sdpg_megatron.mcore import learner
 
 VARIABLE = "SDPG_TEST_SPOILT"
 
 
 def spoil(steps: Collection[int]) -> None:
+    from sdpg_megatron.mcore import learner
+
     update, schedule = learner.Learner.update, learner.passes.run_schedule
     current = -1
 

@@ -11,13 +11,14 @@ import sys
 from typing import Any
 
 from sdpg_megatron.cli import main
-from sdpg_megatron.rollout import hf
 
 VARIABLE = "SDPG_TEST_STOP"
 TOKEN = 3
 
 
 def stop_in(generation: int) -> None:
+    from sdpg_megatron.rollout import hf
+
     generate, watch = hf.HFEngine.generate, hf._Watch.__call__
     generations = tokens = 0
 
