@@ -4,10 +4,11 @@
     python benchmarks/crash.py --kills 100 --seed 0 --out benchmarks/results/crash.json
 
 Each run is one of two ranks (two pipeline stages) of the tests' tiny model, eight steps with a checkpoint after each,
-written behind the steps in every second run. It is killed (SIGKILL) several times, started again by the same command
-each time, and in the end left to finish. A kill takes a rank or the launcher; every other one strikes at a drawn time
-between the start and the end, the rest at a drawn place in the code, most of which lie inside a save: see
-tests/e2e/dying.py. The seed decides all but how far a run has come at a drawn time.
+written behind the steps in every second run, with rollouts one step ahead in two of four. It is killed (SIGKILL)
+several times, started again by the same command each time, and in the end left to finish. A kill takes a rank or the
+launcher; every other one strikes at a drawn time between the start and the end, the rest at a drawn place in the code,
+most of which lie inside a save: see tests/e2e/dying.py. The seed decides all but how far a run has come at a drawn
+time.
 
 The launcher is a small one, below: it starts the ranks as forks of a process that has everything imported, so that a
 start takes a second and not ten. Like torchrun it ends all ranks when one fails; like torchrun's, its ranks are ended
@@ -53,6 +54,7 @@ SETTINGS = {
     "eval": {"every": 4, "samples": 2},
     "parallel": {"pipeline": RANKS},
 }
+AHEAD = ("rollout.ahead=1", "objective.correction=truncate")
 KILLS_PER_RUN = 10
 ON_EVERY_RANK = ("update", "begun", "writer")
 """Moments that each rank passes; the others are the first one's."""
@@ -161,10 +163,10 @@ class Runner:
         self.result = Result()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", *PRELOADED])
-        self.config = self._write("whole")
-        self._start(self.config, (), None)  # the first one imports
-        if self._start(self.config, ("run_dir=" + str(scratch / "timed"),), None):
-            raise RuntimeError(f"the undisturbed run failed: see {scratch}")
+        config = self._write("whole")
+        if self._start(self._write("whole-ahead"), AHEAD, None) or self._start(config, (), None):
+            raise RuntimeError(f"an undisturbed run failed: see {scratch}")
+        self._start(config, ("run_dir=" + str(scratch / "timed"),), None)  # the first one imports
         self.seconds = self.last_seconds
 
     def _write(self, name: str) -> Path:
@@ -199,7 +201,8 @@ class Runner:
     def torment(self, number: int, kills: int) -> None:
         """One run, killed up to so many times."""
         config = self._write(f"run{number}")
-        overrides = [f"checkpoint.asynchronous={str(bool(number % 2)).lower()}"]
+        ahead = bool(number & 2)
+        overrides = [f"checkpoint.asynchronous={str(bool(number % 2)).lower()}", *(AHEAD if ahead else ())]
         code, killed = 1, 0
         while killed < kills and code:
             code = self._start(config, overrides, draw_death(self.draw, self.moments))
@@ -209,7 +212,7 @@ class Runner:
         if code and (code := self._start(config, overrides, None)):
             raise RuntimeError(f"exit code {code} without a kill: see {config.parent}")
         self.result.kills += killed
-        self._compare(config.parent / "run")
+        self._compare(config.parent / "run", self.scratch / ("whole-ahead" if ahead else "whole") / "run")
 
     def _look_at(self, run: Path) -> None:
         from sdpg_megatron.checkpoint.files import find_damage
@@ -225,12 +228,11 @@ class Runner:
                 damage = error
             self.result.broken += damage is not None
 
-    def _compare(self, run: Path) -> None:
+    def _compare(self, run: Path, whole: Path) -> None:
         import torch  # not at the top: the ranks' verifier processes import this file, and nothing else of it
 
         from tests.e2e.runs import weights
 
-        whole = self.scratch / "whole" / "run"
         self.result.mismatches += differing(metrics_lines(whole), metrics_lines(run))
         ours, theirs = weights(run), weights(whole)
         self.result.mismatches += sum(

@@ -96,8 +96,9 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
-            # Code that holds Python's lock holds this thread up, too: then its stack is written by one that needs none.
-            faulthandler.dump_traceback_later(self._config.silence, file=_STDERR)
+            # Code that holds Python's lock holds this thread up, too: then one that needs none writes the stack, and
+            # ends the process where no other rank's watchdog sees that this one is silent.
+            faulthandler.dump_traceback_later(self._config.silence, exit=self._board is None, file=_STDERR)
             self._clock.tick()
             if reason := self._reason():
                 self._end(reason)
