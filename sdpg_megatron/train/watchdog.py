@@ -49,13 +49,14 @@ class Watchdog:
         self._ended = ""
         self._board: Board | None = None
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._config.enabled:
             nonce = self._ranks.gather_all(secrets.token_hex(4))[0]
             if self._ranks.world > 1 and "MASTER_ADDR" in os.environ:
                 self._board = Board.open(nonce, self._ranks, self._clock, self._interval, self._state)
-            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(
@@ -65,6 +66,8 @@ class Watchdog:
         if isinstance(error, RuntimeError) and self._board is not None and _in_collective(error):
             self._explain(error, self._board)
         self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * self._interval)
         faulthandler.cancel_dump_traceback_later()
         if self._board is not None:
             self._board.close()
@@ -96,9 +99,9 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
-            # Code that holds Python's lock holds this thread up, too: then one that needs none writes the stack, and
-            # ends the process where no other rank's watchdog sees that this one is silent.
-            faulthandler.dump_traceback_later(self._config.silence, exit=self._board is None, file=_STDERR)
+            # Code that holds Python's lock holds this thread up, too: then its stack is written by one that needs none.
+            # That does no more: its clock counts the time in which the process was stopped.
+            faulthandler.dump_traceback_later(self._config.silence, file=_STDERR)
             self._clock.tick()
             if reason := self._reason():
                 self._end(reason)

@@ -72,10 +72,3 @@ def test_a_rank_alone_ends_as_well(config: Path, monkeypatch: pytest.MonkeyPatch
     done = train(config, "watchdog.update=6", "watchdog.silence=10", program="tests.e2e.hanging")
     assert done.returncode == HUNG
     assert "update has taken " in done.stderr and "in hang_here" in done.stderr
-
-
-def test_a_rank_alone_that_holds_the_lock_ends_after_its_stack(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "hold:0:update")
-    done = train(config, "watchdog.silence=6", program="tests.e2e.hanging")
-    assert done.returncode == 1
-    assert "Timeout (0:00:06)!" in done.stderr and 'hanging.py", line' in done.stderr
