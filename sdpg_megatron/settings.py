@@ -247,6 +247,12 @@ def _check_ahead(config: RunConfig) -> None:
     if rollout.engine == "sglang" and rollout.sglang.colocated:
         expected = "0 where servers share the trainer's devices: only one of them has the memory"
         raise ConfigError("rollout.ahead", rollout.ahead, expected, "give the servers devices of their own")
+    if rollout.engine == "hf" and (config.model.recompute or config.parallel.sequence):
+        expected = (
+            "0 for the embedded engine with model.recompute or parallel.sequence: Megatron then puts torch's generator "
+            "back while the engine draws from it"
+        )
+        raise ConfigError("rollout.ahead", rollout.ahead, expected, "generate on servers: rollout.engine=sglang")
 
 
 def _check_servers(sglang: SGLangConfig) -> None:

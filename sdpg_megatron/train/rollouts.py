@@ -146,8 +146,10 @@ class Rollouts:
     def finish(self) -> list[ScoredGroup]:
         """What `run` would return, when what was begun is done."""
         assert self._begun is not None, "nothing was begun"
-        (call, task), self._begun = self._begun, None
-        return self._complete(call, task.result(), never)
+        call, task = self._begun
+        attempt = task.result()  # a signal may end the waiting: then there is something to cancel
+        self._begun = None
+        return self._complete(call, attempt, never)
 
     def cancel(self) -> None:
         """End what was begun, if anything was. Every rank may call it on its own."""

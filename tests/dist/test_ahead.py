@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
+from unittest.mock import patch
 
 from sdpg_megatron.config import ParallelConfig
 from sdpg_megatron.records import Completion, Group, Prompt
@@ -53,6 +55,7 @@ class Engine:
 def generate_behind() -> Any:
     """Versions of the groups' weights by prompt, and what was published; the prompts of a call that was cancelled."""
     from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.train.behind import Behind
     from sdpg_megatron.train.rollouts import Rollouts
 
     ranks = parallel.initialize(ParallelConfig(), 0)
@@ -72,6 +75,8 @@ def generate_behind() -> Any:
     engine.asked.clear()
     rollouts.begin(prompts, Sampling(2, 8))
     assert engine.asked.wait(LONG)
+    with patch.object(Behind, "result", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+        rollouts.finish()
     rollouts.close()
     return found, engine.streams, engine.abandoned
 
@@ -80,4 +85,4 @@ def test_servers_that_lost_their_weights_get_the_newest_and_the_rest_is_asked_fo
     for found, streams, abandoned in ranks.run(generate_behind, 2):
         assert found == [("0", 4), ("1", 3), ("2", 4), ("3", 3)]
         assert streams == [3, 4]
-        assert abandoned, "closing ends what goes on"
+        assert abandoned, "closing ends what goes on, also where the waiting for it was interrupted"

@@ -114,6 +114,10 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("rollout.sglang={servers: 2, ports: [30000, 30000]}", ["rollout.sglang.ports", "2 different ones"]),
         ("rollout.sglang.router=http://a", ["rollout.sglang.router: found 'http://a'", "rollout.sglang.ports"]),
         ("rollout.ahead=1", ["rollout.ahead: found 1", "Fix: set objective.correction to truncate"]),
+        (
+            "rollout.ahead=1 with objective.correction=truncate with model.recompute=true with rollout.engine=hf",
+            ["rollout.ahead: found 1", "expected 0 for the embedded engine with model.recompute or parallel.sequence"],
+        ),
         ("rollout.sglang.colocated=true", ["rollout.sglang.sink: found 'broadcast'", "Fix: use shared"]),
         ("rollout.sglang={colocated: true, urls: [http://a]}", ["rollout.sglang.colocated: found True", "urls"]),
         ("rollout.sglang.data=2", ["rollout.sglang.sink: found 'broadcast'", "expected disk"]),
@@ -157,7 +161,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
 )
 def test_a_refusal_names_field_value_and_fix(minimal: Path, override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(minimal, [override])
+        load(minimal, override.split(" with "))
     for part in [*parts, "found", "expected", "Fix"]:
         assert part in str(caught.value)
 
