@@ -21,6 +21,8 @@ by the system when it is killed itself (tests/e2e/test_crash.py has that with to
     doubled     prompts that this one learned from more often
     broken      checkpoints that stood there after a kill and were not whole
 
+The exit code is 1 where one of the last four is not 0.
+
 Killing the rollout server is not part of it: tests/sglang/test_train.py does that, with a real one, whose samples are
 not the same bit for bit from one batch to another.
 """
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": round(time.perf_counter() - started),
         }
         write_json(arguments.out.with_name(f"{arguments.out.name}.meta.json"), meta)
-    return 0
+    return int(any(result[name] for name in ("mismatches", "lost", "doubled", "broken")))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", type=Path, metavar="PATH")
     inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--digests", action="store_true", help="read a run checkpoint's files, and compare digests")
     inspect.set_defaults(command=_inspect, overrides=[])
     return parser
 
@@ -248,7 +249,7 @@ def _inspect(options: argparse.Namespace, more: Sequence[str]) -> int:
     from sdpg_megatron.convert.inspect import inspect
 
     _refuse(more)
-    report = inspect(options.path)
+    report = inspect(options.path, digests=options.digests)
     sys.stdout.write(report.to_json() if options.json else report.to_text())
     return 2 if report.damage else 0
 

@@ -19,8 +19,8 @@ from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, ScoredGroup
 
 DRAWN = "drawn.safetensors"
-_WORDS = "responses"
-"""The entry of the file's metadata that has what is not a number."""
+_WORDS = "words"
+"""The entry that has what is not a number, as JSON in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Drawn:
 
 
 def write_drawn(path: Path, drawn: Drawn) -> None:
-    """Flat arrays, response by response; texts are in the metadata."""
+    """Flat arrays, response by response. Raises `OSError`."""
     completions = [completion for scored in drawn.groups for completion in scored.group.completions]
     arrays = {
         "prompts": np.array(drawn.indices, np.int64),
@@ -51,7 +51,11 @@ def write_drawn(path: Path, drawn: Drawn) -> None:
         arrays["experts"] = np.concatenate(experts)
         arrays["routed"] = np.array([0 if c.experts is None else len(c.experts) for c in completions], np.int64)
     words = json.dumps([(completion.finish_reason, completion.text) for completion in completions])
-    save_file(arrays, path, metadata={_WORDS: words})
+    arrays[_WORDS] = np.frombuffer(words.encode(), np.uint8)  # not metadata, which has a bound of 100 MB
+    try:
+        save_file(arrays, path)
+    except SafetensorError as error:  # also of a disk that refuses
+        raise OSError(f"{path}: {error}") from error
 
 
 def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
@@ -60,7 +64,7 @@ def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
         with safe_open(path, framework="np") as file:
             # safetensors ships its types for torch alone
             arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            words = json.loads(file.metadata()[_WORDS])
+        words = json.loads(arrays[_WORDS].tobytes())
         completions = list(_completions(arrays, words))
         rewards = arrays["rewards"].tolist()
         groups = []

@@ -1,9 +1,12 @@
-"""The one pickle of a checkpoint that torch reads with no restriction: a stranger's would be run."""
+"""The pickles of a checkpoint: a stranger's would be run where torch reads them with no restriction."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,21 @@ OTHERS = {
     ("pathlib._local", "PosixPath"),  # where Python 3.13 has it
     ("_io", "BytesIO"),
 }
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Have torch read tensors and plain data alone, also where torch and Megatron ask it for any object."""
+    before = os.environ.get(_ONLY_WEIGHTS)
+    os.environ[_ONLY_WEIGHTS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONLY_WEIGHTS]
+        else:
+            os.environ[_ONLY_WEIGHTS] = before
 
 
 def read_tensor_list(checkpoint: Path) -> Metadata:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
-from sdpg_megatron.checkpoint.pickles import read_tensor_list
+from sdpg_megatron.checkpoint.pickles import only_weights, read_tensor_list
 from sdpg_megatron.mcore import padded_buckets, torch_adam
 from sdpg_megatron.mcore.learner import Learner
 
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def load_sharded(path: Path, learner: Learner) -> None:
     """
     read_tensor_list(path)  # megatron-core reads it without asking what is in it
     torch_adam.make_state(learner.optimizer)
-    with _only_weights():
+    with only_weights():
         loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
     for name, chunk in _named_chunks(learner):
         chunk.load_state_dict(loaded[name])
@@ -65,20 +61,6 @@ def load_sharded(path: Path, learner: Learner) -> None:
     learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     for number, kept in enumerate(learner.teacher.kept):
         kept.copy_(loaded[_TEACHER][number])
-
-
-@contextmanager
-def _only_weights() -> Iterator[None]:
-    """Have torch read tensors and plain data alone, also where torch and Megatron ask it for any object."""
-    before = os.environ.get(_ONLY_WEIGHTS)
-    os.environ[_ONLY_WEIGHTS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ONLY_WEIGHTS]
-        else:
-            os.environ[_ONLY_WEIGHTS] = before
 
 
 def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:

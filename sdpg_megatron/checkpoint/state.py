@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
+from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError
 
@@ -51,6 +53,8 @@ class RunState:
     """`fingerprint` of the model that the run started from, which is also the reference."""
     files: Mapping[str, FileSum] = field(default_factory=dict)
     """Every other file of the checkpoint, by its name."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages that wrote it, by their names."""
     format: int = FORMAT
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -72,7 +76,8 @@ class RunState:
             written = fields.pop("digest")
             if written != digest(fields):
                 raise ValueError(f"content that is not what its digest {written!r} was made of")
-            del fields["config_digest"]
+            if fields.pop("config_digest") != digest(fields["config"]):
+                raise ValueError("a configuration that is not what its digest was made of")
             return _STATE.validate_python(fields)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -80,6 +85,11 @@ class RunState:
 
 
 _STATE = TypeAdapter(RunState)
+
+
+def package_versions() -> dict[str, str]:
+    """Of those whose work a checkpoint is."""
+    return {"sdpg-megatron": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
 
 
 def digest(tree: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import pickle
 import secrets
 import shutil
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
 from sdpg_megatron.checkpoint.files import find_damage, flush_folder, seal, write_durably
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
 from sdpg_megatron.checkpoint.state import (
@@ -43,11 +42,6 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 """A file with the name of the newest complete checkpoint's folder, for people and scripts: nothing here reads it."""
-UNREADABLE = (
-    dist_checkpointing.core.CheckpointingException, CheckpointException, pickle.UnpicklingError,
-    OSError, EOFError, RuntimeError, KeyError, ValueError,
-)  # fmt: skip
-"""What Megatron and torch raise about tensors that are not there or not whole."""
 
 T = TypeVar("T")
 
@@ -178,7 +172,10 @@ class CheckpointStore:
     def _make_partial(self, step: int) -> Path:
         """A folder that nobody else writes to: writers of a run that was killed may still be at work in its own."""
         partial = self._folder / f"{checkpoint_name(step)}.{secrets.token_hex(4)}{PARTIAL}"
+        new = not self._folder.exists()
         partial.mkdir(parents=True)
+        if new:
+            flush_folder(self._folder.parent)
         return partial
 
     def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None = None) -> None:
@@ -238,10 +235,3 @@ class CheckpointStore:
             "Earlier checkpoints are untouched. Fix: free or repair the disk; the same command then continues from the "
             "newest one"
         )
-
-
-def describe(error: BaseException) -> str:
-    """In one line, with what a rank's writer said."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__

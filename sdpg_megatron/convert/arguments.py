@@ -32,8 +32,17 @@ CONFIG_KEYS: Mapping[str, str] = {
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_router_topk": "num_experts_per_tok",
     "moe_router_pre_softmax": "norm_topk_prob",
+    "swiglu": "hidden_act",
+    "squared_relu": "hidden_act",
+    "add_bias_linear": "mlp_bias",
+    "normalization": "model_type",
+    "apply_layernorm_1p": "model_type",
+    "position_embedding_type": "model_type",
+    "rotary_percent": "model_type",
+    "rotary_interleaved": "model_type",
 }
-"""Arguments that say what the weights are, and the keys of config.json that say the same."""
+"""Arguments that say what the weights are and what is computed from them, and the keys of config.json that say the
+same. The others are of training (dropout, lengths), or make no difference."""
 _OF_A_FEATURE = {
     "num_query_groups": "group_query_attention",
     "rope_scaling_factor": "use_rope_scaling",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -116,8 +117,7 @@ def to_hugging_face(
         write_config(folder, aside, _name(next(iter(specs.values()))[1]))
         copy_companions(folder, aside)
         with _flushing(aside):
-            if (found := read_architecture(aside)) != arch:
-                raise ConversionError(str(target / "config.json"), found, str(arch), "report this")
+            _check_same_architecture(read_architecture(aside), arch, target / "config.json")
             checkpoint = partial(_open_checkpoint, source.folder, arch)
             check_same_tensors(checkpoint, partial(FolderTensors, aside, arch), specs, target, moved)
 
@@ -143,7 +143,8 @@ def _aside(target: Path) -> Iterator[Path]:
         yield aside
         aside.rename(target)
     except OSError as error:
-        raise ConversionError(str(target), str(error), "a disk that takes it", "free or repair the disk") from error
+        where = error.filename if isinstance(error.filename, str) else str(target)
+        raise ConversionError(where, str(error), "a disk that reads and takes it", "free or repair the disk") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -198,11 +199,18 @@ def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, d
 def _prove_megatron(written: Path, arch: Architecture, source: Path, specs: Specs, moved: Moved) -> None:
     """Read back what was written: arguments, config.json and every tensor."""
     check_arguments(arguments_of(TorchDist(written)), arch, f"{written}: args")
-    if arch != (expected := read_architecture(source)):
-        raise ConversionError(str(written.parent / COMPANION_FOLDER), str(arch), str(expected), "report this")
+    _check_same_architecture(arch, read_architecture(source), written.parent / COMPANION_FOLDER)
     check_same_tensors(
         partial(FolderTensors, source, arch), partial(_open_checkpoint, written, arch), specs, written, moved
     )
+
+
+def _check_same_architecture(found: Architecture, expected: Architecture, where: Path) -> None:
+    """Hold what was written of a config.json against what was read, field by field."""
+    for field in dataclasses.fields(Architecture):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if one != other:
+            raise ConversionError(f"{where}: {field.name}", repr(one), f"{other!r}, the source's", "report this")
 
 
 def _open_checkpoint(folder: Path, arch: Architecture) -> CheckpointTensors:

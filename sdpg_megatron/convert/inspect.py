@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,16 +14,27 @@ import torch
 
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.checkpoint.files import find_damage
+from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.places import of_the_model
 from sdpg_megatron.convert.source import Source, find_source
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors
-from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.errors import ConversionError, SdpgError
 from sdpg_megatron.weights.load import SafetensorsFolder
 from sdpg_megatron.weights.map import Shape
 
 T = TypeVar("T")
+
+LAYOUT = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "expert": "expert_model_parallel_size",
+}
+"""Degrees of parallelism, as this package and as Megatron-LM's arguments call them. Data-parallel copies are no part of
+either."""
 
 
 @dataclass
@@ -66,14 +77,19 @@ class Report:
         return "".join(f"{name:<15}{_shown(value)}\n" for name, value in shown)
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path, *, digests: bool = False) -> Report:
     """Look at a Hugging Face folder, a run, a run checkpoint or a Megatron checkpoint. No tensor is read.
 
+    Args:
+        digests: read a run checkpoint's files whole, and compare them with the digests in its manifest.
+
     Raises:
-        ConversionError: the path is nothing of these.
-        CheckpointError: a run checkpoint's manifest is damaged.
+        ConversionError: the path is nothing of these, or there are no digests of it.
+        CheckpointError: a run checkpoint's manifest is missing or damaged.
     """
     source = find_source(path)
+    if digests and source.state is None:
+        raise ConversionError("--digests", f"a {source.kind}", "a run checkpoint, which has digests", "leave it out")
     report = Report(str(source.folder), source.kind)
     arch = None
     if source.companions is not None:
@@ -85,7 +101,7 @@ def inspect(path: Path) -> Report:
     if source.kind == "Hugging Face folder":
         _attempt(report, _look_at_folder, report, source.folder, arch)
     else:
-        _attempt(report, _look_at_checkpoint, report, source, arch)
+        _attempt(report, _look_at_checkpoint, report, source, arch, digests)
     return report
 
 
@@ -111,10 +127,10 @@ def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> 
     _count(report, ((source.shape(name), source.dtype(name)) for name in source.names))
 
 
-def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | None) -> None:
+def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | None, digests: bool) -> None:
     if source.state is not None:
         report.step = source.state.step
-        _attempt(report, _look_at_manifest, report, source)
+        _look_at_manifest(report, source.folder, source.state, digests)
     checkpoint = TorchDist(source.folder)
     report.damage += [str(fault) for fault in checkpoint.faults()]
     model = of_the_model(checkpoint.tensors)
@@ -127,15 +143,12 @@ def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | Non
         _look_at_arguments(report, checkpoint, arch)
 
 
-def _look_at_manifest(report: Report, source: Source) -> None:
-    assert source.state is not None
-    report.versions["manifest"] = str(source.state.format)
-    if damage := find_damage(source.folder, source.state.files, digests=False):
+def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
+    report.versions |= {"manifest": str(state.format), **state.versions}
+    if damage := find_damage(folder, state.files, digests=digests):
         report.damage.append(str(damage))
-    layout = source.state.config.get("parallel")
-    if isinstance(layout, dict):
-        names = ("tensor", "pipeline", "virtual_pipeline", "expert")
-        report.layout = " x ".join(f"{name} {layout[name]}" for name in names if layout.get(name))
+    parallel = state.config.get("parallel")
+    report.layout = _layout(parallel) if isinstance(parallel, dict) else None
 
 
 def _look_at_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
@@ -144,10 +157,13 @@ def _look_at_arguments(report: Report, checkpoint: TorchDist, arch: Architecture
         report.step = common["iteration"]
     if "checkpoint_version" in common:
         report.versions["checkpoint"] = str(common["checkpoint_version"])
-    names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
-    report.layout = " x ".join(f"{name} {arguments[key]}" for name, key in names.items() if key in arguments) or None
+    report.layout = _layout({name: arguments.get(key) for name, key in LAYOUT.items()})
     if arch is not None:
         check_arguments(arguments, arch, f"{checkpoint.folder}: args")
+
+
+def _layout(degrees: Mapping[str, Any]) -> str | None:
+    return " x ".join(f"{name.replace('_', ' ')} {degrees[name]}" for name in LAYOUT if degrees.get(name)) or None
 
 
 def _count(report: Report, tensors: Iterable[tuple[Shape, torch.dtype]]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,24 @@ def check_same_tensors(
         ConversionError: naming a tensor that differs.
     """
     shares = _shares(specs, min(THREADS, os.cpu_count() or 1))
+    failed = threading.Event()
+
+    def count(nbytes: int) -> None:
+        if failed.is_set():
+            raise _NotNeeded
+        moved(nbytes)
+
     with ThreadPoolExecutor(len(shares)) as threads:
-        checks = [threads.submit(_check, source(), written(), share, where, moved) for share in shares]
-        for check in checks:
-            check.result()
+        checks = [threads.submit(_check, source(), written(), share, where, count) for share in shares]
+        try:
+            for check in as_completed(checks):
+                check.result()
+        finally:  # also where the waiting is interrupted
+            failed.set()
+
+
+class _NotNeeded(Exception):
+    """Another thread has found a difference."""
 
 
 def _shares(specs: Mapping[str, Spec], count: int) -> list[dict[str, Spec]]:

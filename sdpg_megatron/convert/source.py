@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
+from sdpg_megatron.checkpoint.state import MANIFEST, RunState, checkpoint_folders
 from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
 from sdpg_megatron.errors import ConversionError
 
@@ -39,11 +39,11 @@ def find_source(path: Path) -> Source:
 
     Raises:
         ConversionError: there is none.
-        CheckpointError: a run checkpoint's manifest is damaged.
+        CheckpointError: a run checkpoint's manifest is missing or damaged; an older one is not taken in its place.
     """
     if (path / "config.json").is_file():
         return Source("Hugging Face folder", path, path)
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or path in checkpoint_folders(path.parent):
         state = RunState.read(path / MANIFEST)
         return Source("run checkpoint", path, _started_from(state.config), state)
     if (path / BACKEND_FILE).is_file():
@@ -51,7 +51,7 @@ def find_source(path: Path) -> Source:
     if (path / TRACKER_FILE).is_file():
         return Source("Megatron checkpoint", _iteration(path), _beside(path))
     for folder in (path / CHECKPOINTS, path):
-        if found := complete_checkpoints(folder):
+        if found := checkpoint_folders(folder):
             return find_source(found[-1])
     raise ConversionError(
         str(path),

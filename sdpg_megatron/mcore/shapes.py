@@ -73,8 +73,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     given = json.load(sys.stdin)
     config = RunConfig.model_validate(given["config"])
-    # Transformer Engine's layers need a GPU for their weights; they have the same shapes.
-    plain = config.model_copy(update={"model": config.model.model_copy(update={"spec": "local"})})
+    # Transformer Engine's layers need a GPU for their weights, and the fused sum of gradients one for theirs. Plain
+    # layers have the same shapes.
+    model = config.model.model_copy(update={"spec": "local", "gradient_accumulation_fusion": False})
+    plain = config.model_copy(update={"model": model})
     found = [asdict(stage) for stage in _stages(plain, given["ranks"])]
     sys.stdout.write(json.dumps(found) + "\n")
     return 0

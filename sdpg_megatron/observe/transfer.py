@@ -1,4 +1,4 @@
-"""Progress of work that is measured in bytes: on a terminal a bar with the rate and the time left, else one line."""
+"""Progress of work that is measured in bytes, with the time left: on a terminal a bar, else a line now and then."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+EVERY = 30.0
+"""Seconds between two lines."""
 
 
 @contextmanager
@@ -16,6 +20,11 @@ def transfer(title: str, total: int, console: Console | None = None) -> Iterator
     """Show how far it is; what is yielded is to be told of each number of bytes that were moved, by any thread."""
     console = console or Console(stderr=True)
     started, moved, lock = time.monotonic(), 0, threading.Lock()
+    said = started
+
+    def say(text: str) -> None:
+        console.print(f"{title}: {text}", highlight=False, soft_wrap=True)
+
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(
         TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
@@ -23,12 +32,15 @@ def transfer(title: str, total: int, console: Console | None = None) -> Iterator
         task = bar.add_task(title, total=total)
 
         def advance(nbytes: int) -> None:
-            nonlocal moved
+            nonlocal moved, said
             with lock:
                 moved += nbytes
+                now = time.monotonic()
+                if not console.is_terminal and now - said >= EVERY:
+                    said = now
+                    left = timedelta(seconds=round((now - started) * (total - moved) / max(moved, 1)))
+                    say(f"{moved / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
             bar.update(task, advance=nbytes)
 
         yield advance
-    console.print(
-        f"{title}: {moved / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s", highlight=False, soft_wrap=True
-    )
+    say(f"{moved / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpg_megatron.checkpoint.drawn import DRAWN, Drawn, read_drawn, write_drawn
-from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.checkpoint.state import RunState, package_versions
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
@@ -64,4 +64,5 @@ class Position:
             skipped=self.skipped,
             config=config.model_dump(mode="json"),
             model=model,
+            versions=package_versions(),
         )

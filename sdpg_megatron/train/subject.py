@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
+from sdpg_megatron.checkpoint.state import checkpoint_folders, step_of
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.results import response_limit
@@ -87,7 +87,7 @@ def _of_run(config: RunConfig, step: int | None) -> Subject:
     if summary is not None and step in (None, summary.steps) and (exported / "config.json").is_file():
         model = config.model.model_copy(update={"path": exported})
         return Subject(f"{config.run_dir}, step {summary.steps}", config.model_copy(update={"model": model}))
-    checkpoints = {step_of(path): path for path in complete_checkpoints(config.run_dir / CHECKPOINT_FOLDER)}
+    checkpoints = {step_of(path): path for path in checkpoint_folders(config.run_dir / CHECKPOINT_FOLDER)}
     chosen = max(checkpoints, default=0) if step is None else step
     if chosen not in checkpoints:
         there = f"one of its checkpoints (steps {', '.join(map(str, checkpoints)) or 'none'})"

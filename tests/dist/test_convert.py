@@ -25,6 +25,11 @@ LAYOUTS = {
     "PP2-VPP2": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "TP2-PP2": ParallelConfig(tensor=2, pipeline=2),
 }
+EXPERT_LAYOUTS = {
+    "EP2": ParallelConfig(expert=2),
+    "TP2-EP2": ParallelConfig(tensor=2, sequence=True, expert=2),
+    "PP2-VPP2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+}
 QUIET = Console(quiet=True)
 
 
@@ -105,11 +110,25 @@ def save(folder: Path, target: Path, parallel: ParallelConfig, metadata: dict[st
 def test_what_several_ranks_saved_becomes_a_folder(
     folder: Path, ranks: RankPool, tmp_path: Path, layout: str, metadata: dict[str, object]
 ) -> None:
+    comes_back(folder, ranks, tmp_path, LAYOUTS[layout], metadata)
+
+
+@pytest.mark.parametrize("parallel", EXPERT_LAYOUTS.values(), ids=EXPERT_LAYOUTS)
+def test_so_do_experts(ranks: RankPool, tmp_path: Path, parallel: ParallelConfig) -> None:
+    from tests.tiny import write_tiny_model
+
+    folder = write_tiny_model(tmp_path / "experts", "qwen3_moe", tied=False, seed=3, layers=4)
+    comes_back(folder, ranks, tmp_path, parallel, {})
+
+
+def comes_back(
+    folder: Path, ranks: RankPool, scratch: Path, parallel: ParallelConfig, metadata: dict[str, object]
+) -> None:
     from sdpg_megatron.convert.command import convert
 
-    parallel = LAYOUTS[layout]
-    ranks.run(save, parallel.tensor * parallel.pipeline, folder, tmp_path / "saved", parallel, metadata)
-    convert(tmp_path / "saved", tmp_path / "model", like=folder, console=QUIET)
-    found, expected = load_file(tmp_path / "model/model.safetensors"), load_file(folder / "model.safetensors")
+    world = parallel.tensor * parallel.pipeline * parallel.expert
+    ranks.run(save, world, folder, scratch / "saved", parallel, metadata)
+    convert(scratch / "saved", scratch / "model", like=folder, console=QUIET)
+    found, expected = load_file(scratch / "model/model.safetensors"), load_file(folder / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

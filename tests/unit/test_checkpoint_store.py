@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,28 @@ def test_a_sum_is_what_other_tools_make(tmp_path: Path) -> None:
     expected = FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     assert seal(tmp_path / "f") == expected
     assert find_damage(tmp_path, {"f": expected}, digests=True) is None
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("place", ["mkdir", "rename", "replace"])
+def test_whatever_the_disk_says_is_told_and_the_last_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    """As the new folder is made, as it is put in place, and as the manifest is."""
+    store = store_in(tmp_path, keep=1)
+    add(store, 1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    partial = store._make_partial(2)
+    monkeypatch.setattr(Path, place, refuse)
+    state = RunState(step=2, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+    with pytest.raises(CheckpointError, match=rf"could not be written: .*{os.strerror(number)}.* MiB free.*Fix: free"):
+        store._on_main(lambda: store._make_partial(2) if place == "mkdir" else store._put_in_place(partial, state))
+    monkeypatch.undo()
+    store.sweep()
+    assert names(tmp_path) == ["latest", "step_00000001"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:

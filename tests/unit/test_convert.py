@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron import cli
 from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert import convert as conversion
@@ -28,6 +30,7 @@ from sdpg_megatron.convert import tensors
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.proof import check_same_tensors
+from sdpg_megatron.convert.verify import logit_difference
 from sdpg_megatron.errors import CheckpointError, ConversionError, WeightError
 from tests.tiny import write_tiny_model
 
@@ -259,6 +262,13 @@ def test_what_the_disk_changed_is_never_put_in_place(
         ("rotary_base", 500000, r"rotary_base: found 500000, expected 10000\.0, .*rope_theta"),
         ("untie_embeddings_and_output_weights", False, "tie_word_embeddings"),
         ("norm_epsilon", 1e-5, "rms_norm_eps"),
+        ("rotary_interleaved", True, r"rotary_interleaved: found True, expected False, .*model_type"),
+        ("rotary_percent", 0.5, r"rotary_percent: found 0\.5, expected 1\.0"),
+        ("normalization", "LayerNorm", r"normalization: found 'LayerNorm', expected 'RMSNorm'"),
+        ("apply_layernorm_1p", True, "apply_layernorm_1p"),
+        ("position_embedding_type", "none", r"position_embedding_type: found 'none', expected 'rope'"),
+        ("squared_relu", True, "hidden_act"),
+        ("add_bias_linear", True, "mlp_bias"),
     ],
 )
 def test_arguments_that_contradict_config_json_are_named(
@@ -334,6 +344,23 @@ def test_nothing_in_a_checkpoint_is_run(megatron: Path, tmp_path: Path, name: st
         torch.save({"args": Harm()}, path / "release" / name)
     with pytest.raises(CheckpointError, match=name):
         convert(path, tmp_path / "target", console=QUIET)
+
+
+def test_nothing_in_the_tensors_files_is_run_by_verifying(model: Path, megatron: Path, tmp_path: Path) -> None:
+    """The entries beside the weights (`_extra_state`) are bytes that megatron-core has torch read as any object."""
+    path = tmp_path / "megatron"
+    shutil.copytree(megatron, path)
+    harm = io.BytesIO()
+    torch.save(Harm(), harm)
+    listed = read_tensor_list(path / "release")
+    for index, place in listed.storage_data.items():
+        if "_extra_state" in index.fqn:
+            file = path / "release" / place.relative_path
+            place.offset, place.length = file.stat().st_size, len(harm.getvalue())
+    file.write_bytes(file.read_bytes() + harm.getvalue())
+    (path / "release" / ".metadata").write_bytes(pickle.dumps(listed))
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
+        logit_difference(model, path / "release", "1 2 3")
 
 
 def test_tensors_of_two_types_in_one_parameter_need_a_choice(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from sdpg_megatron.checkpoint.drawn import Drawn, read_drawn, write_drawn
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from tests.disk import files_end_at
 
 
 class Source:
@@ -46,6 +47,12 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
                 assert after.experts is None
             else:
                 np.testing.assert_array_equal(before.experts, after.experts, strict=True)
+
+
+def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    with pytest.raises(OSError, match=r"drawn: .*File too large"), files_end_at(100):
+        write_drawn(tmp_path / "drawn", Drawn((8,), (responses(8, False),)))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sdpg_megatron import cli
-from sdpg_megatron.checkpoint.files import FileSum
+from sdpg_megatron.checkpoint.files import FileSum, seal
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, fingerprint
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
-from sdpg_megatron.errors import ConversionError
+from sdpg_megatron.errors import CheckpointError, ConversionError
 from tests.tiny import write_tiny_model
 
 
@@ -69,7 +69,29 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
     summed = dataclasses.replace(state, files={"common.pt": FileSum(common.stat().st_size + 1, "")})
     summed.write(checkpoint / MANIFEST)
     assert [str(common) in damage for damage in inspect(checkpoint).damage] == [True]
-    dataclasses.replace(state, model="another").write(checkpoint / MANIFEST)
+    before = dataclasses.replace(state, files={"common.pt": seal(common)})
+    before.write(checkpoint / MANIFEST)
+    content = bytearray(common.read_bytes())
+    content[len(content) // 2] ^= 1
+    common.write_bytes(content)
+    assert not any("sha256" in damage for damage in inspect(checkpoint).damage)
+    assert any("common.pt: found sha256 " in damage for damage in inspect(checkpoint, digests=True).damage)
+    with pytest.raises(ConversionError, match=r"--digests: found a Hugging Face folder"):
+        inspect(model, digests=True)
+
+
+def test_a_newest_checkpoint_without_its_manifest_is_not_passed_over(model: Path, tmp_path: Path) -> None:
+    config = {"model": {"path": str(model)}}
+    state = RunState(step=2, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model="m")
+    for step in (2, 3):
+        (tmp_path / f"run/checkpoints/step_0000000{step}").mkdir(parents=True)
+    state.write(tmp_path / "run/checkpoints/step_00000002" / MANIFEST)
+    newest = tmp_path / "run/checkpoints/step_00000003"
+    (newest / "metadata.json").touch()
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints", newest):
+        for read in (inspect, lambda path: convert(path, tmp_path / "target", console=Console(quiet=True))):
+            with pytest.raises(CheckpointError, match=r"step_00000003/manifest\.json: found .*No such file"):
+                read(path)
 
 
 def test_damage_is_told_and_makes_the_exit_code(megatron: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from sdpg_megatron.errors import WriteError
+from sdpg_megatron.observe import transfer as transfers
 from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
 from sdpg_megatron.observe.progress import HEADER_EVERY, Progress, format_seconds
@@ -303,3 +305,20 @@ def test_the_summary_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
             ),
         )
     assert read_summary(tmp_path) == first
+
+
+# --- transfers
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_transfer_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """In a log by lines; on a terminal there is a bar."""
+    monkeypatch.setattr(transfers, "EVERY", 0.0)
+    file = io.StringIO()
+    with transfers.transfer("a -> b", 4_000_000, Console(file=file, force_terminal=terminal, width=200)) as moved:
+        moved(1_000_000)
+        moved(3_000_000)
+    lines = file.getvalue().splitlines()
+    assert re.search(r"a -> b: 4 MB in \d+\.\d s", lines[-1])
+    if not terminal:
+        assert lines[:-1] == ["a -> b: 1 of 4 MB, 0:00:00 left", "a -> b: 4 of 4 MB, 0:00:00 left"]

@@ -43,6 +43,14 @@ def changed(text: str, **fields: Any) -> str:
     return json.dumps(tree | {"digest": digest(tree)})
 
 
+def test_a_configuration_is_held_against_its_digest(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    STATE.write(path)
+    path.write_text(changed(path.read_text(), config={"seed": 1}))
+    with pytest.raises(CheckpointError, match="found a configuration that is not what its digest was made of"):
+        RunState.read(path)
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"format": 2}', "[" * 100_000, '{"format": 2, "digest": "x"}'])
 def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "manifest.json"
