@@ -6,8 +6,9 @@
 Server and trainer have processors of their own, as they would on a cluster: the machine's are halved between them, and
 what one does not use is not lent to the other. Both runs are of SmolLM2 on the demo's addition problems, correct with
 importance weights, and differ in `rollout.ahead` alone. What a step costs depends on how many responses are right, so
-the learning rate is next to nothing: step k of both runs has the same prompts, seeds and weights. The first two steps
-of a run do not count: they warm up, and the first of a run that is ahead has to wait for its responses.
+the learning rate is next to nothing: step k of both runs has the same prompts and weights. The samples differ, as
+SGLang's depend on what it computes at the same time; so the runs take turns, several of each. The first two steps of a
+run do not count: they warm up, and the first of a run that is ahead has to wait for its responses.
 
     seconds_in_turns   of a step, the mean
     seconds_ahead      likewise, with `rollout.ahead=1`
@@ -150,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/ahead.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", type=Path, default=SMOLLM2, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="that count, of each run")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of either kind, in turn")
     parser.add_argument("--prompts", type=int, default=4, metavar="N", help="of a step, with eight responses each")
     parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of a response at most")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json says of what run")

@@ -7,7 +7,8 @@ The model is SmolLM2-135M-Instruct where scripts/setup.sh prepared it, with the 
 (examples/smollm2/addition.yaml), except that alpha is the paper's 1e-3, so that every step has the reference's pass;
 beta does not move; half of the responses count as right, whatever they say; and the learning rate is so small that the
 model stays as it is. The steps are the trainer's own (`step_trainer.py`). Those that are compared run in turn in this
-process, round after round; the first round does not count; of the others the medians are compared.
+process, round after round; the first round does not count. A ratio is the median of the rounds' ratios: what slows the
+machine down for a while slows both.
 
 sdpg_over_beta0. Seconds of passes and update over those of the same where beta is 0, on the same groups of random
 tokens: prompts of 60 tokens, 80 for the teacher, and responses of a tenth of `--longest-even` up to all of it.
@@ -17,14 +18,15 @@ how hard the parts of the loss pull (`alarms.gradient_every`): `sdpg_measured` i
 packed_over_padded. Tokens (of prompts and responses) a second of passes and update with `model.packed` over those
 without, on responses of long-tailed lengths up to `--longest`, in micro-batches of the same number of sequences. The
 padded ones are this package's, of sequences of like length, which is the best that padding can do, and the better the
-more sequences a step has. `unsorted` are padded micro-batches in the order of arrival, as where nobody sorts.
+more sequences a step has. `packed_over_unsorted` is against padded micro-batches in the order of arrival, as in
+trainers that do not sort.
 
 step_over_plain. Seconds of a whole step (rollout by the embedded engine, scoring, passes, update, publishing) over
 those of a plain PyTorch and transformers loop that does the same work (`step_plain.py`), on the same prompts of the
 addition data, sampled with the same seed.
 
 The meta file and the table have what is not in the JSON: the seconds of every round, and the processor's, lengths,
-phases, `sdpg_measured` and `unsorted`.
+phases, `sdpg_measured_over_beta0`, `packed_over_unsorted`, and each ratio's least and largest.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ SETTINGS = {
 }
 UNTAUGHT, TAUGHT, MEASURED = 0, 1, 10
 """Steps: beta is 0; it is not; and the pulls of the loss's parts are measured, too."""
+MORE = ("sdpg_measured_over_beta0", "packed_over_unsorted")
+"""Ratios that the meta file has."""
 GIVEN = {"optimizer.micro_batch_size": 8, "head.chunk_rows": 256}
 """On given responses, which are longer than the demo's: the package's defaults."""
 
@@ -118,6 +122,11 @@ class Rounds:
     def report(self) -> dict[str, Any]:
         spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         return {**spent, **{name: median(found) for name, found in self.known.items()}}
+
+
+def ratios(one: Rounds, other: Rounds) -> list[float]:
+    """Seconds of one over those of the other, round by round."""
+    return [mine / its for mine, its in zip(one.seconds, other.seconds, strict=True)]
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
@@ -229,15 +238,19 @@ def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
         layouts = compare_layouts(given, tailed, options.rounds)
         steps = compare_plain(whole, options.rounds)
         parallel.shutdown()
-    result = Result(
-        sdpg_over_beta0=beta["sdpg"].median / beta["beta0"].median,
-        gated_share=beta["sdpg"].known["gated_share"][0],
-        packed_over_padded=layouts["padded"].median / layouts["packed"].median,
-        step_over_plain=steps["ours"].median / steps["plain"].median,
-    )
+    found = {
+        "sdpg_over_beta0": ratios(beta["sdpg"], beta["beta0"]),
+        "sdpg_measured_over_beta0": ratios(beta["sdpg_measured"], beta["beta0"]),
+        "packed_over_padded": ratios(layouts["padded"], layouts["packed"]),
+        "packed_over_unsorted": ratios(layouts["unsorted"], layouts["packed"]),
+        "step_over_plain": ratios(steps["ours"], steps["plain"]),
+    }
+    middle = {name: median(rounds) for name, rounds in found.items()}
+    more = {name: middle.pop(name) for name in MORE}
+    result = Result(gated_share=beta["sdpg"].known["gated_share"][0], **middle)
     details = {
-        "sdpg_measured_over_beta0": beta["sdpg_measured"].median / beta["beta0"].median,
-        "packed_over_unsorted": layouts["unsorted"].median / layouts["packed"].median,
+        **more,
+        "spread": {name: [min(rounds), max(rounds)] for name, rounds in found.items()},
         "response_tokens": {"even": even, "long_tailed": tailed},
         "tokens_per_second": {
             name: (sum(lengths) + count * PROMPT_TOKENS) / one.median
@@ -252,7 +265,8 @@ def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
 def table(result: Result, details: Mapping[str, Any]) -> str:
     """Lines of what was compared, and of each kind of step."""
     lines = [f"{name:26}{value:6.3f}" for name, value in asdict(result).items()]
-    lines += [f"{name:26}{details[name]:6.3f}" for name in ("sdpg_measured_over_beta0", "packed_over_unsorted")]
+    lines += [f"{name:26}{details[name]:6.3f}" for name in MORE]
+    lines += [f"{name:26}{low:6.3f} to {high:.3f}" for name, (low, high) in details["spread"].items()]
     lines.append(f"{'':16}{'seconds':>9}{'tokens/s':>10}")
     for name, one in details["steps"].items():
         speed = details["tokens_per_second"].get(name)
