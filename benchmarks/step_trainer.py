@@ -16,8 +16,10 @@ from sdpg_megatron.observe.metrics import values
 from sdpg_megatron.records import Prompt, ScoredGroup
 from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.inputs import load_inputs
+from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.lessons import Lessons
 from sdpg_megatron.train.loop import Trainer
+from sdpg_megatron.train.origin import Origin
 from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.watchdog import Watchdog
 
@@ -45,8 +47,8 @@ class StandingTrainer(StandingLearner):
         """`stack`: gets what has to be closed."""
         super().__init__(config)
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
-        watchdog = Watchdog(config.watchdog, self.learner.ranks)  # not entered: it watches nothing
-        self._trainer = Trainer(config, self.inputs, self.learner, store, self._first(), "", watchdog, stack)
+        nobody = Interrupt(), Watchdog(config.watchdog)  # not entered: they watch nothing
+        self._trainer = Trainer(config, self.inputs, self.learner, store, self._first(), Origin("", ""), *nobody, stack)
         self._trainer.serving.publish(0)
 
     def whole_step(self, step: int) -> dict[str, float]:

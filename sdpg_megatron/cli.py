@@ -159,16 +159,16 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.train.presence import end_with_launcher
 
     end_with_launcher()
-    from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
-
-    inputs = load_inputs(config)
     if options.dry_run:
+        from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
+
+        load_inputs(config)
         sys.stdout.write(dump(config))
         _walk(config)
         return 0
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
-    outcome = train(config, inputs)
+    outcome = train(config)
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0

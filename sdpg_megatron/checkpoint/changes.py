@@ -55,16 +55,19 @@ class ChangedRunError(ConfigError):
         self.field = refused[0].field
 
 
-def check_same_run(state: RunState, config: Mapping[str, Any], model: str) -> list[Change]:
+def check_same_run(state: RunState, config: Mapping[str, Any], model: str, data: str) -> list[Change]:
     """What differs from the configuration that a checkpoint was written under; all of it is free to change.
 
     Raises:
-        ConfigError: the run would be another one, by its model or its configuration.
+        ConfigError: the run would be another one, by its model, its configuration or its prompts.
     """
     check_same_model(state, model)
     changes = config_changes(state.config, config)
     if not all(change.allowed for change in changes):
         raise ChangedRunError(changes)
+    if data != state.data:
+        expected = f"the prompts that the run was started with ({state.data})"
+        raise ConfigError("data", data, expected, "bring the files back as they were, or use a new run_dir")
     return changes
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,17 +16,18 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from sdpg_megatron import __version__
-from sdpg_megatron.checkpoint.files import FileSum, write_durably
+from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError
+from sdpg_megatron.weights.folder import COMPANIONS
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Of the manifest and what it promises."""
 PREFIX, PARTIAL = "step_", ".partial"
 """Of a checkpoint's folder; of one that is being written, or removed."""
 
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
-_SAMPLE = 4 * 2**20
+_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +49,14 @@ class RunState:
     """False where the run was asked to stop before the evaluation that was due after `step`."""
     skipped: int = 0
     """Optimizer steps that were skipped in a row, up to here, as loss or gradient was not finite."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Of `step`, where its evaluation is to be made yet: their record is written with that."""
     config: Mapping[str, Any]
     """The resolved configuration of the run."""
     model: str
     """`fingerprint` of the model that the run started from, which is also the reference."""
+    data: str
+    """Digest of the prompts that the run learns from."""
     files: Mapping[str, FileSum] = field(default_factory=dict)
     """Every other file of the checkpoint, by its name."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -126,13 +132,9 @@ def check_same_model(state: RunState, model: str) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of a Hugging Face folder's configuration, tokenizer and weights: of large files, size, head and tail."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]
+    """Digest of a Hugging Face folder: of its configuration, tokenizer and weights, every byte of them."""
+    known = {"config.json", *COMPANIONS}
+    paths = sorted(path for path in folder.iterdir() if path.name in known or path.suffix == ".safetensors")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        sums = list(threads.map(sha256_of, paths))
+    return digest({path.name: found for path, found in zip(paths, sums, strict=True)})[:16]

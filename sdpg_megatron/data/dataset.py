@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ class PromptDataset:
     @property
     def size(self) -> int:
         return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.prompts)
 
     def describe(self) -> str:
         left_out = f" ({self.dropped} dropped, {self.truncated} truncated)" if self.dropped or self.truncated else ""
@@ -90,6 +96,14 @@ class PromptDataset:
             where = ", ".join(map(str, files)) or "data files"
             raise DataError(where, found, "at least one prompt", "check the files and data.max_prompt_tokens")
         return cls(tuple(prompts), dropped, truncated)
+
+
+def digest_of(prompts: Iterable[Prompt]) -> str:
+    """Sixteen hexadecimal digits that follow from all that is in the prompts, and their order."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(json.dumps([getattr(prompt, field.name) for field in fields(prompt)], default=str).encode())
+    return found.hexdigest()[:16]
 
 
 def make_prompt(

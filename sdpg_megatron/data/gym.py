@@ -11,7 +11,7 @@ from reasoning_gym.factory import DATASETS
 
 from sdpg_megatron.answers import normalised
 from sdpg_megatron.config import DataConfig, GymTask
-from sdpg_megatron.data.dataset import PromptDataset, make_prompt
+from sdpg_megatron.data.dataset import PromptDataset, digest_of, make_prompt
 from sdpg_megatron.data.examples import Example
 from sdpg_megatron.data.hints import Wish, misleads, wish
 from sdpg_megatron.data.render import Renderer
@@ -23,6 +23,7 @@ BLOCK = 500
 """Problems that are made from one seed of a task: what reasoning-gym's tasks have at least."""
 ATTEMPTS = 100
 """Draws for one prompt before the source gives up."""
+DIGESTED = 10
 VARYING = frozenset(
     {
         "codeio", "intermediate_integration", "isomorphic_strings", "knight_swap", "polynomial_multiplication",
@@ -64,6 +65,11 @@ class GymSource:
             example = self._fitting(name, "train", 0)
             if self._wish:
                 self._hint(name, 0, example, self._wish)
+
+    @property
+    def digest(self) -> str:
+        """Of the first few: the others follow from the same seed and the same code."""
+        return digest_of(self[index] for index in range(DIGESTED))
 
     def __getitem__(self, index: int) -> Prompt:
         """

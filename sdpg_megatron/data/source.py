@@ -18,6 +18,11 @@ class PromptSource(Protocol):
         """Number of prompts; None for a source without end."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Of what the prompts are: another one for other prompts."""
+        ...
+
     def __getitem__(self, index: int) -> Prompt: ...
 
     def describe(self) -> str:

@@ -10,25 +10,21 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from sdpg_megatron.observe.files import writing
 
-EVALUATED = "eval/"
-"""Names of what only evaluations measure begin so."""
-
-Beyond = Callable[[int, Iterable[str]], bool]
-"""(step, names of what was measured) -> whether the record is of a time after the run's."""
+Beyond = Callable[[int], bool]
+"""Whether the record of a step is of a time after the run's."""
 
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), 4
 
 
 def beyond(step: int, *, evaluated: bool) -> Beyond:
-    """Of a run that continues after `step`; `evaluated`: with the evaluation that was due after it."""
-    return lambda other, names: (
-        other > step or (other == step and not evaluated and any(name.startswith(EVALUATED) for name in names))
-    )
+    """Of a run that continues after `step`; `evaluated`: with the evaluation that was due after it, before which the
+    step has no record."""
+    return lambda other: other > step or (other == step and not evaluated)
 
 
 def cut_lines(path: Path, is_beyond: Beyond) -> None:
@@ -46,8 +42,7 @@ def cut_lines(path: Path, is_beyond: Beyond) -> None:
 
 def _keeps(line: bytes, is_beyond: Beyond) -> bool:
     try:
-        record = json.loads(line)
-        return not is_beyond(int(record["step"]), record)
+        return not is_beyond(int(json.loads(line)["step"]))
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -64,7 +59,7 @@ def cut_events(folder: Path, is_beyond: Beyond) -> None:
             if end + _CHECKSUM > len(data):
                 break
             event = Event.FromString(data[start:end])
-            if event.HasField("summary") and is_beyond(event.step, (value.tag for value in event.summary.value)):
+            if event.HasField("summary") and is_beyond(event.step):
                 break
             kept = end + _CHECKSUM
         _cut(path, kept)

@@ -111,28 +111,20 @@ def open_writers(run_dir: Path) -> MetricsWriter:
 def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
     """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.cut`."""
     is_beyond = beyond(step, evaluated=evaluated)
-    for name in (METRICS_FILE, PROMPTS_FILE):
-        cut_lines(run_dir / name, is_beyond)
+    cut_lines(run_dir / METRICS_FILE, is_beyond)
     cut_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    cut_lines(run_dir / PROMPTS_FILE, beyond(step, evaluated=True))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl in order of step, those of one step joined; null is read as NaN.
+    """The records of a metrics.jsonl, one a step; null is read as NaN. Lines that are no records are passed over."""
+    found = (_record(line) for line in path.read_bytes().splitlines())
+    return [record for record in found if record is not None]
 
-    Raises:
-        ValueError: a line is not a record.
-    """
-    records: dict[int, dict[str, float]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if _step_of(line) == math.inf:
-            raise ValueError(f"{path}:{number}: not a metrics record")
+
+def _record(line: bytes) -> dict[str, float] | None:
+    try:
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        records.setdefault(int(record["step"]), {}).update(record)
-    return [records[step] for step in sorted(records)]
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, AttributeError):
+        return None

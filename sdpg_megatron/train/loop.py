@@ -10,7 +10,6 @@ from pathlib import Path
 
 from sdpg_megatron import objectives
 from sdpg_megatron.checkpoint.changes import Change, check_same_run
-from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
@@ -27,10 +26,11 @@ from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
 from sdpg_megatron.train.held_out import HeldOut
-from sdpg_megatron.train.inputs import Inputs
+from sdpg_megatron.train.inputs import Inputs, load_inputs
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.lessons import Lessons
+from sdpg_megatron.train.origin import Origin, find_origin
 from sdpg_megatron.train.peers import describe_contexts
 from sdpg_megatron.train.phases import Phases
 from sdpg_megatron.train.position import Position
@@ -50,7 +50,7 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted"
 
 
-def train(config: RunConfig, inputs: Inputs) -> Outcome:
+def train(config: RunConfig) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
@@ -59,18 +59,19 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
-    ranks = parallel.initialize(config.parallel, config.seed)
-    store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
-    with ExitStack() as stack:
+    with Interrupt() as interrupt, Watchdog(config.watchdog) as watchdog, ExitStack() as stack:
+        inputs = load_inputs(config)
+        ranks = parallel.initialize(config.parallel, config.seed)
         stack.callback(parallel.shutdown)
-        watchdog = stack.enter_context(Watchdog(config.watchdog, ranks))
+        stack.enter_context(watchdog.meeting(ranks))
+        store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
         _lock(config.run_dir, ranks, stack)
-        model = fingerprint(config.model.path)
+        origin = find_origin(config, inputs.prompts, ranks)
         newest = store.newest()
         changes: list[Change] = []
         if newest is not None:
             _, state = newest
-            changes = check_same_run(state, config.model_dump(mode="json"), model)
+            changes = check_same_run(state, config.model_dump(mode="json"), origin.model, origin.data)
             if state.step == config.steps and read_summary(config.run_dir) is not None:
                 return Outcome.ALREADY_DONE
         store.sweep()
@@ -80,7 +81,9 @@ def train(config: RunConfig, inputs: Inputs) -> Outcome:
         if newest is not None:
             store.load(*newest, learner)
             position = Position.of(*newest, inputs.prompts)
-        trainer = Trainer(config, inputs, learner, store, position, model, watchdog, stack)
+        if any(ranks.gather_all(interrupt.requested)):
+            return Outcome.INTERRUPTED  # all that there is has been read from the disk
+        trainer = Trainer(config, inputs, learner, store, position, origin, interrupt, watchdog, stack)
         trainer.announce(changes)
         return trainer.run()
 
@@ -104,19 +107,19 @@ class Trainer:
         learner: Learner,
         store: CheckpointStore,
         position: Position,
-        model: str,
+        origin: Origin,
+        interrupt: Interrupt,
         watchdog: Watchdog,
         stack: ExitStack,
     ) -> None:
         """
         Args:
             position: where the run stands, and the learner's weights with it.
-            model: fingerprint of the model that the run started from.
             stack: gets what has to be closed when the run ends, however it ends.
         """
         self.config, self.inputs, self.learner, self.store = config, inputs, learner, store
-        self.ranks, self.at, self.model = learner.ranks, position, model
-        self.interrupt = Interrupt()
+        self.ranks, self.at, self.origin = learner.ranks, position, origin
+        self.interrupt = interrupt
         self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
         stack.callback(self.progress.close)
         self.phases = Phases(self.progress, watchdog)
@@ -152,23 +155,25 @@ class Trainer:
         """Train up to the configured step, then write what a finished run leaves behind."""
         config, at = self.config, self.at
         evaluated: Mapping[str, float] | None = None
-        with self.interrupt, self._completing():
-            if not at.evaluated and self.held_out:
+        with self._completing():
+            if not at.evaluated and (self.held_out or at.measured):
                 evaluated = self._evaluate()
                 if evaluated is None:
                     return self._stop("before")
                 at.baseline = at.baseline or evaluated
-                self.journal.report(at.step, evaluated)
+                self.journal.report(at.step, {**at.measured, **evaluated})
             while at.step < config.steps:
                 metrics = self._train_step()
                 if metrics is None:
                     return self._stop("before")
                 self.store.advance()
-                due = self._due(config.eval.every)
+                due = bool(self.held_out) and self._due(config.eval.every)
                 stop = at.step < config.steps and self._asked_to_stop()
                 evaluated = self._evaluate() if due and not stop else None
-                at.evaluated = not due or evaluated is not None  # otherwise it is made when the run goes on
-                self.journal.report(at.step, {**values(metrics), **(evaluated or {})})
+                at.evaluated = not due or evaluated is not None
+                at.measured = {} if at.evaluated else values(metrics)
+                if at.evaluated:  # otherwise all of it is told when the run goes on, and makes the evaluation
+                    self.journal.report(at.step, {**values(metrics), **(evaluated or {})})
                 if stop or not at.evaluated:
                     return self._stop("after")
                 if self._due(config.checkpoint.every):
@@ -267,7 +272,7 @@ class Trainer:
         if not self.learner.has_learned:
             return
         with self.phases("checkpoint"):
-            self.store.save(self.learner, self.at.state(self.config, self.model), self.at.more())
+            self.store.save(self.learner, self.at.state(self.config, self.origin), self.at.more())
         self.at.saved = self.at.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ from sdpg_megatron.checkpoint.state import RunState, package_versions
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
+from sdpg_megatron.train.origin import Origin
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class Position:
     baseline: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = False
     skipped: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
     saved: int | None = None
     """The step of the newest checkpoint, complete or being written."""
     drawn: Drawn | None = None
@@ -44,6 +46,7 @@ class Position:
             state.baseline,
             state.evaluated,
             state.skipped,
+            state.measured,
             saved=state.step,
             drawn=read_drawn(folder / DRAWN, prompts) if DRAWN in state.files else None,
         )
@@ -53,8 +56,8 @@ class Position:
         drawn = self.drawn
         return None if drawn is None else lambda folder: write_drawn(folder / DRAWN, drawn)
 
-    def state(self, config: RunConfig, model: str) -> RunState:
-        """For a checkpoint; `model` is the fingerprint of the model that the run started from."""
+    def state(self, config: RunConfig, origin: Origin) -> RunState:
+        """For a checkpoint."""
         return RunState(
             step=self.step,
             cursor=self.cursor.state(),
@@ -62,7 +65,9 @@ class Position:
             baseline=self.baseline,
             evaluated=self.evaluated,
             skipped=self.skipped,
+            measured=self.measured,
             config=config.model_dump(mode="json"),
-            model=model,
+            model=origin.model,
+            data=origin.data,
             versions=package_versions(),
         )

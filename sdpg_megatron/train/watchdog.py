@@ -38,10 +38,11 @@ _STDERR = 2
 
 
 class Watchdog:
-    """While entered, watches this rank and, with the others' watchdogs, all of them. Every rank enters it."""
+    """While entered, watches this rank, from before it meets the others; in `meeting`, with theirs, all ranks."""
 
-    def __init__(self, config: WatchdogConfig, ranks: Ranks) -> None:
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: WatchdogConfig) -> None:
+        self._config = config
+        self._rank, self._world = (int(os.environ.get(name, other)) for name, other in (("RANK", 0), ("WORLD_SIZE", 1)))
         self._interval = min(2.0, config.silence / 20)
         """Seconds between two looks."""
         self._clock = Clock(max(10 * self._interval, 2.0))
@@ -53,24 +54,36 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._config.enabled:
-            nonce = self._ranks.gather_all(secrets.token_hex(4))[0]
-            if self._ranks.world > 1 and "MASTER_ADDR" in os.environ:
-                self._board = Board.open(nonce, self._ranks, self._clock, self._interval, self._state)
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended = "done" if error is None else f"{type(error).__name__}: {str(error).strip()[:200]}"
-        if isinstance(error, RuntimeError) and self._board is not None and _in_collective(error):
-            self._explain(error, self._board)
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(2 * self._interval)
         faulthandler.cancel_dump_traceback_later()
-        if self._board is not None:
-            self._board.close()
+
+    @contextmanager
+    def meeting(self, ranks: Ranks) -> Iterator[None]:
+        """While entered, ranks watch each other. Every rank enters it, once the process group is there."""
+        nonce = ranks.gather_all(secrets.token_hex(4))[0]
+        if not self._config.enabled or ranks.world == 1 or "MASTER_ADDR" not in os.environ:
+            yield
+            return
+        board = self._board = Board.open(nonce, ranks, self._clock, self._interval, self._state)
+        try:
+            yield
+            self._ended = "done"
+        except BaseException as error:
+            self._ended = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            if isinstance(error, RuntimeError) and _in_collective(error):
+                self._explain(error, board)
+            raise
+        finally:
+            self._board = None
+            board.close()
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -112,24 +125,24 @@ class Watchdog:
         limit: float | None = getattr(self._config, phase)
         seconds, silence = self._clock.now() - since, self._config.silence
         if limit is not None and seconds > limit:
-            return f"{phase} has taken {seconds:.0f} s on rank {self._ranks.rank}, watchdog.{phase} allows {limit:g} s"
-        if self._board is None:
+            return f"{phase} has taken {seconds:.0f} s on rank {self._rank}, watchdog.{phase} allows {limit:g} s"
+        if (board := self._board) is None:
             return ""
-        if self._board.charge:
-            return self._board.charge
-        if self._board.unanswered > silence:
+        if board.charge:
+            return board.charge
+        if board.unanswered > silence:
             return f"the first rank's machine has not answered for {silence:g} s (watchdog.silence): rank 0 is missing"
-        silent = self._board.silent(silence)
+        silent = board.silent(silence)
         return f"no sign of life from {name(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
 
     def _end(self, reason: str) -> None:
         """Tell the others, write what is known to standard error, and end this process."""
         self._write(f"{reason}. The stacks of this rank's threads:")
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-        if self._board is not None:
-            self._board.post(reason)
+        if (board := self._board) is not None:
+            board.post(reason)
             time.sleep(6 * self._interval)  # ranks that were not read so far are seen to be silent
-            self._write(self._picture(self._board, 3 * self._interval))
+            self._write(self._picture(board, 3 * self._interval))
         self._exit()
 
     def _explain(self, error: BaseException, board: Board) -> None:
@@ -151,12 +164,12 @@ class Watchdog:
         return describe(board.states(), board.silent(silence) | unanswered)
 
     def _exit(self) -> NoReturn:
-        if self._ranks.is_main:
+        if self._rank == 0:
             time.sleep(4 * self._interval)  # the store may be this process's, and the others still read
         os._exit(HUNG)
 
     def _write(self, text: str) -> None:
-        sys.stderr.write(f"watchdog, rank {self._ranks.rank} of {self._ranks.world}, {this_process()}: {text}\n")
+        sys.stderr.write(f"watchdog, rank {self._rank} of {self._world}, {this_process()}: {text}\n")
         sys.stderr.flush()
 
 

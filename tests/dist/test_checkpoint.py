@@ -62,7 +62,7 @@ def begin(model: Path, overrides: dict[str, Any]) -> Run:
 def state_at(step: int) -> Any:
     from sdpg_megatron.checkpoint.state import RunState
 
-    return RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+    return RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m", data="d")
 
 
 def whole_weights(run: Run) -> dict[str, Tensor]:

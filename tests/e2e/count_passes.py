@@ -23,7 +23,6 @@ def counted(real: Callable[..., Any], count: Callable[[], None]) -> Callable[...
 def main(paths: list[Path]) -> None:
     from sdpg_megatron.mcore import passes
     from sdpg_megatron.settings import load
-    from sdpg_megatron.train.inputs import load_inputs
     from sdpg_megatron.train.loop import Outcome, train
 
     counts: Counter[str] = Counter()
@@ -31,8 +30,7 @@ def main(paths: list[Path]) -> None:
         setattr(passes, function, counted(getattr(passes, function), lambda name=name: counts.update([name])))
     for path in paths:
         counts.clear()
-        config = load(path)
-        assert train(config, load_inputs(config)) is Outcome.FINISHED
+        assert train(load(path)) is Outcome.FINISHED
         print(json.dumps({name: counts[name] for name in PASSES}))  # noqa: T201
 
 

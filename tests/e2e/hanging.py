@@ -1,7 +1,7 @@
 """`sdpg-megatron`, but one rank does not come along: $SDPG_TEST_HANG is ``how:rank:place``.
 
 How: "stop" (SIGSTOP), "sleep", "die" (SIGKILL), "hold" (it keeps Python's lock); where: "update", in the second
-optimizer step, or "eval", in the first evaluation.
+optimizer step, "eval", in the first evaluation, or "start", where it reads its prompts.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 def hang(how: str, place: str) -> None:
     from sdpg_megatron.mcore import learner
-    from sdpg_megatron.train import rollouts
+    from sdpg_megatron.train import inputs, rollouts
 
     owner, name, count = {
         "update": (learner.passes, "run_schedule", 2),
         "eval": (rollouts.Rollouts, "run", 1),
+        "start": (inputs, "load_prompts", 1),
     }[place]
     inner, calls = getattr(owner, name), 0
 

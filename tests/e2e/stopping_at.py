@@ -1,5 +1,6 @@
-"""`sdpg-megatron`, but sent SIGTERM where $SDPG_TEST_STOP_AT says: ``prepare:1``, before the passes of the step after
-step 1, or ``learn:1``, before its updates, when it is too late to give it up."""
+"""`sdpg-megatron`, but sent SIGTERM where $SDPG_TEST_STOP_AT says: ``read:0``, while it reads its prompts,
+``prepare:1``, before the passes of the step after step 1, or ``learn:1``, before its updates, when it is too late to
+give it up."""
 
 from __future__ import annotations
 
@@ -11,6 +12,18 @@ from typing import Any
 from sdpg_megatron.cli import main
 
 VARIABLE = "SDPG_TEST_STOP_AT"
+
+
+def stop_while_reading() -> None:
+    from sdpg_megatron.train import inputs
+
+    inner = inputs.load_prompts
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*arguments)
+
+    inputs.load_prompts = signalled
 
 
 def stop_at(method: str, step: int) -> None:
@@ -28,5 +41,8 @@ def stop_at(method: str, step: int) -> None:
 
 if __name__ == "__main__":
     method, step = os.environ[VARIABLE].split(":")
-    stop_at(method, int(step))
+    if method == "read":
+        stop_while_reading()
+    else:
+        stop_at(method, int(step))
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.cli import main
 from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
 from tests.e2e.stopping import VARIABLE
+from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,13 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_run_that_is_stopped_while_it_reads_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STOP_AT, "read:0")
+    stopped = train(write_run(tmp_path), program="tests.e2e.stopping_at")
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 STOPS = [(2, 0), (4, 1), (3, 2), (3, 2), (5, 4)]
 """The generation of a call in which it is to stop, and the newest checkpoint then. A step has one, an evaluation two:
 the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after steps 2 and 4."""
@@ -133,6 +142,20 @@ def test_another_configuration_neither_continues_a_run_nor_finds_it_done(
     refused = train(whole / "run.yaml", f"{field}={found}")
     assert refused.returncode == 2
     assert f"{field}: found {found}, expected {expected}, as the run was started" in refused.stderr
+
+
+def test_other_prompts_in_the_same_file_do_not_continue_a_run(whole: Path) -> None:
+    data = whole / "train.jsonl"
+    before = data.read_text()
+    data.write_text(before.replace("1", "2"))
+    try:
+        refused = train(whole / "run.yaml")
+    finally:
+        data.write_text(before)
+    assert refused.returncode == 2
+    assert re.search(
+        r"ConfigError: data: found '\w{16}', expected the prompts that the run was started", refused.stderr
+    )
 
 
 def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:

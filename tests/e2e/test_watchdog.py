@@ -67,6 +67,17 @@ def test_a_phase_that_takes_too_long_ends_with_the_rank_that_is_busy(
     assert 'hanging.py", line' in ends[1][1] and "in hang_here" in ends[1][1]
 
 
+def test_ranks_that_have_not_met_end_as_well(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "sleep:1:start")
+    bounds = "watchdog.start=12", "watchdog.silence=10"
+    ends = train_with_lost_rank(config, *bounds, ranks=RANKS, program="tests.e2e.hanging", lost=1)
+    for rank, (code, told) in enumerate(ends):
+        assert code == HUNG, told[-3000:]
+        assert f"watchdog, rank {rank} of {RANKS}, process " in told
+        assert f"s on rank {rank}, watchdog.start allows 12 s. The stacks of this rank's threads:" in told
+    assert "in hang_here" in ends[1][1] and "in hang_here" not in ends[0][1]
+
+
 def test_a_rank_alone_ends_as_well(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "sleep:0:update")
     done = train(config, "watchdog.update=6", "watchdog.silence=10", program="tests.e2e.hanging")

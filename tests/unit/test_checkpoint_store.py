@@ -30,12 +30,16 @@ def store_in(folder: Path, **config: Any) -> CheckpointStore:
     return CheckpointStore(folder, Alone(), CheckpointConfig(**config))  # type: ignore[arg-type]
 
 
+def state_of(step: int) -> RunState:
+    return RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m", data="d")
+
+
 def add(store: CheckpointStore, *steps: int) -> None:
     """Checkpoints of one file, put in place as real ones are."""
     for step in steps:
         partial = store._make_partial(step)
         (partial / "weights").write_text(f"of step {step}")
-        state = RunState(step=step, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+        state = state_of(step)
         store._put_in_place(partial, state)
 
 
@@ -188,7 +192,7 @@ def test_whatever_the_disk_says_is_told_and_the_last_one_stays(
 
     partial = store._make_partial(2)
     monkeypatch.setattr(Path, place, refuse)
-    state = RunState(step=2, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m")
+    state = state_of(2)
     with pytest.raises(CheckpointError, match=rf"could not be written: .*{os.strerror(number)}.* MiB free.*Fix: free"):
         store._on_main(lambda: store._make_partial(2) if place == "mkdir" else store._put_in_place(partial, state))
     monkeypatch.undo()
@@ -200,4 +204,4 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     store = store_in(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match=r"checkpoints: could not be written: .*\d+ MiB free.*Fix: free"):
-        store.save(None, RunState(step=1, cursor={}, seconds=0.0, baseline={}, evaluated=True, config={}, model="m"))  # type: ignore[arg-type]
+        store.save(None, state_of(1))  # type: ignore[arg-type]

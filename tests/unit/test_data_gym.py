@@ -32,7 +32,7 @@ FEW: dict[str, Any] = {"gcd": {"parameters": {"min_numbers": 2, "max_numbers": 2
 """A task with 25 problems."""
 PRINT = """
 from tests.unit.test_data_gym import source
-print("\\n".join(repr(source()[index]) for index in (0, 7, 501, 123456)))
+print("\\n".join([*(repr(source()[index]) for index in (0, 7, 501, 123456)), source().digest]))
 """
 
 
@@ -74,7 +74,9 @@ def test_another_process_makes_the_same_prompts() -> None:
         text=True,
         check=True,
     ).stdout
-    assert printed == "".join(f"{source()[index]!r}\n" for index in (0, 7, 501, 123456))
+    mine = source()
+    assert printed == "".join(f"{mine[index]!r}\n" for index in (0, 7, 501, 123456)) + f"{mine.digest}\n"
+    assert mine.digest != source(seed=1).digest
 
 
 def test_a_resumed_run_goes_on_with_the_same_prompts() -> None:

@@ -200,6 +200,16 @@ def test_dataset_keeps_order_and_names_rows(tmp_path: Path, tokenizer: Any) -> N
     assert tokenizer.decode(dataset[2].teacher_tokens) == turn("9 + 9? 18")
 
 
+@pytest.mark.parametrize("changed", [{"question": "What?"}, {"answer": "0"}, {"metadata": {"a": 1}}])
+def test_a_digest_tells_prompts_apart(tmp_path: Path, tokenizer: Any, changed: dict[str, object]) -> None:
+    def digest(rows: Sequence[Mapping[str, object]]) -> str:
+        return PromptDataset.load(config(), (write(tmp_path / "rows.jsonl", rows),), tokenizer).digest
+
+    assert digest(ROWS) == digest(ROWS)
+    assert digest(ROWS) != digest([*ROWS[:-1], {**ROWS[-1], **changed}])
+    assert digest(ROWS) != digest(ROWS[::-1])
+
+
 def test_uids_stay_distinct_where_file_names_do_not(tmp_path: Path, tokenizer: Any) -> None:
     files = (write(tmp_path / "x" / "a.jsonl"), write(tmp_path / "y" / "a.jsonl"))
     dataset = PromptDataset.load(config(), files, tokenizer)

@@ -236,7 +236,9 @@ def test_indices(model: Path, copy: Path, index: Any) -> None:
 
 # --- checkpoints
 
-STATE = RunState(step=3, cursor={"position": 7}, seconds=1.5, baseline={}, evaluated=True, config={}, model="m")
+STATE = RunState(
+    step=3, cursor={"position": 7}, seconds=1.5, baseline={}, evaluated=True, config={}, model="m", data="d"
+)
 
 
 @FUZZ

@@ -56,7 +56,7 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
     shutil.copytree(megatron / "release", checkpoint)
     config = {"model": {"path": str(model)}, "parallel": {"tensor": 2, "pipeline": 1, "virtual_pipeline": None}}
     state = RunState(
-        step=3, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model=fingerprint(model)
+        step=3, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model=fingerprint(model), data="d"
     )
     state.write(checkpoint / MANIFEST)
     for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
@@ -82,7 +82,7 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
 
 def test_a_newest_checkpoint_without_its_manifest_is_not_passed_over(model: Path, tmp_path: Path) -> None:
     config = {"model": {"path": str(model)}}
-    state = RunState(step=2, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model="m")
+    state = RunState(step=2, cursor={}, seconds=1.0, baseline={}, evaluated=True, config=config, model="m", data="d")
     for step in (2, 3):
         (tmp_path / f"run/checkpoints/step_0000000{step}").mkdir(parents=True)
     state.write(tmp_path / "run/checkpoints/step_00000002" / MANIFEST)

@@ -27,6 +27,7 @@ STATE = RunState(
     evaluated=True,
     config={"seed": 0},
     model="m",
+    data="d",
     files={"a": FileSum(1, "x")},
 )
 
@@ -51,7 +52,7 @@ def test_a_configuration_is_held_against_its_digest(tmp_path: Path) -> None:
         RunState.read(path)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"format": 2}', "[" * 100_000, '{"format": 2, "digest": "x"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"format": 3}', "[" * 100_000, '{"format": 3, "digest": "x"}'])
 def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(damage)
@@ -84,7 +85,7 @@ def test_no_byte_can_change_unnoticed(data: st.DataObject) -> None:
 def test_one_of_another_format_is_not_misread(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**dataclasses.asdict(STATE), "format": 99}))
-    with pytest.raises(CheckpointError, match="found format 99, expected 2"):
+    with pytest.raises(CheckpointError, match="found format 99, expected 3"):
         RunState.read(path)
 
 
@@ -103,7 +104,7 @@ def started() -> RunState:
 
 @pytest.mark.parametrize("changes", [{}, {"parallel": {"tensor": 2}}, {"data": {"eval": ["b"], "train": ["a"]}}])
 def test_what_changes_nothing_that_is_learnt_may_change(changes: dict[str, Any]) -> None:
-    check_same_run(started(), tree(**changes), "m")
+    check_same_run(started(), tree(**changes), "m", "d")
 
 
 @pytest.mark.parametrize(
@@ -116,13 +117,13 @@ def test_what_changes_nothing_that_is_learnt_may_change(changes: dict[str, Any])
 )
 def test_what_would_make_it_another_run_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_same_run(started(), tree(**changes), "m")
+        check_same_run(started(), tree(**changes), "m", "d")
 
 
 def test_all_that_differs_is_shown_at_once() -> None:
     now = tree(steps=9, objective={"beta": 0.1}, parallel={"tensor": 2})
     with pytest.raises(ConfigError) as error:
-        check_same_run(started(), now, "m")
+        check_same_run(started(), now, "m", "d")
     assert str(error.value).splitlines() == [
         "objective.beta: found 0.1, expected 0.5, as the run was started",
         "  steps: found 9, expected 4, as the run was started",
@@ -134,31 +135,41 @@ def test_all_that_differs_is_shown_at_once() -> None:
 
 def test_the_error_travels_between_ranks() -> None:
     with pytest.raises(ConfigError) as error:
-        check_same_run(started(), tree(steps=9), "m")
+        check_same_run(started(), tree(steps=9), "m", "d")
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 def test_what_is_free_to_change_is_told() -> None:
-    changes = check_same_run(started(), tree(parallel={"tensor": 2}), "m")
+    changes = check_same_run(started(), tree(parallel={"tensor": 2}), "m", "d")
     assert changes == [Change("parallel.tensor", 1, 2)]
 
 
 def test_a_field_that_is_new_to_the_package_had_its_default() -> None:
-    check_same_run(started(), tree(selection={"oversample": 1.0}), "m")
+    check_same_run(started(), tree(selection={"oversample": 1.0}), "m", "d")
     with pytest.raises(ConfigError, match=r"selection\.oversample: found 2\.0, expected 1\.0"):
-        check_same_run(started(), tree(selection={"oversample": 2.0}), "m")
+        check_same_run(started(), tree(selection={"oversample": 2.0}), "m", "d")
     with pytest.raises(ConfigError, match=r"tasks\.gcd\.weight: found 1\.0, expected None"):
-        check_same_run(started(), tree(reasoning_gym={"tasks": {"gcd": {"weight": 1.0}}}), "m")
+        check_same_run(started(), tree(reasoning_gym={"tasks": {"gcd": {"weight": 1.0}}}), "m", "d")
 
 
 def test_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.path: found 'n', expected the model that the run was started from"):
-        check_same_run(started(), tree(), "n")
+        check_same_run(started(), tree(), "n", "d")
 
 
-def test_a_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
-    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    a, b, c = (fingerprint(tmp_path / name) for name in "abc")
-    assert a == b != c
+def test_other_prompts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data: found 'e', expected the prompts that the run was started with \(d\)"):
+        check_same_run(started(), tree(), "m", "e")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model", "merges.txt"])
+def test_a_fingerprint_tells_models_apart_by_every_byte(tmp_path: Path, name: str) -> None:
+    content = bytearray(12 * 2**20)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "README.md").write_text("what is no part of a model")
+    before = fingerprint(tmp_path)
+    (tmp_path / "README.md").unlink()
+    assert fingerprint(tmp_path) == before
+    content[len(content) // 2] = 1
+    (tmp_path / name).write_bytes(content)
+    assert fingerprint(tmp_path) != before
