@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdpg_megatron.errors import DataError
 from sdpg_megatron.observe.cut import beyond, cut_events, cut_lines
 from sdpg_megatron.observe.files import Appender, writing
 
@@ -127,12 +128,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The records of a metrics.jsonl in order of step, those of one step joined; null is read as NaN.
 
     Raises:
-        ValueError: a line is not a record.
+        DataError: a line is neither a record nor blank.
     """
     records: dict[int, dict[str, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
         if _step_of(line) == math.inf:
-            raise ValueError(f"{path}:{number}: not a metrics record")
+            found = repr(line[:40].decode(errors="replace"))
+            raise DataError(f"{path}:{number}", found, 'a record, {"step": ..., name: value}', "remove the line")
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
         records.setdefault(int(record["step"]), {}).update(record)
     return [records[step] for step in sorted(records)]

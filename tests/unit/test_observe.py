@@ -17,7 +17,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from sdpg_megatron.errors import WriteError
+from sdpg_megatron.errors import DataError, WriteError
 from sdpg_megatron.observe import transfer as transfers
 from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
@@ -84,9 +84,15 @@ def test_records_of_one_step_are_joined_in_order(tmp_path: Path) -> None:
 
 def test_a_foreign_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\nhello\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    path.write_text('{"step": 0}\n\nhello\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:3: found 'hello', expected a record.*Fix: remove the line"):
         read_metrics(path)
+
+
+def test_a_blank_line_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n\n{"step": 1}\n')
+    assert read_metrics(path) == [{"step": 0}, {"step": 1}]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,11 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
         ('{"step": 1}\n{"step": 2}', 5, '{"step": 1}\n'),
         ('{"step": 0}\n{"step": 1}\n', 0, '{"step": 0}\n'),
         ("", 3, ""),
+        ('{"step": 1}\n\n{"step": 2}\n{"step": 3}\n', 2, '{"step": 1}\n\n{"step": 2}\n'),
+        ('{"step": 1}\nhello\n{"step": 2}\n{"ste', 5, '{"step": 1}\nhello\n{"step": 2}\n'),
+        ('{"step": 1}\n\nhello\n', 5, '{"step": 1}\n'),
+        ('{"step": 1}\nhello\n{"step": 2}\n', 1, '{"step": 1}\n'),
+        ('{"step": 1}\n{"step": 3}\nhello\n{"step": 2}\n', 2, '{"step": 1}\n'),
     ],
 )
 def test_resuming_cuts_what_will_be_written_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
