@@ -6,12 +6,17 @@
 `smollm2` is SmolLM2-135M-Instruct in float32 where scripts/setup.sh prepared it; `qwen3` has random weights in
 bfloat16, the vocabulary and widths of Qwen3-0.6B, and as many layers as make up `--gigabytes`.
 
+Each is converted to a Megatron checkpoint, and that one back. `qwen3` is also saved by four ranks, real processes over
+Gloo at TP 2 x PP 2, as Megatron-LM saves a model; that checkpoint is converted to a Hugging Face folder, and the one
+that was converted is loaded by four such ranks. What arrives is held against the model, bit for bit, outside the time.
+
 Seconds. A whole conversion in a process of its own, from the call to the result in its place: reading, writing, having
 the disk keep it, and reading it back for the comparison; imports do not count. Beside it stands what the bytes cost
 that way with nothing done to them: the model's files are copied twice, and each copy is kept by the disk.
 
 Memory. The most that the process holds beyond what it held before: see benchmarks/memory.py. Beside it stands the
-model's largest tensor, 1.5 of which the code is meant to stay below, but for the bounded blocks and buffers.
+model's largest tensor, 1.5 of which the code is meant to stay below, but for the bounded blocks and buffers. Of the
+ranks that load, seconds are the slowest one's, peaks the largest, beyond the shard of the model that is filled.
 """
 
 from __future__ import annotations
@@ -26,15 +31,19 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 if not __package__:  # run as a script, whose folder is then the first place to look for modules
@@ -42,13 +51,16 @@ if not __package__:  # run as a script, whose folder is then the first place to 
 
 from benchmarks.head import machine, write_json
 from benchmarks.memory import MIB, peak_memory
-from benchmarks.publish import QWEN3, SMOLLM2
+from benchmarks.publish import QWEN3, SMOLLM2, run_ranks
 from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.weights import hf_shapes
 from sdpg_megatron.weights.load import SafetensorsFolder
 
 COPY_BYTES = 16 * MIB
+LAYOUT = ParallelConfig(tensor=2, pipeline=2)
+RANKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +68,10 @@ class Result:
     """A row of the output; the JSON has these keys and no others."""
 
     model: str
+    saved_by: str
+    """What wrote the source: "" for one process."""
     to: str
+    """A format, or "ranks" that load it."""
     bytes: int
     seconds: float
     copied_twice_seconds: float
@@ -86,8 +101,83 @@ def _measured(
     pipe.send((seconds, peak[0]))
 
 
-def run_conversion(source: Path, target: Path) -> None:
-    convert(source, target, console=Console(quiet=True))
+def run_conversion(source: Path, target: Path, like: Path | None = None) -> None:
+    convert(source, target, like=like, console=Console(quiet=True))
+
+
+# --- in a rank
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What four ranks share."""
+
+    folder: Path
+    dtype: str
+    checkpoint: Path
+
+
+def build(setting: Setting) -> tuple[Any, Any, Any]:
+    """This rank's chunks of the model, with unset weights; the architecture; the ranks."""
+    from sdpg_megatron.mcore.model import build_chunks
+    from sdpg_megatron.mcore.parallel import initialize
+
+    ranks = initialize(LAYOUT, seed=0)
+    arch = read_architecture(setting.folder)
+    model = ModelConfig(path=setting.folder, spec="local", dtype=setting.dtype)  # type: ignore[arg-type]
+    return build_chunks(arch, model, LAYOUT, ranks), arch, ranks
+
+
+def save_job(rank: int, setting: Setting) -> None:
+    """As Megatron-LM saves a model without its optimizer."""
+    from megatron.core import dist_checkpointing
+
+    from sdpg_megatron.mcore.model import load_weights
+
+    chunks, arch, ranks = build(setting)
+    load_weights(chunks, setting.folder, arch, ranks)
+    if ranks.is_main:
+        setting.checkpoint.mkdir()
+    ranks.barrier()
+    dist_checkpointing.save({"model": chunks[0].sharded_state_dict(), "iteration": 1}, str(setting.checkpoint))
+
+
+def load_job(rank: int, setting: Setting) -> tuple[float, int]:
+    """Seconds and peak of filling this rank's share of the model."""
+    from sdpg_megatron.checkpoint.weights_only import load_weights_only
+    from sdpg_megatron.mcore.model import load_weights, named_parameters
+
+    chunks, arch, ranks = build(setting)
+    for _, parameter in named_parameters(chunks):
+        torch.nn.init.constant_(parameter, torch.nan)
+    ranks.barrier()
+    with peak_memory(torch.device("cpu")) as peak:
+        start = time.perf_counter()
+        load_weights_only(chunks, setting.checkpoint)
+        seconds = time.perf_counter() - start
+    found = {name: parameter.detach().clone() for name, parameter in named_parameters(chunks)}
+    load_weights(chunks, setting.folder, arch, ranks)
+    if not all(torch.equal(found[name], parameter) for name, parameter in named_parameters(chunks)):
+        raise RuntimeError(f"rank {rank}: {setting.checkpoint}: other weights than {setting.folder} has")
+    return seconds, peak[0]
+
+
+# --- in the parent
+
+
+def on_ranks(job: Callable[[int, Setting], Any], setting: Setting) -> list[Any]:
+    preload = ("megatron.core.dist_checkpointing", "sdpg_megatron.mcore.model", "sdpg_megatron.checkpoint.weights_only")
+    return run_ranks(RANKS, setting, job, threads=len(os.sched_getaffinity(0)), preload=preload)
+
+
+def check_same(expected: Path, found: Path) -> None:
+    """Raises where two folders' tensors differ in a bit; each is one file."""
+    with safe_open(expected / "model.safetensors", "pt") as one, safe_open(found / "model.safetensors", "pt") as other:
+        names = set(one.keys())
+        if names != set(other.keys()) or not all(
+            torch.equal(one.get_tensor(name), other.get_tensor(name)) for name in names
+        ):
+            raise RuntimeError(f"{found}: other tensors than {expected} has")
 
 
 def copy_twice(source: Path, target: Path) -> None:
@@ -107,34 +197,47 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def measure(model: str, folder: Path, scratch: Path, repeats: int) -> list[Result]:
-    """The best of `repeats` rounds in each direction; of peaks the largest."""
+    """The best of `repeats` rounds of each way; of peaks the largest."""
     source = SafetensorsFolder(folder)
     arch = read_architecture(folder)
-    sizes = [prod(shape) * source.dtype(name).itemsize for name, shape in hf_shapes(arch).items()]
+    dtypes = {name: source.dtype(name) for name in hf_shapes(arch)}
+    sizes = [prod(shape) * dtypes[name].itemsize for name, shape in hf_shapes(arch).items()]
     source.close()
-    rounds: dict[str, list[tuple[float, int]]] = {"megatron": [], "huggingface": [], "copy": []}
+    sharded = scratch / "sharded"
+    by_ranks = model == "qwen3"
+    if by_ranks:
+        dtype = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        on_ranks(save_job, Setting(folder, dtype, sharded))
+    one, four = "", f"TP {LAYOUT.tensor} x PP {LAYOUT.pipeline}"
+    rounds: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     for _ in range(repeats):
-        jobs = {
-            "megatron": (run_conversion, folder, scratch / "megatron"),
-            "huggingface": (run_conversion, scratch / "megatron", scratch / "back"),
-            "copy": (copy_twice, folder, scratch / "copies"),
-        }
-        for name, (job, where, target) in jobs.items():
-            rounds[name].append(in_process(job, where, target))
+        rounds[one, "megatron"].append(in_process(run_conversion, folder, scratch / "megatron"))
+        rounds[one, "huggingface"].append(in_process(run_conversion, scratch / "megatron", scratch / "back"))
+        rounds[one, "copy"].append(in_process(copy_twice, folder, scratch / "copies"))
+        check_same(folder, scratch / "back")
+        if by_ranks:
+            shutil.rmtree(scratch / "back")
+            job = partial(run_conversion, like=folder)
+            rounds[four, "huggingface"].append(in_process(job, sharded, scratch / "back"))
+            check_same(folder, scratch / "back")
+            found = on_ranks(load_job, Setting(folder, dtype, scratch / "megatron" / "release"))
+            rounds[one, "ranks"].append((max(seconds for seconds, _ in found), max(peak for _, peak in found)))
         for name in ("megatron", "back", "copies"):
             shutil.rmtree(scratch / name)
-    copied = min(seconds for seconds, _ in rounds["copy"])
+    shutil.rmtree(sharded, ignore_errors=True)
+    copied = min(seconds for seconds, _ in rounds.pop((one, "copy")))
     return [
         Result(
             model,
+            saved_by,
             to,
             sum(sizes),
-            min(seconds for seconds, _ in rounds[to]),
+            min(seconds for seconds, _ in found),
             copied,
-            max(peak for _, peak in rounds[to]),
+            max(peak for _, peak in found),
             max(sizes),
         )
-        for to in ("megatron", "huggingface")
+        for (saved_by, to), found in rounds.items()
     ]
 
 
@@ -146,7 +249,7 @@ def model_folder(name: str, gigabytes: float, scratch: Path) -> Iterator[Path]:
     folder = scratch / name
     folder.mkdir()
     config = {**QWEN3, "torch_dtype": "bfloat16", "num_hidden_layers": 1}
-    for layers in range(1, 10_000):
+    for layers in range(LAYOUT.pipeline, 10_000, LAYOUT.pipeline):
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
         shapes = hf_shapes(read_architecture(folder))
         if sum(prod(shape) for shape in shapes.values()) * 2 >= gigabytes * 1e9:
@@ -161,9 +264,10 @@ def model_folder(name: str, gigabytes: float, scratch: Path) -> Iterator[Path]:
 
 def table(results: Sequence[Result]) -> str:
     """Lines of all results."""
-    lines = [f"{'model':9}{'to':13}{'MB':>7}{'s':>8}{'copied twice s':>16}{'peak MiB':>10}{'largest MiB':>13}"]
+    columns = f"{'MB':>7}{'s':>8}{'copied twice s':>16}{'peak MiB':>10}{'largest MiB':>13}"
+    lines = [f"{'model':9}{'saved by':13}{'to':13}{columns}"]
     lines += [
-        f"{r.model:9}{r.to:13}{r.bytes / 1e6:7.0f}{r.seconds:8.2f}{r.copied_twice_seconds:16.2f}"
+        f"{r.model:9}{r.saved_by:13}{r.to:13}{r.bytes / 1e6:7.0f}{r.seconds:8.2f}{r.copied_twice_seconds:16.2f}"
         f"{r.peak_bytes / MIB:10.0f}{r.largest_tensor_bytes / MIB:13.0f}"
         for r in results
     ]

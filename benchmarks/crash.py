@@ -21,7 +21,8 @@ by the system when it is killed itself (tests/e2e/test_crash.py has that with to
     doubled     prompts that this one learned from more often
     broken      checkpoints that stood there after a kill and were not whole
 
-The exit code is 1 where one of the last four is not 0.
+The exit code is 1 where one of the last four is not 0. A start that ends with an error before its kill has struck
+is no kill: it ends the benchmark, with what the ranks said.
 
 Killing the rollout server is not part of it: tests/sglang/test_train.py does that, with a real one, whose samples are
 not the same bit for bit from one batch to another.
@@ -41,6 +42,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +68,8 @@ PRELOADED = (
 )  # fmt: skip
 LIMIT = 600.0
 """Seconds for one start of a run."""
+TOLD = 3000
+"""Characters of what a rank said last, in an error."""
 
 
 @dataclass(slots=True)
@@ -128,7 +132,7 @@ def fork_rank(rank: int, port: int, config: str, overrides: Sequence[str], death
         return pid
     code = 1
     try:
-        log = os.open(str(Path(scratch, f"rank{rank}.log")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(str(Path(scratch, f"rank{rank}.log")), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(
@@ -138,9 +142,10 @@ def fork_rank(rank: int, port: int, config: str, overrides: Sequence[str], death
         from sdpg_megatron.cli import main
         from tests.e2e import dying
 
+        os.environ[dying.STRUCK] = str(Path(scratch, "struck"))
         if death is not None and death.moment is not None and death.rank == rank:
             if death.of_launcher:
-                dying.die = lambda: os.kill(launcher, signal.SIGKILL)
+                dying.die = lambda: dying.kill(launcher)
             dying.MOMENTS[death.moment](death.count)
         code = main(["train", config, *overrides])
         sys.stdout.flush()
@@ -165,11 +170,20 @@ class Runner:
         self.result = Result()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", *PRELOADED])
-        config = self._write("whole")
-        if self._start(self._write("whole-ahead"), AHEAD, None) or self._start(config, (), None):
-            raise RuntimeError(f"an undisturbed run failed: see {scratch}")
-        self._start(config, ("run_dir=" + str(scratch / "timed"),), None)  # the first one imports
+        self.struck: Counter[str] = Counter()
+
+    def take_time(self) -> None:
+        """Of an undisturbed run; not of the first one, which imports."""
+        config = self._whole(ahead=False).with_name("run.yaml")
+        self._start(config, ("run_dir=" + str(self.scratch / "timed"),), None)
         self.seconds = self.last_seconds
+
+    def _whole(self, *, ahead: bool) -> Path:
+        """The undisturbed run that others are held against."""
+        name = "whole-ahead" if ahead else "whole"
+        if not (self.scratch / name).exists():
+            self._start(self._write(name), AHEAD if ahead else (), None)
+        return self.scratch / name / "run"
 
     def _write(self, name: str) -> Path:
         from tests.e2e.runs import write_run
@@ -178,10 +192,15 @@ class Runner:
         folder.mkdir()
         return write_run(folder, **SETTINGS)
 
-    def _start(self, config: Path, overrides: Sequence[str], death: Death | None) -> int:
-        """One start of a run to its end, which a death may bring; the launcher's exit code."""
-        pids = config.parent / "pids"
-        pids.unlink(missing_ok=True)
+    def _start(self, config: Path, overrides: Sequence[str], death: Death | None) -> bool:
+        """One start of a run to its end; whether it was the death that brought it.
+
+        Raises:
+            RuntimeError: it failed by itself; with what the ranks said.
+        """
+        pids, struck = config.parent / "pids", config.parent / "struck"
+        for left in (pids, struck, *config.parent.glob("rank*.log")):
+            left.unlink(missing_ok=True)
         started = time.perf_counter()
         launcher: Any = self.context.Process(
             target=launch, args=(str(config), list(overrides), death, str(config.parent))
@@ -191,30 +210,34 @@ class Runner:
             launcher.join(death.share * self.seconds)
             ranks = json.loads(pids.read_text()) if pids.exists() else []
             if launcher.is_alive() and ranks:
-                os.kill(launcher.pid if death.of_launcher else ranks[death.rank], signal.SIGKILL)
+                with suppress(ProcessLookupError):  # a rank that is done
+                    os.kill(launcher.pid if death.of_launcher else ranks[death.rank], signal.SIGKILL)
+                    struck.touch()
         launcher.join(LIMIT)
         if launcher.is_alive():
             launcher.kill()
-            raise RuntimeError(f"no end after {LIMIT:g} s: see {config.parent}")
+            raise RuntimeError(f"no end after {LIMIT:g} s; {last_words(config.parent)}")
         wait_until_gone(json.loads(pids.read_text()) if pids.exists() else [])
         self.last_seconds = time.perf_counter() - started
-        return int(launcher.exitcode or 0)
+        if launcher.exitcode and not struck.exists():
+            raise RuntimeError(f"exit code {launcher.exitcode} without a kill; {last_words(config.parent)}")
+        return bool(launcher.exitcode)
 
     def torment(self, number: int, kills: int) -> None:
         """One run, killed up to so many times."""
         config = self._write(f"run{number}")
         ahead = bool(number & 2)
         overrides = [f"checkpoint.asynchronous={str(bool(number % 2)).lower()}", *(AHEAD if ahead else ())]
-        code, killed = 1, 0
-        while killed < kills and code:
-            code = self._start(config, overrides, draw_death(self.draw, self.moments))
-            if code:
-                killed += 1
-                self._look_at(config.parent / "run")
-        if code and (code := self._start(config, overrides, None)):
-            raise RuntimeError(f"exit code {code} without a kill: see {config.parent}")
-        self.result.kills += killed
-        self._compare(config.parent / "run", self.scratch / ("whole-ahead" if ahead else "whole") / "run")
+        for _ in range(kills):
+            death = draw_death(self.draw, self.moments)
+            if not self._start(config, overrides, death):
+                break
+            self.result.kills += 1
+            self.struck["launcher" if death.of_launcher else "rank"] += 1
+            self._look_at(config.parent / "run")
+        else:
+            self._start(config, overrides, None)
+        self._compare(config.parent / "run", self._whole(ahead=ahead))
 
     def _look_at(self, run: Path) -> None:
         from sdpg_megatron.checkpoint.files import find_damage
@@ -253,6 +276,12 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {pids} outlive their launcher")
         time.sleep(0.02)
+
+
+def last_words(folder: Path) -> str:
+    """Of each rank of a start."""
+    logs = sorted(folder.glob("rank*.log"))
+    return "\n".join(["the ranks' output:", *(f"[{log.stem}] {log.read_text()[-TOLD:]}" for log in logs)])
 
 
 def is_alive(pid: int) -> bool:
@@ -298,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="crash-benchmark-") as folder:
         runner = Runner(Path(folder), arguments.seed)
+        runner.take_time()
         number = 0
         while (left := arguments.kills - runner.result.kills) > 0:
             runner.torment(number, min(left, KILLS_PER_RUN))
@@ -313,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": machine("cpu", 1),
             "torch": torch.__version__,
             "runs": number,
+            "of": dict(runner.struck),
             "seconds": round(time.perf_counter() - started),
         }
         write_json(arguments.out.with_name(f"{arguments.out.name}.meta.json"), meta)

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -117,22 +117,33 @@ class Setting:
 
 # --- in a rank
 
-Job = Callable[[int, Setting], Any]
-"""(rank, setting) -> what goes back, as JSON."""
+S = TypeVar("S")
 
 
-def run_ranks(count: int, setting: Setting, job: Job) -> list[Any]:
-    """Each rank's result of `job`, in fresh processes of one Gloo group."""
-    multiprocessing.set_forkserver_preload(["torch", "sdpg_megatron.rollout.sglang.publish"])
-    with tempfile.TemporaryDirectory(prefix="publish-benchmark-") as folder:
-        arguments = count, setting, job, folder
+def run_ranks(
+    count: int,
+    setting: S,
+    job: Callable[[int, S], Any],
+    *,
+    threads: int,
+    preload: Sequence[str] = ("sdpg_megatron.rollout.sglang.publish",),
+) -> list[Any]:
+    """What each rank's ``job(rank, setting)`` returns, as JSON, in fresh processes of one Gloo group.
+
+    Args:
+        threads: of all ranks together.
+        preload: modules to import once for all of them.
+    """
+    multiprocessing.set_forkserver_preload(["torch", *preload])
+    with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as folder:
+        arguments = count, setting, job, threads, folder
         start_processes(_rank_main, arguments, count, start_method="forkserver")  # type: ignore[no-untyped-call]
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(count)]
 
 
-def _rank_main(rank: int, count: int, setting: Setting, job: Job, folder: str) -> None:
+def _rank_main(rank: int, count: int, setting: S, job: Callable[[int, S], Any], threads: int, folder: str) -> None:
     gc.freeze()
-    torch.set_num_threads(max(1, setting.threads // count))
+    torch.set_num_threads(max(1, threads // count))
     dist.init_process_group("gloo", f"file://{folder}/meeting", COLLECTIVE_TIMEOUT, count, rank)
     found = job(rank, setting)
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
@@ -278,16 +289,16 @@ def raw_job(rank: int, setting: Setting) -> list[float]:
 
 def raw_seconds(setting: Setting) -> float:
     """Of the best round."""
-    sizes = run_ranks(setting.tp * setting.pp, setting, sizes_job)[0]
+    sizes = run_ranks(setting.tp * setting.pp, setting, sizes_job, threads=setting.threads)[0]
     (setting.scratch / "sizes.json").write_text(json.dumps(sizes))
-    rounds: list[list[float]] = run_ranks(2, setting, raw_job)
+    rounds: list[list[float]] = run_ranks(2, setting, raw_job, threads=setting.threads)
     return min(max(one) for one in zip(*rounds, strict=True))
 
 
 def measure(model: str, setting: Setting) -> tuple[list[Result], dict[str, dict[str, float]]]:
     """Results by sink, and the phases of each."""
     raw = raw_seconds(setting)
-    ranks = run_ranks(setting.tp * setting.pp, setting, publish_job)
+    ranks = run_ranks(setting.tp * setting.pp, setting, publish_job, threads=setting.threads)
     results, phases = [], {}
     for sink in setting.sinks:
         first = ranks[0][sink]

@@ -92,6 +92,8 @@ class CheckpointStore:
         complete = complete_checkpoints(self._folder)
         if complete:
             self._point_at(complete[-1])
+        else:
+            (self._folder / LATEST).unlink(missing_ok=True)
 
     def save(self, learner: Learner, state: RunState, more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint of this step, and remove those that are not to be kept.
@@ -210,10 +212,11 @@ class CheckpointStore:
                     logger.warning("%s: could not be removed: %s", old, error)
 
     def _remove(self, path: Path) -> None:
-        """First out of sight, so that no half of it passes for a checkpoint."""
+        """First out of sight, for good, so that no half of it passes for a checkpoint."""
         if path.exists():
             aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
             path.rename(aside)
+            flush_folder(path.parent)  # or a loss of power may bring the old name back, with less in it
             shutil.rmtree(aside)
 
     def _on_main(self, act: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """A run's records, cut to where it continues: what comes after will be written again.
 
-Files of records only ever grow, so each is cut in place at the first record that is beyond, or half written. Where the
-disk refuses that, it is a `WriteError`.
+Files of records only ever grow, so each is cut in place after the last record that is not beyond, with the half written
+one that a kill may leave. Where the disk refuses that, it is a `WriteError`.
 """
 
 from __future__ import annotations
@@ -28,23 +28,31 @@ def beyond(step: int, *, evaluated: bool) -> Beyond:
 
 
 def cut_lines(path: Path, is_beyond: Beyond) -> None:
-    """Cut a file of ``{"step": ..., name: value}`` lines. No file is no work."""
+    """Cut a file of ``{"step": ..., name: value}`` lines. No file is no work.
+
+    A line that is no record goes with what is cut; between records that stay it stays, for whoever reads them to name.
+    """
     if not path.exists():
         return
-    kept = 0
+    kept = end = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or not _keeps(line, is_beyond):
+            end += len(line)
+            stays = _stays(line, is_beyond)
+            if stays:
+                kept = end
+            elif stays is not None:
                 break
-            kept += len(line)
     _cut(path, kept)
 
 
-def _keeps(line: bytes, is_beyond: Beyond) -> bool:
+def _stays(line: bytes, is_beyond: Beyond) -> bool | None:
+    """None for what is no record, or not a whole line."""
     try:
-        return not is_beyond(int(json.loads(line)["step"]))
+        stays = not is_beyond(int(json.loads(line)["step"]))
+        return stays if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def cut_events(folder: Path, is_beyond: Beyond) -> None:

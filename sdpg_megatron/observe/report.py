@@ -24,7 +24,7 @@ def plot_learning_curve(run_dir: Path) -> Path:
 
     Raises:
         FileNotFoundError: the run has no metrics.jsonl.
-        ValueError: a line of it is not a record.
+        DataError: a line of it is not a record.
         WriteError: the disk refused the picture.
     """
     records = read_metrics(run_dir / METRICS_FILE)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdpg_megatron.errors import DataError
 from sdpg_megatron.observe.cut import beyond, cut_events, cut_lines
 from sdpg_megatron.observe.files import Appender, writing
 
@@ -117,14 +118,19 @@ def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, one a step; null is read as NaN. Lines that are no records are passed over."""
-    found = (_record(line) for line in path.read_bytes().splitlines())
-    return [record for record in found if record is not None]
+    """The records of a metrics.jsonl, one a step; null is read as NaN.
+
+    Raises:
+        DataError: a line is neither a record nor blank.
+    """
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    return [_record(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
-def _record(line: bytes) -> dict[str, float] | None:
+def _record(line: bytes, where: str) -> dict[str, float]:
     try:
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        return record if isinstance(record["step"], int) else None
-    except (ValueError, KeyError, AttributeError):
-        return None
+        return {**record, "step": int(record["step"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = repr(line[:40].decode(errors="replace"))
+        raise DataError(where, found, 'a record, {"step": ..., name: value}', "remove the line") from error

@@ -1,7 +1,7 @@
 """`sdpg-megatron`, but killed (SIGKILL) at the moment that $SDPG_TEST_DEATH names, as ``moment:count``.
 
 The moment is a place in the code, the count how often it has to be passed; "writer" is the forked process that writes
-a checkpoint, which takes the trainer with it.
+a checkpoint, which takes the trainer with it. A file that $SDPG_TEST_STRUCK names is there from the kill on.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.cli import main
 
 VARIABLE = "SDPG_TEST_DEATH"
+STRUCK = "SDPG_TEST_STRUCK"
+
+
+def kill(pid: int) -> None:
+    if STRUCK in os.environ:
+        Path(os.environ[STRUCK]).touch()
+    os.kill(pid, signal.SIGKILL)
 
 
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    kill(os.getpid())
 
 
 def die_after(module: str, kind: str, name: str, count: int) -> None:
@@ -51,7 +59,7 @@ def die_while_writing(count: int) -> None:
         calls += 1
         if calls == count:
             path.write_bytes(path.read_bytes()[:1000])
-            os.kill(trainer, signal.SIGKILL)
+            kill(trainer)
             die()
         return inner(path)
 

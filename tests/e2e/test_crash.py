@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from benchmarks.crash import Death, Runner
 from sdpg_megatron.checkpoint.files import find_damage
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from tests.e2e.dying import MOMENTS, VARIABLE
@@ -21,7 +23,7 @@ from tests.e2e.runs import ROOT, environment, metrics, train, weights, write_run
 
 SETTINGS = {"steps": 6, "checkpoint": {"every": 1, "keep": 2}, "eval": {"every": 3, "samples": 2}}
 ASYNCHRONOUS = "true", "false"
-LIMIT = 120.0
+LIMIT = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,49 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == ["latest", "step_00000005", "step_00000006"]
+
+
+def test_so_does_one_of_two_ranks_whatever_is_killed(tmp_path: Path) -> None:
+    """The benchmark's machinery with few kills: this seed's take the launcher after a checkpoint, the second rank
+    between two updates, and the launcher at some time."""
+    out = tmp_path / "crash.json"
+    line = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--seed", "193", "--out", str(out)]
+    done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=2 * LIMIT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found.pop("resumes") >= 2
+    assert found == {"kills": 3, "mismatches": 0, "lost": 0, "doubled": 0, "broken": 0}
+    assert json.loads((tmp_path / "crash.json.meta.json").read_text())["of"].keys() == {"launcher", "rank"}
+
+
+class Failing:
+    """A launcher that ends with exit code 2, after a kill or without one."""
+
+    exitcode = 2
+
+    def __init__(self, *, args: tuple[str, object, object, str], **_: object) -> None:
+        self.folder = Path(args[-1])
+        self.killed = args[2] is not None
+
+    def start(self) -> None:
+        (self.folder / "rank0.log").write_text("ConfigError: steps")
+        if self.killed:
+            (self.folder / "struck").touch()
+
+    def join(self, timeout: float) -> None: ...
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def test_a_start_that_fails_by_itself_is_no_kill(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, seed=0)
+    runner.context = SimpleNamespace(Process=Failing)  # type: ignore[assignment]
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "run" / "run.yaml"
+    assert runner._start(config, (), Death(False, 0, "update", 1, 0.0))
+    with pytest.raises(RuntimeError, match=r"exit code 2 without a kill; (?s:.*)\[rank0\] ConfigError: steps"):
+        runner._start(config, (), None)
 
 
 def ranks_of(config: Path) -> list[psutil.Process]:

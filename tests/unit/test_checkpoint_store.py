@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdpg_megatron.checkpoint.files import FileSum, find_damage, seal
+from sdpg_megatron.checkpoint import store as store_module
+from sdpg_megatron.checkpoint.files import FileSum, find_damage, flush_folder, seal
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import CheckpointConfig
@@ -86,6 +88,28 @@ def test_one_that_cannot_be_removed_is_no_reason_to_stop(
     assert found is not None and found[1].step == 2
 
 
+def test_the_disk_knows_that_one_is_out_of_sight_before_any_of_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path)
+    add(store, 1)
+    calls: list[tuple[str, str]] = []
+
+    def recorded(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def act(path: Path, *arguments: Any) -> Any:
+            calls.append((name, path.name.replace(tmp_path.name, "parent").split(".")[0]))
+            return inner(path, *arguments)
+
+        return act
+
+    monkeypatch.setattr(Path, "rename", recorded("rename", Path.rename))
+    monkeypatch.setattr(store_module, "flush_folder", recorded("flush", flush_folder))
+    monkeypatch.setattr(shutil, "rmtree", recorded("remove", shutil.rmtree))
+    store._remove(tmp_path / "step_00000001")
+    assert calls == [("rename", "step_00000001"), ("flush", "parent"), ("remove", "step_00000001")]
+    assert names(tmp_path) == ["latest"]
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     store = store_in(tmp_path, keep=2)
     add(store, 1, 2)
@@ -112,6 +136,15 @@ def test_what_was_left_unfinished_is_swept_and_the_pointer_put_right(tmp_path: P
     store.sweep()
     assert names(tmp_path) == ["latest", "step_00000001"]
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
+
+
+def test_nothing_is_pointed_at_where_nothing_is_complete(tmp_path: Path) -> None:
+    """As where the only one was damaged, and removed as the error says."""
+    store = store_in(tmp_path)
+    add(store, 1)
+    shutil.rmtree(tmp_path / "step_00000001")
+    store.sweep()
+    assert names(tmp_path) == []
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

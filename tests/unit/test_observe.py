@@ -17,7 +17,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from sdpg_megatron.errors import WriteError
+from sdpg_megatron.errors import DataError, WriteError
 from sdpg_megatron.observe import transfer as transfers
 from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
@@ -76,10 +76,17 @@ def test_every_line_is_there_at_once_and_is_strict_json(tmp_path: Path) -> None:
     assert math.isnan(read_metrics(path)[0]["b"])
 
 
-@pytest.mark.parametrize("line", ["hello", "", "[1]", "7", '{"a": 1}', '{"step": null}', '{"step": "x"}'])
-def test_lines_that_are_no_records_are_passed_over(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line", ["hello", "[1]", "7", '{"a": 1}', '{"step": null}', '{"step": "x"}'])
+def test_a_foreign_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+    path.write_text(f'{{"step": 0}}\n\n{line}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:3: found .*, expected a record.*Fix: remove the line"):
+        read_metrics(path)
+
+
+def test_a_blank_line_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n\n{"step": 1}\n')
     assert read_metrics(path) == [{"step": 0}, {"step": 1}]
 
 
@@ -92,6 +99,11 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path: Path, line: str) ->
         ('{"step": 1}\n{"step": 2}', 5, '{"step": 1}\n'),
         ('{"step": 0}\n{"step": 1}\n', 0, '{"step": 0}\n'),
         ("", 3, ""),
+        ('{"step": 1}\n\n{"step": 2}\n{"step": 3}\n', 2, '{"step": 1}\n\n{"step": 2}\n'),
+        ('{"step": 1}\nhello\n{"step": 2}\n{"ste', 5, '{"step": 1}\nhello\n{"step": 2}\n'),
+        ('{"step": 1}\n\nhello\n', 5, '{"step": 1}\n'),
+        ('{"step": 1}\nhello\n{"step": 2}\n', 1, '{"step": 1}\n'),
+        ('{"step": 1}\n{"step": 3}\nhello\n{"step": 2}\n', 2, '{"step": 1}\n'),
     ],
 )
 def test_resuming_cuts_what_will_be_written_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
