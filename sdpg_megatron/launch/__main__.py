@@ -22,9 +22,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, required=True, help="there; the one after it is used, too; 0 for any")
     parser.add_argument("--meet-seconds", type=float, required=True, help="until all machines are there")
     parser.add_argument("--lost-seconds", type=float, required=True, help="of silence after which one is lost")
+    parser.add_argument("--code-file", type=Path, help="where machine 0 leaves its exit code")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
+    try:
+        code = _run(options)
+    except SdpgError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        code = 2
+    if options.code_file and options.node == 0:
+        options.code_file.write_text(f"{code}\n")
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     place = Place(
         nodes=options.nodes,
         node=options.node,
@@ -35,11 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meet_seconds=options.meet_seconds,
         lost_seconds=options.lost_seconds,
     )
-    try:
-        return run(Machine(place, options.config, options.overrides))
-    except SdpgError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 2
+    return run(Machine(place, options.config, options.overrides))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.errors import LaunchError
+from sdpg_megatron.launch import __main__ as entry
 from sdpg_megatron.launch import circle, meeting
 from sdpg_megatron.launch.circle import Circle
 from sdpg_megatron.launch.line import Line
@@ -34,6 +35,12 @@ def two_free_ports() -> int:
             return meeting.check_port(port + 1) - 1
         except LaunchError:
             continue
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(f"run_dir: {folder}\nsteps: 100\nmodel: {{path: {folder}}}\ndata: {{train: [x.jsonl]}}\n")
+    return path
 
 
 def card(node: int, **changes: Any) -> Card:
@@ -141,6 +148,31 @@ def test_a_place_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         Place(**{**place, **changes}, meet_seconds=1, lost_seconds=1)
 
 
+def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
+    place = Place(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
+    with pytest.raises(Exception, match=r"rollout\.sglang\.urls: found .* expected none with SERVERS_PER_NODE"):
+        Machine(place, write_config(tmp_path), ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
+
+
+@pytest.mark.parametrize(("node", "left"), [(0, "75\n"), (1, None)])
+def test_machine_0_leaves_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int, left: str | None
+) -> None:
+    monkeypatch.setattr(entry, "run", lambda _: 75)
+    line = f"--nodes 2 --node {node} --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    path = tmp_path / "code"
+    assert entry.main([*line.split(), "--code-file", str(path), str(write_config(tmp_path))]) == 75
+    assert (path.read_text() if path.exists() else None) == left
+    assert entry.main([*line.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
+    assert (path.read_text() if path.exists() else None) == (left and "2\n")
+
+
+def test_a_place_that_cannot_be_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"--nodes 2 --node 2 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    assert entry.main([*line.split(), str(write_config(tmp_path))]) == 2
+    assert capsys.readouterr().err.startswith("LaunchError: NODE_RANK: found 2")
+
+
 # --- while the run goes on
 
 
@@ -237,51 +269,3 @@ def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, co
     assert done.returncode == expected, done.stderr
     assert ("launch: rank 1 ended with exit code" in done.stderr) == (expected != 75)
     assert ("reason 1" in done.stderr) == (expected != 75)
-
-
-# --- the scripts
-
-
-def script(name: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    line = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_the_launcher_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
-    assert "NODE_RANK is not set" in script("launch.sh", "x.yaml", NNODES=2).stderr
-    assert "MASTER_ADDR is not set" in script("launch.sh", "x.yaml", NNODES=2, NODE_RANK=0).stderr
-    missing = script("launch.sh", tmp_path / "x.yaml")
-    assert missing.returncode == 2
-    assert "expected a readable YAML file" in missing.stderr
-
-
-def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(f"run_dir: {tmp_path}\nsteps: 100\nmodel: {{path: {tmp_path}}}\ndata: {{train: [x.jsonl]}}\n")
-    place = Place(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
-    with pytest.raises(Exception, match=r"rollout\.sglang\.urls: found .* expected none with SERVERS_PER_NODE"):
-        Machine(place, config, ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
-
-
-FAKE_SRUN = """#!/usr/bin/env bash
-echo "srun NNODES=$NNODES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT ${*: -3}"
-exit "$FAKE_CODE"
-"""
-FAKE_SCONTROL = """#!/usr/bin/env bash
-if [[ "$1" == show ]]; then printf 'node7\\nnode8\\n'; else echo "scontrol $*"; fi
-"""
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_a_slurm_job_that_stopped_goes_back_into_the_queue(tmp_path: Path, code: int, requeued: bool) -> None:
-    """With programs in the place of Slurm's that say how they were called."""
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": 12, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": ROOT}
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = script("slurm.sbatch", "my.yaml", "steps=3", **job, FAKE_CODE=code, PATH=path)
-    assert done.returncode == code
-    assert f"NNODES=2 MASTER_ADDR=node7 MASTER_PORT=10024 {ROOT}/scripts/launch.sh my.yaml steps=3" in done.stdout
-    assert ("scontrol requeue 12" in done.stdout) == requeued
