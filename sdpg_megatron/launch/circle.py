@@ -35,8 +35,8 @@ class Circle:
     """Exit codes of the machines that have ended."""
     lost: dict[int, str] = field(default_factory=dict)
     """Machines that are out of reach, and what of them is known."""
-    stops: list[int] = field(default_factory=list)
-    """Signals that other machines without ranks have got."""
+    asked: int | None = None
+    """The first signal that a machine without ranks has got: it asks the run to stop."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _since: float | None = None
 
@@ -92,7 +92,7 @@ class Circle:
             if "ended" in message:
                 self._note_end(*message["ended"])
             elif "stop" in message:
-                self.stops.append(message["stop"])
+                self.asked = self.asked or message["stop"]
         if node not in self.ended:
             self.lost[node] = "is gone: its launcher, or the machine, ended without a word"
 

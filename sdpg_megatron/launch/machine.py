@@ -28,7 +28,7 @@ from sdpg_megatron.settings import flatten, load
 LOOK = 0.2
 """Seconds between looks at the ranks, the servers and the other machines."""
 SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-"""What is passed on, and as what. The third of them ends the ranks at once."""
+"""What is passed on, and as what. The third of them ends this machine's part at once."""
 PATIENCE = 2
 PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
@@ -66,6 +66,7 @@ class Machine:
         self._ranks: Ranks | None = None
         self._circle: Circle | None = None
         self._signals = 0
+        self._asked = False
         self._stopped: signal.Signals | None = None
         if place.servers and self._config.rollout.sglang.urls:
             urls = list(self._config.rollout.sglang.urls)
@@ -156,8 +157,9 @@ class Machine:
                 why, code = verdict
                 _say(f"{why}. This machine's ranks are ended; the same command continues from the newest checkpoint")
                 return code
-            while circle.stops and self._ranks is not None:
-                self._ranks.signal(circle.stops.pop())
+            # Slurm signals all launchers: a second signal would end the ranks while they save.
+            if circle.asked is not None and not self._asked and self._ranks is not None:
+                self._ask(circle.asked, "another machine's signal", self._ranks)
             self._servers.look()
             await asyncio.sleep(LOOK)
 
@@ -167,11 +169,20 @@ class Machine:
         self._stopped = number
         if self._circle is None or self._signals > PATIENCE:
             task.cancel()
-        elif self._ranks is not None:
-            _say(f"{number.name} is passed on to the ranks; they save, and the same command continues")
+        elif self._ranks is None:
+            if self._signals == 1:
+                _say(f"{number.name} is passed on to machine 0; the ranks save, and the same command continues")
+                self._circle.stop(SIGNALS[number])
+        elif self._signals > 1:
+            _say(f"a second {number.name} ends the ranks")
             self._ranks.signal(SIGNALS[number])
-        else:
-            self._circle.stop(SIGNALS[number])
+        elif not self._asked:  # by another machine
+            self._ask(SIGNALS[number], number.name, self._ranks)
+
+    def _ask(self, number: int, what: str, ranks: Ranks) -> None:
+        _say(f"{what} is passed on to the ranks; they save, and the same command continues")
+        self._asked = True
+        ranks.signal(number)
 
     def _clean_up(self) -> None:
         if self._ranks is not None:

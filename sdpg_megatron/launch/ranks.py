@@ -18,6 +18,11 @@ END_SECONDS = 30.0
 """That torchrun gets to notice that its ranks are gone."""
 
 
+def shell_code(code: int) -> int:
+    """As a shell has it: 128 + the signal where that ended a process."""
+    return code if code >= 0 else 128 - code
+
+
 class Ranks:
     """Started once. Signals go to the ranks themselves.
 
@@ -58,7 +63,8 @@ class Ranks:
 
     def poll(self) -> int | None:
         """The exit code: 75 where the ranks have stopped and saved, else the first failure's; None while they run."""
-        return self._process.poll()
+        code = self._process.poll()
+        return None if code is None else shell_code(code)
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the ranks; where there are none yet, torchrun gets it."""

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sdpg_megatron.cli import STOPPED
+from sdpg_megatron.launch.ranks import shell_code
 from sdpg_megatron.train.presence import end_with_parent
 
 TAIL = 20
@@ -40,7 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         for rank, failure in failures.items():
             if failure.exitcode != STOPPED:
                 sys.stderr.write(_describe(rank, failure, Path(options.log_dir), options.rdzv_id))
-        return _code(next(iter(failures.values())))
+        return shell_code(next(iter(failures.values())).exitcode)
+    except SignalException as error:  # there were no ranks yet
+        return 128 + error.sigval
     return 0
 
 
@@ -51,13 +55,8 @@ def first_failures(failures: Mapping[int, ProcessFailure]) -> Mapping[int, Proce
     return real or stopped or failures
 
 
-def _code(failure: ProcessFailure) -> int:
-    """As a shell has it: 128 + the signal where that ended the rank."""
-    return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-
-
 def _describe(rank: int, failure: ProcessFailure, logs: Path, start: str) -> str:
-    told = f"launch: rank {rank} ended with exit code {_code(failure)}"
+    told = f"launch: rank {rank} ended with exit code {shell_code(failure.exitcode)}"
     for log in logs.glob(f"{start}_*/attempt_0/{failure.local_rank}/stderr.log"):
         told += f"; its log is {log}"
         if rank:  # what the first rank says was shown

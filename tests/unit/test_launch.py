@@ -1,27 +1,31 @@
-"""Machines that meet before a run, or find out why they cannot; and what they learn of each other while it goes on."""
+"""Machines that meet before a run, or find out why they cannot; what they learn of each other while it goes on, and how
+it is stopped."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from sdpg_megatron.errors import LaunchError
 from sdpg_megatron.launch import __main__ as entry
-from sdpg_megatron.launch import circle, meeting
+from sdpg_megatron.launch import circle, machine, meeting, torchrun
 from sdpg_megatron.launch.circle import Circle
 from sdpg_megatron.launch.line import Line
 from sdpg_megatron.launch.machine import Machine, Place
 from sdpg_megatron.launch.meeting import Card, Plan
+from sdpg_megatron.launch.ranks import Ranks
+from sdpg_megatron.launch.servers import Servers
 
 ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -243,7 +247,7 @@ def test_machines_that_stop_together_have_no_quarrel() -> None:
         async with AsyncExitStack() as stack:
             first, second = await circles(2, 60.0, stack)
             second.stop(15)
-            await soon(lambda: first.stops == [15])
+            await soon(lambda: first.asked == 15)
             first.end(75)
             assert await soon(lambda: second.ended.get(0)) == 75
             assert second.verdict() is None
@@ -254,7 +258,89 @@ def test_machines_that_stop_together_have_no_quarrel() -> None:
     asyncio.run(scene())
 
 
+# --- stopping
+
+
+class SavingRanks:
+    """As ranks are under `Interrupt`: the first signal has them save, the second ends them."""
+
+    made: ClassVar[list[SavingRanks]] = []
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.signals: list[int] = []
+        self.saved = float("inf")
+        self.made.append(self)
+
+    def poll(self) -> int | None:
+        if len(self.signals) > 1:
+            return 128 + self.signals[-1]
+        return 75 if time.monotonic() > self.saved else None
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+        self.saved = time.monotonic() + 2.0
+
+    def kill(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("signalled", "code"),
+    [((0, 1, 2), 75), ((2, 1, 0), 75), ((1, 1), 75), ((1, 0), 75), ((0, 0), 143), ((1, 0, 0), 143)],
+)
+def test_a_run_that_all_machines_ask_to_stop_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: Sequence[int], code: int
+) -> None:
+    """Slurm signals all launchers; here machine 0 has ranks, 1 and 2 have servers alone."""
+    monkeypatch.setattr(machine, "Ranks", SavingRanks)
+    monkeypatch.setattr(machine, "prepare", lambda *_, **__: Servers())
+    monkeypatch.setattr(SavingRanks, "made", [])
+    config, port = write_config(tmp_path), two_free_ports()
+
+    async def scene() -> list[int]:
+        places = [
+            Place(
+                nodes=3,
+                node=node,
+                ranks=int(node == 0),
+                servers=int(node > 0),
+                address=HERE,
+                port=port,
+                meet_seconds=20,
+                lost_seconds=60,
+            )
+            for node in range(3)
+        ]
+        machines = [Machine(place, config, []) for place in places]
+        tasks = [asyncio.create_task(one.run()) for one in machines]
+        await soon(lambda: bool(SavingRanks.made) and all(one._circle is not None for one in machines))
+        for node in signalled:
+            machines[node]._on_signal(signal.SIGTERM, tasks[node])
+            await asyncio.sleep(2 * machine.LOOK)  # until machine 0 has passed it on
+        return await asyncio.wait_for(asyncio.gather(*tasks), 20.0)
+
+    assert asyncio.run(scene()) == [code] * 3
+    assert SavingRanks.made[0].signals == ([15] if code == 75 else [15, 15])
+
+
 # --- the ranks
+
+
+def test_a_signal_before_there_are_ranks_is_told_as_a_shell_does(tmp_path: Path) -> None:
+    ranks = Ranks(
+        [], node=0, nodes=1, ranks=1, address=HERE, port=1, run="run", logs=tmp_path, environment=dict(os.environ)
+    )
+    ranks.signal(signal.SIGTERM)
+    assert asyncio.run(soon(ranks.poll)) == 143
+
+
+def test_so_is_one_that_torchrun_has_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def caught(*_: object) -> None:
+        raise torchrun.SignalException("", signal.SIGTERM)
+
+    monkeypatch.setattr(torchrun, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(torchrun.run, "run", caught)
+    assert torchrun.main(["1", "-m", "sdpg_megatron"]) == 143
 
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (3, 3), ("$((128 + 9))", 137)])
