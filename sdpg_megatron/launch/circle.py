@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdpg_megatron.cli import STOPPED
 from sdpg_megatron.launch.line import Line
@@ -65,7 +66,8 @@ class Circle:
             if node not in self.ended and node not in self.lost:
                 silence = time.monotonic() - line.heard
                 if silence > self.lost_seconds:
-                    self.lost[node] = f"has not been heard of for {silence:.0f} s: it hangs, or the link to it is cut"
+                    what = f"has not been heard of for {silence:.0f} s: it hangs, or the link to it is cut"
+                    self._note_lost(node, what)
         for node, what in self.lost.items():
             return f"{self.plan.machines[node]} {what}", 1
         for node, code in self.ended.items():
@@ -91,14 +93,26 @@ class Circle:
         while (message := await line.hear()) is not None:
             if "ended" in message:
                 self._note_end(*message["ended"])
+            elif "lost" in message:
+                self._note_lost(*message["lost"])
             elif "stop" in message:
                 self.asked = self.asked or message["stop"]
         if node not in self.ended:
-            self.lost[node] = "is gone: its launcher, or the machine, ended without a word"
+            self._note_lost(node, "is gone: its launcher, or the machine, ended without a word")
 
     def _note_end(self, node: int, code: int) -> None:
         self.ended[node] = code
         if self.node in (0, node):
-            for other, line in self.lines.items():
-                if other != node:
-                    line.say(ended=[node, code])
+            self._pass_on(node, ended=[node, code])
+
+    def _note_lost(self, node: int, what: str) -> None:
+        if node not in self.lost:
+            self.lost[node] = what
+            if self.node == 0:
+                self._pass_on(node, lost=[node, what])
+
+    def _pass_on(self, node: int, **message: Any) -> None:
+        """To all but the one that it is about."""
+        for other, line in self.lines.items():
+            if other != node:
+                line.say(**message)

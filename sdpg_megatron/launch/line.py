@@ -26,6 +26,11 @@ class Line:
         address: str = self._writer.get_extra_info("sockname")[0]
         return address
 
+    @property
+    def gone(self) -> bool:
+        """Whether the other end has hung up."""
+        return self._reader.at_eof() or self._writer.is_closing()
+
     def say(self, **message: Any) -> None:
         """Send without waiting: where the link is cut it stays in a buffer."""
         if not self._writer.is_closing():

@@ -20,7 +20,7 @@ import psutil
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError, LaunchError
 from sdpg_megatron.launch.circle import Circle
-from sdpg_megatron.launch.meeting import Card, Plan, check_port, meet
+from sdpg_megatron.launch.meeting import Card, Plan, check_port, free_port, meet
 from sdpg_megatron.launch.ranks import Ranks
 from sdpg_megatron.launch.servers import Servers, prepare
 from sdpg_megatron.settings import flatten, load
@@ -131,7 +131,7 @@ class Machine:
                 nodes=len(plan.trainers),
                 ranks=place.ranks,
                 address=place.address,
-                port=place.port if place.nodes > 1 else check_port(place.port),
+                port=self._port(),
                 run=plan.run,
                 logs=self._config.run_dir.absolute() / "logs" / f"node-{place.node}",
                 environment={**os.environ, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " "},
@@ -162,6 +162,12 @@ class Machine:
                 self._ask(circle.asked, "another machine's signal", self._ranks)
             self._servers.look()
             await asyncio.sleep(LOOK)
+
+    def _port(self) -> int:
+        """For torchrun's store."""
+        if self._place.nodes > 1:
+            return self._place.port
+        return check_port(self._place.port) if self._place.port else free_port()
 
     def _on_signal(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
         """Ask the ranks to stop; where there are none to ask, stop."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from sdpg_megatron.errors import LaunchError, SdpgError
 from sdpg_megatron.launch.line import LIMIT, Line
+from sdpg_megatron.rollout.sglang.server import hold_free_port
 
 AGAIN = 0.5
 """Seconds between attempts to reach machine 0."""
@@ -146,7 +147,7 @@ def resolve(address: str, port: int) -> socket.AddressFamily:
 
 
 def check_port(port: int, family: socket.AddressFamily = socket.AF_INET) -> int:
-    """The port, or for 0 one that is free.
+    """The port.
 
     Raises:
         LaunchError: something listens there.
@@ -160,8 +161,14 @@ def check_port(port: int, family: socket.AddressFamily = socket.AF_INET) -> int:
             fix = "end what listens there (another run?), or choose another MASTER_PORT, the same on all machines"
             found = f"port {port} of this machine in use ({error.strerror})"
             raise LaunchError("MASTER_PORT", found, "two free ports, MASTER_PORT and the next", fix) from error
-        found_port: int = probe.getsockname()[1]
-        return found_port
+    return port
+
+
+def free_port() -> int:
+    """One that no outgoing connection gets until torchrun listens there, seconds later."""
+    with hold_free_port("0.0.0.0") as held:
+        port: int = held.getsockname()[1]
+        return port
 
 
 async def _gather(
@@ -177,11 +184,13 @@ async def _gather(
         try:
             guest, line = await asyncio.wait_for(came.get(), deadline - time.monotonic())
         except TimeoutError:
+            _drop_gone(cards, lines)
             there = ", ".join(map(str, cards.values()))
             missing = ", ".join(str(node) for node in range(card.nodes) if node not in cards)
             fix = "start the same command there with their NODE_RANK; let them reach MASTER_PORT and the port after it"
             raise LaunchError(f"after {seconds:g} s", there, f"machines {missing} as well", fix) from None
         stack.push_async_callback(line.close)
+        _drop_gone(cards, lines)
         if (taken := cards.get(guest.node)) or not 0 < guest.node < card.nodes or guest.nodes != card.nodes:
             found = f"{guest} of {guest.nodes}" + (f" beside {taken}" if taken else "")
             fix = "give every machine its own NODE_RANK from 0 on, and the same NNODES"
@@ -189,6 +198,12 @@ async def _gather(
             line.say(refused=str(error))
             raise error
         cards[guest.node], lines[guest.node] = guest, line
+
+
+def _drop_gone(cards: dict[int, Card], lines: dict[int, Line]) -> None:
+    """Forget machines that came and ended: they may be started again, and come again."""
+    for node in [node for node, line in lines.items() if line.gone]:
+        del cards[node], lines[node]
 
 
 def disagreement(cards: Sequence[Card]) -> LaunchError | None:

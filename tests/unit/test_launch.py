@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ HERE = "127.0.0.1"
 def two_free_ports() -> int:
     """The first of them."""
     while True:
-        port = meeting.check_port(0)
+        port = meeting.free_port()
         try:
             return meeting.check_port(port + 1) - 1
         except LaunchError:
@@ -127,6 +128,28 @@ def test_a_machine_0_that_does_not_answer_is_named(tmp_path: Path) -> None:
     port = two_free_ports()
     found = asyncio.run(come(card(1), port, tmp_path, seconds=0.6))
     assert f"MASTER_ADDR: found no answer from {HERE} port {port + 1} in 0.6 s" in str(found)
+
+
+def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Path) -> None:
+    async def scene() -> list[Plan | LaunchError]:
+        port = two_free_ports()
+        first = asyncio.create_task(come(card(0, nodes=3), port, tmp_path))
+        line = await meeting._reach(HERE, port + 1, 20.0)
+        line.say(**asdict(card(1, nodes=3)))
+        await asyncio.sleep(0.2)
+        await line.close()
+        await asyncio.sleep(0.2)
+        others = [come(card(node, nodes=3), port, tmp_path) for node in (1, 2)]
+        return [*await asyncio.gather(*others), await first]
+
+    plans = asyncio.run(scene())
+    assert isinstance(plans[0], Plan), plans[0]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_may_get() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(meeting.free_port() < lowest for _ in range(20))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -225,19 +248,22 @@ def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: p
     asyncio.run(scene())
 
 
-def test_a_silent_machine_is_lost_and_one_that_hangs_up_at_once() -> None:
+def test_all_hear_of_a_silent_machine_and_at_once_of_one_that_hangs_up() -> None:
     async def scene() -> None:
         async with AsyncExitStack() as stack:
-            first, second, _third = await circles(3, 0.5, stack)
+            first, second, third = await circles(3, 0.5, stack)
+            third.lost_seconds = 60.0
             assert first.verdict() is None
             await second.close()  # gives no signs of life any more, and reads none
             why, code = await soon(first.verdict)
             assert why.startswith("machine 1 has not been heard of for")
             assert code == 1
+            assert await soon(third.verdict) == (why, code), "by way of machine 0"
         async with AsyncExitStack() as stack:
-            first, second = await circles(2, 60.0, stack)
+            first, second, third = await circles(3, 60.0, stack)
             await second.lines[0].close()
-            assert "machine 1 is gone" in (await soon(first.verdict))[0]
+            for one in (first, third):
+                assert "machine 1 is gone" in (await soon(one.verdict))[0]
 
     asyncio.run(scene())
 
@@ -347,7 +373,7 @@ def test_so_is_one_that_torchrun_has_caught(monkeypatch: pytest.MonkeyPatch) -> 
 def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, code: object, expected: int) -> None:
     line = [sys.executable, "-m", "sdpg_megatron.launch.torchrun", str(os.getpid()), "--nnodes=1", "--node-rank=0"]
     line += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
-    line += [f"--master-port={meeting.check_port(0)}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
+    line += [f"--master-port={meeting.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
     program = f'echo "reason $RANK" >&2; sleep $((1 - RANK)); exit {code}'
     done = subprocess.run(
         [*line, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

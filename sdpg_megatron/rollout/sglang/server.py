@@ -93,7 +93,7 @@ class ServerProcess:
         self._guard: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
         if launch.port is None:
-            self._held = _hold_free_port(launch.host)
+            self._held = hold_free_port(launch.host)
             self.port: int = self._held.getsockname()[1]
         else:
             self.port = launch.port
@@ -293,7 +293,8 @@ def _hold(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _hold_free_port(host: str) -> socket.socket:
+def hold_free_port(host: str) -> socket.socket:
+    """A socket that keeps one of `PORTS` until it is closed. Raises `RolloutError`."""
     error: OSError | None = None
     # Not from the global generator: the trainer's seed would give every run on the machine the same ports.
     for port in random.SystemRandom().sample(PORTS, TRIES):
