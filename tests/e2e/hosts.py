@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from sdpg_megatron.train.presence import end_with_parent
 
 PREFIX = "sdpg-test"
 INTERFACE = "veth0"
+BURST = 16 << 10
+"""Bytes that a slow link lets through at once."""
 
 
 def _do(*arguments: object) -> str:
@@ -55,6 +60,12 @@ class Host:
                 preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )
 
+    def sent(self) -> int:
+        """Bytes, on the link."""
+        told = json.loads(_do("ip", "-n", self.name, "-s", "-j", "link", "show", "dev", INTERFACE))
+        sent: int = told[0]["stats64"]["tx"]["bytes"]
+        return sent
+
     def processes(self) -> list[int]:
         return [int(pid) for pid in _do("ip", "netns", "pids", self.name).split()]
 
@@ -71,15 +82,43 @@ class Link:
     def mend(self) -> None:
         _do("ip", "-n", self._hosts[1].name, "link", "set", INTERFACE, "up")
 
-    def slow(self, rate: str) -> None:
-        """In both directions, for example "4mbit"."""
+    def slow(self, rate: int) -> None:
+        """In both directions, to so many bits a second."""
         for host in self._hosts:
-            limit = ["rate", rate, "burst", "16kb", "latency", "500ms"]
+            limit = ["rate", f"{rate}bit", "burst", BURST, "latency", "500ms"]
             _do("tc", "-n", host.name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
+
+    def held_back(self) -> list[int]:
+        """How often each host had more to send than `slow` lets through."""
+        told = [
+            json.loads(_do("tc", "-n", host.name, "-s", "-j", "qdisc", "show", "dev", INTERFACE))
+            for host in self._hosts
+        ]
+        return [sum(queue["overlimits"] for queue in queues if queue["kind"] == "tbf") for queues in told]
 
     def fast(self) -> None:
         for host in self._hosts:
             _do("tc", "-n", host.name, "qdisc", "del", "dev", INTERFACE, "root")
+
+
+class Meter:
+    """How fast a host sends, as far as it is looked at."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._looks: list[tuple[float, int, float]] = []
+
+    def look(self) -> None:
+        before = time.monotonic()
+        self._looks.append((before, self._host.sent(), time.monotonic()))
+
+    def highest(self, seconds: float) -> float:
+        """Bits a second over so many seconds or more. Not overstated: what looks themselves took counts as time."""
+        return max(
+            8 * (sent - since) / (after - before)
+            for (before, since, _), (later, sent, after) in itertools.combinations(self._looks, 2)
+            if later - before > seconds
+        )
 
 
 @contextmanager

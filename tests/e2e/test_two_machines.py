@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.hosts import BURST, Meter
 from tests.e2e.machines import Machines, two_machines
 from tests.e2e.runs import metrics, write_run
 
 LOST_SECONDS = 10
+RATE = 1_000_000
+"""Bits a second of a slow link; at full speed publishes and passes reach several times as much."""
 
 
 @pytest.fixture
@@ -28,9 +31,18 @@ def steps(run: Path) -> list[float]:
 def test_a_run_over_a_slow_link_that_is_stopped_and_then_cut_for_a_moment(machines: Machines, tmp_path: Path) -> None:
     """Half of the model is on each host: every step's activations, gradients and new weights cross the link."""
     config, run = write_run(tmp_path), tmp_path / "run"
-    machines.link.slow("4mbit")
+    machines.link.slow(RATE)
+    meters = [Meter(host) for host in machines.hosts]
+
+    def stepped() -> bool:
+        for meter in meters:
+            meter.look()
+        return 1 in steps(run)
+
     launchers = machines.launch(config)
-    machines.until(lambda: 1 in steps(run), launchers)
+    machines.until(stepped, launchers)
+    assert all(meter.highest(1.0) < 1.05 * RATE + 8 * BURST for meter in meters), "no second has more than the rate"
+    assert all(count > 0 for count in machines.link.held_back()), "and some had more to send"
     launchers[1].send_signal(signal.SIGTERM)
     assert machines.codes(launchers) == [75, 75], machines.said(0) + machines.said(1)
     assert "the same command continues" in machines.said(0)
