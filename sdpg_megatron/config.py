@@ -27,7 +27,8 @@ class ModelConfig(Section):
     """Parameter and activation type. The head's sums, the buffers that gradients are added up in over micro-batches and
     ranks, and the optimizer with its own copy of the weights are float32 either way."""
     spec: Literal["auto", "local", "te"] = "auto"
-    """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
+    """Layer implementation: Transformer Engine's or this package's. "auto" takes the former where it is installed, a
+    GPU is present and `dtype` is bfloat16: its attention has no float32 for packed sequences."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
     packed: bool = True
