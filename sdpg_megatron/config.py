@@ -374,8 +374,9 @@ class OptimizerConfig(Section):
     micro_batch_size: int = Field(8, ge=1)
     """Sequences per forward and backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included.
-    A response that has more with its prompts is alone. Needs `model.packed`."""
+    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included,
+    and of all context-parallel ranks together. A response that has more with its prompts is alone. Needs
+    `model.packed`."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
