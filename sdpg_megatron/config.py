@@ -27,7 +27,8 @@ class ModelConfig(Section):
     """Parameter and activation type. The head's sums, the buffers that gradients are added up in over micro-batches and
     ranks, and the optimizer with its own copy of the weights are float32 either way."""
     spec: Literal["auto", "local", "te"] = "auto"
-    """Layer implementation: Transformer Engine where it is installed and a GPU is present, otherwise this package's."""
+    """Layer implementation: Transformer Engine's or this package's. "auto" takes the former where it is installed, a
+    GPU is present and `dtype` is bfloat16: its attention has no float32 for packed sequences."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
     packed: bool = True
@@ -373,8 +374,9 @@ class OptimizerConfig(Section):
     micro_batch_size: int = Field(8, ge=1)
     """Sequences per forward and backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included.
-    A response that has more with its prompts is alone. Needs `model.packed`."""
+    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included,
+    and of all context-parallel ranks together. A response that has more with its prompts is alone. Needs
+    `model.packed`."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

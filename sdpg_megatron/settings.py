@@ -226,7 +226,12 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 
 
 def _check_packed(config: RunConfig) -> None:
-    if config.model.packed:
+    model = config.model
+    if model.packed:
+        if model.spec == "te" and model.dtype == "float32":
+            # Nor has it any for context parallelism, which takes packed sequences alone.
+            expected = "auto or local with model.dtype float32: Transformer Engine packs no sequences of float32"
+            raise ConfigError("model.spec", "te", expected, "set model.dtype to bfloat16, or remove it")
         return
     for field, found, none in (
         ("parallel.context", config.parallel.context, 1),

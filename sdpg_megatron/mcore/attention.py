@@ -1,13 +1,15 @@
 """Causal attention on `torch.nn.functional.scaled_dot_product_attention`, for padded and for packed sequences.
 
 Shapes: S sequence, B batch, N attention heads of this rank, K key-value heads of this rank, D head size, P tokens of
-all packed sequences on this rank.
+all packed sequences on this rank, A on all context-parallel ranks.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,39 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdpg_megatron.mcore.context import shards
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's parameters, and what every layer would otherwise wait for the device to tell, or make for itself."""
+
+    lengths: tuple[int, ...] = ()
+    """Of the sequences, over all context-parallel ranks."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        longest = max(lengths)
+        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths))
+
+    @cached_property
+    def places_A(self) -> Tensor:
+        """int64: where each position lies in the tokens of all context-parallel ranks, one rank after the other."""
+        size = parallel_state.get_context_parallel_world_size()
+        ranks_A, places_A = shards(self.lengths, size)
+        everywhere_A: Tensor = ranks_A * (sum(self.lengths) // size) + places_A
+        return everywhere_A.to(self.cu_seqlens_q.device)
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        """Which positions each of this rank's chunks attends to, two chunks of each sequence: bool [S, S']."""
+        group = parallel_state.get_context_parallel_group()
+        size, rank, device = group.size(), group.rank(), self.cu_seqlens_q.device
+        masks = []
+        for half in (length // (2 * size) for length in self.lengths):
+            ends = ((chunk + 1) * half for chunk in (rank, 2 * size - 1 - rank))
+            masks += [torch.ones(half, end, dtype=torch.bool, device=device).tril(end - half) for end in ends]
+        return masks
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -46,7 +81,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
         **__: Any,
     ) -> Tensor:
         """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]; packed, [P, N, D] and so on -> [P, N * D]."""
@@ -56,11 +91,10 @@ class ScaledDotProductAttention(torch.nn.Module):
             if self.context_size > 1:
                 raise NotImplementedError("context parallelism takes packed sequences")
             return self._attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         if self.context_size > 1:
-            return self._across_ranks(query, key, value, lengths)
+            return self._across_ranks(query, key, value, packed_seq_params)
         parts, first = [], 0
-        for length, neighbours in itertools.groupby(lengths):
+        for length, neighbours in itertools.groupby(packed_seq_params.lengths):
             count = len(list(neighbours))
             span = slice(first, first + count * length)
             alike = [x[span].view(count, length, *x.shape[1:]) for x in (query, key, value)]
@@ -82,20 +116,16 @@ class ScaledDotProductAttention(torch.nn.Module):
         )
         return out_BNSD.transpose(1, 2).flatten(2)
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """This rank's two chunks of each sequence, with the keys and values of all ranks up to their ends."""
-        group, size = parallel_state.get_context_parallel_group(), self.context_size
-        ranks_P, places_P = shards(lengths, size)
+        group = parallel_state.get_context_parallel_group()
         everywhere = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=group)
-        keys, values = everywhere[(ranks_P * query.shape[0] + places_P).to(key.device)].unbind(1)
-        parts, first, whole = [], 0, 0
-        for length in lengths:
-            half = length // (2 * size)
-            for chunk in (group.rank(), 2 * size - 1 - group.rank()):
-                end = (chunk + 1) * half
-                mask = torch.ones(half, end, dtype=torch.bool, device=key.device).tril(end - half)
-                asking, seen = slice(first, first + half), slice(whole, whole + end)
-                parts.append(self._attend(query[None, asking], keys[None, seen], values[None, seen], mask)[0])
-                first += half
-            whole += length
+        keys, values = everywhere[packed.places_A].unbind(1)
+        parts, first = [], 0
+        whole = [start for start in itertools.accumulate(packed.lengths, initial=0) for _ in range(2)]
+        for start, mask in zip(whole, packed.masks, strict=False):
+            half, end = mask.shape
+            asking, seen = slice(first, first + half), slice(start, start + end)
+            parts.append(self._attend(query[None, asking], keys[None, seen], values[None, seen], mask)[0])
+            first += half
         return torch.cat(parts)

@@ -7,7 +7,6 @@ of a micro-batch, C some of them, G those with a teacher, V this rank's columns 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
+from sdpg_megatron.mcore.attention import PackedSequences
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
@@ -51,7 +50,9 @@ def last_hidden(
     """
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
     (gpt,) = unwrap_model([model])
-    more: dict[str, Any] = {} if lengths is None else {"packed_seq_params": _packed(lengths, tokens_BS.device)}
+    more: dict[str, Any] = {}
+    if lengths is not None:
+        more["packed_seq_params"] = PackedSequences.of(lengths, tokens_BS.device)
     if numbers_BS is not None:
         more["padding_mask"] = as_padding_mask(gpt, numbers_BS)
     with ExitStack() as stack:
@@ -61,12 +62,6 @@ def last_hidden(
             stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
     return hidden
-
-
-def _packed(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    longest = max(lengths)
-    return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 @contextmanager

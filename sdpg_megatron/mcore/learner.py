@@ -51,7 +51,7 @@ class Learner:
         self._contrasts = config.objective.contrast > 0
         self._gathers_late = config.optimizer.overlap_param_gather
         self._gathered = not self._gathers_late
-        """Whether the weights are whole. They always are at a rollout step's end, where others read them."""
+        """Whether the weights are whole, and no pass gathers any: so at a rollout step's end, for others to read."""
         self._gather()  # they are whole, but Megatron would have the first forward pass do so
         self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
@@ -158,6 +158,8 @@ class Learner:
         step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
         with self.routing.step(batches) as numbered:
             reports = passes.run_schedule(self.chunks, step, numbered)
+        # Of a skipped step, too: Megatron has its next pass, whichever that is, gather weights layer by layer.
+        self._gathered = not self._gathers_late
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         grad_norm = ready_gradients(self.optimizer)
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
@@ -184,7 +186,6 @@ class Learner:
     def _step(self) -> None:
         """Have weights, learning rate and teacher follow the gradients, which are ready."""
         self.optimizer.step_with_ready_grads()
-        self._gathered = not self._gathers_late
         self.scheduler.step(increment=1)
         if self.teacher.follows_updates:
             self._gather()

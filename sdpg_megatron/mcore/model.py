@@ -138,9 +138,13 @@ def _build_chunk(
 
 
 def uses_te(model: ModelConfig) -> bool:
-    """Whether the layers are Transformer Engine's."""
-    has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return model.spec == "te" or (model.spec == "auto" and has_te)
+    """Whether the layers are Transformer Engine's. Its attention has no float32 where sequences are packed."""
+    return model.spec == "te" or (model.spec == "auto" and model.dtype == "bfloat16" and has_te())
+
+
+def has_te() -> bool:
+    """Whether Transformer Engine is here, and a GPU that it needs."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

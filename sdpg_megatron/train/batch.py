@@ -50,7 +50,7 @@ def build_step(
         layout: of the tensors, and this rank's place. All data-parallel ranks get the same number of micro-batches.
         device: where the tensors go.
     """
-    kept = samples if regularized else with_gradient(samples)
+    kept = [replace(sample, unit=layout.unit) for sample in (samples if regularized else with_gradient(samples))]
     parts = plan(kept, layout.data_size, limit, alike=not layout.packed)[layout.data]
     return StepBatch(
         micro_batches=[collate(part, layout).to(device) for part in parts],

@@ -42,6 +42,11 @@ class Layout:
         multiple = ranks.tensor_size if config.parallel.sequence else 1
         return cls(config.model.packed, multiple, ranks.context, ranks.context_size, ranks.data, ranks.data_size)
 
+    @property
+    def unit(self) -> int:
+        """Of what a packed sequence's length is a multiple: context-parallel ranks share it in so many chunks."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
 
 @dataclass(frozen=True, slots=True)
 class _Text:
@@ -141,8 +146,7 @@ def _pad(texts: Sequence[_Text], multiple: int) -> tuple[list[int], int]:
 
 def _pack(texts: Sequence[_Text], layout: Layout) -> tuple[list[int], int]:
     """The same, where a sequence of its own fills up what is missing for a multiple of tokens on each rank."""
-    size = layout.context_size
-    unit = 2 * size if size > 1 else 1  # context-parallel ranks share each sequence in so many chunks
+    size, unit = layout.context_size, layout.unit
     multiple = math.lcm(layout.multiple, unit // size)
     spans = [-(-len(text) // unit) * unit for text in texts]
     filling = -sum(spans) % (multiple * size) or (0 if texts else multiple * size)

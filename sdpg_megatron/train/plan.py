@@ -16,8 +16,8 @@ class Limit:
 
     sequences: int
     tokens: int | None = None
-    """All that is processed for its samples, the teacher's tokens included; in the place of `sequences`. A sample with
-    more has a micro-batch of its own."""
+    """All that is processed for its samples, on all context-parallel ranks, the teacher's tokens included; in the place
+    of `sequences`. A sample with more has a micro-batch of its own."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Limit:

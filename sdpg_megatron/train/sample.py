@@ -33,6 +33,8 @@ class Sample:
     """With a wrong hint; empty where nobody reads one."""
     experts: Routing | None = field(default=None, compare=False, repr=False)
     """Of every token of the student's prompt and the response but the last; None for the router's choice."""
+    unit: int = 1
+    """Of what the sequences' lengths are made multiples, see `Layout.unit`."""
 
     @cached_property  # plans ask for it and for the cost again and again
     def gate(self) -> bool:
@@ -41,9 +43,9 @@ class Sample:
 
     @cached_property
     def cost(self) -> int:
-        """Tokens that the step has to process for it: the teacher's count where the gate is open."""
+        """Tokens that the step has to process for it, in whole `unit`s: the teacher's count where the gate is open."""
         prompts = (self.student_prompt, *((self.teacher_prompt, self.contrast_prompt) if self.gate else ()))
-        return sum(len(prompt) + len(self.response) for prompt in prompts if prompt)
+        return sum(-(-(len(prompt) + len(self.response)) // self.unit) * self.unit for prompt in prompts if prompt)
 
 
 def nobody(advantage: float) -> bool:

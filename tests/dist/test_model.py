@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -76,3 +77,18 @@ def run_shim_twice() -> tuple[str, str, str]:
 
 def test_cuda_means_cpu_where_there_is_none(ranks: RankPool) -> None:
     assert ranks.run(run_shim_twice, 1) == [("cpu", "torch.cuda.FloatTensor", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "expected"),
+    [("auto", "bfloat16", True), ("auto", "float32", False), ("local", "bfloat16", False), ("te", "bfloat16", True)],
+)
+def test_transformer_engine_is_chosen_for_what_its_attention_takes(spec: str, dtype: str, expected: bool) -> None:
+    from sdpg_megatron.config import ModelConfig
+    from sdpg_megatron.mcore import model
+
+    chosen = ModelConfig.model_validate({"path": "model", "spec": spec, "dtype": dtype})
+    with mock.patch.object(model, "has_te", lambda: True):
+        assert model.uses_te(chosen) == expected
+    with mock.patch.object(model, "has_te", lambda: False):
+        assert model.uses_te(chosen) == (spec == "te")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.dist import test_teachers
+from tests.dist.test_moe import one_right
 from tests.dist.test_optimizer import OVERLAP
 from tests.dist.test_teachers import MINIBATCHES, Run, start
 from tests.pool import RankPool
@@ -134,3 +136,45 @@ def check(before: dict[str, Any], after: dict[str, Any], fault: str | None) -> N
     for part in ("moments", "teacher"):
         assert before[part]
         assert all(torch.equal(a, b) for a, b in zip(after[part], before[part], strict=True))
+
+
+UNEVEN = {
+    "objective.gate": True,
+    "model.router_aux_loss": 0.7,  # the ranks count tokens together between the teacher's pass and the student's
+    "optimizer.minibatches": 1,
+    "parallel.timeout": 120.0,  # of a rank that waits where no other comes
+}
+
+
+def skipped_second(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What three steps leave behind, each on the same micro-batches: on one rank alone the teacher reads."""
+    from sdpg_megatron.objectives.base import StepContext
+
+    with mock.patch.object(test_teachers, "scored_groups", one_right):
+        run = start(folder, {**UNEVEN, **overrides})
+        batches, _ = run.minibatches()
+    skipped = []
+    for step in range(3):
+        run.learner.begin(step)
+        with spoilt("gradient", run) if step == 1 else nullcontext():
+            metrics = run.learner.update(batches, StepContext(step, 3))
+        skipped.append(metrics["optimizer/skipped"].value)
+    return {
+        "taught": sum(batch.teacher is not None for batch in batches),
+        "skipped": skipped,
+        "weights": {name: weight.clone() for name, weight in run.learner.named_weights().items()},
+    }
+
+
+def test_after_a_skipped_step_a_rank_whose_teacher_reads_does_not_wait_for_one_whose_does_not(
+    tmp_path: Path, ranks: RankPool
+) -> None:
+    """Megatron has weights gathered anew after every training pass, in whichever pass comes next."""
+    mixture = write_tiny_model(tmp_path, "qwen3_moe", tied=False, seed=2, layers=2)
+    expected = ranks.run(skipped_second, 2, mixture, {})
+    found = ranks.run(skipped_second, 2, mixture, OVERLAP)
+    assert [rank["taught"] for rank in found] in ([0, 1], [1, 0])
+    for before, after in zip(expected, found, strict=True):
+        assert after["skipped"] == before["skipped"] == [0, 1, 0]
+        for name, weight in before["weights"].items():
+            torch.testing.assert_close(after["weights"][name], weight, rtol=1e-5, atol=1e-6)

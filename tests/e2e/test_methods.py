@@ -29,21 +29,31 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "opsd": ({"name": "opsd"}, TAUGHT),
     "sdpo": ({"name": "sdpo"}, TAUGHT),
 }
+ONCE: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "sdpg_once": ({"objective": {"name": "sdpg", "alpha": 0.0, **RAMP}}, {"teacher": 1, "logprobs": 0}),
+    "sdpg_dead": (
+        {"objective": {"name": "sdpg", "alpha": 0.0}, "reward": {"verifier": "exact"}},
+        {"teacher": 0, "logprobs": 0},
+    ),
+}
+"""With one mini-batch. In the first step of the first beta is 0; in the second no response is right."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
     """The run folder of each case, and the passes that were made, all by one process."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    changes = {name: {"objective": objective} for name, (objective, _) in CASES.items()}
+    changes |= {name: changed for name, (changed, _) in ONCE.items()}
+    folders = {name: tmp_path_factory.mktemp(name) for name in changes}
     configs = [
         write_run(
             folder,
             steps=STEPS,
-            objective=CASES[name][0],
-            optimizer={"lr": 1e-3, "warmup_steps": 0, "minibatches": MINIBATCHES},
+            optimizer={"lr": 1e-3, "warmup_steps": 0, "minibatches": 1 if name in ONCE else MINIBATCHES},
             data={"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 128},
             eval={},
             checkpoint={"export": False},
+            **changes[name],
         )
         for name, folder in folders.items()
     ]
@@ -53,9 +63,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
     return {name: (folder / "run", counts) for (name, folder), counts in zip(folders.items(), lines, strict=True)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ONCE])
 def test_a_run_makes_the_passes_that_its_method_needs(runs: dict[str, tuple[Path, dict[str, int]]], name: str) -> None:
-    assert runs[name][1] == CASES[name][1]
+    assert runs[name][1] == {**CASES, **ONCE}[name][1]
+
+
+def test_dead_groups_alone_are_a_step_without_a_gradient(runs: dict[str, tuple[Path, dict[str, int]]]) -> None:
+    records = read_metrics(runs["sdpg_dead"][0] / "metrics.jsonl")
+    assert [record["reward/dead_groups"] for record in records] == [1.0] * STEPS
+    assert [record["optimizer/grad_norm"] for record in records] == [0.0] * STEPS
 
 
 @pytest.mark.parametrize("name", CASES)

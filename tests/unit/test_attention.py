@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sdpg_megatron.mcore.attention import ScaledDotProductAttention
+from sdpg_megatron.mcore.attention import PackedSequences, ScaledDotProductAttention
 
 LENGTHS = (3, 3, 1, 7, 2, 2, 2)
 
@@ -27,9 +25,8 @@ def inputs(seed: int = 0) -> list[Tensor]:
     return [torch.randn(sum(LENGTHS), heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
 
 
-def packed(lengths: tuple[int, ...] = LENGTHS) -> PackedSeqParams:
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return PackedSeqParams("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+def packed(lengths: tuple[int, ...] = LENGTHS) -> PackedSequences:
+    return PackedSequences.of(lengths, torch.device("cpu"))
 
 
 def test_packed_is_each_sequence_alone() -> None:
@@ -57,6 +54,13 @@ def test_no_bit_crosses_a_boundary() -> None:
     after = core()(*tensors, packed_seq_params=packed())
     assert torch.equal(before[:7], after[:7]) and torch.equal(before[14:], after[14:])
     assert not torch.equal(before[7:14], after[7:14])
+
+
+def test_no_number_is_read_from_the_device() -> None:
+    """The core asks the device for nothing: tensors on "meta" have no numbers to tell."""
+    tensors = [x.detach().to("meta") for x in inputs()]
+    found = core()(*tensors, packed_seq_params=PackedSequences.of(LENGTHS, torch.device("meta")))
+    assert found.is_meta and found.shape == (sum(LENGTHS), 32)
 
 
 def test_what_it_cannot_do_is_said() -> None:

@@ -155,6 +155,22 @@ def test_a_bound_on_tokens_holds_and_ranks_have_equally_many_micro_batches(size:
     assert max(costs) - min(costs) <= max(s.cost for s in samples)
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_bound_on_tokens_counts_what_context_parallel_ranks_pad(size: int) -> None:
+    """Sequences of 6 and 8 tokens, each of which fills up to as many as the ranks have chunks."""
+    batches = build_step(
+        [sample(3, 3, teacher=5, gate=True) for _ in range(16)],
+        regularized=True,
+        limit=Limit(1, 112),
+        layout=Layout(context=1, context_size=size),
+        device=CPU,
+    ).micro_batches
+    sides = [(batch.student.lengths, batch.teacher and batch.teacher.lengths) for batch in batches]
+    processed = [sum(student or ()) + sum(teacher or ()) for student, teacher in sides]
+    assert max(processed) <= 112 < 2 * min(processed)
+    assert sum(batch.student.count for batch in batches) == 16 > len(batches)
+
+
 def test_a_plan_reads_the_gates_of_a_response_once() -> None:
     """Thousands of long responses, and a try for each number of micro-batches: all ranks wait for this."""
 

@@ -133,6 +133,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("reward.verifier=reasoning_gym", ["reward.verifier", "set data.reasoning_gym.tasks"]),
         ("data.train=train.jsonl", ["data.train", "'train.jsonl'", "Fix"]),
         # combinations
+        ("model.spec=te", ["model.spec: found 'te'", "model.dtype float32", "Fix: set model.dtype to bfloat16"]),
         ("optimizer.minibatches=3", ["optimizer.minibatches: found 3", "prompts_per_step (128)", "divides"]),
         ("objective.beta_warmup_steps=101", ["beta_warmup_steps", "found 101", "100 optimizer steps", "shorten"]),
         ("objective.beta_decay_steps=101", ["beta_decay_steps", "found 101", "100 optimizer steps", "null"]),
@@ -164,6 +165,11 @@ def test_a_refusal_names_field_value_and_fix(minimal: Path, override: str, parts
         load(minimal, override.split(" with "))
     for part in [*parts, "found", "expected", "Fix"]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("others", [["model.dtype=bfloat16"], ["model.packed=false"]])
+def test_transformer_engine_takes_bfloat16_and_padded_float32(minimal: Path, others: list[str]) -> None:
+    assert load(minimal, ["model.spec=te", *others]).model.spec == "te"
 
 
 def test_ramps_count_together(minimal: Path) -> None:
