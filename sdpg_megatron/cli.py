@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -226,10 +227,16 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
         to=options.to,
         like=options.like,
         dtype=options.dtype,
-        shard_bytes=int(options.shard_gb * 10**9),
+        shard_bytes=_bytes_of(options.shard_gb),
         text=options.verify,
     )
     return 0
+
+
+def _bytes_of(gigabytes: float) -> int:
+    if not 1 <= gigabytes * 10**9 < math.inf:  # also of what is no number
+        raise ConfigError("--shard-gb", gigabytes, "a positive number of gigabytes", "choose another, such as 5")
+    return int(gigabytes * 10**9)
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,23 +64,47 @@ def write_durably(path: Path, text: str) -> None:
     flush_folder(path.parent)
 
 
-def find_damage(folder: Path, sums: Mapping[str, FileSum], *, digests: bool) -> CheckpointError | None:
+def find_damage(
+    folder: Path,
+    sums: Mapping[str, FileSum],
+    *,
+    digests: bool,
+    threads: int = 1,
+    looked: Callable[[int], None] = lambda nbytes: None,
+) -> CheckpointError | None:
     """The first file of a folder that is not what `sums` says of it.
 
     Args:
         sums: by name relative to the folder.
         digests: whether to read the files whole; their sizes are always compared.
+        threads: how many files are read at a time.
+        looked: told the size of each file that is as it should be.
     """
-    for name, expected in sums.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected.bytes:
-                return _damaged(path, f"{size} bytes", f"{expected.bytes}")
-            if digests and (found := sha256_of(path)) != expected.sha256:
-                return _damaged(path, f"sha256 {found}", expected.sha256)
-        except OSError as error:
-            return _damaged(path, error.strerror or str(error), f"a file of {expected.bytes} bytes")
+
+    def look(name: str) -> CheckpointError | None:
+        damage = _look(folder, name, sums[name], digests)
+        if damage is None:
+            looked(sums[name].bytes)
+        return damage
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = next(filter(None, pool.map(look, sums)), None)
+        pool.shutdown(cancel_futures=True)
+        return found
+
+
+def _look(folder: Path, name: str, expected: FileSum, digests: bool) -> CheckpointError | None:
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            return _damaged(path, f"{size} bytes", f"{expected.bytes}")
+        if digests and (found := sha256_of(path)) != expected.sha256:
+            return _damaged(path, f"sha256 {found}", expected.sha256)
+    except OSError as error:
+        return _damaged(path, error.strerror or str(error), f"a file of {expected.bytes} bytes")
+    except ValueError as error:  # a name that no file can have
+        return CheckpointError(f"{folder}: found {error} in {name!r}, expected the name of a file in the manifest")
     return None
 
 

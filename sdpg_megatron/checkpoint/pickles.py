@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from sdpg_megatron.errors import CheckpointError
 
@@ -60,9 +60,40 @@ def read_tensor_list(checkpoint: Path) -> Metadata:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle may raise anything
         raise _no_list(path, f"{type(error).__name__}: {error}") from error
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise _no_list(path, f"a {type(found).__name__}")
+    try:
+        return _checked(found)
+    except (AttributeError, TypeError, ValueError) as error:  # of objects that lack what their class has
+        raise _no_list(path, str(error)) from error
+
+
+def _checked(found: Any) -> Metadata:
+    """Raises one of Python's own errors where a list is not of the form that its readers take for granted."""
+    if not isinstance(found, Metadata):
+        raise TypeError(f"a {type(found).__name__}")
+    for key, tensor in found.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            _check_tensor(key, tensor)
+    for index, info in found.storage_data.items():
+        where = (index.fqn, info.relative_path, info.offset, info.length)
+        known = isinstance(index, MetadataIndex) and isinstance(index.fqn, str) and isinstance(info.relative_path, str)
+        if not known or not _are_counts((info.offset, info.length)):
+            raise ValueError(f"a chunk at {where!r}")
     return found
+
+
+def _check_tensor(key: Any, tensor: TensorStorageMetadata) -> None:
+    if not isinstance(key, str) or not isinstance(tensor.properties.dtype, torch.dtype) or not _are_counts(tensor.size):
+        raise ValueError(f"a tensor {key!r} of {tensor.size!r}")
+    for chunk in tensor.chunks:
+        if not _are_counts(chunk.offsets) or not _are_counts(chunk.sizes):
+            raise ValueError(f"a chunk of {key!r} with {chunk!r}")
+        for start, length, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True):
+            if start + length > size:
+                raise ValueError(f"a chunk of {key!r} with {chunk!r}, beyond {list(tensor.size)}")
+
+
+def _are_counts(numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _no_list(path: Path, found: str) -> CheckpointError:

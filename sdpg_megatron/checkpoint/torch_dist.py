@@ -29,7 +29,7 @@ from sdpg_megatron.mcore.trusted import trusted_globals
 BACKEND_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
-"""Where megatron-core keeps what is no tensor: in a file of its own, from 0.18 or so on among the tensors."""
+"""Where megatron-core keeps what is no tensor: 0.16.1 in a file of its own, 0.19.2 among the tensors."""
 BACKEND = "torch_dist"
 _NUMBERS = "data/0"
 """The record of an archive with the numbers of its only tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.architecture import Architecture, Family
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError
 
@@ -42,15 +43,55 @@ CONFIG_KEYS: Mapping[str, str] = {
     "rotary_interleaved": "model_type",
 }
 """Arguments that say what the weights are and what is computed from them, and the keys of config.json that say the
-same. The others are of training (dropout, lengths), or make no difference."""
+same. The others are in `_ONLY`, are of training (dropout, the dropping of tokens, lengths), or make no difference."""
+_KEYS_OF: Mapping[Family, Mapping[str, str]] = {
+    "qwen3_moe": {"ffn_hidden_size": "moe_intermediate_size"},
+    "mixtral": {
+        "num_experts": "num_local_experts",
+        "moe_ffn_hidden_size": "intermediate_size",
+        "moe_router_pre_softmax": "model_type",
+    },
+}
+"""Where a family calls it otherwise."""
 _OF_A_FEATURE = {
     "num_query_groups": "group_query_attention",
     "rope_scaling_factor": "use_rope_scaling",
+    "num_experts": "num_experts",
     "moe_ffn_hidden_size": "num_experts",
     "moe_router_topk": "num_experts",
     "moe_router_pre_softmax": "num_experts",
 }
-"""Arguments that mean something only where another one is true."""
+"""Arguments that mean something only where another one is true; so do those of `_ONLY_OF_EXPERTS`."""
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (None,),
+    "attention_output_gate": (False,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None, (-1, -1), (-1, 0)),
+    "no_rope_freq": (None, 0),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "apply_residual_connection_post_layernorm": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "mtp_num_layers": (None, 0),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None,),
+    "use_mup": (False,),
+}
+"""Arguments that no key of config.json has a word for, with what they are in every family: the first is what
+Megatron-LM leaves them at, the others come to the same."""
+_ONLY_OF_EXPERTS: Mapping[str, tuple[Any, ...]] = {
+    "moe_layer_freq": (1,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (None, 1),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_shared_expert_intermediate_size": (None, 0),
+    "moe_apply_probs_on_input": (False,),
+}
+_OF_EACH = {"no_rope_freq", "moe_layer_freq", "moe_router_load_balancing_type"}
+"""Of those, arguments that may be lists: of a value for each layer, or of several losses."""
 
 
 def model_arguments(arch: Architecture) -> dict[str, Any]:
@@ -119,17 +160,20 @@ def arguments_of(checkpoint: TorchDist) -> dict[str, Any]:
 
 
 def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
-    """Hold a checkpoint's arguments against an architecture, field by field; those that are not there say nothing.
+    """Hold a checkpoint's arguments against an architecture, one by one; those that are not there say nothing.
 
     Raises:
-        ConversionError: naming the first argument that differs, and the key of config.json that it contradicts.
+        ConversionError: naming the first argument that differs with the key of config.json that it contradicts, or
+            that asks for what no supported family has.
     """
-    expected = model_arguments(arch)
-    for argument, key in CONFIG_KEYS.items():
+    expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_KEYS_OF.get(arch.family, {})}
+    for argument, key in keys.items():
         value = found.get(argument)
         feature = _OF_A_FEATURE.get(argument)
         if value is None or (feature and not found.get(feature)):
             continue
+        if argument == "ffn_hidden_size" and arch.experts and found.get("moe_ffn_hidden_size"):
+            continue  # of dense layers, which there are none of
         if value != expected[argument]:
             raise ConversionError(
                 f"{where}: {argument}",
@@ -137,3 +181,32 @@ def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) ->
                 f"{expected[argument]!r}, which config.json says ({key})",
                 "convert with the config.json that the model was trained with",
             )
+    _check_only(found, arch, where)
+
+
+def _check_only(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
+    """Refuse arguments that change what is computed into what no supported family computes."""
+    scale, groups = arch.head_dim**-0.5, found.get("moe_router_num_groups")
+    only = dict(_ONLY)
+    if not _is_close(found.get("softmax_scale"), scale):
+        only["softmax_scale"] = (None,)
+    if found.get("num_experts"):
+        only |= {**_ONLY_OF_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups are no restriction
+    for argument, allowed in only.items():
+        value = found.get(argument)
+        one_by_one = argument in _OF_EACH and isinstance(value, list | tuple)
+        if value is not None and not all(_is_one_of(each, allowed) for each in (value if one_by_one else [value])):
+            raise ConversionError(
+                f"{where}: {argument}",
+                repr(value),
+                f"{allowed[0]!r}, as in every family that is supported ({arch.family})",
+                "there is no way for this model: no config.json of these families says the same",
+            )
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return (tuple(value) if isinstance(value, list) else value) in allowed
+
+
+def _is_close(value: Any, expected: float) -> bool:
+    return isinstance(value, int | float) and math.isclose(value, expected, rel_tol=1e-6)

@@ -16,17 +16,17 @@ from rich.console import Console
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture, read_architecture
-from sdpg_megatron.checkpoint.files import flush_tree
+from sdpg_megatron.checkpoint.files import find_damage, flush_tree
 from sdpg_megatron.checkpoint.state import check_same_model, fingerprint
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments, checkpoint_arguments
 from sdpg_megatron.convert.places import Stored, extra_states, stored_parameters
-from sdpg_megatron.convert.proof import Spec, check_same_tensors
+from sdpg_megatron.convert.proof import THREADS, Spec, check_same_tensors
 from sdpg_megatron.convert.safetensors_file import write_safetensors
 from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
-from sdpg_megatron.errors import ConversionError
+from sdpg_megatron.errors import CheckpointError, ConversionError
 from sdpg_megatron.observe.transfer import transfer
 from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
 from sdpg_megatron.weights.load import SINGLE_FILE
@@ -34,11 +34,15 @@ from sdpg_megatron.weights.map import hf_shapes
 
 Moved = Callable[[int], None]
 """Told how many bytes more have been written, or read back."""
+Check = Callable[[Path], None]
+"""Given what was written, before it is put in place; may raise."""
 
 Specs = Mapping[str, Spec]
 
 
-def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, console: Console) -> None:
+def to_megatron(
+    source: Path, target: Path, *, dtype: torch.dtype | None, check: Check | None = None, console: Console
+) -> None:
     """Make a Megatron checkpoint of a Hugging Face folder.
 
     The tensors in it are whole, so that it can be loaded under any layout. One block of rows is held at a time.
@@ -47,6 +51,7 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, consol
         source: with config.json, safetensors, tokenizer.
         target: the folder to make.
         dtype: type of the weights; None for that of each in the folder.
+        check: also looks at the folder of the tensors.
         console: where progress is shown.
 
     Raises:
@@ -59,22 +64,25 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, consol
     types = {stored.names: _type_of(stored, tensors, dtype) for stored in parameters}
     main_type = types[parameters[0].names]
     specs = _specs(tensors, dtype)
-    with _aside(target) as aside, transfer(f"{source} -> {target}", 2 * _bytes(specs), console) as moved:
+    with _aside(target) as aside:
         written = aside / RELEASE
         written.mkdir()
-        write_torch_dist(
-            written,
-            [block for stored in parameters for block in _blocks(stored, tensors, types[stored.names], moved)],
-            extra_states(parameters),
-            {"args": checkpoint_arguments(arch, main_type), "checkpoint_version": 3.0, "iteration": 0},
-        )
-        companions = aside / COMPANION_FOLDER
-        companions.mkdir()
-        write_config(source, companions, _name(main_type))
-        copy_companions(source, companions)
-        (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
-        with _flushing(aside):
-            _prove_megatron(written, read_architecture(companions), source, specs, moved)
+        with transfer(f"{source} -> {target}", 2 * _bytes(specs), console) as moved:
+            write_torch_dist(
+                written,
+                [block for stored in parameters for block in _blocks(stored, tensors, types[stored.names], moved)],
+                extra_states(parameters),
+                {"args": checkpoint_arguments(arch, main_type), "checkpoint_version": 3.0, "iteration": 0},
+            )
+            companions = aside / COMPANION_FOLDER
+            companions.mkdir()
+            write_config(source, companions, _name(main_type))
+            copy_companions(source, companions)
+            (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+            with _flushing(aside):
+                _prove_megatron(written, read_architecture(companions), source, specs, moved)
+        if check is not None:
+            check(written)
 
 
 def to_hugging_face(
@@ -84,6 +92,7 @@ def to_hugging_face(
     like: Path | None,
     dtype: torch.dtype | None,
     shard_bytes: int,
+    check: Check | None = None,
     console: Console,
 ) -> None:
     """Make a Hugging Face folder of a Megatron checkpoint, this trainer's or Megatron-LM's own.
@@ -95,12 +104,13 @@ def to_hugging_face(
             that the checkpoint was made of or its run was started from.
         dtype: type of the weights; None for that of each in the checkpoint.
         shard_bytes: bound of one safetensors file; a larger tensor has one to itself.
+        check: also looks at the folder.
         console: where progress is shown.
 
     Raises:
         ConversionError: `target` is there already, no config.json is known or it tells of another model, or what was
             written is not what was read.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged; a run's is held against its digests first.
         ConfigError: config.json is of no model that is supported, or `like` is not what the run was started from.
     """
     folder = like or source.companions
@@ -109,17 +119,20 @@ def to_hugging_face(
         raise ConversionError(str(source.folder), "weights alone", expected, "name a folder with them: --like FOLDER")
     arch = read_architecture(folder)
     _check_config(source, folder, arch)
+    _check_digests(source, console)
     tensors = _open_checkpoint(source.folder, arch)
     specs = _specs(tensors, dtype)
-    title = f"{source.folder} -> {target}"
-    with _aside(target) as aside, transfer(title, 2 * _bytes(specs), console) as moved:
-        _write_files(aside, specs, tensors, shard_bytes, moved)
-        write_config(folder, aside, _name(next(iter(specs.values()))[1]))
-        copy_companions(folder, aside)
-        with _flushing(aside):
-            _check_same_architecture(read_architecture(aside), arch, target / "config.json")
-            checkpoint = partial(_open_checkpoint, source.folder, arch)
-            check_same_tensors(checkpoint, partial(FolderTensors, aside, arch), specs, target, moved)
+    with _aside(target) as aside:
+        with transfer(f"{source.folder} -> {target}", 2 * _bytes(specs), console) as moved:
+            _write_files(aside, specs, tensors, shard_bytes, moved)
+            write_config(folder, aside, _name(next(iter(specs.values()))[1]))
+            copy_companions(folder, aside)
+            with _flushing(aside):
+                _check_same_architecture(read_architecture(aside), arch, target / "config.json")
+                checkpoint = partial(_open_checkpoint, source.folder, arch)
+                check_same_tensors(checkpoint, partial(FolderTensors, aside, arch), specs, target, moved)
+        if check is not None:
+            check(aside)
 
 
 def _specs(tensors: Tensors, dtype: torch.dtype | None) -> Specs:
@@ -223,6 +236,18 @@ def _check_config(source: Source, folder: Path, arch: Architecture) -> None:
         check_same_model(source.state, fingerprint(folder))
         return
     check_arguments(arguments_of(TorchDist(source.folder)), arch, f"{source.folder}: args")
+
+
+def _check_digests(source: Source, console: Console) -> None:
+    """Hold the files of a run's checkpoint against its manifest: what is read back is compared with what they are."""
+    if source.state is None:
+        return
+    files = source.state.files
+    total = sum(file.bytes for file in files.values())
+    with transfer(f"{source.folder}: digests", total, console) as looked:
+        damage = find_damage(source.folder, files, digests=True, threads=THREADS, looked=looked)
+        if damage is not None:
+            raise CheckpointError(f"{damage}. Fix: bring the file back, or convert another checkpoint") from damage
 
 
 def _write_files(folder: Path, specs: Specs, tensors: Tensors, shard_bytes: int, moved: Moved) -> None:

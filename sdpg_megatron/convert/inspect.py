@@ -18,6 +18,7 @@ from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.places import of_the_model
+from sdpg_megatron.convert.proof import THREADS
 from sdpg_megatron.convert.source import Source, find_source
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors
 from sdpg_megatron.errors import ConversionError, SdpgError
@@ -145,7 +146,7 @@ def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | Non
 
 def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
     report.versions |= {"manifest": str(state.format), **state.versions}
-    if damage := find_damage(folder, state.files, digests=digests):
+    if damage := find_damage(folder, state.files, digests=digests, threads=THREADS):
         report.damage.append(str(damage))
     parallel = state.config.get("parallel")
     report.layout = _layout(parallel) if isinstance(parallel, dict) else None

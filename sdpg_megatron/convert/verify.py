@@ -18,6 +18,24 @@ from sdpg_megatron.mcore.forward_step import last_hidden
 from sdpg_megatron.mcore.model import build_chunks, output_weight
 
 
+def tokens_of(hugging_face: Path, text: str) -> Tensor:
+    """The text as token ids, [1, tokens].
+
+    Raises:
+        ConversionError: there is no tokenizer, or the text has no tokens, or more than the model has positions.
+    """
+    positions = read_architecture(hugging_face).max_positions
+    try:
+        tokens_1S: Tensor = AutoTokenizer.from_pretrained(hugging_face)(text, return_tensors="pt").input_ids
+    except Exception as error:  # transformers has no error of its own for it
+        found = " ".join(str(error).split())
+        raise ConversionError(f"--verify: {hugging_face}", found, "a tokenizer", "add it, or leave it out") from error
+    if not 0 < tokens_1S.shape[1] <= positions:
+        expected = f"1 to {positions}, the model's positions"
+        raise ConversionError("--verify", f"a text of {tokens_1S.shape[1]} tokens", expected, "choose another text")
+    return tokens_1S
+
+
 def logit_difference(hugging_face: Path, checkpoint: Path, text: str) -> tuple[float, float]:
     """The largest difference between the logits of the two models, and the largest of transformers' logits.
 
@@ -28,13 +46,9 @@ def logit_difference(hugging_face: Path, checkpoint: Path, text: str) -> tuple[f
         checkpoint: folder of the Megatron checkpoint's tensors.
 
     Raises:
-        ConversionError: the text has no tokens, or more than the model has positions.
+        ConversionError: as `tokens_of` does.
     """
-    tokens_1S = AutoTokenizer.from_pretrained(hugging_face)(text, return_tensors="pt").input_ids
-    arch = read_architecture(hugging_face)
-    if not 0 < tokens_1S.shape[1] <= arch.max_positions:
-        expected = f"1 to {arch.max_positions}, the model's positions"
-        raise ConversionError("--verify", f"a text of {tokens_1S.shape[1]} tokens", expected, "choose another text")
+    tokens_1S = tokens_of(hugging_face, text)
     expected_1SV = _transformers_logits(hugging_face, tokens_1S)
     gc.collect()
     found_1SV = _megatron_logits(hugging_face, checkpoint, tokens_1S)

@@ -63,7 +63,8 @@ class Cursor:
         """Continue from a saved state over a dataset of `size` prompts, or an endless source where that is None.
 
         Raises:
-            CheckpointError: the state lacks a field, or was saved over a dataset of another size.
+            CheckpointError: the state lacks a field, has a value that is none, or was saved over a dataset of another
+                size.
         """
         missing = {"size", "seed", "shuffle", "epoch", "position"} - state.keys()
         if missing:
@@ -74,6 +75,12 @@ class Cursor:
                 f"data cursor: saved over {saved} prompts, this dataset has {found}. "
                 "Fix: continue with the files and length limit that the run started with, or start a new run"
             )
+        for name in ("seed", "epoch", "position"):
+            bound = size if name == "position" else None
+            if type(found := state[name]) is not int or (found < 0 and name != "seed") or (bound and found > bound):
+                most = f"to {bound}" if bound else "or more"
+                expected = "a whole number" if name == "seed" else f"a whole number, 0 {most}"
+                raise CheckpointError(f"data cursor: found {name} {found!r}, expected {expected}")
         cursor = cls(size, state["seed"], bool(state["shuffle"]))
         cursor._epoch, cursor._position = state["epoch"], state["position"]
         cursor._order = cursor._permutation()

@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
@@ -75,5 +77,38 @@ def test_what_would_run_is_refused(tmp_path: Path, content: Any, name: str, monk
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"hello", b"\x80\x04]\x94(K\x01"])
 def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / TENSOR_LIST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata: found .*expected torch's list"):
+        read_tensor_list(tmp_path)
+
+
+def tensor(**changes: Any) -> TensorStorageMetadata:
+    chunk = ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((2, 3)))
+    fields = {"properties": TensorProperties(), "size": torch.Size((4, 3)), "chunks": [chunk], **changes}
+    return TensorStorageMetadata(**fields)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        Metadata({"a": tensor(size=("4", 3))}),
+        Metadata({"a": tensor(size=None)}),
+        Metadata({"a": tensor(size=torch.Size((4,)))}),
+        Metadata({"a": tensor(properties=TensorProperties(dtype=3))}),
+        Metadata({"a": tensor(chunks=[ChunkStorageMetadata((3, 0), (2, 3))])}),
+        Metadata({"a": tensor(chunks=[ChunkStorageMetadata((-1, 0), (2, 3))])}),
+        Metadata({"a": tensor(chunks=[7])}),
+        Metadata({7: tensor()}),
+        Metadata({}, storage_data={"a": _StorageInfo("f", 0, 1)}),
+        Metadata({}, storage_data={MetadataIndex("a"): _StorageInfo(3, 0, 1)}),
+        Metadata({}, storage_data={MetadataIndex("a"): _StorageInfo("f", -1, 1)}),
+        Metadata({}, storage_data={MetadataIndex("a"): 3}),
+        Metadata(3),
+    ],
+)
+def test_a_list_of_another_form_is_named(tmp_path: Path, listed: Metadata) -> None:
+    listed.storage_data = {} if listed.storage_data is None else listed.storage_data
+    write(tmp_path, Metadata({"a": tensor()}, storage_data={MetadataIndex("a"): _StorageInfo("f", 0, 1)}))
+    read_tensor_list(tmp_path)
+    write(tmp_path, listed)
     with pytest.raises(CheckpointError, match=r"\.metadata: found .*expected torch's list"):
         read_tensor_list(tmp_path)

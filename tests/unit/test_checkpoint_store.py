@@ -211,6 +211,28 @@ def test_a_sum_is_what_other_tools_make(tmp_path: Path) -> None:
     assert find_damage(tmp_path, {"f": expected}, digests=True) is None
 
 
+def test_damage_is_found_by_several_threads(tmp_path: Path) -> None:
+    sums = {}
+    for number in range(9):
+        (tmp_path / str(number)).write_bytes(bytes([number]))
+        sums[str(number)] = seal(tmp_path / str(number))
+    seen: list[int] = []
+    assert find_damage(tmp_path, sums, digests=True, threads=3, looked=seen.append) is None
+    assert sum(seen) == 9
+    for changed in ("7", "2"):
+        (tmp_path / changed).write_bytes(b"x")
+        found = find_damage(tmp_path, sums, digests=True, threads=3)
+        assert f"{tmp_path / changed}: found sha256" in str(found)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 5000, "."])
+def test_a_name_that_no_file_can_have_is_damage(tmp_path: Path, name: str) -> None:
+    expected = FileSum(tmp_path.stat().st_size, "")
+    damage = find_damage(tmp_path, {name: expected}, digests=True)
+    assert isinstance(damage, CheckpointError)
+    assert str(damage).encode()
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
 @pytest.mark.parametrize("place", ["mkdir", "rename", "replace"])
 def test_whatever_the_disk_says_is_told_and_the_last_one_stays(

@@ -26,8 +26,8 @@ from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert import convert as conversion
-from sdpg_megatron.convert import tensors
-from sdpg_megatron.convert.arguments import arguments_of, check_arguments
+from sdpg_megatron.convert import tensors, verify
+from sdpg_megatron.convert.arguments import arguments_of
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.proof import check_same_tensors
 from sdpg_megatron.convert.verify import logit_difference
@@ -255,32 +255,6 @@ def test_what_the_disk_changed_is_never_put_in_place(
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "message"),
-    [
-        ("num_layers", 8, r"args: num_layers: found 8, expected 4, which config\.json says \(num_hidden_layers\)"),
-        ("num_query_groups", 4, r"num_query_groups: found 4, expected 2, .*num_key_value_heads"),
-        ("rotary_base", 500000, r"rotary_base: found 500000, expected 10000\.0, .*rope_theta"),
-        ("untie_embeddings_and_output_weights", False, "tie_word_embeddings"),
-        ("norm_epsilon", 1e-5, "rms_norm_eps"),
-        ("rotary_interleaved", True, r"rotary_interleaved: found True, expected False, .*model_type"),
-        ("rotary_percent", 0.5, r"rotary_percent: found 0\.5, expected 1\.0"),
-        ("normalization", "LayerNorm", r"normalization: found 'LayerNorm', expected 'RMSNorm'"),
-        ("apply_layernorm_1p", True, "apply_layernorm_1p"),
-        ("position_embedding_type", "none", r"position_embedding_type: found 'none', expected 'rope'"),
-        ("squared_relu", True, "hidden_act"),
-        ("add_bias_linear", True, "mlp_bias"),
-    ],
-)
-def test_arguments_that_contradict_config_json_are_named(
-    model: Path, megatron: Path, argument: str, value: object, message: str
-) -> None:
-    arch, arguments = read_architecture(model), arguments_of(TorchDist(megatron / "release"))
-    check_arguments(arguments, arch, "args")
-    with pytest.raises(ConversionError, match=message):
-        check_arguments({**arguments, argument: value}, arch, "args")
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_hidden_layers": 2}, r"num_layers: found 4, expected 2"),
@@ -401,3 +375,56 @@ def test_a_tracker_that_names_nothing(tmp_path: Path, text: str, message: str) -
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(ConversionError, match=rf"latest_checkpointed_iteration\.txt: {message}"):
         convert(tmp_path, tmp_path / "target", console=QUIET)
+
+
+def test_a_text_that_cannot_be_read_is_known_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "write_torch_dist", lambda *_: pytest.fail("written"))
+    for text in ("1 " * 5000, ""):
+        with pytest.raises(ConversionError, match=r"--verify: found a text of \d+ tokens, expected 1 to \d+"):
+            convert(model, tmp_path / "target", text=text, console=QUIET)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_text("{")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(model / name, bare / name)
+    with pytest.raises(ConversionError, match=r"--verify: .*bare: found .*expected a tokenizer"):
+        convert(bare, tmp_path / "target", text="1", console=QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+@pytest.mark.parametrize("to", ["megatron", "huggingface"])
+def test_logits_are_compared_before_the_result_is_in_place(
+    model: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    target = tmp_path / "target"
+    source = model if to == "megatron" else megatron
+
+    def failing(folder: Path, checkpoint: Path, text: str) -> tuple[float, float]:
+        assert not target.exists()
+        read_architecture(folder), TorchDist(checkpoint)
+        raise CheckpointError("another model")
+
+    monkeypatch.setattr(verify, "logit_difference", failing)
+    with pytest.raises(CheckpointError, match="another model"):
+        convert(source, target, text="1 2", console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0", "1e300"])
+def test_bounds_that_are_none_are_refused(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert cli.main(["convert", str(megatron), str(tmp_path / "target"), f"--shard-gb={size}"]) == 2
+    assert "--shard-gb: found" in capsys.readouterr().err
+    with pytest.raises(ConversionError, match="shard_bytes: found 0"):
+        convert(megatron, tmp_path / "target", shard_bytes=0, console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_needs_no_other_one(model: Path, tmp_path: Path) -> None:
+    for like in (tmp_path / "none", model):
+        with pytest.raises(ConversionError, match=r"--like: found .*expected nothing beside a Hugging Face folder"):
+            convert(model, tmp_path / "target", like=like, console=QUIET)
+    assert list(tmp_path.iterdir()) == []

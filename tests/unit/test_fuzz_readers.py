@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save
 
-from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.architecture import Architecture, read_architecture
+from sdpg_megatron.checkpoint.drawn import Drawn, read_drawn, write_drawn
+from sdpg_megatron.checkpoint.files import FileSum, find_damage
 from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.convert.arguments import arguments_of, check_arguments
+from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
+from sdpg_megatron.convert.tensors import CheckpointTensors
+from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.examples import parse_row
 from sdpg_megatron.data.readers import read_rows
 from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.objectives.advantages import group_advantages
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.settings import load
 from sdpg_megatron.weights import read_folder
+from sdpg_megatron.weights.map import hf_shapes
 from tests.tiny import write_tiny_model
 
 FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+FUZZ_CHECKPOINTS = settings(FUZZ, max_examples=50, deadline=None)
 
 numbers = st.none() | st.booleans() | st.integers() | st.floats()
 values = st.recursive(
@@ -263,3 +281,100 @@ def test_manifests(tmp_path: Path, data: st.DataObject) -> None:
 def test_descriptions_of_tensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     answers(lambda: read_tensor_list(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def megatron(model: Path) -> Path:
+    target = model.parent / "megatron"
+    convert(model, target, console=Console(quiet=True))
+    return target
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """What a damaged pickle asks for in memory is refused, as on a machine that has no more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def read_checkpoint(folder: Path, arch: Architecture) -> None:
+    """All that a conversion reads."""
+    checkpoint = TorchDist(folder)
+    answers(lambda: check_arguments(arguments_of(checkpoint), arch, "args"))
+    tensors = CheckpointTensors(checkpoint, arch)
+    for name, shape in hf_shapes(arch).items():
+        answers(lambda: tensors.rows(name, 0, shape[0]))  # noqa: B023
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json", "__0_0.distcp"])
+@pytest.mark.usefixtures("bounded")
+@FUZZ_CHECKPOINTS
+@given(data=st.data())
+def test_damaged_checkpoints(model: Path, megatron: Path, name: str, data: st.DataObject) -> None:
+    path = megatron / "release" / name
+    content = path.read_bytes()
+    try:
+        path.write_bytes(data.draw(damaged(content) | st.builds(content.__getitem__, cuts(len(content)))))
+        answers(lambda: inspect(megatron))
+        answers(lambda: read_checkpoint(megatron / "release", read_architecture(model)))
+    finally:
+        path.write_bytes(content)
+
+
+def cuts(length: int) -> st.SearchStrategy[slice]:
+    return st.integers(0, length).map(slice)
+
+
+@FUZZ_CHECKPOINTS
+@given(
+    files=st.dictionaries(st.text(max_size=4) | st.sampled_from(["a", ".", "..", "a\0"]), st.integers(0, 9), max_size=4)
+)
+def test_files_of_manifests(tmp_path: Path, files: dict[str, int]) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    path = tmp_path / "manifest.json"
+    dataclasses.replace(STATE, files={name: FileSum(size, "x") for name, size in files.items()}).write(path)
+    damage = find_damage(tmp_path, RunState.read(path).files, digests=True, threads=2)
+    assert (damage is None) == (not files) and str(damage).encode()
+
+
+@FUZZ_CHECKPOINTS
+@given(state=values.filter(lambda value: isinstance(value, dict)) | retold(Cursor(5, 1, True).state()))
+@example(state={**Cursor(5, 1, True).state(), "position": "3"})
+@example(state={**Cursor(5, 1, True).state(), "epoch": None})
+@example(state={**Cursor(5, 1, True).state(), "position": -10})
+@example(state={**Cursor(5, 1, True).state(), "position": 6})
+def test_data_cursors(state: dict[str, Any]) -> None:
+    for size in (5, None):
+        answers(lambda: Cursor.from_state(state, size).take(7))  # noqa: B023
+
+
+class Prompts:
+    size = 9
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(f"train.jsonl:{index}", (1,), (2,), "3")
+
+    def describe(self) -> str:
+        return "nine"
+
+
+@FUZZ_CHECKPOINTS
+@given(data=st.data())
+def test_responses_that_were_drawn_ahead(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "drawn.safetensors"
+    completion = Completion((5, 6), (-0.1, -0.2), "stop", 4, "five", np.zeros((3, 2, 2), np.uint8))
+    group = Group(Prompts()[2], (completion, completion))
+    write_drawn(path, Drawn((2,), (ScoredGroup(group, (1.0, 0.0), group_advantages((1.0, 0.0)), failures=0),)))
+    content, arrays = path.read_bytes(), load_arrays(path)
+    path.write_bytes(data.draw(damaged(content)))
+    answers(lambda: read_drawn(path, Prompts()))
+    for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), min_size=1)):
+        arrays[name] = np.array(data.draw(st.lists(st.integers(-9, 9) | st.floats(), max_size=3)))
+    words = data.draw(st.none() | values | st.lists(values, min_size=2, max_size=2))
+    if words is not None:
+        arrays["words"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
+    save_arrays(arrays, path)
+    answers(lambda: read_drawn(path, Prompts()))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -76,8 +77,37 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
     common.write_bytes(content)
     assert not any("sha256" in damage for damage in inspect(checkpoint).damage)
     assert any("common.pt: found sha256 " in damage for damage in inspect(checkpoint, digests=True).damage)
+    with pytest.raises(CheckpointError, match=r"common\.pt: found sha256 .*Fix: bring the file back"):
+        convert(checkpoint, tmp_path / "again", console=Console(quiet=True))
     with pytest.raises(ConversionError, match=r"--digests: found a Hugging Face folder"):
         inspect(model, digests=True)
+
+
+def test_a_flipped_byte_of_a_run_checkpoint_is_not_converted(model: Path, megatron: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(megatron / "release", checkpoint)
+    files = {path.name: seal(path) for path in checkpoint.iterdir()}
+    config = {"model": {"path": str(model)}}
+    RunState(
+        step=3,
+        cursor={},
+        seconds=1.0,
+        baseline={},
+        evaluated=True,
+        config=config,
+        model=fingerprint(model),
+        files=files,
+    ).write(checkpoint / MANIFEST)
+    convert(checkpoint, tmp_path / "whole", console=Console(quiet=True))
+    path = checkpoint / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    norm = load_file(tmp_path / "whole/model.safetensors")["model.norm.weight"]
+    content[content.index(norm.view(torch.uint8).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert inspect(checkpoint).damage == []
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: found sha256 .*as the manifest says\. Fix"):
+        convert(checkpoint, tmp_path / "target", console=Console(quiet=True))
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_newest_checkpoint_without_its_manifest_is_not_passed_over(model: Path, tmp_path: Path) -> None:

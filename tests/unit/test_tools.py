@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,3 +152,23 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "pad_token_id": 2}')
     with pytest.raises(smollm2.PrepareError, match="stop token: found 7, expected 2"):
         smollm2.verify(tmp_path)
+
+
+# --- conversion
+
+
+def test_the_conversion_scripts_there_and_back(tmp_path: Path) -> None:
+    from tests.tiny import write_tiny_model
+
+    model = write_tiny_model(tmp_path / "model", "qwen3", tied=True, seed=3, layers=1)
+
+    def run(name: str, source: str, target: str) -> None:
+        line = [sys.executable, ROOT / "tools" / f"{name}.py", tmp_path / source, tmp_path / target]
+        result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."})
+        assert result.returncode == 0, result.stderr
+
+    run("convert_hf_to_megatron", "model", "megatron")
+    run("convert_megatron_to_hf", "megatron", "back")
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", model))
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
