@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig
+from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
@@ -169,6 +169,22 @@ def _check_tensor(arch: Architecture, parallel: ParallelConfig) -> None:
         if size % parallel.tensor:
             works = [t for t in _divisors(arch.num_kv_heads) if all(size % t == 0 for size in shared.values())]
             raise _indivisible("parallel.tensor", parallel.tensor, f"a divisor of the model's {size} {noun}", works)
+
+
+def check_served(arch: Architecture, served: SGLangConfig) -> None:
+    """Check that SGLang can cut the model over a server's ranks. Raises `ConfigError`."""
+    heads, pairs = arch.num_heads, arch.num_kv_heads
+    columns = arch.ffn_size if arch.experts is None else 0
+
+    def fits(tensor: int) -> bool:
+        return not (heads % tensor or columns % tensor) and not (pairs % tensor and tensor % pairs)
+
+    if not fits(served.tensor):
+        expected = f"a divisor of the model's {heads} attention heads"
+        expected += f" and {columns} feed-forward columns" if columns else ""
+        expected += f", and a divisor or multiple of its {pairs} key-value heads"
+        works = [tensor for tensor in _divisors(heads) if fits(tensor)]
+        raise _indivisible("rollout.sglang.tensor", served.tensor, expected, works)
 
 
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:

@@ -10,15 +10,18 @@
 #
 # Not run on GPUs yet. common.sh has the other choices; further arguments are key=value. To look at the result with
 # Megatron-LM's tools: python -m sdpg_megatron convert runs/qwen3-30b-a3b/model converted --to megatron
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-prepare Qwen/Qwen3-30B-A3B
 if [[ "${1:-}" == three ]]; then
   shift
-  export ROLLOUT_NODES=2 SERVERS_PER_NODE=4
-  changes=(rollout.sglang.colocated=false rollout.sglang.sink=broadcast rollout.sglang.mem_fraction=0.85)
-  export TRAINING_NODES=2
-  train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H100 0 2 "${changes[@]}" "$@"
-else
-  train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml H200 4 1 "$@"
+  export NNODES="${NNODES:-3}" ROLLOUT_NODES=2 SERVERS_PER_NODE=4
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+gpu=H200
+if [[ -n "${ROLLOUT_NODES:-}" ]]; then
+  gpu=H100
+elif [[ "$PLACE" == disaggregated ]]; then
+  die "PLACE: found disaggregated, but half of 8 GPUs cannot train Qwen3-30B-A3B. Fix: three machines:" \
+    "bash examples/recipes/qwen3-30b-a3b.sh three"
+fi
+prepare Qwen/Qwen3-30B-A3B
+train_and_evaluate runs/qwen3-30b-a3b examples/recipes/qwen3-30b-a3b.yaml "$gpu" 4 2 "$@"

@@ -66,7 +66,8 @@ def _proposals(plan: Plan) -> Iterator[tuple[tuple[str, ...], int]]:
     if config.rollout.engine == "sglang":
         for share in (0.5, 0.7, 0.9):
             yield (f"rollout.sglang.mem_fraction={share}",), world
-        yield (f"rollout.sglang.tensor={2 * served.tensor}",), world
+        fewer = (f"rollout.sglang.servers={served.servers // 2}",) if served.servers > 1 else ()
+        yield (f"rollout.sglang.tensor={2 * served.tensor}", *fewer), world
     if parallel.tensor > 1 and not parallel.sequence:
         yield ("parallel.sequence=true",), world
 

@@ -58,15 +58,12 @@ def durations(
     update = load.mean_student * (3 + again) * forward + made * row
     rate = grid.world * gpu.flops * ASSUMED.products
     bubble = 1 + (grid.pipeline - 1) / (load.micro_batches * grid.chunks)
-    sent = {kind: flow.sent / (_link(gpu, flow) * ASSUMED.sending) for kind, flow in traffic.items()}
-    between = sum(seconds for kind, seconds in sent.items() if kind not in ("data", "publish"))
-    share = passes / (passes + update)
-    calls = traffic["publish"].sent / (config.rollout.sglang.bucket_mib << 20)
     return {
         "rollout": _rollout(arch, config, grid, load, gpu, server),
-        "passes": passes / rate * bubble + share * between,
-        "update": update / rate * bubble + (1 - share) * between + sent["data"],
-        "publish": traffic["publish"].sent / (_link(gpu, traffic["publish"]) * ASSUMED.publishing) + calls * CALL,
+        "passes": passes / rate * bubble + _sending("passes", traffic, gpu),
+        "update": update / rate * bubble + _sending("update", traffic, gpu),
+        "publish": _sending("publish", traffic, gpu)
+        + traffic["publish"].sent["publish"] / (config.rollout.sglang.bucket_mib << 20) * CALL,
     }
 
 
@@ -77,8 +74,12 @@ def step_seconds(seconds: Mapping[str, float], ahead: int) -> float:
     return together + seconds["publish"]
 
 
-def _link(gpu: Gpu, flow: Flow) -> float:
-    return gpu.link if flow.local else gpu.network
+def _sending(phase: str, traffic: Mapping[str, Flow], gpu: Gpu) -> float:
+    seconds = 0.0
+    for kind, flow in traffic.items():
+        share = ASSUMED.publishing if kind == "publish" else ASSUMED.sending
+        seconds += flow.sent.get(phase, 0.0) / ((gpu.link if flow.local else gpu.network) * share)
+    return seconds
 
 
 def _forward(arch: Architecture, length: float) -> float:

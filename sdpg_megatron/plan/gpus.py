@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from sdpg_megatron.errors import ConfigError, did_you_mean
 
 GIB = 1 << 30
+MACHINE = 8
+"""Assumed GPUs of a machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,17 @@ from sdpg_megatron.architecture import (
     check_lengths,
     check_model,
     check_parallel,
+    check_served,
     read_architecture,
 )
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.plan.duration import durations
-from sdpg_megatron.plan.gpus import Gpu
+from sdpg_megatron.plan.gpus import MACHINE, Gpu
 from sdpg_megatron.plan.load import Load
 from sdpg_megatron.plan.memory import ServerMemory, StageMemory, room, server_memory, stage_memory
 from sdpg_megatron.plan.shards import Grid
-from sdpg_megatron.plan.traffic import Flow, flows
+from sdpg_megatron.plan.traffic import Flow, flows, server_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,8 @@ class Plan:
 
     @property
     def server_gpus(self) -> int:
-        """That servers which the run starts take beside the trainer's."""
-        served = self.config.rollout.sglang
-        if self.server is None or served.colocated or served.urls:
-            return 0
-        return served.servers * served.tensor * served.data
+        """That the run's servers take beside the trainer's."""
+        return server_gpus(self.config)
 
 
 def make_plan(config: RunConfig, gpu: Gpu, ranks: int | None = None) -> Plan:
@@ -69,7 +68,8 @@ def make_plan(config: RunConfig, gpu: Gpu, ranks: int | None = None) -> Plan:
         ranks: of the trainer; None for the fewest that the layout allows.
 
     Raises:
-        ConfigError: the configuration cannot work with this model, or with this number of ranks.
+        ConfigError: the configuration cannot work with this model, or with this number of ranks; servers that share
+            the trainer's GPUs take more than it has on a machine.
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
@@ -78,12 +78,27 @@ def make_plan(config: RunConfig, gpu: Gpu, ranks: int | None = None) -> Plan:
     check_model(arch, model, replay_routing=config.rollout.replay_routing)
     check_parallel(arch, config.parallel)
     grid = Grid.of(config.parallel, ranks)
+    _check_servers(arch, config, grid.world)
     load = Load.of(config, grid.data)
     stages = [stage_memory(arch, config, grid, load, stage, gpu.memory) for stage in range(grid.pipeline)]
     server = None
     if config.rollout.engine == "sglang":
         trainer = max(stage.weights for stage in stages) if config.rollout.sglang.colocated else 0
         server = server_memory(arch, config, gpu.memory, trainer)
-    traffic = flows(arch, config, grid, load, max(stages, key=lambda stage: stage.numel))
+    traffic = flows(arch, config, grid, load, stages)
     seconds = durations(arch, config, grid, load, gpu, traffic, server)
     return Plan(config, arch, gpu, grid, load, stages, server, traffic, seconds)
+
+
+def _check_servers(arch: Architecture, config: RunConfig, world: int) -> None:
+    """Those that the run starts. Raises `ConfigError`."""
+    served = config.rollout.sglang
+    if config.rollout.engine != "sglang" or served.urls:
+        return
+    check_served(arch, served)
+    devices, there = served.servers * served.tensor * served.data, min(world, MACHINE)
+    if served.colocated and devices > there:
+        found = f"{served.servers} x {served.tensor} x {served.data}"
+        expected = f"at most the {there} GPUs that the trainer has on its first machine, where colocated servers are"
+        fix = "have fewer or smaller servers, or name more with --ranks"
+        raise ConfigError("rollout.sglang: servers x tensor x data", found, expected, fix)

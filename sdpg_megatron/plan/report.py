@@ -15,6 +15,7 @@ from sdpg_megatron.plan.plan import Plan
 from sdpg_megatron.plan.shards import count_active, count_parameters
 
 PHASES = ("rollout", "passes", "update", "publish")
+LEADER = {"gather": "first ranks get", "publish": "the leader sends"}
 
 
 def as_data(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def as_data(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
             "per_token": plan.server.token,
             "longest_sequences": plan.server.sequences,
         },
-        "sent_per_step": {kind: flow.sent for kind, flow in plan.traffic.items()},
+        "sent_per_step": {kind: dict(flow.sent) for kind, flow in plan.traffic.items()},
         "seconds": dict(plan.seconds),
         "advice": [{"change": a.change, "peak": a.peak, "fits": a.fits} for a in advice],
     }
@@ -102,8 +103,9 @@ def _communication(plan: Plan) -> Iterator[str]:
     )
     for kind, flow in plan.traffic.items():
         where = "within a machine" if flow.local else "between machines"
-        sender = "the leader sends" if kind == "publish" else "a rank sends"
-        yield f"  {kind:10} {sender} {flow.sent / 1e9:9.2f} GB, {where}"
+        sender = LEADER.get(kind, "a rank sends")
+        sent = ", ".join(f"{size / 1e9:9.2f} GB in {phase}" for phase, size in flow.sent.items())
+        yield f"  {kind:10} {sender:16} {sent}, {where}"
     times = ", ".join(f"{phase} {plan.seconds[phase]:.0f} s" for phase in PHASES)
     yield f"  {times}; together {step_seconds(plan.seconds, plan.config.rollout.ahead):.0f} s" + (
         ", as a rollout goes on beside the passes and updates before it" if plan.config.rollout.ahead else ""

@@ -12,6 +12,7 @@ from sdpg_megatron.architecture import (
     check_lengths,
     check_model,
     check_parallel,
+    check_served,
     read_architecture,
 )
 from sdpg_megatron.config import RunConfig
@@ -76,6 +77,8 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
+    if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
+        check_served(arch, config.rollout.sglang)
     load_verifier(config.reward.verifier)
     return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 

@@ -168,11 +168,11 @@ def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool,
         assert found == pytest.approx(expected, rel=0.01), family
 
 
-def test_an_update_takes_the_memory_that_was_planned() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan"], env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("case", ["as it is", "recompute"])
+def test_an_update_takes_the_memory_that_was_planned(case: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.plan", case]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["planned_mib"] > 1000, "small beside the interpreter"
+    assert report["planned_mib"] > 800, "small beside the interpreter"
     assert 0.9 < report["ratio"] < 1.1, report

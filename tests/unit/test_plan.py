@@ -1,19 +1,17 @@
-"""Plans of the shipped recipes, and what the command says."""
+"""Plans of the recipes' models and layouts, and what the command says."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.architecture import check_served, read_architecture
 from sdpg_megatron.cli import main
-from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.plan.advice import advise
 from sdpg_megatron.plan.gpus import GPUS, find_gpu
@@ -24,7 +22,7 @@ from sdpg_megatron.settings import load
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "recipes"
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
-APART = ("rollout.sglang.colocated=false", "rollout.sglang.sink=broadcast", "rollout.sglang.mem_fraction=0.85")
+APART = ("rollout.sglang.colocated=false", "rollout.sglang.sink=broadcast")
 PUBLISHED = {
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
@@ -34,15 +32,6 @@ PUBLISHED = {
     "Llama-3.1-8B-Instruct": 8_030_261_248,
 }
 """Parameters, tied ones once."""
-HARDWARE: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
-    "qwen3-1.7b": (("H100", 8, ()), ("H100", 4, (*APART, "rollout.sglang.servers=4"))),
-    "qwen3-4b": (("H100", 8, ()), ("H100", 4, (*APART, "rollout.sglang.servers=4"))),
-    "qwen3-8b": (("H100", 8, ()), ("H100", 4, (*APART, "rollout.sglang.servers=2"))),
-    "qwen2.5-7b": (("H100", 8, ()), ("H100", 4, (*APART, "rollout.sglang.servers=2"))),
-    "llama-3.1-8b": (("H100", 8, ()), ("H100", 4, (*APART, "rollout.sglang.servers=2"))),
-    "qwen3-30b-a3b": (("H200", 8, ()), ("H100", 16, APART)),
-}
-"""What each recipe says that it needs: GPU, ranks, and where the servers are."""
 
 
 @pytest.fixture(scope="module")
@@ -70,68 +59,19 @@ def test_parameters_are_the_published_ones(models: Path) -> None:
     assert 2.5e9 < count_active(read_architecture(models / "Qwen3-30B-A3B")) < 3.3e9
 
 
-def test_there_is_hardware_for_every_recipe() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(HARDWARE)
-    assert {path.stem for path in RECIPES.glob("*.sh")} == {*HARDWARE, "common"}
-
-
-@pytest.mark.parametrize("name", HARDWARE)
-def test_a_recipe_fits_its_hardware(models: Path, name: str) -> None:
-    for gpu, ranks, changes in HARDWARE[name]:
-        plan = plan_of(models, name, *changes, gpu=gpu, ranks=ranks)
-        assert plan.fits, (gpu, plan.fullest.fullest, plan.over)
-        assert plan.server is not None and plan.server.sequences >= 8
-        assert advise(plan) == []
-
-
 @pytest.mark.parametrize("method", ["grpo", "dapo", "rlsd", "opsd"])
 @pytest.mark.parametrize("name", ["qwen3-1.7b", "qwen3-4b"])
-def test_every_method_of_the_paper_fits(models: Path, name: str, method: str) -> None:
+def test_methods_with_a_teacher_keep_its_rows(models: Path, name: str, method: str) -> None:
     plan = plan_of(models, name, f"objective.name={method}", ranks=8)
-    assert plan.fits
     taught = method in ("rlsd", "opsd")
     assert ("teacher rows" in plan.fullest.phases["update"] and plan.load.taught > 0) == taught
-
-
-@pytest.mark.parametrize(
-    ("call", "place", "says"),
-    [
-        ("qwen3-1.7b.sh opsd", "colocated", "8 x H100"),
-        ("qwen3-4b.sh sdpg-ufkl", "disaggregated", "4 x H100 (79.6 GiB), 4 more for servers"),
-        ("qwen3-8b.sh", "disaggregated", "4 x H100 (79.6 GiB), 4 more for servers"),
-        ("qwen2.5-7b.sh", "colocated", "8 x H100"),
-        ("llama-3.1-8b.sh", "colocated", "8 x H100"),
-        ("qwen3-30b-a3b.sh", "colocated", "8 x H200"),
-        ("qwen3-30b-a3b.sh three", "colocated", "16 x H100 (79.6 GiB), 8 more for servers"),
-    ],
-)
-def test_a_recipe_plans_before_it_trains(models: Path, call: str, place: str, says: str) -> None:
-    script, *arguments = call.split()
-    several = {"NNODES": "3", "NODE_RANK": "0"} if "three" in arguments else {}
-    given = {"PYTHON": sys.executable, "MODELS": str(models), "PLACE": place, "PLAN_ONLY": "1", **several}
-    command = ["bash", str(RECIPES / script), *arguments]
-    done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert says in done.stdout and "\nFits: " in done.stdout
-
-
-@pytest.mark.parametrize("name", HARDWARE)
-def test_a_recipe_can_be_walked(models: Path, name: str) -> None:
-    from sdpg_megatron.mcore.shapes import walk
-
-    ranks = HARDWARE[name][0][1]
-    config = recipe(models, name)
-    plan = make_plan(config, find_gpu("H200"), ranks)
-    (stage,) = walk(config, ranks)
-    assert stage.parameters == plan.stages[0].numel
-    columns = plan.arch.padded_vocab(config.parallel.tensor) // config.parallel.tensor
-    assert stage.shapes == ((config.rollout.max_response_tokens, columns),)
 
 
 def test_a_walk_over_pipeline_stages(models: Path) -> None:
     from sdpg_megatron.mcore.shapes import walk
 
-    changes = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true")
+    changes = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"]
+    changes += ["rollout.sglang.servers=4"]
     config = recipe(models, "qwen3-4b", *changes)
     plan = make_plan(config, find_gpu("H100"), 4)
     stages = walk(config, 4)
@@ -183,6 +123,10 @@ def test_the_command(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["model"]["parameters"] == PUBLISHED["Qwen3-4B"] and data["fits"]
     assert set(data["seconds"]) == {"rollout", "passes", "update", "publish"}
+    assert {kind: set(sent) for kind, sent in data["sent_per_step"].items()} == {
+        "data": {"update"},
+        "publish": {"publish"},
+    }
     assert main([*call, "model.recompute=false"]) == 2
     assert "model.recompute=true" in capsys.readouterr().out
 
@@ -194,3 +138,80 @@ def test_unknown_gpus_and_numbers_of_ranks_are_refused(models: Path) -> None:
     config = recipe(models, "qwen3-8b")
     with pytest.raises(ConfigError, match="multiple of 2"):
         Grid.of(config.parallel, 3)
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-30b-a3b"])
+def test_tensor_parallel_ranks_exchange_what_attention_and_dense_networks_need(models: Path, name: str) -> None:
+    """Token dispatch has groups of its own: a mixture's layers gather and scatter at their attention alone."""
+    plan = plan_of(models, name, ranks=8)
+    halves = 1 if plan.arch.experts else 2
+    tokens = plan.load.mean_student / plan.grid.data
+    of_half = plan.arch.num_layers * plan.arch.hidden_size * 2 * (1 / 2)  # bfloat16; one of two ranks
+    rows = plan.load.mean_responses / plan.grid.data * plan.arch.hidden_size * 4 * 2 * (1 / 2)
+    sent = plan.traffic["tensor"].sent
+    # Old and reference log-probs, the teacher on half: a gather and a scatter each.
+    assert sent["passes"] == pytest.approx(2.5 * 2 * halves * of_half * tokens)
+    # Forward twice, as activations are recomputed; backward with inputs gathered once more; the head's gradient.
+    assert sent["update"] == pytest.approx((2 * 2 + 3) * halves * of_half * tokens + rows)
+    assert ("expert" in plan.traffic) == (halves == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "local"),
+    [
+        ((), 8, True),
+        (("rollout.sglang.servers=2", *APART), 4, True),
+        (("rollout.sglang.servers=2", *APART), 8, False),
+        (("rollout.sglang.urls=[http://10.0.0.2:30000]", *APART), 4, False),
+        (("rollout.engine=hf",), 16, True),
+    ],
+)
+def test_a_publish_goes_as_far_as_the_servers_are(
+    models: Path, changes: tuple[str, ...], ranks: int, local: bool
+) -> None:
+    assert plan_of(models, "qwen3-8b", *changes, ranks=ranks).traffic["publish"].local == local
+
+
+def test_shards_are_gathered_before_they_are_published(models: Path) -> None:
+    whole = 2 * PUBLISHED["Qwen3-8B"]
+    alone = plan_of(models, "qwen3-8b", "parallel.tensor=1", "parallel.sequence=false", ranks=8)
+    assert "gather" not in alone.traffic
+    halves = plan_of(models, "qwen3-8b", ranks=8)
+    assert halves.traffic["gather"].sent["publish"] == pytest.approx(whole / 2, rel=0.01)
+    assert halves.seconds["publish"] > alone.seconds["publish"]
+    # Stages join two quarters each, and the second sends its half on.
+    stages = plan_of(models, "qwen3-8b", "parallel.pipeline=2", ranks=8)
+    assert stages.traffic["gather"].sent["publish"] == pytest.approx(whole, rel=0.01)
+    mixture = plan_of(models, "qwen3-30b-a3b", ranks=8)
+    assert mixture.traffic["gather"].sent["publish"] > 0.8 * 2 * PUBLISHED["Qwen3-30B-A3B"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "says"),
+    [
+        ((), 4, "servers x tensor x data: found '8 x 1 x 1', expected at most the 4 GPUs"),
+        (("rollout.sglang.tensor=2",), 16, "servers x tensor x data: found '8 x 2 x 1', expected at most the 8 GPUs"),
+        (("rollout.sglang.tensor=3", "rollout.sglang.servers=2"), 8, r"tensor: found 3, .*32 attention heads.*1, 2, 4"),
+        (("rollout.sglang.tensor=3", *APART), 8, r"tensor: found 3, .*32 attention heads"),
+    ],
+)
+def test_servers_that_the_devices_or_the_model_do_not_allow_are_refused(
+    models: Path, changes: tuple[str, ...], ranks: int, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        plan_of(models, "qwen3-4b", *changes, ranks=ranks)
+
+
+@pytest.mark.parametrize(("name", "tensor", "fits"), [("Qwen3-4B", 16, True), ("Qwen3-8B", 64, False)])
+def test_several_ranks_of_a_server_may_have_one_key_value_head(
+    models: Path, name: str, tensor: int, fits: bool
+) -> None:
+    with nullcontext() if fits else pytest.raises(ConfigError, match=f"found {tensor}, .*one of: 1, 2, 4, 8, 16, 32$"):
+        check_served(read_architecture(models / name), SGLangConfig(tensor=tensor))
+
+
+def test_a_run_refuses_servers_that_cannot_have_the_model(models: Path) -> None:
+    from sdpg_megatron.train.inputs import load_model_inputs
+
+    with pytest.raises(ConfigError, match="rollout.sglang.tensor: found 3"):
+        load_model_inputs(recipe(models, "qwen3-4b", "rollout.sglang.tensor=3"))
