@@ -96,6 +96,7 @@ def test_a_flipped_byte_of_a_run_checkpoint_is_not_converted(model: Path, megatr
         evaluated=True,
         config=config,
         model=fingerprint(model),
+        data="d",
         files=files,
     ).write(checkpoint / MANIFEST)
     convert(checkpoint, tmp_path / "whole", console=Console(quiet=True))
