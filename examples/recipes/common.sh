@@ -89,7 +89,7 @@ train_and_evaluate() {
   local run=$1 config=$2 gpu=$3 servers=$4 tensor=$5 ranks=${RANKS_PER_NODE:-8} nodes=${NNODES:-1} apart=() served=()
   shift 5
   local changes=("model.path=$folder" "run_dir=$run")
-  read -ra apart <<<"${ROLLOUT_NODES:-}"
+  IFS=$', \t' read -ra apart <<<"${ROLLOUT_NODES:-}"
   if ((${#apart[@]})); then
     nodes=$((nodes - ${#apart[@]}))
     servers=$((${SERVERS_PER_NODE:?ROLLOUT_NODES needs it} * ${#apart[@]}))
