@@ -213,5 +213,5 @@ def test_several_ranks_of_a_server_may_have_one_key_value_head(
 def test_a_run_refuses_servers_that_cannot_have_the_model(models: Path) -> None:
     from sdpg_megatron.train.inputs import load_model_inputs
 
-    with pytest.raises(ConfigError, match="rollout.sglang.tensor: found 3"):
+    with pytest.raises(ConfigError, match=r"rollout\.sglang\.tensor: found 3"):
         load_model_inputs(recipe(models, "qwen3-4b", "rollout.sglang.tensor=3"))
