@@ -49,7 +49,7 @@ class Watchdog:
         self._at = "start", 0, self._clock.now()
         self._ended = ""
         self._board: Board | None = None
-        self._closed = threading.Event()
+        self._closed, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -77,6 +77,8 @@ class Watchdog:
             yield
             self._ended = "done"
         except BaseException as error:
+            if self._ending.is_set():
+                self._thread.join()  # it ends this process; what is raised here is that others have ended
             self._ended = f"{type(error).__name__}: {str(error).strip()[:200]}"
             if isinstance(error, RuntimeError) and _in_collective(error):
                 self._explain(error, board)
@@ -137,6 +139,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         """Tell the others, write what is known to standard error, and end this process."""
+        self._ending.set()
         self._write(f"{reason}. The stacks of this rank's threads:")
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         if (board := self._board) is not None:
