@@ -14,7 +14,7 @@ from tests.e2e.machines import Machines, two_machines
 from tests.e2e.runs import metrics, write_run
 
 LOST_SECONDS = 10
-RATE = 1_000_000
+RATE = 3_000_000
 """Bits a second of a slow link; at full speed publishes and passes reach several times as much."""
 
 
