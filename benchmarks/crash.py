@@ -3,12 +3,12 @@
     python benchmarks/crash.py
     python benchmarks/crash.py --kills 100 --seed 0 --out benchmarks/results/crash.json
 
-Each run is one of two ranks (two pipeline stages) of the tests' tiny model, eight steps with a checkpoint after each,
-written behind the steps in every second run, with rollouts one step ahead in two of four. It is killed (SIGKILL)
-several times, started again by the same command each time, and in the end left to finish. A kill takes a rank or the
-launcher; every other one strikes at a drawn time between the start and the end, the rest at a drawn place in the code,
-most of which lie inside a save: see tests/e2e/dying.py. The seed decides all but how far a run has come at a drawn
-time.
+Each run is one of two ranks (two pipeline stages) of the tests' tiny model, `--steps` long, with a checkpoint after
+each step, written behind the steps in every second run, with rollouts one step ahead in two of four. It is killed
+(SIGKILL) several times, started again by the same command each time, and in the end left to finish. A kill takes a rank
+or the launcher; every other one strikes at a drawn time between the start and the end, the rest at a drawn place in the
+code, most of which lie inside a save: see tests/e2e/dying.py. The seed decides all but how far a run has come at a
+drawn time.
 
 The launcher is a small one, below: it starts the ranks as forks of a process that has everything imported, so that a
 start takes a second and not ten. Like torchrun it ends all ranks when one fails; like torchrun's, its ranks are ended
@@ -35,6 +35,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import socket
 import sys
@@ -53,7 +54,6 @@ if not __package__:  # run as a script, whose folder is then the first place to 
 
 RANKS = 2
 SETTINGS = {
-    "steps": 8,
     "checkpoint": {"every": 1, "keep": 2},
     "eval": {"every": 4, "samples": 2},
     "parallel": {"pipeline": RANKS},
@@ -161,10 +161,10 @@ def fork_rank(rank: int, port: int, config: str, overrides: Sequence[str], death
 class Runner:
     """Starts runs in a folder each, kills them and compares them with the undisturbed one."""
 
-    def __init__(self, scratch: Path, seed: int) -> None:
+    def __init__(self, scratch: Path, seed: int, steps: int) -> None:
         from tests.e2e.dying import MOMENTS
 
-        self.scratch = scratch
+        self.scratch, self.steps = scratch, steps
         self.draw = random.Random(f"crash/{seed}")
         self.moments = sorted(MOMENTS)
         self.result = Result()
@@ -190,7 +190,7 @@ class Runner:
 
         folder = self.scratch / name
         folder.mkdir()
-        return write_run(folder, **SETTINGS)
+        return write_run(folder, steps=self.steps, **SETTINGS)
 
     def _start(self, config: Path, overrides: Sequence[str], death: Death | None) -> bool:
         """One start of a run to its end; whether it was the death that brought it.
@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/crash.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="of each run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json says of what run")
     arguments = parser.parse_args(argv)
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="crash-benchmark-") as folder:
-        runner = Runner(Path(folder), arguments.seed)
+        runner = Runner(Path(folder), arguments.seed, arguments.steps)
         runner.take_time()
         number = 0
         while (left := arguments.kills - runner.result.kills) > 0:
@@ -338,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         write_json(arguments.out, result)
         meta = {
-            "command": f"python benchmarks/crash.py --kills {arguments.kills} --seed {arguments.seed}",
+            "command": shlex.join(["python", "benchmarks/crash.py", *(sys.argv[1:] if argv is None else argv)]),
             "date": datetime.now(UTC).date().isoformat(),
             "machine": machine("cpu", 1),
             "torch": torch.__version__,

@@ -75,7 +75,7 @@ def test_so_does_one_of_two_ranks_whatever_is_killed(tmp_path: Path) -> None:
     """The benchmark's machinery with few kills: this seed's take the launcher after a checkpoint, the second rank
     between two updates, and the launcher at some time."""
     out = tmp_path / "crash.json"
-    line = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--seed", "193", "--out", str(out)]
+    line = [sys.executable, "benchmarks/crash.py", "--kills", "3", "--seed", "193", "--steps", "4", "--out", str(out)]
     done = subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=2 * LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
@@ -105,7 +105,7 @@ class Failing:
 
 
 def test_a_start_that_fails_by_itself_is_no_kill(tmp_path: Path) -> None:
-    runner = Runner(tmp_path, seed=0)
+    runner = Runner(tmp_path, seed=0, steps=1)
     runner.context = SimpleNamespace(Process=Failing)  # type: ignore[assignment]
     (tmp_path / "run").mkdir()
     config = tmp_path / "run" / "run.yaml"

@@ -205,7 +205,7 @@ def test_mistakes_are_named_in_one_line(
 def test_on_several_ranks(tmp_path: Path, whole: Path, ranks: int, layout: list[str]) -> None:
     config = write_run(tmp_path)
     settings = ["steps=2", "optimizer.schedule=constant", "objective.correction=truncate"]
-    done = train(config, *layout, *settings, ranks=ranks, fresh=ranks == 4)  # torchrun itself, once
+    done = train(config, *layout, *settings, ranks=ranks)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert lines[1]["rollout/correction"] == pytest.approx(1, abs=1e-4)
