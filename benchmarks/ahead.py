@@ -133,7 +133,14 @@ def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
     )
     shown = {kind: [step["time/step"] for step in found] for kind, found in steps.items()}
     lengths = {kind: mean(step["rollout/length"] for step in found) for kind, found in steps.items()}
-    return result, {"parts": parts, "steps": shown, "mean_length": lengths}
+    return result, {"parts": parts, "gains": gains(shown, options.rounds), "steps": shown, "mean_length": lengths}
+
+
+def gains(seconds: Mapping[str, Sequence[float]], rounds: int) -> list[float]:
+    """Of each round's runs by themselves."""
+    size = len(seconds["ahead"]) // rounds
+    runs = [slice(first, first + size) for first in range(0, rounds * size, size)]
+    return [mean(seconds["in_turns"][run]) / mean(seconds["ahead"][run]) for run in runs]
 
 
 def _parts(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

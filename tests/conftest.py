@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
 
 from tests.pool import RankPool
+
+if TYPE_CHECKING:
+    from tests.e2e.machines import Machines
 
 hypothesis.settings.register_profile("suite", deadline=None)  # no test may depend on how busy the machine is
 hypothesis.settings.load_profile("suite")
@@ -25,6 +28,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    """Two hosts with a link between them; skips the test where none can be made."""
+    from tests.e2e.hosts import two_hosts, why_not
+    from tests.e2e.machines import Machines
+
+    if reason := why_not():
+        pytest.skip(reason)
+    with two_hosts() as (first, second, link):
+        yield Machines((first, second), link, tmp_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
-import pytest
 
-from tests.e2e.hosts import Host, Link, two_hosts, why_not
+from tests.e2e.hosts import Host, Link
 from tests.e2e.runs import ROOT, environment
 
 LIMIT = 280.0
@@ -50,6 +48,11 @@ class Machines:
     def said(self, node: int) -> str:
         return self.log(node).read_text()
 
+    def gave_each_other_up(self) -> bool:
+        """Whether both launchers said that the other's machine is silent."""
+        said = ((self.said(node), f"machine {1 - node} (") for node in (0, 1))
+        return all(other in text and "has not been heard of for" in text for text, other in said)
+
     def codes(self, launchers: list[subprocess.Popen[bytes]], limit: float = LIMIT) -> list[int]:
         """How both end, and that nothing of theirs is left."""
         deadline = time.monotonic() + limit
@@ -66,15 +69,6 @@ class Machines:
             assert time.monotonic() < deadline
             assert all(launcher.poll() is None for launcher in launchers), self.said(0) + self.said(1)
             time.sleep(0.05)
-
-
-@contextmanager
-def two_machines(folder: Path) -> Iterator[Machines]:
-    """Skips the test where no hosts can be made."""
-    if reason := why_not():
-        pytest.skip(reason)
-    with two_hosts() as (first, second, link):
-        yield Machines((first, second), link, folder)
 
 
 def _strings(variables: Mapping[str, object]) -> dict[str, str]:
