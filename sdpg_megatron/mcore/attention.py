@@ -1,16 +1,24 @@
-"""Causal attention on `torch.nn.functional.scaled_dot_product_attention`, for padded and for packed sequences.
+"""Causal attention for padded and packed sequences, without a loop over sequences.
+
+On a GPU, packed sequences of 16-bit floats take one variable-length kernel call: flash-attn's where it is installed,
+else that of `torch.nn.attention.varlen`. On CPUs, and for float32, which these kernels lack, sequences of similar
+length are padded to a common one and share a `scaled_dot_product_attention` call.
 
 Shapes: S sequence, B batch, N attention heads of this rank, K key-value heads of this rank, D head size, P tokens of
-all packed sequences on this rank, A on all context-parallel ranks.
+all packed sequences on this rank, A on all context-parallel ranks, M keys that this rank reads, n chunks of a bucket,
+Q and U the bucket's query and key lengths.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -24,45 +32,139 @@ from torch.nn import functional
 from sdpg_megatron.mcore.context import shards
 
 
+class Bucket(NamedTuple):
+    """Chunks of similar lengths, padded to a common one. Padding repeats a chunk's last position."""
+
+    query_nQ: Tensor
+    """int64: which of this rank's tokens each query is."""
+    key_nU: Tensor
+    """int64: which of the keys that this rank reads each key is."""
+    mask_n1QU: Tensor | None
+    """bool: which keys a query attends to; None where the plain causal mask says it."""
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's parameters, and what every layer would otherwise wait for the device to tell, or make for itself."""
+    """Megatron's parameters of packed sequences, and the indices that every layer reads.
+
+    A rank's tokens are chunks: whole sequences or, under context parallelism, two parts of each. A chunk's queries are
+    the last positions of its keys. The indices follow from the lengths, which the host knows.
+    """
 
     lengths: tuple[int, ...] = ()
     """Of the sequences, over all context-parallel ranks."""
+    device: torch.device | None = None
+    """Where the tokens are."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    def of(cls, lengths: Sequence[int], device: torch.device, *, cumulative: bool) -> PackedSequences:
+        """
+        Args:
+            cumulative: set ``cu_seqlens_q`` and ``cu_seqlens_kv``, which Transformer Engine reads. megatron-core's own
+                rotary embedding waits for the device and loops over sequences where they are set; where they are not
+                it takes one angle for each token.
+        """
         longest = max(lengths)
-        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths))
+        found = cls("thd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths), device=device)
+        if cumulative:
+            found.cu_seqlens_q = found.cu_seqlens_kv = found._cumulated(lengths)
+        return found
 
     @cached_property
-    def places_A(self) -> Tensor:
-        """int64: where each position lies in the tokens of all context-parallel ranks, one rank after the other."""
-        size = parallel_state.get_context_parallel_world_size()
+    def positions_P(self) -> Tensor:
+        """int64: the position of each of this rank's tokens in its sequence."""
+        positions_A = torch.cat([torch.arange(length) for length in self.lengths])
+        size, rank = _context()
+        return self._moved(positions_A if size == 1 else positions_A[shards(self.lengths, size)[0] == rank])
+
+    @cached_property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Each chunk's number of queries and of keys."""
+        size, rank = _context()
+        if size == 1:
+            return [(length, length) for length in self.lengths]
+        halves = [length // (2 * size) for length in self.lengths]
+        return [(half, (part + 1) * half) for half in halves for part in (rank, 2 * size - 1 - rank)]
+
+    @cached_property
+    def key_places_M(self) -> Tensor | None:
+        """int64: where each key that this rank reads lies in the tokens of all context-parallel ranks, rank by rank.
+
+        None without context parallelism: the rank then reads its own tokens.
+        """
+        size, _ = _context()
+        if size == 1:
+            return None
         ranks_A, places_A = shards(self.lengths, size)
-        everywhere_A: Tensor = ranks_A * (sum(self.lengths) // size) + places_A
-        return everywhere_A.to(self.cu_seqlens_q.device)
+        gathered_A = ranks_A * (sum(self.lengths) // size) + places_A
+        starts = [start for start in itertools.accumulate(self.lengths[:-1], initial=0) for _ in range(2)]
+        read = [gathered_A[start : start + keys] for start, (_, keys) in zip(starts, self.chunks, strict=True)]
+        return self._moved(torch.cat(read))
 
     @cached_property
-    def masks(self) -> list[Tensor]:
-        """Which positions each of this rank's chunks attends to, two chunks of each sequence: bool [S, S']."""
-        group = parallel_state.get_context_parallel_group()
-        size, rank, device = group.size(), group.rank(), self.cu_seqlens_q.device
-        masks = []
-        for half in (length // (2 * size) for length in self.lengths):
-            ends = ((chunk + 1) * half for chunk in (rank, 2 * size - 1 - rank))
-            masks += [torch.ones(half, end, dtype=torch.bool, device=device).tril(end - half) for end in ends]
-        return masks
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """int32 [chunks + 1]: cumulative numbers of the chunks' queries, and of their keys."""
+        queries, keys = zip(*self.chunks, strict=True)
+        return self._cumulated(queries), self._cumulated(keys)
+
+    @cached_property
+    def buckets(self) -> tuple[list[Bucket], Tensor]:
+        """The chunks by size class; and int64 [P]: where each token lies in the concatenated queries of the buckets."""
+        members: dict[tuple[int, int], list[int]] = {}
+        for number, (queries, keys) in enumerate(self.chunks):
+            members.setdefault((size_class(queries), size_class(keys)), []).append(number)
+        query_ends, key_ends = (list(itertools.accumulate(counts)) for counts in zip(*self.chunks, strict=True))
+        buckets, order, base = [], [torch.empty(0)] * len(self.chunks), 0
+        for numbers in members.values():
+            queries_n, keys_n = torch.tensor([self.chunks[number] for number in numbers]).unbind(1)
+            query_nQ = _padded(torch.tensor([query_ends[number] for number in numbers]) - queries_n, queries_n)
+            key_nU = _padded(torch.tensor([key_ends[number] for number in numbers]) - keys_n, keys_n)
+            ahead_n = keys_n - queries_n
+            mask_n1QU = None
+            if ahead_n.any():
+                last_nQ = torch.arange(query_nQ.shape[1]) + ahead_n[:, None]
+                mask_n1QU = self._moved((torch.arange(key_nU.shape[1]) <= last_nQ[:, :, None])[:, None])
+            buckets.append(Bucket(self._moved(query_nQ), self._moved(key_nU), mask_n1QU))
+            for row, number in enumerate(numbers):
+                first = base + row * query_nQ.shape[1]
+                order[number] = torch.arange(first, first + self.chunks[number][0])
+            base += query_nQ.numel()
+        return buckets, self._moved(torch.cat(order))
+
+    def _cumulated(self, counts: Sequence[int]) -> Tensor:
+        return self._moved(torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        assert self.device is not None
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-class ScaledDotProductAttention(torch.nn.Module):
+def size_class(length: int) -> int:
+    """The length rounded up to one of four in each octave, so that padding is at most a quarter."""
+    step = 1 << max(length.bit_length() - 3, 0)
+    return -(-length // step) * step
+
+
+def _padded(first_n: Tensor, count_n: Tensor) -> Tensor:
+    """int64 [n, longest]: ``first, first + 1, ...`` of each, its last one repeated."""
+    return first_n[:, None] + torch.arange(int(count_n.max())).minimum(count_n[:, None] - 1)
+
+
+def _context() -> tuple[int, int]:
+    """Context-parallel ranks, and this one's number."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 1, 0
+    return parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+
+
+class CausalAttention(torch.nn.Module):
     """Megatron's core attention without a mask of its own.
 
-    Padding comes after a sequence, so that causality alone keeps it out of every real position. Packed sequences are
-    attended to one by one, those of equal length together where they are neighbours. Context-parallel ranks gather
-    the keys and values of all of them.
+    Padding comes after a sequence, so that causality alone keeps it out of every real position. Packed sequences attend
+    to themselves alone. Context-parallel ranks gather the keys and values of all of them.
     """
 
     def __init__(
@@ -90,20 +192,38 @@ class ScaledDotProductAttention(torch.nn.Module):
         if packed_seq_params is None:
             if self.context_size > 1:
                 raise NotImplementedError("context parallelism takes packed sequences")
-            return self._attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
+            found = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
+            return found.transpose(0, 1).flatten(2)
         if self.context_size > 1:
-            return self._across_ranks(query, key, value, packed_seq_params)
-        parts, first = [], 0
-        for length, neighbours in itertools.groupby(packed_seq_params.lengths):
-            count = len(list(neighbours))
-            span = slice(first, first + count * length)
-            alike = [x[span].view(count, length, *x.shape[1:]) for x in (query, key, value)]
-            parts.append(self._attend(*alike).flatten(0, 1))
-            first = span.stop
-        return torch.cat(parts)
+            key, value = self._gather(key, value, packed_seq_params)
+        if (kernel := varlen_kernel()) is not None and takes_varlen(query):
+            query_ends, key_ends = packed_seq_params.ends
+            queries, keys = map(max, zip(*packed_seq_params.chunks, strict=True))
+            found = kernel(query, key, value, query_ends, key_ends, queries, keys, scale=self.softmax_scale)
+            return found.flatten(1)
+        buckets, order_P = packed_seq_params.buckets
+        parts = [self._attend_bucket(query, key, value, bucket) for bucket in buckets]
+        return torch.cat(parts).index_select(0, order_P).flatten(1)
+
+    def _gather(self, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
+        """The keys and values that this rank reads, [M, K, D]: those of all ranks up to its chunks' ends."""
+        group = parallel_state.get_context_parallel_group()
+        everywhere = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=group)
+        assert packed.key_places_M is not None
+        keys_M, values_M = everywhere.index_select(0, packed.key_places_M).unbind(1)
+        return keys_M, values_M
+
+    def _attend_bucket(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+        """[n * Q, N, D]."""
+
+        def taken(x: Tensor, at: Tensor) -> Tensor:
+            return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:])
+
+        queries, keys, values = taken(query, bucket.query_nQ), taken(key, bucket.key_nU), taken(value, bucket.key_nU)
+        return self._attend(queries, keys, values, bucket.mask_n1QU).flatten(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S, N, D], [B, S', K, D], [B, S', K, D] -> [B, S, N * D]; without a `mask` [S, S'], causal."""
+        """[B, S, N, D], [B, S', K, D], [B, S', K, D] -> [B, S, N, D]; without a `mask` [B, 1, S, S'], causal."""
         query_BNSD, key_BKSD, value_BKSD = (x.transpose(1, 2) for x in (query, key, value))
         out_BNSD = functional.scaled_dot_product_attention(
             query_BNSD,
@@ -114,18 +234,35 @@ class ScaledDotProductAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query_BNSD.shape[1] != key_BKSD.shape[1],
         )
-        return out_BNSD.transpose(1, 2).flatten(2)
+        return out_BNSD.transpose(1, 2)
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """This rank's two chunks of each sequence, with the keys and values of all ranks up to their ends."""
-        group = parallel_state.get_context_parallel_group()
-        everywhere = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=group)
-        keys, values = everywhere[packed.places_A].unbind(1)
-        parts, first = [], 0
-        whole = [start for start in itertools.accumulate(packed.lengths, initial=0) for _ in range(2)]
-        for start, mask in zip(whole, packed.masks, strict=False):
-            half, end = mask.shape
-            asking, seen = slice(first, first + half), slice(start, start + end)
-            parts.append(self._attend(query[None, asking], keys[None, seen], values[None, seen], mask)[0])
-            first += half
-        return torch.cat(parts)
+
+# --- variable-length kernels
+
+VarlenKernel = Callable[..., Tensor]
+"""(query [P, N, D], key [M, K, D], value [M, K, D], cumulative numbers of queries and of keys, the most queries and the
+most keys of a chunk, scale=softmax scale) -> [P, N, D]. Causal: a chunk's last query sees its last key."""
+
+
+def takes_varlen(query: Tensor) -> bool:
+    """Whether the kernels take such queries: 16-bit floats on a GPU, heads of at most 256 numbers, a multiple of 8."""
+    narrow = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and narrow and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+@cache
+def varlen_kernel() -> VarlenKernel | None:
+    """flash-attn's kernel where it is installed, else that of torch 2.10 or newer, else None."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda *inputs, scale: flash_attn_varlen_func(*inputs, softmax_scale=scale, causal=True)
+    try:
+        varlen_attn: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "enable_gqa" in known:  # older ones take fewer key-value heads without being told
+        options["enable_gqa"] = True
+    return lambda *inputs, scale: varlen_attn(*inputs, **options, **({} if scale is None else {"scale": scale}))

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
-from sdpg_megatron.mcore.attention import PackedSequences
+from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
@@ -52,31 +52,34 @@ def last_hidden(
     (gpt,) = unwrap_model([model])
     more: dict[str, Any] = {}
     if lengths is not None:
-        more["packed_seq_params"] = PackedSequences.of(lengths, tokens_BS.device)
+        by_token = takes_angles_of_tokens(gpt)
+        packed = more["packed_seq_params"] = PackedSequences.of(lengths, tokens_BS.device, cumulative=not by_token)
     if numbers_BS is not None:
         more["padding_mask"] = as_padding_mask(gpt, numbers_BS)
     with ExitStack() as stack:
         if gpt.post_process:
             stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
-        if lengths is not None and tokens_BS.device.type == "cpu":
-            stack.enter_context(_angles_of_all(gpt.rotary_pos_emb, lengths))
+        if lengths is not None and by_token:
+            stack.enter_context(_angle_of_each_token(gpt.rotary_pos_emb, packed))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
     return hidden
 
 
+def takes_angles_of_tokens(gpt: Any) -> bool:
+    """Whether the layers' attention core is this package's, which does not read ``cu_seqlens_q``."""
+    return any(isinstance(layer.self_attention.core_attention, CausalAttention) for layer in gpt.decoder.layers[:1])
+
+
 @contextmanager
-def _angles_of_all(rotary: Any, lengths: Sequence[int]) -> Iterator[None]:
-    """Let the rotary embedding return an angle for every packed position, and not for those of the longest sequence.
+def _angle_of_each_token(rotary: Any, packed: PackedSequences) -> Iterator[None]:
+    """Let megatron-core's rotary embedding return one angle for each of this rank's packed tokens, [P, 1, D].
 
-    Megatron then turns all sequences at once. Otherwise 0.19 turns one after the other, each time with a copy of all
-    gradients in the backward pass. On a GPU this would wait for the device once for each sequence and layer.
+    Its attention applies these as they are where ``cu_seqlens_q`` is None.
     """
-    angles = rotary.forward
-    positions_P = torch.cat([torch.arange(length) for length in lengths])
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        longest: Tensor = angles(*args, **kwargs)
-        return longest[positions_P.to(longest.device)]
+    def forward(max_seq_len: int, *_: Any, **__: Any) -> Tensor:
+        angles_P11D: Tensor = rotary.get_emb(max_seq_len)
+        return angles_P11D.squeeze(1).index_select(0, packed.positions_P)
 
     rotary.forward = forward
     try:

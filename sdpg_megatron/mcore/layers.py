@@ -17,8 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
 
-from sdpg_megatron.mcore.attention import ScaledDotProductAttention
+from sdpg_megatron.mcore.attention import CausalAttention
 from sdpg_megatron.mcore.routing import use_own_router
 
 
@@ -37,9 +38,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(hidden.dtype) * self.weight
+        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -52,7 +51,7 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = ScaledDotProductAttention
+    attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

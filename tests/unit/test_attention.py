@@ -10,14 +10,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sdpg_megatron.mcore.attention import PackedSequences, ScaledDotProductAttention
+from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences, size_class
 
 LENGTHS = (3, 3, 1, 7, 2, 2, 2)
 
 
-def core(kind: AttnMaskType = AttnMaskType.causal, **options: Any) -> ScaledDotProductAttention:
+def core(kind: AttnMaskType = AttnMaskType.causal, **options: Any) -> CausalAttention:
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, **options)
-    return ScaledDotProductAttention(config, 1, kind)
+    return CausalAttention(config, 1, kind)
 
 
 def inputs(seed: int = 0) -> list[Tensor]:
@@ -26,7 +26,7 @@ def inputs(seed: int = 0) -> list[Tensor]:
 
 
 def packed(lengths: tuple[int, ...] = LENGTHS) -> PackedSequences:
-    return PackedSequences.of(lengths, torch.device("cpu"))
+    return PackedSequences.of(lengths, torch.device("cpu"), cumulative=False)
 
 
 def test_packed_is_each_sequence_alone() -> None:
@@ -59,7 +59,7 @@ def test_no_bit_crosses_a_boundary() -> None:
 def test_no_number_is_read_from_the_device() -> None:
     """The core asks the device for nothing: tensors on "meta" have no numbers to tell."""
     tensors = [x.detach().to("meta") for x in inputs()]
-    found = core()(*tensors, packed_seq_params=PackedSequences.of(LENGTHS, torch.device("meta")))
+    found = core()(*tensors, packed_seq_params=PackedSequences.of(LENGTHS, torch.device("meta"), cumulative=False))
     assert found.is_meta and found.shape == (sum(LENGTHS), 32)
 
 
@@ -71,3 +71,14 @@ def test_what_it_cannot_do_is_said() -> None:
         core(context_parallel_size=2)(query, key, value)
     with pytest.raises(NotImplementedError, match="causal"):
         core(kind=AttnMaskType.padding)
+
+
+@pytest.mark.parametrize("length", [*range(1, 70), 1000, 4097])
+def test_padding_is_at_most_a_quarter(length: int) -> None:
+    assert length <= size_class(length) <= 1.25 * length
+
+
+def test_calls_do_not_grow_with_the_number_of_sequences() -> None:
+    lengths = tuple(range(41, 65)) * 8
+    buckets, order_P = packed(lengths).buckets
+    assert len(buckets) == 3 and order_P.numel() == sum(lengths)

@@ -1,0 +1,48 @@
+"""The variable-length kernel computes what padded buckets compute, forward and backward."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sdpg_megatron.mcore import attention
+from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (300, 1, 64, 65, 128, 7, 511)
+CHUNKS = ((100, 300), (100, 400), (1, 1), (30, 511))
+"""Queries and keys of chunks as under context parallelism."""
+
+
+def attend(tensors: list[Tensor], packed: PackedSequences, upstream: Tensor, *, varlen: bool) -> list[Tensor]:
+    config = TransformerConfig(num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2)
+    core = CausalAttention(config, 1, AttnMaskType.causal)
+    with mock.patch.object(attention, "takes_varlen", lambda query: varlen):
+        found = core(*tensors, packed_seq_params=packed)
+    return [found, *torch.autograd.grad(found, tensors, upstream)]
+
+
+@pytest.mark.parametrize("chunks", [tuple(zip(LENGTHS, LENGTHS, strict=True)), CHUNKS], ids=["sequences", "chunks"])
+def test_both_kernels_agree(chunks: tuple[tuple[int, int], ...]) -> None:
+    assert attention.varlen_kernel() is not None, "torch 2.10 or flash-attn has one"
+    generator = torch.Generator("cuda").manual_seed(0)
+    queries, keys = (sum(counts) for counts in zip(*chunks, strict=True))
+    shapes = ((queries, 8, 64), (keys, 2, 64), (keys, 2, 64))
+    tensors = [
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    ]
+    packed = PackedSequences.of([1], torch.device("cuda"), cumulative=False)
+    packed.__dict__["chunks"] = list(chunks)
+    upstream = torch.randn(queries, 512, generator=generator, device="cuda", dtype=torch.bfloat16)
+    fast = attend(tensors, packed, upstream, varlen=True)
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    slow = attend(wide, packed, upstream.float(), varlen=False)
+    for found, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
