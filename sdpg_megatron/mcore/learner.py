@@ -20,6 +20,7 @@ from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
+from sdpg_megatron.mcore.offload import OffloadedState
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import Routing
@@ -55,6 +56,7 @@ class Learner:
         self._gather()  # they are whole, but Megatron would have the first forward pass do so
         self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
+        self._offloaded = OffloadedState(self.optimizer, self.chunks)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         needs = needs_of_run(objective, config.total_optimizer_steps)
@@ -81,17 +83,17 @@ class Learner:
         """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
         cuda = self.device.type == "cuda"
         for chunk in self.chunks:
-            chunk.offload_grad_buffers(synchronize=cuda, empty_cache=cuda)
+            chunk.offload_grad_buffers(synchronize=cuda, empty_cache=False)
+        self._offloaded.offload()
         if cuda:
-            self.optimizer.offload_to_cpu()
+            torch.cuda.empty_cache()
 
     def onload(self) -> None:
         """Undo `offload`; the gradients are 0. Nothing where it was not called."""
         cuda = self.device.type == "cuda"
         for chunk in self.chunks:
             chunk.restore_grad_buffers(synchronize=cuda)
-        if cuda:
-            self.optimizer.restore_from_cpu()
+        self._offloaded.restore()
 
     def named_weights(self) -> dict[str, Tensor]:
         """This rank's weight shards under global Megatron names: live storage, not copies."""

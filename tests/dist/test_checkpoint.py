@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -101,6 +102,48 @@ def test_the_same_layout_goes_on_bit_for_bit(
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def with_fused_adam(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with learners whose AdamW is one kernel, as on a GPU."""
+    from sdpg_megatron.mcore import learner, optimizer
+
+    def build(chunks: Any, config: Any) -> Any:
+        built = optimizer.build_optimizer(chunks, config)
+        optimizer.fuse_torch_adam(built)
+        return built
+
+    with mock.patch.object(learner, "build_optimizer", build):
+        return function(*args)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fused_adam_goes_on_bit_for_bit(model: Path, tmp_path: Path, ranks: RankPool, world: int) -> None:
+    expected, weights = ranks.run(with_fused_adam, world, save_and_go_on, model, tmp_path, {})[0]
+    found, resumed = ranks.run(with_fused_adam, world, load_and_go_on, model, tmp_path, {})[0]
+    assert found == expected and all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def go_on_offloaded(model: Path, folder: Path, offload: bool) -> tuple[list[float], int]:
+    """Divergences of the second step and, where the state was away before it, the bytes that its tensors then had."""
+    from sdpg_megatron.mcore import offload as offloading
+
+    run = begin(model, EMA)
+    held = 0
+    if offload:
+        run.learner.offload()
+        run.learner.offload()
+        moved = [storage for storage, _ in run.learner._offloaded._moved]
+        assert len(moved) >= 2 * len(run.learner.optimizer.chained_optimizers[0].optimizer.state)
+        held = sum(storage.nbytes() for storage in moved)
+        run.learner.onload()
+        assert list(offloading._tensors(run.learner.optimizer))
+    return run.step(1), held
+
+
+def test_offloaded_state_comes_back(model: Path, tmp_path: Path, ranks: RankPool) -> None:
+    expected, _ = ranks.run(go_on_offloaded, 1, model, tmp_path, False)[0]
+    assert ranks.run(go_on_offloaded, 1, model, tmp_path, True)[0] == (expected, 0)
 
 
 @pytest.mark.parametrize(
