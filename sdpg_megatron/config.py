@@ -312,6 +312,9 @@ class ObjectiveConfig(Section):
     """Optimizer steps over which that share falls to 0; 0 to keep it."""
     credit_clip: float = Field(0.2, gt=0, lt=1)
     """The teacher's scale is clipped to [1 - credit_clip, 1 + credit_clip]."""
+    credit_ratio: Literal["current", "rollout"] = "current"
+    """rlsd: when that scale, q / p of the sampled token, is computed. "rollout": once per rollout, by the teacher's and
+    the student's weights before its first update (rlsd's default); "current": at each mini-batch."""
     alpha: float = Field(1e-3, ge=0)
     """Weight of the reference term."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"

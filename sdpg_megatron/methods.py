@@ -40,7 +40,14 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
         "rpg": {"beta": 0.0},
         "grpo": _GRPO,
         "dapo": {**_GRPO, "clip_high": 0.28, "aggregation": "token-mean"},
-        "rlsd": {**_GRPO, "divergence": "sampled_token", "gate": False},
+        "rlsd": {
+            **_GRPO,
+            "dual_clip": 3.0,
+            "aggregation": "token-mean",
+            "divergence": "sampled_token",
+            "gate": False,
+            "credit_ratio": "rollout",
+        },
         "opsd": {**_DISTILLATION, "divergence": "jsd", "teacher": "initial"},
         "opcd": _DISTILLATION,
         "sdpo": {

@@ -179,6 +179,9 @@ class MicroBatch:
     corrections_T: Tensor | None = None
     """What each token's loss is multiplied by, because the rollout engine is not the trainer; None for 1."""
     reference_logprobs_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
+    """float32 [T], 0 at closed gates: log-probs under the teacher, computed before the rollout's first update. None
+    where the objective does not ask for them, or no gate is open."""
     teacher_hidden_GH: Tensor | None = None
     """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
     contrast: SequenceBatch | None = None
@@ -206,6 +209,7 @@ class MicroBatch:
             old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[:0],
             corrections_T=None if self.corrections_T is None else self.corrections_T[:0],
             reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
+            teacher_logprobs_T=None if self.teacher_logprobs_T is None else self.teacher_logprobs_T[:0],
             teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
             contrast=None if self.contrast is None else student,
             contrast_hidden_GH=None if self.contrast_hidden_GH is None else self.contrast_hidden_GH[:0],

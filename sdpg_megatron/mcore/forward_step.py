@@ -216,7 +216,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
 
     `contrast_T`: of all of them.
     """
-    old_T, reference_T = batch.old_logprobs_T, batch.reference_logprobs_T
+    old_T, reference_T, teacher_T = batch.old_logprobs_T, batch.reference_logprobs_T, batch.teacher_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
         divergence_T=head.divergence_T,
@@ -225,7 +225,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
         advantage_T=batch.advantages_T[at],
         gate_T=batch.gates_T[at],
         entropy_T=head.entropy_T,
-        teacher_logprob_T=head.teacher_logprob_T,
+        teacher_logprob_T=head.teacher_logprob_T if teacher_T is None else teacher_T[at],
         contrast_T=None if contrast_T is None else contrast_T[at],
     )
 

@@ -59,13 +59,13 @@ class Learner:
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         needs = needs_of_run(objective, config.total_optimizer_steps)
         # The model that the run starts from: a resumed run reads it from the same folder.
-        kept = needs.reference or (needs.teacher and config.objective.teacher == "initial")
+        kept = needs.reference or (needs.privileged and config.objective.teacher == "initial")
         initial = FrozenWeights(self.chunks) if kept else None
         self._reference = initial if needs.reference else None
+        # Log-probs are computed before the first update anyway: nothing of the teacher has to outlive that moment.
+        updates = self._minibatches if needs.teacher else 1
         self.teacher = (
-            build_teacher(config.objective, self.chunks, initial, self._minibatches)
-            if needs.teacher
-            else Teacher(self.chunks)
+            build_teacher(config.objective, self.chunks, initial, updates) if needs.privileged else Teacher(self.chunks)
         )
 
     def _gather(self) -> None:
@@ -137,6 +137,13 @@ class Learner:
             dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
             for b, x, y in zip(batches, found, contrast, strict=True)
         ]
+
+    def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the teacher's log-probs of the sampled tokens at open gates. To be called before a rollout's updates."""
+        self._gather()
+        with self.teacher.reading():
+            found = passes.teacher_logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, teacher_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
         """Run the passes that the objective still needs, then one optimizer step over the batch.

@@ -74,6 +74,22 @@ def _where_wanted(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
 
 
 @torch.no_grad()
+def teacher_logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
+    """log q(y_t) of the response tokens under the teacher: [T] per micro-batch, on the last stage, 0 at closed gates.
+
+    `teacher_hidden`, and the head by the output matrix that the model has now. None as there.
+    """
+
+    def scattered(batch: MicroBatch, hidden_GH: Tensor) -> Tensor:
+        at_G = batch.gated_rows_G
+        logprob_G = head.teacher_logprobs(chunks[-1], hidden_GH, batch.labels_T[at_G])
+        return logprob_G.new_zeros(batch.num_tokens).index_copy_(0, at_G, logprob_G)
+
+    rows = zip(batches, teacher_hidden(chunks, batches), strict=True)
+    return [None if hidden_GH is None else scattered(batch, hidden_GH) for batch, hidden_GH in rows]
+
+
+@torch.no_grad()
 def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
     """log pi(y_t) of the response tokens under the model's present weights: [T] per micro-batch, on the last stage."""
 

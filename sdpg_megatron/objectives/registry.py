@@ -38,6 +38,7 @@ def needs_of_run(objective: Objective, total_steps: int) -> Needs:
     steps = [objective.needs(StepContext(step, total_steps)) for step in range(total_steps)]
     return Needs(
         teacher=any(needs.teacher for needs in steps),
+        teacher_logprob=any(needs.teacher_logprob for needs in steps),
         reference=any(needs.reference for needs in steps),
         every_token=any(needs.every_token for needs in steps),
         outcome=any(needs.outcome for needs in steps),

@@ -78,7 +78,7 @@ class Lessons:
             make_samples(
                 groups,
                 config.objective,
-                taught=learner.objective.taught if needs.teacher else nobody,
+                taught=learner.objective.taught if needs.privileged else nobody,
                 outcome=needs.outcome,
                 stop_ids=self._inputs.stop_ids,
             ),
@@ -97,6 +97,8 @@ class Lessons:
             batch = batch.with_micro_batches(learner.with_reference(batch.micro_batches))
         if needs.teacher:
             batch = batch.with_micro_batches(learner.with_early_teacher(batch.micro_batches))
+        if needs.teacher_logprob:
+            batch = batch.with_micro_batches(learner.with_teacher_logprobs(batch.micro_batches))
         return batch
 
     def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ Shapes: T rows (response tokens), G those with a teacher, V columns, H hidden si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,8 @@ from tests.pool import RankPool
 
 ROWS, COLUMNS, VALID, HIDDEN = 16, 24, 21, 6
 STEP, TOTAL = 20, 40
-CONTEXT = StepContext(STEP, TOTAL)
+CONTEXT = StepContext(STEP - 1, TOTAL)
+"""The schedules' k is STEP."""
 TEMPERATURE = 0.8
 
 
@@ -95,9 +97,10 @@ def clipped(t: Token, low: float, high: float, advantage: float | None = None) -
     return -torch.minimum(t.rho * a, t.rho.clamp(1 - low, 1 + high) * a)
 
 
-def dual_clipped(t: Token, low: float, high: float, bound: float) -> Tensor:
-    loss = clipped(t, low, high)
-    return torch.minimum(loss, torch.tensor(-bound * t.advantage)) if t.advantage < 0 else loss
+def dual_clipped(t: Token, low: float, high: float, bound: float, advantage: float | None = None) -> Tensor:
+    a = t.advantage if advantage is None else advantage
+    loss = clipped(t, low, high, a)
+    return torch.minimum(loss, torch.tensor(-bound * a, dtype=torch.float64)) if a < 0 else loss
 
 
 def kl(p_n: Tensor, q_n: Tensor) -> Tensor:
@@ -136,11 +139,16 @@ def sdpg(t: Token) -> Tensor:
     return rpg(t) + beta * t.weight * t.gate * kl(t.p_V, t.q_V)
 
 
-def rlsd(t: Token) -> Tensor:
+def rlsd(t: Token, student: float | None = None) -> Tensor:
+    """`student`: the probability that divides the teacher's; None for the old policy's."""
     sign, share = (1 if t.advantage > 0 else -1), 0.5 * (1 - STEP / 50)
-    scale = float((t.q_V[t.y] / t.p_V[t.y]).detach()) ** sign
+    scale = (float(t.q_V[t.y]) / (math.exp(t.old) if student is None else student)) ** sign
     weight = (1 - share) + share * min(max(scale, 0.8), 1.2)
-    return clipped(t, 0.2, 0.2, t.advantage * weight)
+    return dual_clipped(t, 0.2, 0.2, 3.0, t.advantage * weight)
+
+
+def rlsd_current(t: Token) -> Tensor:
+    return rlsd(t, float(t.p_V[t.y].detach()))
 
 
 def opsd(t: Token) -> Tensor:
@@ -180,6 +188,7 @@ CASES = {
     "rpg": Case(rpg, {"name": "rpg", "alpha": 0.3}, NONE),
     "sdpg": Case(sdpg, {"name": "sdpg", "alpha": 0.3, "beta": 0.7}, RIGHT),
     "rlsd": Case(rlsd, {"name": "rlsd"}, ALL),
+    "rlsd_current": Case(rlsd_current, {"name": "rlsd", "credit_ratio": "current"}, ALL),
     "opsd": Case(opsd, {"name": "opsd"}, ALL),
     "opsd_kl": Case(opsd_kl, {"name": "opsd", "divergence": "reverse_kl"}, ALL),
     "opcd": Case(opcd, {"name": "opcd"}, ALL),
@@ -250,7 +259,7 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
         question.labels_T,
         lambda terms, at_C: question.mixture_T[at_C] * loss(terms, at_C),
         vocab=VocabShard(rank * columns, VALID, dist.group.WORLD),
-        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if needs.teacher else None,
+        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if needs.privileged else None,
         options=replace(head_options(config), chunk_rows=5, tile_columns=7, schedule=schedule),  # type: ignore[arg-type]
     )
     gradients = torch.autograd.grad(loss_sum, (hidden_TH, weight_VH))

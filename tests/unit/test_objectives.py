@@ -20,8 +20,8 @@ from tests.objective_samples import Sample
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ROWS, COLUMNS, HIDDEN = 12, 17, 5
 TOTAL = 40
-CONTEXT = StepContext(step=20, total_steps=TOTAL)
-"""With warm-up 5 and decay 35 of 40, beta(20) = 20/35 of the peak."""
+CONTEXT = StepContext(step=19, total_steps=TOTAL)
+"""The schedules' k = 20: with warm-up 5 and decay 35 of 40, beta(20) = 20/35 of the peak."""
 DECAYED = 20 / 35
 
 
@@ -193,7 +193,7 @@ def test_sdpg_without_beta_is_rpg() -> None:
 def test_rlsd_without_credit_is_grpo() -> None:
     """And at the end of the credit's decay; then it needs no teacher either."""
     same_loss(ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="grpo"))
-    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=CONTEXT.step), ObjectiveConfig(name="grpo"))
+    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20), ObjectiveConfig(name="grpo"))
     for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
         assert build(config, TOTAL).needs(CONTEXT) == Needs()
 
@@ -249,6 +249,21 @@ def test_the_ratio_of_a_regulariser_can_be_bounded() -> None:
     assert_close(bound, 1.5 * terms.gate_T)
 
 
+@pytest.mark.parametrize(("ratio", "student"), [("rollout", "old_logprob_T"), ("current", "logprob_T")])
+def test_rlsd_divides_the_teachers_probability_by_the_students_of_the_same_moment(ratio: Any, student: str) -> None:
+    sample = make_sample()
+    current_T = sample.old_logprob_T - 0.15
+    terms = replace(
+        token_terms(sample, current_T, None),
+        gate_T=torch.ones(ROWS, dtype=torch.float64),
+        teacher_logprob_T=sample.old_logprob_T - 0.05,
+    )
+    config = ObjectiveConfig(name="rlsd", credit_ratio=ratio, credit=1.0, credit_decay_steps=0)
+    weight_T = build(config, TOTAL).loss(terms, CONTEXT).metrics["credit/weight"].values_T
+    scale_T = (terms.teacher_logprob_T - getattr(terms, student)) * sample.advantage_T.sign()  # type: ignore[operator]
+    assert_close(weight_T, scale_T.exp(), **EXACT)
+
+
 def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
     """Ratios e and 1/e to a right and a wrong response; a third has a closed gate."""
     sample = make_sample(near_policy=False)
@@ -276,13 +291,16 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
     [
         (ObjectiveConfig(beta=0.1, alpha=0.1), 20, Needs(teacher=True, reference=True)),
         (ObjectiveConfig(beta=0.1, alpha=0.0), 20, Needs(teacher=True, reference=False)),
-        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=False, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=True, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 39, Needs(teacher=False, reference=False)),
         (ObjectiveConfig(beta=0.0, alpha=0.1), 20, Needs(teacher=False, reference=True)),
         (ObjectiveConfig(name="grpo", alpha=0.0), 20, Needs()),
         (ObjectiveConfig(name="grpo", alpha=0.1), 20, Needs(reference=True)),
         (ObjectiveConfig(name="dapo"), 20, Needs()),
         (ObjectiveConfig(name="rpg"), 20, Needs(reference=True)),
-        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher=True)),
+        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher_logprob=True)),
+        (ObjectiveConfig(name="rlsd", credit_ratio="current"), 0, Needs(teacher=True)),
+        (ObjectiveConfig(name="rlsd", credit_decay_steps=40), 39, Needs()),
         (ObjectiveConfig(name="opsd"), 0, Needs(teacher=True, outcome=False)),
         (ObjectiveConfig(name="opcd"), 39, Needs(teacher=True, outcome=False)),
         (ObjectiveConfig(name="sdpo", alpha=0.1), 0, Needs(teacher=True, reference=True, outcome=False)),
@@ -294,8 +312,9 @@ def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: 
     assert objective.needs(context) == expected
     # What is not needed is not read either.
     sample = make_sample()
-    divergence_T = torch.ones(ROWS, dtype=torch.float64) if expected.teacher else None
-    terms = replace(token_terms(sample, sample.old_logprob_T, divergence_T), teacher_logprob_T=divergence_T)
+    ones_T = torch.ones(ROWS, dtype=torch.float64)
+    terms = token_terms(sample, sample.old_logprob_T, ones_T if expected.teacher else None)
+    terms = replace(terms, teacher_logprob_T=ones_T if expected.privileged else None)
     if not expected.reference:
         terms = replace(terms, reference_logprob_T=None)
     assert objective.loss(terms, context).loss_T.isfinite().all()
