@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdpg_megatron.methods import Method, dapo_sections, defaults
 
+Deviation = Literal["population", "sample", "none"]
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
@@ -259,6 +261,8 @@ class ObjectiveConfig(Section):
 
     name: Method = "sdpg"
     """Training method; docs/methods.md has them all."""
+    advantage_deviation: Deviation = "population"
+    """Divides a group's rewards less their mean: the standard deviation with the divisor G, with G - 1, or nothing."""
     policy: Literal["ratio", "reinforce"] = "ratio"
     """Outcome term: clipped importance ratio, or advantage-weighted log-prob. Equal gradients with one mini-batch."""
     clip_low: float = Field(0.2, gt=0, lt=1)

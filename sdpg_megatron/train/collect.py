@@ -27,7 +27,8 @@ class Collector:
 
     def __init__(self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, ranks: Ranks) -> None:
         self._config, self._prompts, self._rollouts, self._ranks = config, prompts, rollouts, ranks
-        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
+        deviation = config.objective.advantage_deviation
+        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens, deviation)
         self._judge = Judge(config.selection, ranks)
         self._begun: Sequence[int] = ()
 

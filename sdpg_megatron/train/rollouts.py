@@ -219,9 +219,10 @@ def _drive(weights: Iterable[Bucket]) -> None:
 
 def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping) -> list[ScoredGroup]:
     """The same groups with the advantages of their shaped rewards. `rewards` stay the verifier's."""
+    shaped = [shaping.shape(scored.rewards, scored.group.completions) for scored in groups]
     return [
-        replace(scored, advantages=group_advantages(shaping.shape(scored.rewards, scored.group.completions)))
-        for scored in groups
+        replace(scored, advantages=group_advantages(rewards, shaping.deviation))
+        for scored, rewards in zip(groups, shaped, strict=True)
     ]
 
 

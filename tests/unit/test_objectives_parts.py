@@ -28,9 +28,18 @@ def test_advantages_are_relative_to_the_group() -> None:
     assert group_advantages(torch.tensor([2.0, 4.0])) == pytest.approx([-1 / (1 + 1e-6), 1 / (1 + 1e-6)], rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("deviation", "scale"), [("population", 0.1875**0.5 + 1e-6), ("sample", 0.25**0.5 + 1e-6), ("none", 1.0)]
+)
+def test_the_deviation_of_a_group_is_a_choice(deviation: Any, scale: float) -> None:
+    expected = [0.75 / scale, *3 * [-0.25 / scale]]
+    assert group_advantages([1.0, 0.0, 0.0, 0.0], deviation) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("deviation", ["population", "sample", "none"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, -3.3])
-def test_equal_rewards_open_no_gate(reward: float) -> None:
-    assert group_advantages([reward] * 7) == (0.0,) * 7
+def test_equal_rewards_open_no_gate(reward: float, deviation: Any) -> None:
+    assert group_advantages([reward] * 7, deviation) == (0.0,) * 7
 
 
 def test_beta_rises_and_falls_as_in_the_paper() -> None:
