@@ -263,13 +263,17 @@ class ObjectiveConfig(Section):
     """Training method; docs/methods.md has them all."""
     advantage_deviation: Deviation = "population"
     """Divides a group's rewards less their mean: the standard deviation with the divisor G, with G - 1, or nothing."""
-    policy: Literal["ratio", "reinforce"] = "ratio"
-    """Outcome term: clipped importance ratio, or advantage-weighted log-prob. Equal gradients with one mini-batch."""
+    policy: Literal["ratio", "reinforce", "clipped_reinforce"] = "ratio"
+    """Outcome term: clipped importance ratio; advantage-weighted log-prob; or log-prob weighted by the clipped ratio's
+    loss, which leaves clipped tokens a gradient (the paper's appendix A.3). Equal gradients with one mini-batch."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = Field(10.0, gt=1)
     """Bound c of the ratio where the advantage is negative; null for none."""
+    distill_loss: Literal["divergence", "clipped_ratio"] = "divergence"
+    """Distillation term: the divergence; or, for opsd, PPO's clipped ratio with the token advantage
+    max(log q - log p_old, 0), as in the public SDPG code's opsd."""
     beta: float = Field(1e-3, ge=0)
     """Weight of the distillation term; 0 for methods that have none."""
     beta_warmup_steps: int | None = Field(None, ge=0)
@@ -299,6 +303,9 @@ class ObjectiveConfig(Section):
     first successful one that is not the response at hand. Where there is none, nothing is distilled."""
     peer_reward: float = 1.0
     """Least reward of a response that is successful."""
+    strip_peer_thinking: bool = False
+    """Remove <think>...</think> from a successful response before the teacher reads it (sdpo's default). Models that
+    treat these tags as special tokens leave none in the text."""
     teacher: Literal["current", "rollout", "every", "initial", "ema"] = "current"
     """Whose weights read the privileged context: the student's at each mini-batch; the student's before a rollout's
     first update; those at every `teacher_every`-th rollout step; those that the run started from; or their exponential

@@ -22,6 +22,7 @@ _GRPO: Mapping[str, object] = {
     "dual_clip": None,
     "alpha": 0.0,
     "reference": "ufkl",
+    "ratio_weighted_regularizers": False,
     "aggregation": "sequence-mean",
 }
 _DISTILLATION: Mapping[str, object] = {
@@ -56,6 +57,10 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
             "top_k": 100,
             "teacher": "ema",
             "context": "peer",
+            "peer_reward": 0.5,
+            "strip_peer_thinking": True,
+            "advantage_deviation": "none",
+            "correction": "truncate",
             "ratio_weighted_regularizers": True,
             "regularizer_ratio_bound": 2.0,
             "distill_average": "gated",

@@ -126,6 +126,9 @@ def _check_objective(objective: ObjectiveConfig) -> None:
             if found != none:
                 expected = f"{none} with {objective.name}, which has no teacher"
                 raise ConfigError(f"objective.{field}", found, expected, "remove it")
+    if objective.name != "opsd" and objective.distill_loss != "divergence":
+        expected = f"divergence with {objective.name}"
+        raise ConfigError("objective.distill_loss", objective.distill_loss, expected, "use opsd, or remove it")
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
         expected = "sampled_token with rlsd, which reads no other token"
         raise ConfigError("objective.divergence", objective.divergence, expected, "remove it")
@@ -139,6 +142,7 @@ def _check_contrast(config: RunConfig) -> None:
         expected = f"0 with {objective.name}, which has no distillation term"
         raise ConfigError("objective.contrast", objective.contrast, expected, "use sdpg, opsd or opcd")
     for field, found, needed in (
+        ("objective.distill_loss", objective.distill_loss, "divergence"),
         ("objective.context", objective.context, "data"),
         ("data.context_of", config.data.context_of, "own"),
     ):

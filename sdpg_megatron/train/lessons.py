@@ -44,7 +44,13 @@ class Lessons:
         if objective.context == "data":
             return groups
         renderer = Renderer(self._config.data, self._inputs.tokenizer)
-        return with_peers(groups, renderer, objective.peer_reward, self._config.max_teacher_tokens)
+        return with_peers(
+            groups,
+            renderer,
+            objective.peer_reward,
+            self._config.max_teacher_tokens,
+            strip_thinking=objective.strip_peer_thinking,
+        )
 
     def prepare(self, step: int, groups: Sequence[ScoredGroup]) -> list[StepBatch]:
         """The mini-batches of the step after `step`, with what has to be computed before the weights change."""

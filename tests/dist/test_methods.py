@@ -122,8 +122,8 @@ def grpo(t: Token) -> Tensor:
 
 
 def grpo_with_reference(t: Token) -> Tensor:
-    """The estimate exp(-r) - 1 + r of DeepSeekMath's eq. 4, but for the constant."""
-    return grpo(t) + 0.04 * t.weight * ((-t.r).exp() + t.r)
+    """The estimate exp(-r) - 1 + r of DeepSeekMath's eq. 4, but for the constant, not weighted as in its eq. 3."""
+    return grpo(t) + 0.04 * ((-t.r).exp() + t.r)
 
 
 def dapo(t: Token) -> Tensor:
@@ -132,6 +132,12 @@ def dapo(t: Token) -> Tensor:
 
 def rpg(t: Token) -> Tensor:
     return dual_clipped(t, 0.2, 0.28, 10.0) + 0.3 * t.weight * t.r**2 / 2
+
+
+def rpg_clipped_reinforce(t: Token) -> Tensor:
+    """The loss of the clipped ratio, held constant, weighs the log-prob."""
+    surrogate = dual_clipped(t, 0.2, 0.28, 10.0).detach()
+    return surrogate * t.p_V[t.y].log() + 0.3 * t.weight * t.r**2 / 2
 
 
 def sdpg(t: Token) -> Tensor:
@@ -157,6 +163,11 @@ def opsd(t: Token) -> Tensor:
 
 def opsd_kl(t: Token) -> Tensor:
     return kl(t.p_V, t.q_V)
+
+
+def opsd_clipped_ratio(t: Token) -> Tensor:
+    """Of right responses; clip 0.2 / 0.2."""
+    return t.gate * clipped(t, 0.2, 0.2, max(float(t.q_V[t.y].log()) - t.old, 0.0))
 
 
 def opcd(t: Token) -> Tensor:
@@ -187,10 +198,16 @@ CASES = {
     "dapo": Case(dapo, {"name": "dapo"}, NONE),
     "rpg": Case(rpg, {"name": "rpg", "alpha": 0.3}, NONE),
     "sdpg": Case(sdpg, {"name": "sdpg", "alpha": 0.3, "beta": 0.7}, RIGHT),
+    "rpg_clipped_reinforce": Case(
+        rpg_clipped_reinforce, {"name": "rpg", "alpha": 0.3, "policy": "clipped_reinforce"}, NONE
+    ),
     "rlsd": Case(rlsd, {"name": "rlsd"}, ALL),
     "rlsd_current": Case(rlsd_current, {"name": "rlsd", "credit_ratio": "current"}, ALL),
     "opsd": Case(opsd, {"name": "opsd"}, ALL),
     "opsd_kl": Case(opsd_kl, {"name": "opsd", "divergence": "reverse_kl"}, ALL),
+    "opsd_clipped_ratio": Case(
+        opsd_clipped_ratio, {"name": "opsd", "distill_loss": "clipped_ratio", "gate": True, "clip_high": 0.2}, RIGHT
+    ),
     "opcd": Case(opcd, {"name": "opcd"}, ALL),
     "opcd_top": Case(opcd_top, {"name": "opcd", "top_k": 3}, ALL),
     "sdpo": Case(sdpo, {"name": "sdpo", "top_k": 4}, SOME),

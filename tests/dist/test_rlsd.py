@@ -81,11 +81,12 @@ def sampled(model: Any, prompt: tuple[int, ...], reply: tuple[int, ...]) -> Tens
 
 
 @cache
-def plain_loop(folder: Path, ratio: str) -> tuple[list[float], dict[str, Tensor]]:
+def plain_loop(folder: Path, ratio: str, teacher: str = "current") -> tuple[list[float], dict[str, Tensor]]:
     """The mean weight of each rollout step, and the weights after the last, by the formula."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reader = model if teacher == "current" else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.0)
     groups, means = some_right(300), []
     for step in range(STEPS):
@@ -99,7 +100,7 @@ def plain_loop(folder: Path, ratio: str) -> tuple[list[float], dict[str, Tensor]
         ]
         with torch.no_grad():
             before = [
-                [(sampled(model, p.student_tokens, y), sampled(model, p.teacher_tokens, y)) for p, y, _ in part]
+                [(sampled(model, p.student_tokens, y), sampled(reader, p.teacher_tokens, y)) for p, y, _ in part]
                 for part in parts
             ]
         weights = []
@@ -113,7 +114,7 @@ def plain_loop(folder: Path, ratio: str) -> tuple[list[float], dict[str, Tensor]
                 gap_S = logq_S - old_S
                 if ratio == "current":
                     with torch.no_grad():
-                        gap_S = sampled(model, prompt.teacher_tokens, reply) - logp_S.detach()
+                        gap_S = sampled(reader, prompt.teacher_tokens, reply) - logp_S.detach()
                 scale_S = (gap_S if advantage > 0 else -gap_S).exp().clamp(0.8, 1.2)
                 weights.append((1 - share) + share * scale_S)
                 a_S, rho_S = advantage * weights[-1], (logp_S - old_S).exp()
@@ -136,6 +137,13 @@ def test_the_weight_is_of_the_moment_before_a_rollouts_first_update(model: Path,
     assert "distill/kl" not in metrics[0] and metrics[0]["credit/clip_fraction"] > 0
     for parameter, weight in moved.items():
         assert_close(weights[parameter], weight, rtol=1e-3, atol=1e-3, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+def test_the_weight_is_of_the_teachers_own_weights(model: Path, ranks: RankPool) -> None:
+    expected, _ = plain_loop(model, "rollout", "initial")
+    metrics, _ = ranks.run(trained, 2, model, {"objective.teacher": "initial", "parallel.tensor": 2})[0]
+    assert [step["credit/weight"] for step in metrics] == pytest.approx(expected, rel=1e-3)
+    assert abs(expected[1] - plain_loop(model, "rollout")[0][1]) > 1e-3
 
 
 def test_the_weight_can_follow_the_current_policy(model: Path, ranks: RankPool) -> None:

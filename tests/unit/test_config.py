@@ -222,6 +222,17 @@ def test_peers_make_teacher_prompts_longer(minimal: Path) -> None:
     assert load(minimal, [*lengths, "objective.name=sdpo", "data.max_peer_tokens=120"]).max_teacher_tokens == 120
 
 
+@pytest.mark.parametrize("name", ["sdpg", "opcd", "sdpo", "rlsd", "grpo"])
+def test_the_clipped_ratio_distils_in_opsd_alone(minimal: Path, name: str) -> None:
+    expected = rf"objective\.distill_loss: found 'clipped_ratio', expected divergence with {name}"
+    with pytest.raises(ConfigError, match=expected):
+        load(minimal, [f"objective.name={name}", "objective.distill_loss=clipped_ratio"])
+    opsd = ["objective.name=opsd", "objective.distill_loss=clipped_ratio"]
+    assert load(minimal, opsd).objective.distill_loss == "clipped_ratio"
+    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with objective\.distill_loss"):
+        load(minimal, [*opsd, "objective.contrast=0.5"])
+
+
 def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.divergence: found 'jsd', expected sampled_token with rlsd"):
         load(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
@@ -230,12 +241,44 @@ def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
 METHODS: dict[str, dict[str, Any]] = {
     "sdpg": {"clip_high": 0.28, "dual_clip": 10.0, "alpha": 1e-3, "reference": "urkl", "aggregation": "token-mean"},
     "rpg": {"beta": 0, "clip_high": 0.28, "alpha": 1e-3, "reference": "urkl"},
-    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "alpha": 0, "aggregation": "sequence-mean"},
+    "grpo": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "alpha": 0,
+        "reference": "ufkl",
+        "ratio_weighted_regularizers": False,
+        "aggregation": "sequence-mean",
+    },
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "alpha": 0, "aggregation": "token-mean"},
-    "rlsd": {"clip_high": 0.2, "credit": 0.5, "credit_decay_steps": 50, "credit_clip": 0.2, "alpha": 0},
+    "rlsd": {
+        "clip_high": 0.2,
+        "dual_clip": 3.0,
+        "credit": 0.5,
+        "credit_decay_steps": 50,
+        "credit_clip": 0.2,
+        "credit_ratio": "rollout",
+        "alpha": 0,
+        "aggregation": "token-mean",
+    },
     "opsd": {"teacher": "initial", "divergence": "jsd", "jsd_beta": 0.5, "top_k": None, "gate": False, "beta": 1},
     "opcd": {"teacher": "current", "divergence": "reverse_kl", "top_k": None, "gate": False, "beta": 1, "alpha": 0},
-    "sdpo": {"teacher": "ema", "teacher_ema": 0.05, "context": "peer", "divergence": "jsd", "top_k": 100, "beta": 1},
+    "sdpo": {
+        "teacher": "ema",
+        "teacher_ema": 0.05,
+        "context": "peer",
+        "peer_reward": 0.5,
+        "strip_peer_thinking": True,
+        "divergence": "jsd",
+        "top_k": 100,
+        "beta": 1,
+        "regularizer_ratio_bound": 2.0,
+        "correction": "truncate",
+        "correction_level": "token",
+        "correction_bound": 2.0,
+        "advantage_deviation": "none",
+        "aggregation": "token-mean",
+    },
 }
 
 

@@ -124,6 +124,7 @@ def test_ratio_loss_does_not_overflow_without_a_dual_clip() -> None:
     (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), logprob_T)
     assert loss.loss_T.isfinite().all() and gradient_T.isfinite().all()
     assert gradient_T[0] == 0 and gradient_T[1] > 0 and gradient_T[2] == 0
+    assert loss.metrics["policy/ratio_bounded_fraction"].values_T.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_a_clipped_divergence_keeps_the_sign_and_direction_of_its_gradient() -> None:
