@@ -109,7 +109,7 @@ class DataConfig(Section):
     context_key: str = "context"
     """Column of the privileged context. Where a row has none, the answer stands in for it."""
     context_template: str = "answer"
-    """How the teacher's prompt carries the context: "answer", "solution", "feedback", or a template of your own with
+    """How the teacher's prompt carries the context: "answer", "verify", "solution", "feedback", or a template with
     {question}, {context} and, if wanted, {answer}."""
     context_of: Literal["own", "other"] = "own"
     """Whose context and answer the teacher is given: the problem's own or, as a control, those of another problem with

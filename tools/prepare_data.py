@@ -32,9 +32,14 @@ TRAIN = "train.jsonl"
 INSTRUCTIONS = {
     "boxed": "\n\nReason step by step and put the final answer in \\boxed{}.",
     "answer": '\n\nReason step by step. The last line of the reply must be "Answer: " and the final answer.',
+    "paper": (
+        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
+        "\\boxed{42}.\n\n{question}\n\nRemember to put your final answer inside \\boxed{}."
+    ),
     "none": "",
 }
-"""What is appended to every question, for the verifiers math and answer, and for others."""
+"""What is appended to every question or, with {question}, put around it: for the verifiers math and answer, for math as
+in the SDPG paper (arXiv 2606.04036, figure 4), and for others."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ PUBLISHED = {
     "gsm8k": Published("openai/gsm8k", "main/train-*.parquet", "main/test-*.parquet"),
     "math": Published("EleutherAI/hendrycks_math", "*/train-*.parquet", "*/test-*.parquet"),
     "math-500": Published("HuggingFaceH4/MATH-500", "test.jsonl", "test.jsonl"),
+    "dapo-math-17k-en": Published("open-r1/DAPO-Math-17k-Processed", "en/*.parquet", "en/*.parquet"),
 }
 
 QUESTIONS = ("problem", "Problem", "question", "prompt")
@@ -80,7 +86,9 @@ class Problem:
         return question_key(self.question)
 
     def line(self, instruction: str) -> str:
-        values = {"question": self.question + instruction, "answer": self.answer, "source": self.source}
+        around = instruction if "{question}" in instruction else "{question}" + instruction
+        question = around.replace("{question}", self.question)
+        values = {"question": question, "answer": self.answer, "source": self.source}
         return json.dumps(values | ({"context": self.context} if self.context else {}), ensure_ascii=False) + "\n"
 
 
@@ -293,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help=f"a path, or one of {known}")
     parser.add_argument("--eval", nargs="+", default=[], metavar="SOURCE", help="likewise; each gets a file of its own")
     parser.add_argument(
-        "--instruction", choices=INSTRUCTIONS, default="boxed", help="appended to each question (default: %(default)s)"
+        "--instruction", choices=INSTRUCTIONS, default="boxed", help="said with each question (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     if not options.train and not options.eval:

@@ -18,6 +18,10 @@ Tokens = tuple[int, ...]
 
 CONTEXT_TEMPLATES = {
     "answer": "{question}\nThe correct answer to this problem is: {answer}",
+    "verify": (
+        "{question}\nThe correct answer to this problem is: {answer}\n"
+        "Use this to verify your reasoning, but show your full solution process."
+    ),
     "solution": (
         "{question}\n\n"
         "For your eyes only, the correct answer is: {answer}\n"
@@ -32,8 +36,8 @@ CONTEXT_TEMPLATES = {
         "Write as if this were the first attempt: do not mention the earlier one or its outcome."
     ),
 }
-"""What the teacher reads in the question's place: with the answer alone, with the answer and a worked solution, or with
-an environment's feedback."""
+"""What the teacher reads in the question's place: with the answer alone; the same as the public SDPG data have it; with
+the answer and a worked solution; or with an environment's feedback."""
 NEED_CONTEXT = ("feedback",)
 """Templates that make no sense where a row's answer stands in for its context."""
 RENDERERS_OWN = ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict", "return_tensors")

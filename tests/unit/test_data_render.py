@@ -48,6 +48,14 @@ def test_answer_template_appends_the_answer(tokenizer: Any) -> None:
     assert teacher == turn("1 + 1?\nThe correct answer to this problem is: 2")
 
 
+def test_verify_template_is_the_public_data_s(tokenizer: Any) -> None:
+    _, teacher = rendered(tokenizer, Example(question="1 + 1?", answer="2"), context_template="verify")
+    assert teacher == turn(
+        "1 + 1?\nThe correct answer to this problem is: 2\n"
+        "Use this to verify your reasoning, but show your full solution process."
+    )
+
+
 def test_solution_template_carries_answer_and_solution(tokenizer: Any) -> None:
     student, teacher = rendered(
         tokenizer, Example(question="1 + 1?", answer="2", context="count up"), context_template="solution"
