@@ -282,6 +282,23 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("sdpg", {"advantage_deviation": "sample", "ratio_weighted_regularizers": False, "gate": False}),
+        ("sdpg", {"policy": "clipped_reinforce"}),
+        ("rlsd", {"credit_ratio": "current", "dual_clip": None, "aggregation": "group-token-mean", "alpha": 1e-3}),
+        ("opsd", {"distill_loss": "clipped_ratio", "gate": True, "clip_high": 0.2, "distill_average": "gated"}),
+        ("opcd", {"teacher": "initial", "top_k": 256, "aggregation": "token-mean"}),
+    ],
+)
+def test_published_variants_are_settings(minimal: Path, name: str, fields: dict[str, Any]) -> None:
+    """docs/methods.md has them."""
+    overrides = [f"objective.{field}={yaml.safe_dump(value).split()[0]}" for field, value in fields.items()]
+    objective = load(minimal, [f"objective.name={name}", "optimizer.minibatches=8", *overrides]).objective
+    assert {field: getattr(objective, field) for field in fields} == fields
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_defaults_are_its_papers_and_show(minimal: Path, tmp_path: Path, name: str) -> None:
     config = load(minimal, [f"objective.name={name}"])

@@ -192,8 +192,9 @@ def test_sdpg_without_beta_is_rpg() -> None:
 
 def test_rlsd_without_credit_is_grpo() -> None:
     """And at the end of the credit's decay; then it needs no teacher either."""
-    same_loss(ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="grpo"))
-    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20), ObjectiveConfig(name="grpo"))
+    grpo = ObjectiveConfig(name="grpo")
+    same_loss(ObjectiveConfig(name="rlsd", credit=0.0, dual_clip=None), grpo)
+    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20, dual_clip=None), grpo)
     for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
         assert build(config, TOTAL).needs(CONTEXT) == Needs()
 
