@@ -277,9 +277,9 @@ class ObjectiveConfig(Section):
     beta: float = Field(1e-3, ge=0)
     """Weight of the distillation term; 0 for methods that have none."""
     beta_warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
+    """Optimizer steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
     beta_decay_steps: int | None = Field(None, ge=0)
-    """Last steps over which beta falls to 0; null for the paper's 350 of 400, scaled to the run; 0 for none."""
+    """Last optimizer steps, over which beta falls to 0; null for the paper's 350 of 400, scaled so; 0 for none."""
     gate: bool = True
     """Distil only responses with a positive advantage."""
     distill_average: Literal["all", "gated"] = "all"
@@ -318,7 +318,7 @@ class ObjectiveConfig(Section):
     teacher_temperature: float | None = Field(None, gt=0)
     """Divides the teacher's logits; null for the rollout's temperature, as the student's."""
     credit: float = Field(0.5, ge=0, le=1)
-    """rlsd: share lambda of a token's advantage that the teacher scales, at the first optimizer step."""
+    """rlsd: share lambda of a token's advantage that the teacher scales, before its decay."""
     credit_decay_steps: int = Field(50, ge=0)
     """Optimizer steps over which that share falls to 0; 0 to keep it."""
     credit_clip: float = Field(0.2, gt=0, lt=1)
