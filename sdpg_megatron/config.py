@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdpg_megatron.methods import Method, dapo_sections, defaults
 
-Deviation = Literal["population", "sample", "none"]
-
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
@@ -254,6 +252,9 @@ class SelectionConfig(Section):
     oversample: float = Field(1.0, ge=1)
     """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
     out, too."""
+
+
+Deviation = Literal["population", "sample", "none"]
 
 
 class ObjectiveConfig(Section):

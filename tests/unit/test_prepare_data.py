@@ -107,17 +107,6 @@ def test_each_published_layout_is_read(
     assert rows_of(tmp_path / "out" / "train.jsonl") == [expected | ({"context": context} if context else {})]
 
 
-def test_the_papers_instruction_stands_around_the_question(tmp_path: Path) -> None:
-    """As in figure 4 of arXiv 2606.04036, whatever stood around it before."""
-    source = write(tmp_path / "set.parquet", [dapo("How many in {1, 2}?", "2")])
-    run(tmp_path, "--train", source, "--instruction", "paper")
-    (row,) = rows_of(tmp_path / "train.jsonl")
-    assert row["question"] == (
-        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
-        "\\boxed{42}.\n\nHow many in {1, 2}?\n\nRemember to put your final answer inside \\boxed{}."
-    )
-
-
 @pytest.mark.parametrize(("instruction", "asks"), [("boxed", "\\boxed{}"), ("answer", '"Answer: "'), ("none", None)])
 def test_the_project_reads_what_was_written(tmp_path: Path, instruction: str, asks: str | None) -> None:
     source = write(tmp_path / "set.parquet", [math("How many?", "4"), math("How much?", "5")])
@@ -252,3 +241,14 @@ def test_two_sets_of_one_name_and_a_source_that_is_not_there(
     assert "the name set.jsonl a second time" in capsys.readouterr().err
     assert prepare_data.main([str(tmp_path / "out"), "--eval", "aime-2042"]) == 1
     assert "one of dapo-math-17k, aime-2024" in capsys.readouterr().err
+
+
+def test_the_papers_instruction_stands_around_the_question(tmp_path: Path) -> None:
+    """As in figure 4 of arXiv 2606.04036, whatever stood around it before."""
+    source = write(tmp_path / "set.parquet", [dapo("How many in {1, 2}?", "2")])
+    run(tmp_path, "--train", source, "--instruction", "paper")
+    (row,) = rows_of(tmp_path / "train.jsonl")
+    assert row["question"] == (
+        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
+        "\\boxed{42}.\n\nHow many in {1, 2}?\n\nRemember to put your final answer inside \\boxed{}."
+    )
