@@ -5,6 +5,7 @@ Everything here takes time linear in the text's length, whatever the text is.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from decimal import Decimal
@@ -15,11 +16,48 @@ MAX_LENGTH = 2000
 _BOX_PARTS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _LINE = re.compile(r"^[\s#>*_`-]*(?:the\s+)?(?:final\s+)?answer[*_`]*\s*(?:is\b\s*:?|:)(.*)$", re.IGNORECASE)
 _STATEMENT = re.compile(r"\bfinal\s+answer[*_`]*\s*(?:is\b\s*:?|:)(.*)", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3})?")
 _MATHEMATICS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _MARKUP = "*_` \t\r\n"
 _LAYERS = 4
 _NEXT_SENTENCE = re.compile(r"\.\s+(?=[A-Z])")
+
+
+class WrittenFloat(float):
+    """A float that keeps the decimal text that it was read from, such as JSON's 7.30 or 1e-05."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __reduce__(self) -> tuple[type[WrittenFloat], tuple[str]]:
+        return WrittenFloat, (self.text,)
+
+
+def decimal_text(value: int | float | Decimal) -> str:
+    """Write a number in decimal digits, without an exponent.
+
+    Digits are kept as they were read (`WrittenFloat`, Decimal). Other floats get the shortest text that reads back as
+    the same float, whole ones no decimal point: 42.0 is "42", 1e-05 is "0.00001".
+
+    Raises:
+        ValueError: NaN, infinity, or a number of more than `MAX_LENGTH` digits.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(value.text if isinstance(value, WrittenFloat) else str(value))
+    if isinstance(value, WrittenFloat):
+        number = Decimal(value.text)
+    elif isinstance(value, float):
+        number = Decimal(int(value)) if value.is_integer() else Decimal(repr(float(value)))
+    else:
+        number = Decimal(value)
+    if not number.is_finite() or abs(number.adjusted()) > MAX_LENGTH:
+        raise ValueError(str(number))
+    return f"{number:f}"
 
 
 def last_boxed(text: str) -> str | None:

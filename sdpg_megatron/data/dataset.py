@@ -13,7 +13,7 @@ from typing import Any
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.examples import Example, parse_row
 from sdpg_megatron.data.hints import others, wish
-from sdpg_megatron.data.readers import read_rows
+from sdpg_megatron.data.readers import find_files, read_rows
 from sdpg_megatron.data.render import Renderer, Tokens
 from sdpg_megatron.errors import DataError
 from sdpg_megatron.records import Prompt
@@ -61,6 +61,7 @@ class PromptDataset:
         """Read, render and length-check every row of `files`.
 
         Args:
+            files: paths and glob patterns; see `readers.FORMATS`.
             tokenizer: transformers tokenizer with a chat template.
             seed: of the wrong hints that are drawn.
             taught: False where nobody teaches on these prompts: the teacher's is then the student's.
@@ -70,6 +71,7 @@ class PromptDataset:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
             ConfigError: the context template, its options or the tokenizer cannot be used.
         """
+        files = find_files(files)
         renderer = Renderer(config, tokenizer)
         named = [
             (f"{label}:{row.number}", parse_row(row, config, context_needed=taught and renderer.needs_context))

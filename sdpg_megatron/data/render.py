@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import Example, Message
+from sdpg_megatron.data.chats import Message
+from sdpg_megatron.data.examples import Example
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
 
@@ -96,7 +97,7 @@ class Renderer:
         if told.teacher_question is not None:
             return self._tokens(example, example.question + told.teacher_question[len(told.question) :])
         question = self._template.format(
-            question=example.question, context=told.context or told.answer, answer=told.answer
+            question=example.question, context=told.context or told.answer_text, answer=told.answer_text
         )
         return self._tokens(example, question)
 
@@ -106,7 +107,7 @@ class Renderer:
         Raises:
             ConfigError: the chat template refuses the messages.
         """
-        question = self._peer_template.format(question=prompt.question, context=response, answer=prompt.answer)
+        question = self._peer_template.format(question=prompt.question, context=response, answer=prompt.answer_text)
         return self._tokens(Example(prompt.question, prompt.answer, history=prompt.history), question)
 
     def _tokens(self, example: Example, question: str) -> Tokens:

@@ -20,7 +20,7 @@ def answer(prompt: Prompt, response: str) -> float:
     text where it is not.
     """
     stated = last_line(response)
-    return float(stated is not None and equal(prompt.answer, stated))
+    return float(stated is not None and equal(prompt.answer_text, stated))
 
 
 def extract_answer(response: str) -> str | None:

@@ -36,7 +36,7 @@ def number(prompt: Prompt, response: str) -> float:
     Raises:
         ValueError: the answer holds no number.
     """
-    expected = last_number(prompt.answer)
+    expected = last_number(prompt.answer_text)
     if expected is None:
         raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds no number")
     return float(last_number(response) == expected)

@@ -22,7 +22,7 @@ def math(prompt: Prompt, response: str) -> float:
     Where there is no box, what follows "final answer is" counts; a response with neither is wrong.
     """
     stated = _stated(response)
-    return float(stated is not None and equal(prompt.answer, stated))
+    return float(stated is not None and equal(prompt.answer_text, stated))
 
 
 def extract_math(response: str) -> str | None:

@@ -9,8 +9,9 @@ import pytest
 
 from sdpg_megatron.answers import same
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.data.chats import CONTEXT_MARK as MARK
 from sdpg_megatron.data.dataset import PromptDataset
-from sdpg_megatron.data.examples import MARK, Example
+from sdpg_megatron.data.examples import Example
 from sdpg_megatron.data.render import Renderer, context_template
 from sdpg_megatron.errors import ConfigError, DataError
 from tests.tiny import tiny_tokenizer
