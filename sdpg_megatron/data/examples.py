@@ -20,6 +20,8 @@ from sdpg_megatron.errors import DataError, did_you_mean
 from sdpg_megatron.records import Answer, answer_text
 
 REWARD_COLUMN = "reward_model"
+LONG_CONTEXT = 30
+"""Characters of a context that no question contains unless it reveals it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,11 @@ def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> 
         expected = f"what the context template {config.context_template!r} tells the teacher"
         raise DataError(row.where, found, expected, "fill it, set data.context_key, or use another template")
     return example
+
+
+def reveals(question: str, context: str | None) -> bool:
+    """Whether `question` contains the whole of a context that is too long to be there by chance."""
+    return context is not None and len(context.strip()) >= LONG_CONTEXT and context.strip() in question
 
 
 def _parse(row: Row, config: DataConfig) -> Example:
