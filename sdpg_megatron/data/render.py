@@ -121,25 +121,37 @@ class Renderer:
         return self._tokens([Example(prompt.question, prompt.answer, history=prompt.history)], [question])[0]
 
     def _tokens(self, examples: Sequence[Example], questions: Sequence[str]) -> list[Tokens]:
-        """Tokens of each question after its example's history; the texts are tokenized together."""
-        texts = [self._text(example, question) for example, question in zip(examples, questions, strict=True)]
+        """Tokens of each question after its example's history, rendered and tokenized together."""
+        chats = [self._messages(example, question) for example, question in zip(examples, questions, strict=True)]
+        try:
+            texts = self._texts(chats)
+        except jinja2.TemplateError:
+            for chat in chats:  # to find the one
+                self._check_chat(chat)
+            raise
         # as apply_chat_template does: the template has the special tokens
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [tuple(tokens) for tokens in encoded["input_ids"]]
 
-    def _text(self, example: Example, question: str) -> str:
+    def _messages(self, example: Example, question: str) -> list[Message]:
         messages: list[Message] = [*example.history, {"role": "user", "content": question}]
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self._system})
+        return messages
+
+    def _texts(self, chats: list[list[Message]]) -> list[str]:
+        texts: list[str] = self._tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, **self._options
+        )
+        return texts
+
+    def _check_chat(self, chat: list[Message]) -> None:
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self._options
-            )
+            self._texts([chat])
         except jinja2.TemplateError as error:
-            roles = [message["role"] for message in messages]
+            roles = [message["role"] for message in chat]
             expected = f"messages that the model's chat template takes ({error})"
             raise ConfigError("model.path", roles, expected, "change data.system or the rows' roles") from error
-        return text
 
 
 def _check_options(options: Mapping[str, object], chat_template: str) -> None:

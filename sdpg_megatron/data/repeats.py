@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 
-from sdpg_megatron.answers import canonical, normalised
+from sdpg_megatron.answers import canonical
 from sdpg_megatron.data.examples import Example
 
 ProblemIndex = Mapping[int, str]
@@ -34,15 +34,14 @@ class Repeats:
 
     def seen(self, uid: str, example: Example) -> bool:
         """Take note of a row, and say whether it repeats an earlier one."""
-        problem = _digest(" ".join(example.question.casefold().split()), example.history)
-        answer = _digest(normalised(canonical(example.answer_text)))
         more = (example.context, example.teacher_question) if self._taught else uid.rpartition(":")[0]
         row = _digest(example.question, example.history, example.answer_text, more)
-        repeated = row in self._rows
-        self._rows.add(row)
-        if repeated:
+        if row in self._rows:
             self.first = self.first or uid
             return True
+        self._rows.add(row)
+        problem = _digest(" ".join(example.question.casefold().split()), example.history)
+        answer = _digest(canonical(example.answer_text).casefold())
         self.problems.setdefault(problem, uid)
         if self._answers.setdefault(problem, answer) != answer:
             self._conflicts.append(f"{self.problems[problem]} and {uid}")
