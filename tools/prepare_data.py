@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 
 from sdpg_megatron.answers import canonical, decimal_text, last_boxed, same
@@ -30,6 +31,7 @@ from sdpg_megatron.data.chats import read_chat, split_context
 from sdpg_megatron.data.examples import reveals
 from sdpg_megatron.data.readers import Row, file_format, read_rows
 from sdpg_megatron.errors import DataError, SdpgError
+from sdpg_megatron.observe.loading import RowProgress
 
 FOLDER_FORMATS = (".parquet", ".jsonl", ".csv")
 """Of a folder's files, those that are read: a .json file there often describes the data set."""
@@ -166,6 +168,7 @@ class Kept:
         return f"{name}: {len(self.problems)} of {self.counts['rows']} rows" + "".join(f", {part}" for part in left_out)
 
 
+@lru_cache(maxsize=1 << 16)
 def question_key(question: str) -> str:
     """What two spellings of one question have in common."""
     text = unicodedata.normalize("NFKC", question).casefold()
@@ -327,9 +330,12 @@ def prepare(train: Sequence[str], evaluation: Sequence[str]) -> dict[str, Kept]:
 
 def _collect(sources: Sequence[str], split: str) -> Kept:
     kept = Kept()
-    for source in sources:
-        for problem in read(source, split):
-            kept.add(problem)
+    with RowProgress() as progress:
+        for source in sources:
+            for problem in read(source, split):
+                kept.add(problem)
+                if kept.counts["rows"] % 1000 == 0:
+                    progress(kept.counts["rows"])
     return kept
 
 
