@@ -143,6 +143,8 @@ class _Builder:
             for row in read_rows(path):
                 example = parse_row(row, self._config, context_needed=needed)
                 uid, read = f"{label}:{row.number}", read + 1
+                if read % CHUNK == 0:
+                    on_rows(read)
                 if self._repeats.seen(uid, example) and not keep:
                     self._repeated += 1
                     continue
@@ -150,8 +152,6 @@ class _Builder:
                     self._revealed.append(row.where)
                 if self._structured is None and not isinstance(example.answer, str):
                     self._structured = row.where
-                if read % CHUNK == 0:
-                    on_rows(read)
                 yield uid, example
 
     def add(self, rows: Iterator[tuple[str, Example]], seed: int) -> None:
