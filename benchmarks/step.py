@@ -219,6 +219,7 @@ def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunCo
         "model.path": options.model,
         "data.train": [folder / "train.jsonl"],
         "data.eval": [],
+        "eval.every": 0,
         "rollout.prompts_per_step": options.prompts,
         **changes,
     }

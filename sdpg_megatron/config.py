@@ -95,17 +95,19 @@ class GymConfig(Section):
 
 class DataConfig(Section):
     train: tuple[Path, ...] = ()
-    """JSONL or Parquet files of prompts."""
+    """Files of prompts, or glob patterns: JSONL, JSON, CSV (each also gzipped) or Parquet."""
     eval: tuple[Path, ...] = ()
     """Held-out prompts; empty for no evaluation."""
     reasoning_gym: GymConfig = GymConfig()
     question_key: str = "question"
-    """Column of the question. The public SDPG format (a `prompt` list of chat messages whose content carries
-    [TEACHER_CONTEXT_TOKEN]) is recognised by itself."""
+    """Column of the question, text or a list of chat messages. Where a row has none, the list in its column `prompt`,
+    `messages` or `conversations`. The public SDPG format ([TEACHER_CONTEXT_TOKEN] in the content of a `prompt` list) is
+    recognised by itself."""
     answer_key: str = "answer"
-    """Column of the verifier's answer."""
+    """Column of the verifier's answer: text, a number, or a dict or list for a verifier of your own."""
     context_key: str = "context"
-    """Column of the privileged context. Where a row has none, the answer stands in for it."""
+    """Column of the privileged context. Where a row has none: the assistant's message that ends its chat, else the
+    answer."""
     context_template: str = "answer"
     """How the teacher's prompt carries the context: "answer", "verify", "solution", "feedback", or a template with
     {question}, {context} and, if wanted, {answer}."""
@@ -126,6 +128,9 @@ class DataConfig(Section):
     """Longest student or teacher prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What happens to training rows with the question, answer and context of an earlier row: left out and counted, or
+    kept. An evaluation takes a problem once either way."""
     shuffle: bool = True
     """Shuffle every epoch, seeded by `seed`."""
 

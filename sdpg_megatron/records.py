@@ -7,7 +7,8 @@ T response tokens of a micro-batch (the rows that the head sees), G those of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:  # processes that run verifiers read these records, too; to im
     """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
 
 FinishReason = Literal["stop", "length", "abort"]
+Answer = str | Mapping[str, Any] | Sequence[Any]
+"""Text, or the dict or list that the data has; numbers are text."""
+
+
+def answer_text(answer: Answer) -> str:
+    """An answer as text: itself, or its JSON where it is a dict or list."""
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +41,19 @@ class Prompt:
     """Stable name, ``<file name>:<row>``."""
     student_tokens: tuple[int, ...]
     teacher_tokens: tuple[int, ...]
-    answer: str
+    answer: Answer
+    """The reference answer, which verifiers compare with."""
     contrast_tokens: tuple[int, ...] = ()
     """The same question with the context of another problem, of another answer; empty where nobody reads that."""
     question: str = ""
     history: tuple[Mapping[str, str], ...] = ()
     """Chat messages before the question."""
     metadata: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def answer_text(self) -> str:
+        """The answer as text; see `answer_text`."""
+        return answer_text(self.answer)
 
 
 @dataclass(frozen=True, slots=True)

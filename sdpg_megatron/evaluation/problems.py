@@ -70,7 +70,7 @@ def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
     files: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         files.setdefault(prompt.uid.rpartition(":")[0], []).append(prompt)
-    stems = [Path(label).stem for label in files]
+    stems = [Path(label.removesuffix(".gz")).stem for label in files]
     return {
         stem if stems.count(stem) == 1 else label.strip("/").replace("/", "-"): found
         for stem, (label, found) in zip(stems, files.items(), strict=True)

@@ -212,7 +212,7 @@ def _json(request: Request) -> str:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    text = json.dumps([[prompt.question, prompt.answer] for prompt in prompts])
+    text = json.dumps([[prompt.question, prompt.answer] for prompt in prompts], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

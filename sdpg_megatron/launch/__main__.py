@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         code = 2
     if options.code_file and options.node == 0:
-        options.code_file.write_text(f"{code}\n")
+        options.code_file.write_text(f"{code}\n", encoding="ascii")
     return code
 
 

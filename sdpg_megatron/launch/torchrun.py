@@ -60,7 +60,9 @@ def _describe(rank: int, failure: ProcessFailure, logs: Path, start: str) -> str
     for log in logs.glob(f"{start}_*/attempt_0/{failure.local_rank}/stderr.log"):
         told += f"; its log is {log}"
         if rank:  # what the first rank says was shown
-            told += ", which ends with:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+            told += ", which ends with:\n" + "\n".join(
+                log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+            )
     return told + "\n"
 
 

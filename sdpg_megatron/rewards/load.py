@@ -44,6 +44,11 @@ def load_verifier(spec: str) -> Verifier:
     return ExtractingVerifier(verifier, cast(Extract, load_function(FIELD, EXTRACTS[spec])))
 
 
+def compares_text(spec: str) -> bool:
+    """Whether the verifier takes answers that are text only, as all shipped ones do that compare answers."""
+    return spec in EXTRACTS
+
+
 def load_function(field: str, spec: str) -> Callable[..., object]:
     """The function that `spec` names as ``module:function``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -25,7 +26,7 @@ from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.evaluate import evaluate
 from sdpg_megatron.train.export import export_checkpoint
-from sdpg_megatron.train.inputs import ModelInputs
+from sdpg_megatron.train.inputs import ModelInputs, check_answers, warn_of
 from sdpg_megatron.train.subject import Subject
 from sdpg_megatron.weights import read_folder
 
@@ -45,6 +46,9 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
     if dataset.dropped or dataset.truncated:
         counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens
         logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens", *counts)
+    check_answers(config.reward.verifier, [dataset])
+    if os.environ.get("RANK", "0") == "0":
+        warn_of(dataset)
     files = by_file(dataset.prompts)
     if len(files) < len(config.data.eval):
         for path in config.data.eval:

@@ -1,9 +1,12 @@
-"""Everything that a run reads, read and checked before any process group starts."""
+"""Everything that a run reads besides weights. All but the prompts is checked before any process group starts."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
@@ -18,10 +21,17 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, DataError
+from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
-from sdpg_megatron.rewards.load import load_verifier
+from sdpg_megatron.rewards.load import compares_text, load_verifier
 from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
+
+if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
+    from sdpg_megatron.mcore.parallel import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +52,32 @@ class Inputs(ModelInputs):
     held_out: PromptDataset | None
 
 
-def load_inputs(config: RunConfig) -> Inputs:
+def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Ranks | None = None) -> Inputs:
     """Read the model's description, tokenizer and data, and check that they and the verifier fit the configuration.
 
+    Args:
+        model: what `load_run_model` has returned; None to call it.
+        ranks: of the run, every one of which calls this: data files are then read once on each machine. None for a
+            process alone.
+
     Raises:
-        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier, group filter or context template; a run folder that cannot be
-            written.
+        ConfigError: as `load_run_model`; an unknown context template.
         DataError: a row of the data cannot be used.
     """
-    model = load_model_inputs(config)
-    check_parallel(model.arch, config.parallel)
-    load_filters(config.selection.filters)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
-    prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast)
+    model = model or load_run_model(config)
+
+    def load() -> Prompts:
+        with RowProgress(enabled=os.environ.get("RANK", "0") == "0") as progress:
+            return load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast, progress)
+
+    if ranks is None or ranks.world == 1 or config.data.reasoning_gym.tasks:
+        prompts, held_out = load()
+    else:
+        prompts, held_out = share_prompts(ranks, load)
+    check_answers(config.reward.verifier, [prompts, held_out])
+    if os.environ.get("RANK", "0") == "0":
+        for data in (prompts, held_out):
+            warn_of(data)
     return Inputs(
         arch=model.arch,
         tokenizer=model.tokenizer,
@@ -66,6 +85,48 @@ def load_inputs(config: RunConfig) -> Inputs:
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def check_answers(verifier: str, sources: Sequence[PromptSource | None]) -> None:
+    """Refuse answers that are dicts or lists where the verifier compares text. Raises `DataError`."""
+    for source in sources:
+        if compares_text(verifier) and isinstance(source, PromptDataset) and source.structured:
+            expected = f"text or a number with reward.verifier {verifier}"
+            fix = "write it as text, or use a verifier of your own (module:function)"
+            raise DataError(source.structured, "an answer that is a dict or list", expected, fix)
+
+
+def warn_of(source: PromptSource | None) -> None:
+    """Log what a user should know about the rows."""
+    if isinstance(source, PromptDataset):
+        for warning in source.warnings:
+            logger.warning("%s", warning)
+
+
+def load_run_model(config: RunConfig) -> ModelInputs:
+    """Read the model's description and tokenizer, and check all of a run's configuration against them.
+
+    Raises:
+        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
+            template or stop token; an unknown verifier or group filter; evaluations without held-out problems; a run
+            folder that cannot be written.
+    """
+    _check_evaluation(config)
+    model = load_model_inputs(config)
+    check_parallel(model.arch, config.parallel)
+    load_filters(config.selection.filters)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
+    return model
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    gym = config.data.reasoning_gym
+    if config.eval.every and not (config.data.eval or gym.held_out):
+        name = "data.reasoning_gym.held_out" if gym.tasks else "data.eval"
+        raise ConfigError("eval.every", config.eval.every, f"0 without {name}", f"set {name}, or remove it")
 
 
 def load_model_inputs(config: RunConfig) -> ModelInputs:

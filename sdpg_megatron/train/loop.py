@@ -26,7 +26,7 @@ from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
 from sdpg_megatron.train.held_out import HeldOut
-from sdpg_megatron.train.inputs import Inputs, load_inputs
+from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.lessons import Lessons
@@ -60,10 +60,11 @@ def train(config: RunConfig) -> Outcome:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
     with Interrupt() as interrupt, Watchdog(config.watchdog) as watchdog, ExitStack() as stack:
-        inputs = load_inputs(config)
+        model = load_run_model(config)
         ranks = parallel.initialize(config.parallel, config.seed)
         stack.callback(parallel.shutdown)
         stack.enter_context(watchdog.meeting(ranks))
+        inputs = load_inputs(config, model, ranks)
         store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
         _lock(config.run_dir, ranks, stack)
         origin = find_origin(config, inputs.prompts, ranks)

@@ -178,6 +178,7 @@ def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
         ("model.path=nowhere", "model.path"),
         ("data.train=[nowhere.jsonl]", "nowhere.jsonl"),
         ("data.train=[]", "data.train: found [], expected at least one file"),
+        ("data.eval=[]", "eval.every: found 2, expected 0 without data.eval. Fix: set data.eval, or remove it"),
         ("reward.verifier=tests.e2e.verifier:has_digits", "has_digit"),
         ("parallel.tensor=2", "number of ranks"),
         ("parallel.context=2", "parallel.tensor x parallel.context"),

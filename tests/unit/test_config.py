@@ -147,6 +147,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ),
         ("eval.k=[1, 5]", ["eval.k: found 5", "1 to eval.samples (4)", "draw more"]),
         ("eval.k=[0]", ["eval.k: found 0", "1 to eval.samples (4)"]),
+        ("data.duplicates=merge", ["data.duplicates: found 'merge'", "'drop' or 'keep'"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
         ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
         ("parallel={tensor: 2, expert: 3, expert_tensor: 1}", ["expert_tensor: found 3", "parallel.tensor (2)"]),

@@ -107,6 +107,7 @@ def test_what_is_kept_of_a_group() -> None:
         (["a.jsonl", "a.parquet"], ["a.jsonl", "a.parquet"]),
         (["/x/a.jsonl", "/y/a.jsonl", "b.jsonl"], ["x-a.jsonl", "y-a.jsonl", "b"]),
         (["odd:name.jsonl"], ["odd:name"]),
+        (["aime.jsonl.gz", "amc.csv"], ["aime", "amc"]),
     ],
 )
 def test_data_files_have_names_of_their_own(labels: list[str], names: list[str]) -> None:

@@ -122,7 +122,8 @@ def test_math_counts_the_last_box_or_the_final_answer_and_nothing_else(math_pool
         ("Final answer: **5**", True),
         ("It is 5", False),
         ("5", False),
-        (r"\boxed 5", False),
+        (r"\boxed 5", True),
+        (r"So $\boxed 4$.", False),
         ("", False),
         (LONG, False),
         (r"\boxed{" * 10**5, False),
@@ -161,7 +162,7 @@ def test_answer_line_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         verdicts = [
             plain.answer(Prompt("a:1", (1,), (1,), answer), f"Answer: {stated}")
-            for answer, stated in (("1,000", "1000.0"), ("Paris", "paris."), (r"\frac12", "0.5"))
+            for answer, stated in (("1,000", "1000.0"), ("Paris", "paris."), (r"\sqrt4", "2"))
         ]
     finally:
         monkeypatch.undo()

@@ -243,7 +243,7 @@ def _check_interpreter(python: str) -> None:
     )
     code = "import importlib.metadata as m; m.version('sglang')"
     try:
-        found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+        found = subprocess.run([python, "-I", "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RolloutError(f"{python}: the interpreter for SGLang servers does not run ({error}). {fix}") from error
     if found.returncode != 0:
