@@ -87,6 +87,7 @@ class RunState:
             return _STATE.validate_python(fields)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            found = (error.strerror or found) if isinstance(error, OSError) else found
             raise CheckpointError(f"{path}: found {found}, expected a whole manifest") from error
 
 

@@ -32,7 +32,7 @@ from sdpg_megatron.checkpoint.state import (
 )
 from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
-from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.errors import CheckpointError, fix_of
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
@@ -233,8 +233,8 @@ class CheckpointStore:
     def _refused(self, path: Path, error: BaseException) -> CheckpointError:
         if self._ranks.is_main and path.name.endswith(PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
+        fix = fix_of(error, path) if isinstance(error, OSError) else "free space on the disk, or check it"
         return CheckpointError(
             f"{path}: could not be written: {describe(error)} ({free_mib(path)} MiB free). "
-            "Earlier checkpoints are untouched. Fix: free or repair the disk; the same command then continues from the "
-            "newest one"
+            f"Earlier checkpoints are untouched. Fix: {fix}; the same command then continues from the newest one"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -18,10 +19,13 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, fix_of
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rollout.hf import stop_ids
+
+RUN_FOLDERS = ("checkpoints", "eval", "logs", "model", "tensorboard")
+"""What a run makes in its `run_dir`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
     load_filters(config.selection.filters)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
+    _make_run_dir(config.run_dir)
     prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast)
     return Inputs(
         arch=model.arch,
@@ -66,6 +67,19 @@ def load_inputs(config: RunConfig) -> Inputs:
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    """Raises `ConfigError` where it cannot be made, or has a file in the place of one of its folders."""
+    expected = "a folder that a run can write to"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FOLDERS:
+            if (run_dir / name).exists() and not (run_dir / name).is_dir():
+                fix = f"remove or rename the file {run_dir / name}, or choose another run_dir"
+                raise ConfigError("run_dir", f"{run_dir} (with a file named {name})", expected, fix)
+    except OSError as error:
+        raise ConfigError("run_dir", f"{run_dir} ({error.strerror})", expected, fix_of(error, run_dir)) from error
 
 
 def load_model_inputs(config: RunConfig) -> ModelInputs:

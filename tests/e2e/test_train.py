@@ -180,6 +180,7 @@ def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
         ("data.train=[]", "data.train: found [], expected at least one file"),
         ("reward.verifier=tests.e2e.verifier:has_digits", "has_digit"),
         ("parallel.tensor=2", "number of ranks"),
+        ("run_dir=/dev/null/run", "run_dir: found '/dev/null/run (Not a directory)', expected a folder that a run can"),
         ("parallel.context=2", "parallel.tensor x parallel.context"),
     ],
 )
