@@ -52,7 +52,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
         config = load(target, overrides)
         return Subject(str(config.model.path), config) if step is None else _of_run(config, step)
     if (target / CONFIG_FILE).is_file():
-        return _of_run(load(target / CONFIG_FILE, [*overrides, f"run_dir={target}"]), step)
+        return _of_run(load(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
     if (target / "config.json").is_file():
         if step is not None:
             raise ConfigError("--step", step, f"none with a Hugging Face folder ({target})", "name a run's folder")
