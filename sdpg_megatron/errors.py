@@ -148,9 +148,9 @@ class SkippedStepsError(NumericsError):
     def __init__(self, step: int, count: int) -> None:
         super().__init__(
             f"optimizer step {step}: found {count} steps in a row whose loss or gradient is not finite, expected fewer "
-            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: start a run from the last "
-            "checkpoint's model with a lower optimizer.lr or a smaller objective.beta; if the cause was elsewhere and "
-            "is gone, the same command continues from the last checkpoint"
+            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: lower "
+            "optimizer.lr or objective.beta; the same command with that change continues from the last checkpoint, as "
+            "does the same command alone where the cause was elsewhere and is gone"
         )
 
 

@@ -96,7 +96,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin is tuple:
         return _list(value, get_args(kind))
     if kind in (Path, ExpandedText):
-        return _path(value) if kind is Path else _as_text(_path(value))
+        return read_path(value) if kind is Path else _as_text(read_path(value))
     if takes_text(kind):
         return _text(value)
     if kind in (int, float):
@@ -156,7 +156,8 @@ def _text(value: Any) -> Any:
     return Refused(found, "put it in quotes" if found is not None else "write it; the word null itself goes in quotes")
 
 
-def _path(value: Any) -> Any:
+def read_path(value: Any) -> Any:
+    """A path with `~` and environment variables expanded; `Refused` where that cannot be."""
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or _is_null(value):

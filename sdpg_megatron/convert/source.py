@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdpg_megatron.checkpoint.state import MANIFEST, RunState, checkpoint_folders
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, MANIFEST, RunState, checkpoint_folders
 from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
 from sdpg_megatron.errors import ConversionError, fix_of
 
@@ -16,7 +16,6 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMPANION_FOLDER = "huggingface"
 """Beside the iterations of a Megatron checkpoint that was made of a Hugging Face folder: that without the weights."""
-CHECKPOINTS, CONFIG_FILE = "checkpoints", "config.yaml"
 
 Kind = Literal["Hugging Face folder", "run checkpoint", "Megatron checkpoint"]
 
@@ -50,7 +49,7 @@ def find_source(path: Path) -> Source:
         return Source("Megatron checkpoint", path, _beside(path.parent))
     if (path / TRACKER_FILE).is_file():
         return Source("Megatron checkpoint", _iteration(path), _beside(path))
-    for folder in (path / CHECKPOINTS, path):
+    for folder in (path / CHECKPOINT_FOLDER, path):
         if found := checkpoint_folders(folder):
             return find_source(found[-1])
     raise ConversionError(

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.checkpoint.state import checkpoint_folders, step_of
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, CONFIG_FILE, checkpoint_folders, step_of
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.settings import apply_override, load, parse
 from sdpg_megatron.train.export import EXPORT_FOLDER
-from sdpg_megatron.train.journal import CONFIG_FILE
-from sdpg_megatron.train.loop import CHECKPOINT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
