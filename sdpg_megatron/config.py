@@ -163,7 +163,7 @@ class SGLangConfig(Section):
     router: str | None = None
     """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
     have the run's servers and no others; weights go to the servers themselves."""
-    servers: int = Field(1, ge=1)
+    servers: int = Field(1, ge=1, le=1024)
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks of each server that is started."""
     data: int = Field(1, ge=1)
@@ -209,7 +209,7 @@ class SGLangConfig(Section):
     sink: Literal["broadcast", "shared", "disk"] = "broadcast"
     """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
     shared with servers on the same machine; or a folder that the servers can read."""
-    bucket_mib: int = Field(256, ge=1)
+    bucket_mib: int = Field(256, ge=1, le=1_048_576)
     """Bound of one piece of the weight stream; two of them are held at a time."""
     address: str | None = None
     """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
@@ -227,8 +227,8 @@ class RolloutConfig(Section):
     engine: Literal["hf", "sglang"] = "hf"
     """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank; "sglang" uses servers."""
     sglang: SGLangConfig = SGLangConfig()
-    prompts_per_step: int = Field(128, ge=1)
-    group_size: int = Field(8, ge=2)
+    prompts_per_step: int = Field(128, ge=1, le=1_000_000)
+    group_size: int = Field(8, ge=2, le=65_536)
     """Responses per prompt; advantages compare them, so one is not a group."""
     max_response_tokens: int = Field(4096, ge=1)
     temperature: float = Field(1.0, gt=0)
@@ -254,9 +254,9 @@ class SelectionConfig(Section):
     """Leave out groups whose rewards are all equal, which teach nothing: DAPO's dynamic sampling."""
     filters: tuple[str, ...] = ()
     """Functions of your own, "module:function", called with a `ScoredGroup`: True keeps it, False leaves it out."""
-    max_rounds: int = Field(10, ge=1)
+    max_rounds: int = Field(10, ge=1, le=1_000_000)
     """Times that a step asks for prompts; then it goes on with the groups that it has. 1 replaces nothing."""
-    oversample: float = Field(1.0, ge=1)
+    oversample: float = Field(1.0, ge=1, le=1000)
     """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
     out, too."""
 
@@ -397,7 +397,7 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     every: int = Field(0, ge=0)
     """Evaluate every so many steps; 0 for before and after training only."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(4, ge=1, le=65_536)
     """Sampled responses per held-out prompt, besides the greedy one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
