@@ -59,7 +59,7 @@ def _dotted(location: Sequence[str | int]) -> str:
 
 
 def _unknown(path: list[str], value: Any) -> Iterator[ConfigError]:
-    """Of a section of another framework, one error for each key that has a counterpart here."""
+    """Errors about an unknown key; for another framework's section, one for each key that has a counterpart here."""
     is_section = isinstance(value, Mapping) and bool(value)
     hint = _typo(path) if is_section else _suggestion(path)
     leaves = [] if hint or not is_section else [(leaf, _suggestion(leaf)) for leaf in _leaves(path, value)]
@@ -77,7 +77,7 @@ def _leaves(path: list[str], value: Any) -> Iterator[list[str]]:
 
 
 def _suggestion(path: list[str]) -> str | None:
-    """What the user may have meant: a counterpart, a field of that name elsewhere, or one with nearly that name."""
+    """Fix for an unknown key: its counterpart, a field of that name in another section, or a similar name."""
     name = normal(path[-1])
     elsewhere: dict[str, list[str]] = {}
     for field in _all_fields(RunConfig):
@@ -144,13 +144,13 @@ def _field(location: Sequence[str | int]) -> FieldInfo:
 
 
 def _description(info: FieldInfo) -> str:
-    """What a field takes: its type, its bounds, and null where that is allowed."""
+    """Type and bounds of a field, and null if it is optional."""
     kind = without_none(info.annotation)
     return _bounded(kind, info.metadata) + ("" if kind is info.annotation else "; or null")
 
 
 def _item_description(info: FieldInfo) -> str:
-    """What each item of a list field takes."""
+    """Type and bounds of the items of a list field."""
     return _bounded(get_args(without_none(info.annotation))[0], [])
 
 

@@ -108,7 +108,7 @@ NOTE_ON: Mapping[str, str] = MappingProxyType(
         "ppo_epochs": "set optimizer.minibatches; a rollout is learned from once",
     }
 )
-"""What to do instead, where no field of this package means the same."""
+"""Fixes for names without a counterpart in this package."""
 _ALIASES = {"epochs": ("total_epochs", "num_epochs", "num_train_epochs", "num_epoch")}
 _NOTES = {**NOTE_ON, **{other: NOTE_ON[name] for name, others in _ALIASES.items() for other in others}}
 
@@ -138,7 +138,7 @@ _IN_SECTION: Mapping[str, str] = MappingProxyType(
 
 
 def translate(path: Sequence[str]) -> str | None:
-    """What to write in the place of a key of another framework; None for a name that is not known.
+    """Fix for a key of another framework; None for an unknown name.
 
     Args:
         path: the key, for example ("actor_rollout_ref", "rollout", "n").

@@ -34,7 +34,7 @@ class ConfigError(SdpgError):
 
     @classmethod
     def of_text(cls, field: str, text: str) -> ConfigError:
-        """An error with a message of its own form."""
+        """Make an error with another form of message."""
         error = cls.__new__(cls, text)
         error.args = (text,)
         error.field = field
@@ -174,7 +174,7 @@ _FIXES = {
 
 
 def fix_of(error: OSError, path: Path, *, reading: bool = False) -> str:
-    """What to do about the system's refusal to write, or to read, a path."""
+    """Fix for an `OSError` raised while writing, or reading, a path."""
     match error.errno:
         case errno.ENOENT if reading:
             missing = _first(path, lambda part: not _exists(part))

@@ -78,7 +78,7 @@ def read_scalar(text: str) -> Any:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether a field holds one piece of text: a string, a path, or one of several words."""
+    """True if a field holds one piece of text: a string, a path, or one of several words."""
     kind = without_none(annotation)
     words = get_args(kind) if get_origin(kind) is Literal else ()
     return kind in (str, Path, ExpandedText) or (bool(words) and all(isinstance(word, str) for word in words))

@@ -25,7 +25,7 @@ OPTION = "--branch-from"
 
 @dataclass(frozen=True, slots=True)
 class BranchRequest:
-    """What the user asks for."""
+    """Arguments of ``--branch-from`` and ``--new-reference``."""
 
     run: Path
     step: int | None
@@ -66,13 +66,13 @@ class BranchRequest:
         return BranchPoint(str(self.run), steps[-1] if self.step is None else self.step)
 
     def matches(self, point: BranchPoint) -> bool:
-        """Whether a branch that started at `point` is what is asked for."""
+        """True if a branch that started at `point` satisfies the request."""
         return Path(point.run) == self.run and self.step in (None, point.step)
 
 
 @dataclass(frozen=True, slots=True)
 class BranchStart:
-    """Where a branch starts: written before its first step."""
+    """Branch point of a run, written before its first step."""
 
     point: BranchPoint
     new_reference: bool

@@ -45,7 +45,7 @@ class Change:
 
     @property
     def kind(self) -> Kind:
-        """What it affects. "learning" is all that is not in one of the other lists."""
+        """Category of the field; "learning" for fields in none of the lists above."""
         kinds: tuple[tuple[Kind, Sequence[str]], ...] = (
             ("free", FREE),
             ("data order", DATA_ORDER),
@@ -54,11 +54,11 @@ class Change:
         return next((kind for kind, fields in kinds if self.within(fields)), "learning")
 
     def within(self, fields: Sequence[str]) -> bool:
-        """Whether the field is one of `fields`, or below one of them."""
+        """True if the field is one of `fields`, or below one of them."""
         return any(self.field == name or self.field.startswith(f"{name}.") for name in fields)
 
     def recorded(self, step: int) -> RecordedChange:
-        """For the records of a run that has done `step` steps."""
+        """The change as a record of a run that has done `step` steps."""
         return RecordedChange(step, self.field, self.old, self.new)
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ def check_optimizer_state(state: RunState, changes: Sequence[Change]) -> None:
 
 
 def changes_generation(changes: Sequence[Change]) -> bool:
-    """Whether responses that were generated ahead are not what the new configuration would generate."""
+    """True if prefetched responses differ from what the new configuration would generate."""
     return any(change.kind == "learning" and change.within(GENERATION) for change in changes)
 
 

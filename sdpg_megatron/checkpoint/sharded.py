@@ -52,7 +52,7 @@ def load_sharded(path: Path, learner: Learner, state: RunState) -> None:
 
     Learning rate, weight decay, betas and epsilon stay those that the learner was built with. The position in the
     learning-rate schedule is scaled where a rollout step now has another number of optimizer steps. A teacher with
-    weights of its own starts from the student's where the checkpoint has none of that kind.
+    separate weights starts from the student's where the checkpoint has none of that kind.
 
     Raises:
         CheckpointError: reading it would run code.

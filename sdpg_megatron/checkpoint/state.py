@@ -87,9 +87,9 @@ class RunState:
     data: str
     """Digest of the prompts that the run learns from."""
     changes: tuple[RecordedChange, ...] = ()
-    """Of the configuration since the first step, of ancestors too, in order."""
+    """Configuration changes since the first step, those of ancestors included, in order."""
     branches: tuple[BranchPoint, ...] = ()
-    """Where the run and its ancestors branched off, the oldest first; empty for a run that is no branch."""
+    """Branch points of the run and its ancestors, oldest first; empty for a run that is no branch."""
     files: Mapping[str, FileSum] = field(default_factory=dict)
     """Every other file of the checkpoint, by its name."""
     versions: Mapping[str, str] = field(default_factory=dict)

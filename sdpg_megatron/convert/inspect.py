@@ -68,9 +68,9 @@ class Report:
     training_state: bool | None = None
     """Whether an optimizer's state is there."""
     branched_from: list[str] = field(default_factory=list)
-    """Of a run checkpoint: the checkpoints that the run and its ancestors started from, the oldest first."""
+    """Branch points of a run checkpoint's run and its ancestors, oldest first."""
     changes: list[str] = field(default_factory=list)
-    """Of a run checkpoint: what of the configuration changed, and after which step."""
+    """Configuration changes of a run checkpoint's run, each with its step."""
     versions: dict[str, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lost-seconds", type=float, required=True, help="of silence after which one is lost")
     parser.add_argument("--code-file", type=Path, help="where machine 0 leaves its exit code")
     parser.add_argument("--branch-from", metavar="RUN[@STEP]", help="as of sdpg-megatron train")
-    parser.add_argument("--new-reference", action="store_true", help="likewise")
+    parser.add_argument("--new-reference", action="store_true", help="as of sdpg-megatron train")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)

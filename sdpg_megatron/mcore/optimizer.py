@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from sdpg_megatron.config import OptimizerConfig
 
 HYPERPARAMETERS = ("betas", "eps", "max_lr", "min_lr")
-"""Of a parameter group. The scheduler sets learning rate and weight decay at every step."""
+"""Keys of a parameter group. The scheduler sets learning rate and weight decay at every step."""
 
 
 def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:

@@ -46,7 +46,7 @@ class Teacher:
         """The student took an optimizer step."""
 
     def restart(self) -> None:
-        """Take the student's present weights, where it has weights of its own that move."""
+        """Copy the student's present weights; a no-op for teachers that keep no moving weights."""
 
     def reading(self) -> AbstractContextManager[None]:
         """While this is open, the model computes with the teacher's weights."""

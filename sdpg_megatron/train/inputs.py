@@ -25,7 +25,7 @@ from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rollout.hf import stop_ids
 
 RUN_FOLDERS = ("checkpoints", "eval", "logs", "model", "tensorboard")
-"""What a run makes in its `run_dir`."""
+"""Folders that a run makes in its `run_dir`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
     """Run, or continue, the run that `config` describes. Every rank calls it once.
 
     Args:
-        branch_from: start from this checkpoint of another run, unless the run has one of its own.
+        branch_from: start from this checkpoint of another run, unless the run already has a checkpoint.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
     does. Where there is none, their watchdogs end them.

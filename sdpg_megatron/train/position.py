@@ -40,7 +40,7 @@ class Position:
 
     @classmethod
     def of(cls, start: Start, config: RunConfig, prompts: PromptSource) -> Position:
-        """Where `start` says that a call begins. Raises `CheckpointError`."""
+        """Position at which a call begins. Raises `CheckpointError`."""
         state, folder = start.state, start.checkpoint
         if state is None or folder is None:
             return cls.first(config, prompts.size)

@@ -1,4 +1,4 @@
-"""Where a call of `train` begins: a new run, a checkpoint of the run, or one of another run that it branches from."""
+"""Choose where a call of `train` begins: a new run, a checkpoint of the run, or a branch point of another run."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from sdpg_megatron.observe.summary import read_summary
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a call begins; without fields, at the first step of a new run."""
+    """Starting point of a call; without fields, the first step of a new run."""
 
     checkpoint: Path | None = None
     state: RunState | None = None
     """Its manifest."""
     changes: tuple[Change, ...] = ()
-    """Of the configuration since the checkpoint."""
+    """Configuration changes since the checkpoint."""
     recorded: tuple[RecordedChange, ...] = ()
     """All since the run's first step, `changes` included."""
     branches: tuple[BranchPoint, ...] = ()
@@ -58,11 +58,11 @@ class Start:
 
     @property
     def generates_anew(self) -> bool:
-        """Whether responses that were generated ahead have to be generated again."""
+        """True if prefetched responses have to be generated again."""
         return changes_generation(self.changes)
 
     def describe(self, config: RunConfig) -> list[str]:
-        """What the user is told, a line each; the first says where the run begins."""
+        """Lines for the user; the first says where the run begins."""
         if self.state is None:
             return ["a new run"]
         if self.done:
@@ -114,9 +114,7 @@ def _check_same_branch(run_dir: Path, request: BranchRequest, pinned: BranchStar
             there = f"{pinned.point}{' with a new reference' if pinned.new_reference else ''}"
             raise ConfigError(OPTION, str(request), f"{there}, which the run in {run_dir} has started from", fix)
     elif started or (run_dir / CONFIG_FILE).exists():
-        raise ConfigError(
-            "run_dir", f"{run_dir} (a run of its own)", f"a new folder, or a branch of {request.run}", fix
-        )
+        raise ConfigError("run_dir", f"{run_dir} (another run)", f"a new folder, or a branch of {request.run}", fix)
 
 
 def _continued(config: RunConfig, path: Path, state: RunState, model: str, data: str) -> Start:

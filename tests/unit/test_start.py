@@ -334,7 +334,7 @@ def test_another_run_is_not_taken_for_the_branch(tmp_path: Path) -> None:
             config = config_in(folder)
             folder.mkdir()
             (folder / "config.yaml").write_text(dump(config))
-        with pytest.raises(ConfigError, match=r"^run_dir: found .* \(a run of its own\)', expected a new folder"):
+        with pytest.raises(ConfigError, match=r"^run_dir: found .* \(another run\)', expected a new folder"):
             start(config, str(tmp_path / "run"))
 
 
