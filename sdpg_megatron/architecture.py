@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal
 
 from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig, SGLangConfig
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, fix_of
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
@@ -225,7 +225,11 @@ def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool 
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:
-    """Check that the longest prompt and response fit the positions that the model has. Raises `ConfigError`."""
+    """Check that prompts, responses and top tokens fit the model's positions and vocabulary. Raises `ConfigError`."""
+    top_k = config.objective.top_k
+    if top_k is not None and top_k > arch.vocab_size:
+        expected = f"at most the model's {arch.vocab_size} tokens"
+        raise ConfigError("objective.top_k", top_k, expected, "lower it, or set it to null for the whole vocabulary")
     response = max(config.rollout.max_response_tokens, config.eval.max_response_tokens or 0)
     longest = config.data.max_prompt_tokens + response
     if longest > arch.max_positions:
@@ -248,9 +252,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            "model.path", str(path), "a Hugging Face folder with a config.json", error.strerror or "check the path"
-        ) from error
+        expected = "a Hugging Face folder with a config.json"
+        raise ConfigError("model.path", str(path), expected, fix_of(error, path, reading=True)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError("model.path", f"{path}: {error}", "valid JSON", "download the file again") from error
     if not isinstance(config, dict):

@@ -14,11 +14,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.settings import dump, load
+
+if TYPE_CHECKING:
+    from sdpg_megatron.checkpoint.branch import BranchRequest
 
 STOPPED = os.EX_TEMPFAIL
 """Exit code, 75, of a run that was asked to stop, has saved its state and can continue: what sysexits calls a temporary
@@ -75,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
     _add_configuration(train, "e.g. objective.beta=0.01 parallel.tensor=2")
+    train.add_argument(
+        "--branch-from",
+        metavar="RUN[@STEP]",
+        help="start run_dir from a checkpoint of another run (default: its newest), with its optimizer and reference",
+    )
+    train.add_argument(
+        "--new-reference", action="store_true", help="of a branch: the reference is the model at model.path instead"
+    )
     train.set_defaults(command=_train)
     evaluate = commands.add_parser(
         "eval",
@@ -160,19 +172,38 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.train.presence import end_with_launcher
 
     end_with_launcher()
+    branch_from = _branch_request(options)
     if options.dry_run:
-        from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
-
-        load_inputs(config)
-        sys.stdout.write(dump(config))
-        _walk(config)
-        return 0
+        return _dry_run(config, branch_from)
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
-    outcome = train(config)
+    outcome = train(config, branch_from)
     if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
+
+
+def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
+    if options.branch_from is None:
+        if options.new_reference:
+            raise ConfigError("--new-reference", True, "--branch-from beside it", "add --branch-from RUN[@STEP]")
+        return None
+    from sdpg_megatron.checkpoint.branch import BranchRequest
+
+    return BranchRequest.parse(options.branch_from, new_reference=options.new_reference)
+
+
+def _dry_run(config: RunConfig, branch_from: BranchRequest | None) -> int:
+    from sdpg_megatron.checkpoint.state import fingerprint
+    from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
+    from sdpg_megatron.train.start import find_start
+
+    inputs = load_inputs(config)
+    start = find_start(config, branch_from, lambda: fingerprint(config.model.path), inputs.prompts.digest)
+    sys.stdout.write(dump(config))
+    sys.stderr.write("".join(f"{line}\n" for line in start.describe(config)))
+    _walk(config)
+    return 0
 
 
 def _walk(config: RunConfig) -> None:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdpg_megatron.field_values import ExpandedText
 from sdpg_megatron.methods import Method, dapo_sections, defaults
+
+MAX_SECONDS = 2_000_000.0
+"""Bound on a time, 23 days: poll(2) takes milliseconds in 32 bits."""
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
+    """A part of the configuration: immutable; unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -63,7 +70,7 @@ class ParallelConfig(Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens come to the ranks of their experts: each to those alone, or all to all of them and only the results
     summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
-    timeout: float = Field(4 * 3600.0, gt=0)
+    timeout: float = Field(4 * 3600.0, gt=0, le=MAX_SECONDS)
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
 
     @property
@@ -140,10 +147,10 @@ class RewardConfig(Section):
     """How a response is scored: "number" (its last number equals the answer), "math" (its last boxed answer, by
     math-verify), "answer" (its last line "Answer: value"), "exact" (all of it), "reasoning_gym" (the task's own
     scorer), or "module:function" of your own. docs/data.md says what each accepts."""
-    timeout: float = Field(10.0, gt=0)
+    timeout: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
     failure_reward: float = 0.0
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, le=1024)
     """Processes that run verifiers."""
     clip: tuple[float, float] | None = None
     """Bounds of a verifier's reward in the advantages, for example [0, 1]; null for none."""
@@ -161,7 +168,7 @@ class SGLangConfig(Section):
     router: str | None = None
     """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
     have the run's servers and no others; weights go to the servers themselves."""
-    servers: int = Field(1, ge=1)
+    servers: int = Field(1, ge=1, le=1024)
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks of each server that is started."""
     data: int = Field(1, ge=1)
@@ -171,9 +178,9 @@ class SGLangConfig(Section):
     machine, or for 0 where `colocated`."""
     host: str = "127.0.0.1"
     """Address that started servers listen on; other machines can reach them only where it is one of theirs."""
-    ports: tuple[int, ...] = ()
+    ports: tuple[Port, ...] = ()
     """One for each started server; empty for free ones."""
-    python: str | None = None
+    python: ExpandedText | None = None
     """Interpreter that has sglang; null for this one, or for $SDPG_SGLANG_PYTHON where that is set."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Null for `model.dtype`."""
@@ -185,15 +192,15 @@ class SGLangConfig(Section):
     """Environment variable that holds the servers' API key; the key itself is never written anywhere."""
     admin_key_variable: str | None = None
     """Likewise, for the calls that change a server."""
-    start_timeout: float = Field(600.0, gt=0)
+    start_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
     """Seconds until a started server answers; until a lost one is back."""
-    request_timeout: float = Field(3600.0, gt=0)
+    request_timeout: float = Field(3600.0, gt=0, le=MAX_SECONDS)
     """Seconds for one group of responses."""
-    update_timeout: float = Field(600.0, gt=0)
+    update_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
     """Seconds for one bucket of weights."""
-    health_interval: float = Field(10.0, gt=0)
+    health_interval: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds between looks at a server's health."""
-    health_timeout: float = Field(30.0, gt=0)
+    health_timeout: float = Field(30.0, gt=0, le=MAX_SECONDS)
     """Seconds that an answer to such a look may take."""
     health_misses: int = Field(3, ge=1)
     """Looks in a row without an answer after which a server counts as lost: its requests go elsewhere, and it is
@@ -207,7 +214,7 @@ class SGLangConfig(Section):
     sink: Literal["broadcast", "shared", "disk"] = "broadcast"
     """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
     shared with servers on the same machine; or a folder that the servers can read."""
-    bucket_mib: int = Field(256, ge=1)
+    bucket_mib: int = Field(256, ge=1, le=1_048_576)
     """Bound of one piece of the weight stream; two of them are held at a time."""
     address: str | None = None
     """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
@@ -225,8 +232,8 @@ class RolloutConfig(Section):
     engine: Literal["hf", "sglang"] = "hf"
     """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank; "sglang" uses servers."""
     sglang: SGLangConfig = SGLangConfig()
-    prompts_per_step: int = Field(128, ge=1)
-    group_size: int = Field(8, ge=2)
+    prompts_per_step: int = Field(128, ge=1, le=1_000_000)
+    group_size: int = Field(8, ge=2, le=65_536)
     """Responses per prompt; advantages compare them, so one is not a group."""
     max_response_tokens: int = Field(4096, ge=1)
     temperature: float = Field(1.0, gt=0)
@@ -252,9 +259,9 @@ class SelectionConfig(Section):
     """Leave out groups whose rewards are all equal, which teach nothing: DAPO's dynamic sampling."""
     filters: tuple[str, ...] = ()
     """Functions of your own, "module:function", called with a `ScoredGroup`: True keeps it, False leaves it out."""
-    max_rounds: int = Field(10, ge=1)
+    max_rounds: int = Field(10, ge=1, le=1_000_000)
     """Times that a step asks for prompts; then it goes on with the groups that it has. 1 replaces nothing."""
-    oversample: float = Field(1.0, ge=1)
+    oversample: float = Field(1.0, ge=1, le=1000)
     """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
     out, too."""
 
@@ -294,7 +301,7 @@ class ObjectiveConfig(Section):
     """Of the student from the teacher, exact over the vocabulary; or log p - log q of the sampled token alone."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in jsd's mixture: beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta) p + beta q."""
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
     """Tell apart the student's top k tokens alone, all others being one outcome; null for the whole vocabulary."""
     divergence_clip: float | None = Field(None, gt=0)
     """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
@@ -410,7 +417,7 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     every: int = Field(0, ge=0)
     """Evaluate every so many steps; 0 for before and after training only."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(4, ge=1, le=65_536)
     """Sampled responses per held-out prompt, besides the greedy one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -478,24 +485,24 @@ class WatchdogConfig(Section):
     for no bound."""
 
     enabled: bool = True
-    silence: float = Field(300.0, gt=0)
+    silence: float = Field(300.0, gt=0, le=MAX_SECONDS)
     """Seconds without a word from a rank, as its process is dead, stopped or cut off, after which the job ends."""
-    start: float | None = Field(2 * 3600.0, gt=0)
+    start: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """Reading the model or a checkpoint, starting servers."""
-    rollout: float | None = Field(3 * 3600.0, gt=0)
+    rollout: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
     """Generating and scoring, all rounds of a step."""
-    prepare: float | None = Field(3600.0, gt=0)
+    prepare: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """The passes before the weights change."""
-    update: float | None = Field(2 * 3600.0, gt=0)
+    update: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """All optimizer steps of a rollout."""
-    publish: float | None = Field(3600.0, gt=0)
-    switch: float | None = Field(3600.0, gt=0)
+    publish: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
+    switch: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """Taking the devices from colocated servers."""
-    eval: float | None = Field(3 * 3600.0, gt=0)
-    checkpoint: float | None = Field(2 * 3600.0, gt=0)
-    finish: float | None = Field(2 * 3600.0, gt=0)
+    eval: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
+    checkpoint: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
+    finish: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """Waiting for the last checkpoint, exporting the model."""
-    between: float | None = Field(3600.0, gt=0)
+    between: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """What is in no phase: planning, the records."""
 
 
@@ -504,7 +511,7 @@ class RunConfig(Section):
 
     run_dir: Path
     """Everything that the run writes goes here."""
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1_000_000_000)
     """Rollout steps."""
     seed: int = Field(0, ge=0)
     model: ModelConfig

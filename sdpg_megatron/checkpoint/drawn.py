@@ -25,7 +25,7 @@ _WORDS = "words"
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The first round of a step."""
+    """The first round of a step; without groups where their responses are to be generated again."""
 
     indices: tuple[int, ...]
     """Of the prompts, in the run's data."""
@@ -67,6 +67,8 @@ def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
         words = json.loads(arrays[_WORDS].tobytes())
         completions = list(_completions(arrays, words))
         rewards = arrays["rewards"].tolist()
+        if not arrays["sizes"].size:
+            return Drawn(tuple(arrays["prompts"].tolist()), ())
         groups = []
         for (start, end), index, failures in zip(
             _spans(arrays["sizes"].tolist()), arrays["prompts"].tolist(), arrays["failures"].tolist(), strict=True

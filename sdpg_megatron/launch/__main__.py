@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--meet-seconds", type=float, required=True, help="until all machines are there")
     parser.add_argument("--lost-seconds", type=float, required=True, help="of silence after which one is lost")
     parser.add_argument("--code-file", type=Path, help="where machine 0 leaves its exit code")
+    parser.add_argument("--branch-from", metavar="RUN[@STEP]", help="as of sdpg-megatron train")
+    parser.add_argument("--new-reference", action="store_true", help="as of sdpg-megatron train")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
@@ -47,7 +49,9 @@ def _run(options: argparse.Namespace) -> int:
         meet_seconds=options.meet_seconds,
         lost_seconds=options.lost_seconds,
     )
-    return run(Machine(place, options.config, options.overrides))
+    branch = ["--branch-from", options.branch_from] if options.branch_from is not None else []
+    branch += ["--new-reference"] if options.new_reference else []
+    return run(Machine(place, options.config, options.overrides, branch))
 
 
 if __name__ == "__main__":

@@ -199,6 +199,11 @@ class Learner:
         self.teacher.updated()
 
     @property
+    def minibatches(self) -> int:
+        """Optimizer steps of a rollout step."""
+        return self._minibatches
+
+    @property
     def has_learned(self) -> bool:
         """Whether an optimizer step was ever taken: before, there is no state of the optimizer to save."""
         return bool(self.scheduler.num_steps)

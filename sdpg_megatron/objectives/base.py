@@ -99,7 +99,11 @@ class Objective(Protocol):
     name: str
 
     def needs(self, context: StepContext) -> Needs:
-        """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0."""
+        """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0.
+
+        A pass that any step of a run needs is needed at step 0, at step 1, at the middle one or at the last one: those
+        decide what a run keeps in memory.
+        """
         ...
 
     def taught(self, advantage: float) -> bool:

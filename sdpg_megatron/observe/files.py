@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sdpg_megatron.errors import WriteError
+from sdpg_megatron.errors import WriteError, fix_of
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(str(path), error.strerror or str(error), free_mib(path)) from error
+        raise WriteError(str(path), error.strerror or str(error), free_mib(path), fix_of(error, path)) from error
 
 
 def free_mib(path: Path) -> int:

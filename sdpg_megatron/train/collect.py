@@ -50,16 +50,17 @@ class Collector:
         """The groups of the step after `step`; `cursor` moves on by the prompts that this takes.
 
         Args:
-            drawn: its first round, if there is one already.
+            drawn: its first round, if there is one already, or the prompts of it.
 
         Raises:
             Abandoned: the run is to stop.
         """
 
         def ask(count: int, number: int) -> list[ScoredGroup]:
-            if number == 0 and drawn is not None:
+            if number == 0 and drawn is not None and drawn.groups:
                 return with_shaping(drawn.groups, self._shaping)
-            prompts = [self._prompts[i] for i in cursor.take(count)]
+            indices = drawn.indices if number == 0 and drawn is not None else cursor.take(count)
+            prompts = [self._prompts[i] for i in indices]
             return with_shaping(self._rollouts.run(prompts, self._sampling(step, number)), self._shaping)
 
         wanted = self._config.rollout.prompts_per_step

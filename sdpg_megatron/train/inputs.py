@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
@@ -21,7 +22,7 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
-from sdpg_megatron.errors import ConfigError, DataError
+from sdpg_megatron.errors import ConfigError, DataError, fix_of
 from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, load_verifier
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes se
     from sdpg_megatron.mcore.parallel import Ranks
 
 logger = logging.getLogger(__name__)
+
+RUN_FOLDERS = ("checkpoints", "eval", "logs", "model", "tensorboard")
+"""Folders that a run makes in its `run_dir`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +112,26 @@ def load_run_model(config: RunConfig) -> ModelInputs:
 
     Raises:
         ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier or group filter; evaluations without held-out problems; a run
-            folder that cannot be written.
+            template or stop token; an unknown verifier or group filter; a run folder that cannot be written.
     """
-    _check_evaluation(config)
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
     load_filters(config.selection.filters)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
+    _make_run_dir(config.run_dir)
     return model
 
 
-def _check_evaluation(config: RunConfig) -> None:
-    gym = config.data.reasoning_gym
-    if config.eval.every and not (config.data.eval or gym.held_out):
-        name = "data.reasoning_gym.held_out" if gym.tasks else "data.eval"
-        raise ConfigError("eval.every", config.eval.every, f"0 without {name}", f"set {name}, or remove it")
+def _make_run_dir(run_dir: Path) -> None:
+    """Raises `ConfigError` where it cannot be made, or has a file in the place of one of its folders."""
+    expected = "a folder that a run can write to"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FOLDERS:
+            if (run_dir / name).exists() and not (run_dir / name).is_dir():
+                fix = f"remove or rename the file {run_dir / name}, or choose another run_dir"
+                raise ConfigError("run_dir", f"{run_dir} (with a file named {name})", expected, fix)
+    except OSError as error:
+        raise ConfigError("run_dir", f"{run_dir} ({error.strerror})", expected, fix_of(error, run_dir)) from error
 
 
 def load_model_inputs(config: RunConfig) -> ModelInputs:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 
+from sdpg_megatron.checkpoint.branch import BranchStart
+from sdpg_megatron.checkpoint.state import CONFIG_FILE, RecordedChange
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.evaluation.problems import Problem
 from sdpg_megatron.evaluation.results import Request, Results
@@ -13,8 +17,9 @@ from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.alarms import Alarms
 from sdpg_megatron.observe.cut import cut_folders
-from sdpg_megatron.observe.files import write_whole
+from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.observe.summary import SUMMARY_FILE
 from sdpg_megatron.observe.writers import (
     METRICS_FILE,
     PROMPTS_FILE,
@@ -28,7 +33,8 @@ from sdpg_megatron.settings import dump
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
+CHANGES_FILE = "changes.jsonl"
+"""Changes of the configuration, a line each, as in the manifest of a checkpoint."""
 EVAL_FOLDER = "eval"
 """Each evaluation's results, a folder a step."""
 
@@ -52,9 +58,12 @@ class Journal:
 
         on_main(ranks, begin)
 
-    def keep_config(self) -> None:
-        """Write down the resolved configuration."""
-        on_main(self._ranks, lambda: self._files.keep_config())
+    def keep_start(self, branch: BranchStart | None, changes: Sequence[RecordedChange]) -> None:
+        """Write down where a branch starts, the resolved configuration and all changes of it.
+
+        A run that was finished is so no longer.
+        """
+        on_main(self._ranks, lambda: self._files.keep_start(branch, changes))
 
     def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
         """Write down which prompts a step has learned from."""
@@ -85,8 +94,15 @@ class _Files:
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
         self._alarms = Alarms(config.alarms, read_metrics(run_dir / METRICS_FILE))
 
-    def keep_config(self) -> None:
-        write_whole(self._config.run_dir / CONFIG_FILE, dump(self._config))
+    def keep_start(self, branch: BranchStart | None, changes: Sequence[RecordedChange]) -> None:
+        run_dir = self._config.run_dir
+        if branch is not None:
+            branch.write(run_dir)
+        write_whole(run_dir / CONFIG_FILE, dump(self._config))
+        if changes:
+            write_whole(run_dir / CHANGES_FILE, "".join(json.dumps(asdict(change)) + "\n" for change in changes))
+        with writing(run_dir / SUMMARY_FILE):
+            (run_dir / SUMMARY_FILE).unlink(missing_ok=True)
 
     def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
         self._prompts.append(step, {"prompts": [prompt.uid for prompt in prompts]})

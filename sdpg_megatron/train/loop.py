@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 from sdpg_megatron import objectives
-from sdpg_megatron.checkpoint.changes import Change, check_same_run
+from sdpg_megatron.checkpoint.branch import BranchRequest
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
@@ -37,9 +38,8 @@ from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
+from sdpg_megatron.train.start import Start, find_start
 from sdpg_megatron.train.watchdog import Watchdog
-
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Outcome(Enum):
@@ -50,8 +50,11 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted"
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
+
+    Args:
+        branch_from: start from this checkpoint of another run, unless the run already has a checkpoint.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
     does. Where there is none, their watchdogs end them.
@@ -68,24 +71,19 @@ def train(config: RunConfig) -> Outcome:
         store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
         _lock(config.run_dir, ranks, stack)
         origin = find_origin(config, inputs.prompts, ranks)
-        newest = store.newest()
-        changes: list[Change] = []
-        if newest is not None:
-            _, state = newest
-            changes = check_same_run(state, config.model_dump(mode="json"), origin.model, origin.data)
-            if state.step == config.steps and read_summary(config.run_dir) is not None:
-                return Outcome.ALREADY_DONE
+        start = on_main(ranks, lambda: find_start(config, branch_from, lambda: origin.model, origin.data))
+        if start.done:
+            return Outcome.ALREADY_DONE
         store.sweep()
         objective = objectives.build(config.objective, config.total_optimizer_steps)
         learner = Learner(config, inputs.arch, objective, ranks)
-        position = Position.first(config, inputs.prompts.size)
-        if newest is not None:
-            store.load(*newest, learner)
-            position = Position.of(*newest, inputs.prompts)
+        if start.checkpoint is not None and start.state is not None:
+            store.load(start.checkpoint, start.state, learner)
+        position = Position.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
             return Outcome.INTERRUPTED  # all that there is has been read from the disk
         trainer = Trainer(config, inputs, learner, store, position, origin, interrupt, watchdog, stack)
-        trainer.announce(changes)
+        trainer.announce(start)
         return trainer.run()
 
 
@@ -140,17 +138,17 @@ class Trainer:
         self.lessons = Lessons(config, inputs, learner, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
-    def announce(self, changes: Sequence[Change]) -> None:
-        """Keep the resolved configuration, and say what starts, and what of it has changed since the checkpoint."""
-        self.journal.keep_config()
+    def announce(self, start: Start) -> None:
+        """Keep the resolved configuration and its changes, and say where the run starts."""
+        self.journal.keep_start(start.branch, self.at.changes)
+        first, *more = start.describe(self.config)
         r = self.ranks
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.inputs.prompts.describe()}, "
-            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; "
-            + ("a new run" if self.at.saved is None else f"continuing after step {self.at.step}")
+            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; {first}"
         )
-        if changes:
-            self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, changes))}")
+        for line in more:
+            self.progress.message(line)
 
     def run(self) -> Outcome:
         """Train up to the configured step, then write what a finished run leaves behind."""
@@ -296,4 +294,7 @@ class Trainer:
 
 def done_message(run_dir: Path) -> str:
     """What to tell the user about a run that was finished before."""
-    return f"{run_dir}: done already ({read_summary(run_dir)}). A new run needs another run_dir."
+    return (
+        f"{run_dir}: done already ({read_summary(run_dir)}). More steps continue it: steps=N. A new run needs another "
+        "run_dir."
+    )

@@ -62,3 +62,20 @@ def test_a_run_that_is_stopped_while_both_are_under_way_goes_on_bit_for_bit(
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
     expected, found = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_was_generated_under_other_settings_is_generated_again(whole: Path, tmp_path: Path) -> None:
+    """For the same prompts, from the weights of the moment."""
+    changes = [
+        f"run_dir={tmp_path / 'run'}",
+        "rollout.max_response_tokens=5",
+        "steps=3",
+        "data.eval=[]",
+        "eval.every=0",
+    ]
+    done = train(whole / "run.yaml", *AHEAD, *changes, "--branch-from", f"{whole / 'run'}@2")
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    assert (step["rollout/staleness"], step["rollout/length_max"]) == (0, 5)
+    prompts = (whole / "run" / "prompts.jsonl").read_text().splitlines()
+    assert (tmp_path / "run" / "prompts.jsonl").read_text().splitlines() == [prompts[2]]

@@ -206,7 +206,7 @@ def test_a_failure_leaves_nothing(
         return found
 
     monkeypatch.setattr(kind, "rows", failing)
-    with pytest.raises(ConversionError, match=r"found .*No space left on device.*Fix: free or repair the disk"):
+    with pytest.raises(ConversionError, match=r"found .*No space left on device.*Fix: free space on the disk"):
         convert(model if way == "to_megatron" else megatron, tmp_path / "target", console=QUIET)
     assert list(tmp_path.iterdir()) == []
 

@@ -49,6 +49,12 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
                 np.testing.assert_array_equal(before.experts, after.experts, strict=True)
 
 
+def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
+    """Those whose responses are to be generated again."""
+    write_drawn(tmp_path / "drawn", Drawn((8, 2, 8), ()))
+    assert read_drawn(tmp_path / "drawn", Source()) == Drawn((8, 2, 8), ())
+
+
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
     with pytest.raises(OSError, match=r"drawn: .*File too large"), files_end_at(100):

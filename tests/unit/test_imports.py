@@ -22,8 +22,11 @@ FLOORS = (
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
     ("architecture", "settings"),
+    ("config_errors",),
     ("config", "records", "answers"),
-    ("errors", "methods", "__init__"),
+    ("field_values",),
+    ("yaml_reader",),
+    ("errors", "methods", "config_names", "__init__"),
 )
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.base import Needs, StepContext
 from sdpg_megatron.objectives.distillation import clip
 from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.reference import reference_term, reference_value
+from sdpg_megatron.objectives.registry import SCHEDULED, UNSCHEDULED, build, needs_of_run
 from sdpg_megatron.objectives.schedules import BetaSchedule
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
@@ -190,3 +193,36 @@ def test_weights_sum_to_the_number_of_tokens_in_any_order(pairs: Any, aggregatio
     random.shuffle(order)
     shuffled = sequence_weights([lengths[i] for i in order], [groups[i] for i in order], aggregation)
     assert shuffled == tuple(weights[i] for i in order)
+
+
+@given(
+    name=st.sampled_from([*UNSCHEDULED, *SCHEDULED]),
+    total=st.integers(1, 40),
+    warmup=st.none() | st.integers(0, 40),
+    decay=st.none() | st.integers(0, 40),
+    fields=st.fixed_dictionaries(
+        {},
+        optional={"alpha": st.just(0.1), "credit_decay_steps": st.integers(0, 40), "entropy_coefficient": st.just(0.1)},
+    ),
+)
+def test_a_few_steps_say_what_a_whole_run_needs(
+    name: str, total: int, warmup: int | None, decay: int | None, fields: dict[str, Any]
+) -> None:
+    ramps = {"beta_warmup_steps": warmup, "beta_decay_steps": decay}
+    objective = build(ObjectiveConfig(name=name, **ramps, **fields), total)
+    needs = [objective.needs(StepContext(step, total)) for step in range(total)]
+    names = ("teacher", "reference", "every_token", "outcome")
+    assert needs_of_run(objective, total) == Needs(**{n: any(getattr(one, n) for one in needs) for n in names})
+
+
+def test_what_a_run_needs_does_not_take_longer_for_a_longer_run() -> None:
+    class Counting:
+        calls = 0
+
+        def needs(self, context: StepContext) -> Needs:
+            self.calls += 1
+            return Needs()
+
+    objective: Any = Counting()
+    needs_of_run(objective, 10**9)
+    assert objective.calls <= 4

@@ -109,7 +109,7 @@ def make_processes(
                 common,
                 log=run_dir / "logs" / f"{name}-{number}.log",
                 port=port,
-                seed=seed + number,  # servers that share one would give the same responses to the same prompts
+                seed=(seed + number) % 2**32,  # for NumPy; servers that share one would draw the same responses
                 base_gpu=first_gpu + number * config.tensor * config.data,
             )
         )
