@@ -23,7 +23,7 @@ from sdpg_megatron.mcore import layers
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
-from sdpg_megatron.weights.map import ExpertShare
+from sdpg_megatron.weights.map import ExpertShare, weight_map
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)")
 _EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
@@ -106,8 +106,10 @@ def _leave_unset(weight: Tensor) -> Tensor:
 def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> list[GPTModel]:
     """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights."""
     config = transformer_config(arch, model, parallel)
-    chunks = parallel.virtual_pipeline or 1
-    return [_build_chunk(arch, model, config, ranks, vp_stage, chunks) for vp_stage in range(chunks)]
+    count = parallel.virtual_pipeline or 1
+    chunks = [_build_chunk(arch, model, config, ranks, vp_stage, count) for vp_stage in range(count)]
+    _mark_sharded(chunks, arch)
+    return chunks
 
 
 def _build_chunk(
@@ -135,6 +137,22 @@ def _build_chunk(
             parameter.allreduce = False
     deliver_numbers(chunk)
     return chunk
+
+
+def _mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
+    """Set Megatron's tensor-parallel attributes on every parameter that the weight map shards.
+
+    Megatron counts a parameter without the mark on tensor-parallel rank 0 alone, in the gradient norm and in clipping.
+    Transformer Engine >= 2.13 does not set it on grouped expert weights, nor does megatron-core < 0.19
+    (NVIDIA/Megatron-LM#5916).
+    """
+    parameters = weight_map(arch)
+    for name, parameter in named_parameters(chunks):
+        layout = parameters[name].layout
+        if layout.sharded and not getattr(parameter, "tensor_model_parallel", False):
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = layout.dim  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
 def uses_te(model: ModelConfig) -> bool:
