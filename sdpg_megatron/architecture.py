@@ -39,6 +39,16 @@ _FIXED: Mapping[str, Any] = {
     "num_shared_experts": 0,
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
+    # Scales, soft-caps and biases of other families. transformers' classes of the supported ones ignore them; servers
+    # may not.
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier"), 1
+    ),
+    **dict.fromkeys(("embedding_multiplier", "embedding_scale", "scale_emb", "residual_multiplier"), 1),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "output_logit_soft_cap"), None),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth", "dim_model_base"), None),
+    **dict.fromkeys(("clip_qkv", "logit_bias"), None),
+    "lm_head_bias": False,
 }
 """Keys with the only value that is supported; a key that is absent or null has it."""
 
