@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -193,6 +194,16 @@ def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, 
         tp_size=ranks.tensor_size,
         experts=ExpertShare(ranks.expert, ranks.expert_size, ranks.expert_tensor, ranks.expert_tensor_size),
     )
+
+
+@torch.no_grad()
+def first_non_finite(chunks: Sequence[nn.Module], arch: Architecture) -> str | None:
+    """Hugging Face names of this rank's first parameter with an infinity or a NaN; None where all are finite."""
+    named = dict(named_parameters(chunks))
+    if torch.nn.utils.get_total_norm(named.values(), norm_type=math.inf).isfinite():
+        return None
+    name = next(name for name, parameter in named.items() if not parameter.isfinite().all())
+    return ", ".join(weight_map(arch)[name].tensors)
 
 
 def output_weight(model: nn.Module) -> nn.Parameter:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
-from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
+from sdpg_megatron.errors import ConfigError, NumericsError, RolloutError, WeightError, did_you_mean
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
 from sdpg_megatron.rollout.experts import ExpertRecorder
@@ -74,6 +74,9 @@ class HFEngine:
         """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else.
 
         `stop` is asked before each token of a batch.
+
+        Raises:
+            NumericsError: the model's logits are not finite.
         """
         self._require_open()
         if self._version < 0:
@@ -226,6 +229,12 @@ class _LogprobRecorder:
         if self._last_BV is not None:
             self._chosen.append(self._last_BV.gather(1, tokens_BS[:, -1:]))
         self._last_BV = torch.log_softmax(logits_BV.float() / self._temperature, dim=-1)
+        if self._last_BV.isnan().any():
+            where = f"response token {len(self._chosen) + 1}"
+            raise NumericsError(
+                f"rollout: found logits that are not finite at {where}, expected finite ones. Fix: the weights are too "
+                "large for the model's dtype, or damaged: start from the last checkpoint, or from another model"
+            )
         return logits_BV
 
     def logprobs(self, tokens_BN: Tensor) -> Tensor:

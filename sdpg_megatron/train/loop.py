@@ -13,7 +13,7 @@ from sdpg_megatron.checkpoint.changes import Change, check_same_run
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import SdpgError, SkippedStepsError, WriteError
+from sdpg_megatron.errors import NumericsError, SdpgError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
@@ -80,6 +80,7 @@ def train(config: RunConfig) -> Outcome:
         position = Position.first(config, inputs.prompts.size)
         if newest is not None:
             store.load(*newest, learner)
+            learner.check_weights(f"checkpoint of step {newest[1].step}")
             position = Position.of(*newest, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
             return Outcome.INTERRUPTED  # all that there is has been read from the disk
@@ -253,7 +254,7 @@ class Trainer:
         """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
             yield
-        except (SkippedStepsError, WriteError):
+        except (NumericsError, WriteError):
             with suppress(SdpgError):
                 self.store.finish()
             raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.check import check_stored_shapes
+from sdpg_megatron.weights.check import check_finite, check_stored_shapes
 from sdpg_megatron.weights.map import (
     WHOLE_EXPERTS,
     ExpertShare,
@@ -21,6 +21,7 @@ from sdpg_megatron.weights.map import (
     Shape,
     check_folder,
     check_local,
+    hf_shapes,
     weight_map,
 )
 
@@ -60,7 +61,10 @@ class SafetensorsFolder:
         found = self._slice(name).get_dtype()
         if found not in DTYPES:
             expected = f"one of {', '.join(DTYPES)}"
-            raise WeightError(f"{self.file_of(name)}: tensor {name!r} has type {found}, expected {expected}")
+            raise WeightError(
+                f"{self.file_of(name)}: tensor {name!r} has type {found}, expected {expected}. Fix: take the model's "
+                "weights before quantization, or save them as bfloat16"
+            )
         return DTYPES[found]
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
@@ -108,6 +112,23 @@ class SafetensorsFolder:
             raise WeightError(f"{self.folder / file}: the index puts {name!r} here, but {error}") from error
 
 
+def open_weights(folder: Path, arch: Architecture) -> SafetensorsFolder:
+    """Open a Hugging Face folder's weights, and check names, files, shapes and types. Only headers are read.
+
+    Raises:
+        WeightError: a file is missing or damaged; a tensor is missing, has another shape than config.json gives it or a
+            type that is not supported; or one is there that the model has no place for.
+    """
+    source = SafetensorsFolder(folder)
+    check_folder(arch, source.names, str(source.where))
+    source.check()
+    names = hf_shapes(arch)
+    check_stored_shapes(arch, source, names)
+    for name in names:
+        source.dtype(name)
+    return source
+
+
 def load_shards(
     local_params: Mapping[str, Tensor],
     folder: Path,
@@ -129,13 +150,11 @@ def load_shards(
         experts: which experts are among the parameters, and which shards of them.
 
     Raises:
-        WeightError: a parameter or a tensor is missing, has no counterpart, or does not have its counterpart's shape.
-            Nothing was written then, save where a file is found to be damaged half-way.
+        WeightError: as `open_weights`; a parameter has no counterpart, or not its counterpart's shape; a value is not
+            finite, as stored or in the parameter's type. Nothing was written then, except for the last.
     """
-    parameters, source = weight_map(arch), SafetensorsFolder(folder)
-    check_folder(arch, source.names, str(source.where))
+    parameters, source = weight_map(arch), open_weights(folder, arch)
     check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size, experts)
-    check_stored_shapes(arch, source, {tensor for name in local_params for tensor in parameters[name].tensors})
     for name, local in local_params.items():
         is_expert = parameters[name].expert is not None
         rank, size = (experts.tensor_rank, experts.tensor_size) if is_expert else (tp_rank, tp_size)
@@ -149,7 +168,9 @@ def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: 
         if piece.source is None:
             target.zero_()
         else:
-            target.copy_(source.read(names[piece.source], dim, piece.start, piece.length))
+            name = names[piece.source]
+            target.copy_(source.read(name, dim, piece.start, piece.length))
+            check_finite(target, name, source.file_of(name))
         filled += piece.length
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpg_megatron.errors import ConfigError, WeightError
+from sdpg_megatron.errors import ConfigError, NumericsError, WeightError
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rollout.base import Abandoned, RolloutEngine, Sampling
 from sdpg_megatron.rollout.hf import HFEngine, stop_ids
@@ -89,6 +89,19 @@ class TestHFEngine(EngineContract):
     def test_a_weight_that_comes_twice_is_an_error(self, engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
         with pytest.raises(WeightError, match=r"model\.norm\.weight came twice"):
             engine.publish(2, [list(weights.items()), [("model.norm.weight", weights["model.norm.weight"])]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(folder: Path, temperature: float) -> None:
+    """Weights that are finite, and too large for what is computed from them."""
+    engine = build(folder)
+    weights = load_file(folder / "model.safetensors")
+    head = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    large = {"model.norm.weight": weights["model.norm.weight"] * 1e38, head: weights[head] * 1e4}
+    engine.publish(1, stream(weights | large))
+    prompt = Prompt("one", (7, 8, 9), (7,), answer="1")
+    with pytest.raises(NumericsError, match=r"^rollout: found logits that are not finite at response token 1, .*Fix: "):
+        engine.generate([prompt], Sampling(n=2, max_tokens=6, temperature=temperature))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
