@@ -6,7 +6,6 @@ Whatever the Megatron model would compute differently from the Hugging Face one 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.hf_files import read_config
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
@@ -57,7 +57,7 @@ FUSION_KERNELS = "fused_weight_gradient_mlp_cuda"
 """apex's extension; without it Megatron's output layer refuses to fuse, also where the other layers are Transformer
 Engine's."""
 
-_LLAMA3: Mapping[str, float] = {
+LLAMA3_ROPE: Mapping[str, float] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -121,7 +121,7 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         ConfigError: the file cannot be read, lacks a dimension, or asks for something that is not supported.
     """
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     _check_values(config)
     family = _family(config)
     for key, supported in _FIXED.items():
@@ -254,20 +254,6 @@ def check_lengths(arch: Architecture, config: RunConfig) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            "model.path", str(path), "a Hugging Face folder with a config.json", error.strerror or "check the path"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", "download the file again") from error
-    if not isinstance(config, dict):
-        raise ConfigError("model.path", f"{path}: a {type(config).__name__}", "a JSON object", "check the file")
-    return config
-
-
 _MOST_LAYERS = 10_000
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "head_dim": ((int, NoneType), "a positive integer"),
@@ -351,7 +337,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> float | None:
         return None
     if kind != "llama3":
         raise _unsupported("rope_type", kind, "'default' or 'llama3'")
-    for key, built_in in _LLAMA3.items():
+    for key, built_in in LLAMA3_ROPE.items():
         if rope.get(key) != built_in:
             raise _unsupported(key, rope.get(key), f"{built_in}, as megatron-core computes it")
     if not isinstance(rope.get("factor"), int | float):

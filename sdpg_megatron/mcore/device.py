@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sdpg_megatron.config import ModelConfig
+from sdpg_megatron.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -20,6 +24,19 @@ CPU = torch.device("cpu")
 def training_device() -> torch.device:
     """The device that parameters and activations live on: this rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def has_te() -> bool:
+    """Whether Transformer Engine is here, and a GPU that it needs."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_layers(model: ModelConfig) -> None:
+    """Check that Transformer Engine is there where a configuration asks for it. Raises `ConfigError`."""
+    if model.spec == "te" and not has_te():
+        gpu = "no Transformer Engine" if torch.cuda.is_available() else "no GPU"
+        fix = "pip install 'transformer-engine[pytorch]' on a machine with a GPU, or set model.spec to auto or local"
+        raise ConfigError("model.spec", f"te, and {gpu}", "Transformer Engine and a GPU for it", fix)
 
 
 @functools.cache  # idempotent: entering the mode twice would only cost time, but patches must not stack

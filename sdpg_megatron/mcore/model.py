@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.nn import functional
 from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
+from sdpg_megatron.mcore.device import check_layers, has_te
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
@@ -105,7 +105,12 @@ def _leave_unset(weight: Tensor) -> Tensor:
 
 
 def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> list[GPTModel]:
-    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights."""
+    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights.
+
+    Raises:
+        ConfigError: `model.spec` asks for Transformer Engine, which is not there.
+    """
+    check_layers(model)
     config = transformer_config(arch, model, parallel)
     count = parallel.virtual_pipeline or 1
     chunks = [_build_chunk(arch, model, config, ranks, vp_stage, count) for vp_stage in range(count)]
@@ -159,11 +164,6 @@ def _mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
 def uses_te(model: ModelConfig) -> bool:
     """Whether the layers are Transformer Engine's. Its attention has no float32 where sequences are packed."""
     return model.spec == "te" or (model.spec == "auto" and model.dtype == "bfloat16" and has_te())
-
-
-def has_te() -> bool:
-    """Whether Transformer Engine is here, and a GPU that it needs."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

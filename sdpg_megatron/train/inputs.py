@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from sdpg_megatron.architecture import (
     Architecture,
     check_lengths,
@@ -19,9 +17,10 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.mcore.device import check_layers
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import load_verifier
-from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.train.model_folder import read_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,12 @@ def load_inputs(config: RunConfig) -> Inputs:
         ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
             template or stop token; an unknown verifier, group filter or context template; a run folder that cannot be
             written.
+        WeightError: the weights are missing or damaged, or another model's.
         DataError: a row of the data cannot be used.
     """
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
+    check_layers(config.model)
     load_filters(config.selection.filters)
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,11 @@ def load_inputs(config: RunConfig) -> Inputs:
 def load_model_inputs(config: RunConfig) -> ModelInputs:
     """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
 
+    Needs no process group.
+
     Raises:
         ConfigError: as `load_inputs`, but for the layout and the data.
+        WeightError: as `read_model`.
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
@@ -80,11 +84,5 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
     load_verifier(config.reward.verifier)
-    return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
-
-
-def _tokenizer(config: RunConfig) -> Any:
-    path = config.model.path
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError("model.path", str(path), "a folder with a tokenizer", "copy the model's tokenizer there")
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer, stops = read_model(config, arch)
+    return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)

@@ -14,24 +14,11 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
+from sdpg_megatron.hf_files import COMPANIONS
 from sdpg_megatron.weights.check import check_finite
 from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
 from sdpg_megatron.weights.stream import Bucket
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that a Hugging Face folder may have beside config.json and the weights."""
 
 
 def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path, shard_bytes: int = 4 * 2**30) -> None:

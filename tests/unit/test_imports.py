@@ -22,7 +22,7 @@ FLOORS = (
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
     ("architecture", "settings"),
-    ("config", "records", "answers"),
+    ("config", "records", "answers", "hf_files"),
     ("errors", "methods", "__init__"),
 )
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""
