@@ -162,8 +162,10 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     end_with_launcher()
     if options.dry_run:
         from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
+        from sdpg_megatron.weights import check_values
 
-        load_inputs(config)
+        inputs = load_inputs(config)
+        check_values(config.model.path, inputs.arch)  # a run checks what each rank loads
         sys.stdout.write(dump(config))
         _walk(config)
         return 0

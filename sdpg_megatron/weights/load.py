@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
+from sdpg_megatron.hf_files import check_file
 from sdpg_megatron.weights.check import check_finite, check_stored_shapes
 from sdpg_megatron.weights.map import (
     WHOLE_EXPERTS,
@@ -35,7 +37,11 @@ class SafetensorsFolder:
     """Slices of the tensors in a Hugging Face folder. Files are mapped, not read, and only those that are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `WeightError` where the folder has neither a single file nor an index."""
+        """
+        Raises:
+            WeightError: the folder has neither a single file nor an index, or one that cannot be read.
+            ConfigError: a file is a Git LFS pointer, empty, or a link to nothing; so do all methods that read.
+        """
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of = self._find_files()
@@ -101,6 +107,8 @@ class SafetensorsFolder:
             try:
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
+                if os.path.lexists(self.folder / file):
+                    check_file(self.folder / file)
                 raise WeightError(f"{self.folder / file}: {error}. Fix: download the file again") from error
         return self._handles[file]
 
@@ -127,6 +135,17 @@ def open_weights(folder: Path, arch: Architecture) -> SafetensorsFolder:
     for name in names:
         source.dtype(name)
     return source
+
+
+def check_values(folder: Path, arch: Architecture) -> None:
+    """Check that every value of a folder's weights is finite. All of them are read, one tensor at a time.
+
+    Raises:
+        WeightError: as `open_weights`; or naming the first tensor with a value that is not finite, and its file.
+    """
+    source = open_weights(folder, arch)
+    for name in hf_shapes(arch):
+        check_finite(source.read(name, 0, 0, source.shape(name)[0]), name, source.file_of(name))
 
 
 def load_shards(

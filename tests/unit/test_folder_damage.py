@@ -59,6 +59,9 @@ def flip(at: int) -> Callable[[Path], None]:
     return damage
 
 
+def void(_: object) -> None: ...
+
+
 def remove(folder: Path) -> None:
     shard(folder).unlink()
 
@@ -90,6 +93,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "length of the header": (flip(3), r"model-00002-of-00002\.safetensors: .*Fix: "),
     "brace of the header": (flip(8), r"model-00002-of-00002\.safetensors: .*Fix: "),
     "missing file": (remove, r"model-00002-of-00002\.safetensors: No such file"),
+    "LFS pointer": (
+        lambda folder: void(shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
+        r"model-00002-of-00002\.safetensors: a Git LFS pointer.*Fix: git lfs pull",
+    ),
     "heads": (
         configure(num_attention_heads=8),
         r"model-0000\d-of-00002\.safetensors: tensor 'model\.layers\.0\.self_attn\.q_proj\.weight' has shape \[64, 64\]"
