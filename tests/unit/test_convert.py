@@ -402,7 +402,7 @@ def test_logits_are_compared_before_the_result_is_in_place(
     target = tmp_path / "target"
     source = model if to == "megatron" else megatron
 
-    def failing(*_: object) -> tuple[float, float]:
+    def failing(folder: Path, checkpoint: Path, *_: object) -> tuple[float, float]:
         assert not target.exists()
         read_architecture(folder), TorchDist(checkpoint)
         raise CheckpointError("another model")
