@@ -55,12 +55,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.exists() or path.is_symlink():
         return read_json(path)
-    expected = "a Hugging Face folder with a config.json"
-    if not folder.exists() and _HUB_ID.fullmatch(str(folder)):
-        local = folder.name
-        fix = f"download it: hf download {folder} --local-dir {local}, and set model.path={local}"
-        raise ConfigError("model.path", str(folder), f"{expected} on this machine, not the id of a hub", fix)
-    raise ConfigError("model.path", str(path), expected, "No such file or directory: check the path")
+    fix = fix_for_missing(folder, "No such file or directory: check the path")
+    raise ConfigError("model.path", str(path), "a Hugging Face folder with a config.json, on this machine", fix)
+
+
+def fix_for_missing(path: Path, otherwise: str) -> str:
+    """How to get a folder that is not there: by a download, where its name is like a hub's id; else `otherwise`."""
+    if path.exists() or not _HUB_ID.fullmatch(str(path)):
+        return otherwise
+    return f"a folder is needed, download it: hf download {path} --local-dir {path.name}, and name {path.name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.convert.source import find_source
 from sdpg_megatron.data.tokenizer import SAMPLE, check_stops, load_tokenizer, stop_ids, turn_end
 from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.rollout import reading
 from sdpg_megatron.rollout.reading import check_reading, inverse_frequencies
 from sdpg_megatron.settings import parse
 from sdpg_megatron.train.inputs import load_inputs, load_model_inputs
+from sdpg_megatron.train.subject import find_subject
 from tests.tiny import EOS, TURN_END, VOCAB, write_tiny_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -340,16 +342,16 @@ def test_a_tokenizer_class_that_loses_blanks_is_refused(whole: Path) -> None:
 # --- what is named instead of a folder
 
 
-def test_the_id_of_a_hub_is_told_how_to_become_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("read", [read_architecture, find_source, lambda path: find_subject(path, None, [])])
+def test_the_id_of_a_hub_is_told_how_to_become_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    message = (
-        r"model\.path: found 'Qwen/Qwen3-4B', .*Fix: download it: hf download Qwen/Qwen3-4B --local-dir Qwen3-4B, and"
-    )
-    with pytest.raises(ConfigError, match=message):
-        read_architecture(Path("Qwen/Qwen3-4B"))
+    with pytest.raises(SdpgError, match=r"found .*Fix: .*: hf download Qwen/Qwen3-4B --local-dir Qwen3-4B, and name"):
+        read(Path("Qwen/Qwen3-4B"))
     os.makedirs("Qwen/Qwen3-4B")
-    with pytest.raises(ConfigError, match="check the path"):
-        read_architecture(Path("Qwen/Qwen3-4B"))
+    with pytest.raises(SdpgError, match=r"found .*Fix: .*check the path"):
+        read(Path("Qwen/Qwen3-4B"))
 
 
 def test_transformer_engine_that_is_not_there_is_refused(whole: Path) -> None:
