@@ -106,7 +106,7 @@ class SafetensorsFolder:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch cannot map the file
                 if os.path.lexists(self.folder / file):
                     check_file(self.folder / file)
                 raise WeightError(f"{self.folder / file}: {error}. Fix: download the file again") from error
