@@ -132,7 +132,7 @@ def test_nothing_is_done_that_nobody_needs(tmp_path: Path, monkeypatch: pytest.M
 def test_no_compiler_is_loaded(model: Path, tmp_path: Path) -> None:
     """What torch imports for fake tensors takes longer than the conversion of a small model."""
     program = (
-        "import sys, torch.distributed.checkpoint; before = 'torch._dynamo' in sys.modules  # as torch 2.7 does itself\n"
+        "import sys, torch.distributed.checkpoint; before = 'torch._dynamo' in sys.modules  # torch 2.7 does\n"
         "from sdpg_megatron.cli import main; main(); sys.exit('torch._dynamo' in sys.modules and not before)"
     )
     line = [sys.executable, "-c", program, "convert", str(model), str(tmp_path / "megatron")]
