@@ -197,8 +197,10 @@ def _dry_run(config: RunConfig, branch_from: BranchRequest | None) -> int:
     from sdpg_megatron.checkpoint.state import fingerprint
     from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
     from sdpg_megatron.train.start import find_start
+    from sdpg_megatron.weights import check_values
 
     inputs = load_inputs(config)
+    check_values(config.model.path, inputs.arch)  # a run checks what each rank loads
     start = find_start(config, branch_from, lambda: fingerprint(config.model.path), inputs.prompts.digest)
     sys.stdout.write(dump(config))
     sys.stderr.write("".join(f"{line}\n" for line in start.describe(config)))

@@ -154,6 +154,17 @@ class SkippedStepsError(NumericsError):
         )
 
 
+class NonFiniteWeightsError(NumericsError):
+    """A weight of the model is infinite or NaN."""
+
+    def __init__(self, when: str, tensor: str) -> None:
+        super().__init__(
+            f"{when}: tensor {tensor!r}: found values that are not finite, expected finite numbers. These weights are "
+            "neither published nor saved. Fix: continue from the last checkpoint with a lower optimizer.lr or "
+            "optimizer.weight_decay, or start from another model"
+        )
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates most like `name`, best first; empty where nothing comes close."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)

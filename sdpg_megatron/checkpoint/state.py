@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError
-from sdpg_megatron.weights.folder import COMPANIONS
+from sdpg_megatron.hf_files import COMPANIONS
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
 """In a run's `run_dir`: its checkpoints, and the resolved configuration of its last call."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, MANIFEST, RunState, checkpoint_folders
 from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
 from sdpg_megatron.errors import ConversionError, fix_of
+from sdpg_megatron.hf_files import fix_for_missing
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """Megatron-LM's: the iteration whose folder is the newest, or "release" for a model without training state."""
@@ -57,7 +58,7 @@ def find_source(path: Path) -> Source:
         "nothing that is known" if path.exists() else "no such path",
         f"a Hugging Face folder (config.json), a run's folder or checkpoint ({MANIFEST}), or a Megatron checkpoint "
         f"({TRACKER_FILE} or {BACKEND_FILE})",
-        "check the path",
+        fix_for_missing(path, "check the path"),
     )
 
 

@@ -12,6 +12,7 @@ import jinja2
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.chats import Message
 from sdpg_megatron.data.examples import Example
+from sdpg_megatron.data.tokenizer import chat_template
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
 
@@ -68,8 +69,7 @@ class Renderer:
             ConfigError: unknown or faulty context template, a tokenizer without a chat template, or an option that its
                 chat template does not know.
         """
-        if not tokenizer.chat_template:
-            raise ConfigError("model.path", None, "a tokenizer with a chat template", "use an instruction-tuned model")
+        template = chat_template(tokenizer)
         self._template = context_template(config.context_template)
         self.needs_context = config.context_template in NEED_CONTEXT
         """Whether an example without a context cannot be rendered for the teacher."""
@@ -77,7 +77,7 @@ class Renderer:
         self._system = config.system
         self._options = config.template_options
         self._tokenizer = tokenizer
-        _check_options(self._options, tokenizer.get_chat_template())
+        _check_options(self._options, template)
 
     def render(self, example: Example, hint: Example | None = None) -> tuple[Tokens, Tokens]:
         """Student and teacher prompt tokens; see `students` and `teachers`."""

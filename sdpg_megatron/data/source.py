@@ -52,7 +52,7 @@ def load_prompts(
         except ModuleNotFoundError as error:
             if error.name != "reasoning_gym":
                 raise
-            expected, fix = "the package reasoning_gym, which is not installed", "pip install 'sdpg-megatron[gym]'"
+            expected, fix = "the package reasoning_gym, which is not installed", "pip install -e '.[gym]'"
             raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
         source = GymSource(config, tokenizer, seed, contrast)
         return source, source.held_out

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import NonFiniteWeightsError
 from sdpg_megatron.mcore import device, passes
 from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
-from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
+from sdpg_megatron.mcore.model import build_chunks, first_non_finite, load_weights, named_parameters
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import Routing
@@ -153,6 +154,9 @@ class Learner:
 
         Returns:
             The step's metrics, the same on every rank.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, where the step made a weight infinite or NaN.
         """
         needs: Needs = self.objective.needs(context)
         if needs.teacher and not self.teacher.early:
@@ -177,6 +181,7 @@ class Learner:
         merged = merge(found)
         if all(finite):
             self._step()
+            self.check_weights(f"after optimizer step {context.step}")
         if (context.step + 1) % self._minibatches == 0:
             self._gather()
         if not all(finite):
@@ -197,6 +202,18 @@ class Learner:
         if self.teacher.follows_updates:
             self._gather()
         self.teacher.updated()
+
+    def check_weights(self, when: str) -> None:
+        """Check that every weight of the model is finite. Collective over all ranks.
+
+        A weight that is gathered late is looked at by the rank that updates it.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, naming the first such tensor; `when` says which weights they are.
+        """
+        found = next(filter(None, self.ranks.gather_all(first_non_finite(self.chunks, self.arch))), None)
+        if found is not None:
+            raise NonFiniteWeightsError(when, found)
 
     @property
     def minibatches(self) -> int:

@@ -62,7 +62,7 @@ def load_function(field: str, spec: str) -> Callable[..., object]:
         module = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(error.name or "")):
-            fix = f"pip install 'sdpg-megatron[{extra}]'"
+            fix = f"pip install -e '.[{extra}]'"
             raise ConfigError(field, spec, f"the package {error.name}, which is not installed", fix) from error
         expected = f"a module that imports ({type(error).__name__}: {error})"
         raise ConfigError(field, spec, expected, "correct it, or put its folder on PYTHONPATH") from error

@@ -53,7 +53,7 @@ def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: O
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
 
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
-    _check(config, inputs, kind)
+    _check(config, kind)
     model = served_model(config, inputs, kind)
     nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None
@@ -99,12 +99,8 @@ def served_model(config: RunConfig, inputs: ModelInputs, kind: Literal["cuda", "
     )
 
 
-def _check(config: RunConfig, inputs: ModelInputs, kind: str) -> None:
+def _check(config: RunConfig, kind: str) -> None:
     """Raises `ConfigError`, alike on every rank."""
-    end = inputs.tokenizer.eos_token_id
-    if end is not None and end not in inputs.stop_ids:
-        fix = "add it to eos_token_id in the model's generation_config.json"
-        raise ConfigError("model.path", end, f"the tokenizer's end token among the stop tokens {inputs.stop_ids}", fix)
     if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
         # The optimizer's parameters are then the model's own, which have to stay for the next publish.
         raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")

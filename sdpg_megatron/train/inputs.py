@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from sdpg_megatron.architecture import (
     Architecture,
     check_lengths,
@@ -23,10 +21,11 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import ConfigError, DataError, fix_of
+from sdpg_megatron.mcore.device import check_layers
 from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, load_verifier
-from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.train.model_folder import read_model
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
 
 if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
@@ -66,6 +65,7 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Rank
 
     Raises:
         ConfigError: as `load_run_model`; an unknown context template.
+        WeightError: as `load_run_model`.
         DataError: a row of the data cannot be used.
     """
     model = model or load_run_model(config)
@@ -113,9 +113,11 @@ def load_run_model(config: RunConfig) -> ModelInputs:
     Raises:
         ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
             template or stop token; an unknown verifier or group filter; a run folder that cannot be written.
+        WeightError: the weights are missing or damaged, or another model's.
     """
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
+    check_layers(config.model)
     load_filters(config.selection.filters)
     _make_run_dir(config.run_dir)
     return model
@@ -137,8 +139,11 @@ def _make_run_dir(run_dir: Path) -> None:
 def load_model_inputs(config: RunConfig) -> ModelInputs:
     """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
 
+    Needs no process group.
+
     Raises:
         ConfigError: as `load_inputs`, but for the layout and the data.
+        WeightError: as `read_model`.
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
@@ -146,11 +151,5 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
     load_verifier(config.reward.verifier)
-    return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
-
-
-def _tokenizer(config: RunConfig) -> Any:
-    path = config.model.path
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError("model.path", str(path), "a folder with a tokenizer", "copy the model's tokenizer there")
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer, stops = read_model(config, arch)
+    return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)

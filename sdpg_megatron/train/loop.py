@@ -14,7 +14,7 @@ from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import SdpgError, SkippedStepsError, WriteError
+from sdpg_megatron.errors import NumericsError, SdpgError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
@@ -79,6 +79,7 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
         learner = Learner(config, inputs.arch, objective, ranks)
         if start.checkpoint is not None and start.state is not None:
             store.load(start.checkpoint, start.state, learner)
+            learner.check_weights(f"checkpoint of step {start.state.step}")
         position = Position.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
             return Outcome.INTERRUPTED  # all that there is has been read from the disk
@@ -252,7 +253,7 @@ class Trainer:
         """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
             yield
-        except (SkippedStepsError, WriteError):
+        except (NumericsError, WriteError):
             with suppress(SdpgError):
                 self.store.finish()
             raise

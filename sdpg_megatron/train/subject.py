@@ -11,6 +11,7 @@ from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, CONFIG_FILE, check
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.results import response_limit
+from sdpg_megatron.hf_files import fix_for_missing
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.settings import apply_override, load, parse
 from sdpg_megatron.train.export import EXPORT_FOLDER
@@ -59,7 +60,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
         "TARGET",
         str(target),
         f"a run's YAML file, a run's folder (with {CONFIG_FILE}) or a Hugging Face folder (with config.json)",
-        "check the path",
+        fix_for_missing(target, "check the path"),
     )
 
 

@@ -21,7 +21,7 @@ from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-reasoning_gym = pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'sdpg-megatron[gym]'")
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -e '.[gym]'")
 
 TASKS: dict[str, Any] = {
     "gcd": {"weight": 3},
@@ -225,5 +225,5 @@ def test_a_task_that_cannot_be_used_is_refused(tasks: dict[str, Any], names: str
 def test_without_the_package_its_extra_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.delitem(sys.modules, "sdpg_megatron.data.gym", raising=False)
-    with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.tasks: .*pip install 'sdpg-megatron\[gym\]'"):
+    with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.tasks: .*pip install -e '\.\[gym\]'"):
         load_prompts(config(), tokenizer, 0)

@@ -23,7 +23,7 @@ FLOORS = (
     ("observe",),
     ("architecture", "settings"),
     ("config_errors",),
-    ("config", "records", "answers"),
+    ("config", "records", "answers", "hf_files"),
     ("field_values",),
     ("yaml_reader",),
     ("errors", "methods", "config_names", "__init__"),

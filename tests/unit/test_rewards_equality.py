@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.equality import decide, plain, spelling
 
-symbolic = pytest.importorskip(
-    "sdpg_megatron.rewards.symbolic", reason="needs math-verify: pip install 'sdpg-megatron[math]'"
-)
+symbolic = pytest.importorskip("sdpg_megatron.rewards.symbolic", reason="needs math-verify: pip install -e '.[math]'")
 line = pytest.importorskip("sdpg_megatron.rewards.line")
 
 TRUE = ["True", "true", "TRUE", r"\text{True}", r"\textbf{true}", r"\mathrm{True}", "True.", "**True**", "$True$"]

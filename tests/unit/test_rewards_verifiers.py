@@ -17,7 +17,7 @@ from sdpg_megatron.rewards.base import Extracting
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 
-pytest.importorskip("math_verify", reason="needs math-verify: pip install 'sdpg-megatron[math]'")
+pytest.importorskip("math_verify", reason="needs math-verify: pip install -e '.[math]'")
 
 PATIENCE = 120.0
 """Longer than any of these calls takes on a busy machine."""
@@ -203,7 +203,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     for module in ("symbolic", "gym"):
         monkeypatch.delitem(sys.modules, f"sdpg_megatron.rewards.{module}", raising=False)
-    with pytest.raises(ConfigError, match=rf"reward\.verifier: .*{package}.*pip install 'sdpg-megatron\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf"reward\.verifier: .*{package}.*pip install -e '\.\[{extra}\]'"):
         load_verifier(name)
 
 
