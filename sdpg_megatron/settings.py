@@ -12,9 +12,10 @@ from typing import Any, NoReturn, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig, SGLangConfig
+from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED
+from sdpg_megatron.server_settings import check_servers
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -92,7 +93,8 @@ def check(config: RunConfig) -> None:
     _check_rewards(config)
     _check_parallel(config.parallel)
     _check_packed(config)
-    _check_servers(config.rollout.sglang)
+    _check_sampling(config)
+    check_servers(config.rollout.sglang)
     _check_ahead(config)
     if wrong := [k for k in config.eval.k if not 1 <= k <= config.eval.samples]:
         expected = f"1 to eval.samples ({config.eval.samples})"
@@ -260,28 +262,14 @@ def _check_ahead(config: RunConfig) -> None:
         raise ConfigError("rollout.ahead", rollout.ahead, expected, "generate on servers: rollout.engine=sglang")
 
 
-def _check_servers(sglang: SGLangConfig) -> None:
-    if sglang.router and not (sglang.urls or sglang.ports):
-        fix = (
-            "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
+def _check_sampling(config: RunConfig) -> None:
+    if config.rollout.top_p != 1:
+        expected = (
+            "1: samples would come from a truncated distribution; the loss and the recorded log-probs are those of "
+            "the whole one"
         )
-        raise ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
-    if sglang.colocated and sglang.urls:
-        fix = "have the run start its servers, or give them devices of their own"
-        raise ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
-    if sglang.colocated and sglang.sink == "broadcast":
-        # NCCL has no two ranks of a group on one device.
-        raise ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
-    if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
-        expected = f"{sglang.servers} different ones, one for each server"
-        raise ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
-    if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
-        raise ConfigError(
-            "rollout.sglang.sink",
-            sglang.sink,
-            "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
-            "use several servers, or the disk sink",
-        )
+        fix = "remove it; eval.top_p is for evaluations"
+        raise ConfigError("rollout.top_p", config.rollout.top_p, expected, fix)
 
 
 def _raise_first(error: ValidationError) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,3 +139,10 @@ def write_tiny_model(folder: Path, family: Family, *, vocab: int = VOCAB, **opti
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def add_sampling_defaults(folder: Path) -> None:
+    """Give a model folder sampling defaults, as released models have; these leave only the most probable token."""
+    path = folder / "generation_config.json"
+    defaults = {"do_sample": True, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 0.2, "repetition_penalty": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))

@@ -22,6 +22,7 @@ FLOORS = (
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
     ("architecture", "settings"),
+    ("server_settings",),
     ("config", "records", "answers"),
     ("errors", "methods", "__init__"),
 )

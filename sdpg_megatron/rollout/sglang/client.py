@@ -25,6 +25,22 @@ QUOTED = 300
 """Characters of a server's answer that an error repeats."""
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 """SGLang's finish types; everything else counts as aborted."""
+UNCONSTRAINED: Mapping[str, object] = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "ignore_eos": False,
+    "stop": None,
+    "regex": None,
+    "json_schema": None,
+    "ebnf": None,
+    "logit_bias": None,
+}
+"""Sampling parameters that leave the model's distribution as it is. Every request states them, so that no default of
+the server applies. Source: sglang.srt.sampling.sampling_params of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +116,7 @@ class Client:
             ServerError: see `_call`; also where the answer is not what was asked for.
         """
         params: dict[str, Any] = {
+            **UNCONSTRAINED,
             "n": sampling.n,
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
