@@ -16,6 +16,7 @@ from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.forward_step import last_hidden
 from sdpg_megatron.mcore.model import build_chunks, output_weight
+from sdpg_megatron.process.ranks import RankEnvironment
 
 
 def tokens_of(hugging_face: Path, text: str) -> Tensor:
@@ -65,7 +66,7 @@ def _transformers_logits(folder: Path, tokens_1S: Tensor) -> Tensor:
 @torch.no_grad()
 def _megatron_logits(folder: Path, checkpoint: Path, tokens_1S: Tensor) -> Tensor:
     layout = ParallelConfig()
-    ranks = parallel.initialize(layout, seed=0)
+    ranks = parallel.initialize(layout, seed=0, environment=RankEnvironment())
     arch = read_architecture(folder)
     chunks = build_chunks(arch, ModelConfig(path=folder, spec="local"), layout, ranks)
     load_weights_only(chunks, checkpoint)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -110,9 +113,37 @@ def test_a_run_that_is_stopped_while_it_reads_goes_on_later(tmp_path: Path, monk
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-STOPS = [(2, 0), (4, 1), (3, 2), (3, 2), (5, 4)]
-"""The generation of a call in which it is to stop, and the newest checkpoint then. A step has one, an evaluation two:
-the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after steps 2 and 4."""
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
+    """Under nohup: the terminal is closed while the run prints to it, also what it writes to standard error."""
+    line = command([write_run(tmp_path, steps=2, eval={"every": 0, "samples": 1}, checkpoint={"export": False})])
+    ours, theirs = os.openpty()
+
+    def under_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    files: dict[str, int] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(
+        line, env=environment(), cwd=ROOT, start_new_session=True, preexec_fn=under_nohup, **files
+    )  # type: ignore[call-overload]
+    os.close(theirs)
+    shown = b""
+    while b" 0/2" not in shown:
+        shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    log = tmp_path / "run" / "log.txt"
+    assert process.wait(timeout=120) == 0, log.read_text()
+    told = log.read_text()
+    assert "standard output is lost (Input/output error)" in told
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+ INFO  2/2 .*\n.*Summary\(", told, re.MULTILINE), told
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+STOPS = [("2:SIGTERM", 0), ("4:SIGHUP", 1), ("3:SIGINT", 2), ("3:SIGTERM", 2), ("5:SIGHUP", 4)]
+"""The generation of a call in which it is to stop, by which signal, and the newest checkpoint then. A step has one
+generation, an evaluation two: the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after
+steps 2 and 4."""
 
 
 def test_a_generation_is_abandoned_when_the_run_is_to_stop(
@@ -120,8 +151,8 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
 ) -> None:
     """In a step, and in an evaluation before, between and after the steps; each time the run goes on from there."""
     config, run = write_run(tmp_path), tmp_path / "run"
-    for generation, newest in STOPS:
-        monkeypatch.setenv(VARIABLE, str(generation))
+    for when, newest in STOPS:
+        monkeypatch.setenv(VARIABLE, when)
         stopped = train(config, program="tests.e2e.stopping")
         assert stopped.returncode == 75, stopped.stderr[-3000:]
         assert f"stopped after step {newest}" in stopped.stdout

@@ -23,7 +23,7 @@ FLOORS = (
     ("observe",),
     ("architecture", "settings"),
     ("server_settings",),
-    ("config", "records", "answers"),
+    ("config", "records", "answers", "process"),
     ("errors", "methods", "__init__"),
 )
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""
