@@ -35,7 +35,7 @@ HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 URL_FIX = "write scheme, host and port, for example http://10.0.0.2:30000"
 
 
-def check_servers(sglang: SGLangConfig) -> None:
+def check_server_settings(sglang: SGLangConfig) -> None:
     """Raises `ConfigError` for the first field that cannot work."""
     _check_addresses(sglang)
     _check_arguments(sglang.arguments)

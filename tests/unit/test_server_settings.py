@@ -8,7 +8,7 @@ import pytest
 
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.server_settings import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, check_servers, is_host
+from sdpg_megatron.server_settings import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, check_server_settings, is_host
 from sdpg_megatron.settings import parse
 
 TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "data": {"train": ["x"]}}
@@ -24,7 +24,7 @@ TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "da
     ],
 )
 def test_what_can_work_passes(changes: dict[str, Any]) -> None:
-    check_servers(SGLangConfig(**changes))
+    check_server_settings(SGLangConfig(**changes))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_what_can_work_passes(changes: dict[str, Any]) -> None:
 def test_a_url_that_cannot_work_is_refused(field: str, url: str, message: str) -> None:
     changes: dict[str, Any] = {"urls": (url,)} if field == "urls" else {"router": url, "urls": ("http://s:1",)}
     with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.{field}: found '.*{message}.*http://10\.0\.0\.2:30000"):
-        check_servers(SGLangConfig(**changes))
+        check_server_settings(SGLangConfig(**changes))
 
 
 def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
     with pytest.raises(ConfigError, match="api_key_variable") as caught:
-        check_servers(SGLangConfig(urls=("http://user:s3cret@10.0.0.2:30000",)))
+        check_server_settings(SGLangConfig(urls=("http://user:s3cret@10.0.0.2:30000",)))
     assert "http://***@10.0.0.2:30000" in str(caught.value) and "s3cret" not in str(caught.value)
 
 
@@ -77,7 +77,7 @@ def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
 )
 def test_addresses_ports_and_arguments_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.{message}") as caught:
-        check_servers(SGLangConfig(**changes))
+        check_server_settings(SGLangConfig(**changes))
     assert "s3cret" not in str(caught.value)
 
 
@@ -85,7 +85,7 @@ def test_addresses_ports_and_arguments_are_checked(changes: dict[str, Any], mess
 def test_arguments_that_change_the_sampling_are_refused(name: str) -> None:
     for spelled in (name, f"{name}=1", name.replace("-", "_").replace("__", "--", 1)):
         with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.arguments: found '{name}'.*own distribution"):
-            check_servers(SGLangConfig(arguments=("--log-level", "error", spelled, "1")))
+            check_server_settings(SGLangConfig(arguments=("--log-level", "error", spelled, "1")))
     assert name not in OWNED_ARGUMENTS
 
 

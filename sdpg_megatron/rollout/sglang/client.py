@@ -98,8 +98,9 @@ class Client:
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
         self._keys = {False: api_key, True: admin_key or api_key}
-        # No bound on connections: whoever sends requests bounds them.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        # No bound on connections: whoever sends requests bounds them. No proxy, which trust_env would take from the
+        # environment: these are the run's own hosts.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
         self._paths: frozenset[str] | None = None
 
     async def close(self) -> None:
