@@ -6,6 +6,7 @@ rank writes an arrival into the store, and rank 0 answers all of them: complete,
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ SETTLE = 5.0
 """Seconds beyond a timeout: for torch to notice its own, and for other ranks to read what rank 0 has found."""
 LISTED = 8
 """Processes that a message names."""
+_calls = itertools.count()
 COUNT, ANSWER, READ = "arrivals", "answer", "read"
 
 
@@ -73,8 +75,9 @@ def rendezvous(environment: RankEnvironment, seconds: float, device: str = "") -
     """
     deadline = time.monotonic() + seconds
     whole = _connect(environment, deadline, seconds)
-    # torchrun's agent keeps one store for all attempts.
-    store = PrefixStore(f"rendezvous/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole)
+    # torchrun's agent keeps one store for all attempts, and for all calls of each.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"rendezvous/{attempt}/{next(_calls)}", whole)
     own = Arrival(
         rank=environment.rank,
         world_size=environment.world_size,
@@ -186,10 +189,10 @@ class _RollCall:
         if answer["error"]:
             self._let_others_read()
             raise LaunchError.said(answer["error"])
-        if number > answer["count"]:
+        if number not in answer["accepted"]:
             self._read()
-            others = (arrival for arrival in self._arrivals.values() if arrival.rank == self._own.rank)
-            raise _repeated(next(others), self._own)
+            accepted = (self._arrivals[accepted] for accepted in answer["accepted"])
+            raise _repeated(next(arrival for arrival in accepted if arrival.rank == self._own.rank), self._own)
 
     def _find(self) -> dict[str, Any]:
         """Rank 0: the answer, which all others get."""
@@ -199,7 +202,7 @@ class _RollCall:
             if error is None and self._missing() and time.monotonic() > self._deadline:
                 error = self._incomplete()
             if error is not None or not self._missing():
-                answer = {"error": str(error or ""), "count": len(self._arrivals)}
+                answer = {"error": str(error or ""), "accepted": list(self._arrivals)}
                 return _parse(self._store.compare_set(ANSWER, "", json.dumps(answer)))
             self._reporter.say(f"rank 0 waits for {name_ranks(self._missing())} of {self._own.world_size}")
             time.sleep(POLL)

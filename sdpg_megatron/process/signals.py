@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,8 +29,6 @@ def exit_at_once() -> None:
 
 def leave(code: int, told: str) -> NoReturn:
     """Write a line to standard error and end this process, without any cleaning up; from any thread."""
-    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # closed, None, or in the middle of a write
-        sys.stdout.flush()
     tell(told)
     os._exit(code)
 

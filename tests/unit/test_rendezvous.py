@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ SOON, LATE = 0.5, 30.0
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_calls", itertools.repeat(0))  # as in processes of their own
     for name, seconds in {"POLL": 0.05, "PACE": 0.2, "PATIENCE": 0.3, "SETTLE": 1.0}.items():
         monkeypatch.setattr(module, name, seconds)
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
