@@ -18,7 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.cli import main
-from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+from tests.e2e.runs import (
+    LIMIT,
+    ROOT,
+    command,
+    environment,
+    metrics,
+    preloaded,
+    rank_environments,
+    train,
+    weights,
+    write_run,
+)
 from tests.e2e.stopping import VARIABLE
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
@@ -221,6 +232,15 @@ def test_mistakes_are_named_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    line = ["train", str(write_run(tmp_path)), "parallel.rendezvous_timeout=1"]
+    alone = preloaded().run("sdpg_megatron", line, rank_environments(2)[:1], LIMIT)
+    assert alone.returncode == 2
+    assert re.fullmatch(
+        r"LaunchError: rendezvous: found rank 0 \(process .* after 1 s, expected rank 1 of 2 .*\n", alone.stderr
+    )
 
 
 @pytest.mark.parametrize(
