@@ -242,7 +242,7 @@ class _RollCall:
 
 
 def contradiction(arrivals: Sequence[Arrival]) -> LaunchError | None:
-    """Why these ranks cannot be one job; None where they can, or may."""
+    """Error for the first two ranks that cannot belong to one job; None if there are none."""
     seen: dict[int, Arrival] = {}
     devices: dict[str, Arrival] = {}
     for arrival in arrivals:
@@ -271,7 +271,7 @@ def _repeated(first: Arrival, second: Arrival) -> LaunchError:
 
 
 class _Reporter:
-    """Says now and then what this rank waits for."""
+    """Log what this rank waits for, at intervals."""
 
     def __init__(self) -> None:
         self._due = time.monotonic() + REPORT_AFTER

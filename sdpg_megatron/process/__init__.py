@@ -1,1 +1,1 @@
-"""This process: its place among the ranks, its signals and its standard streams. Imports nothing heavy."""
+"""Process-level concerns: rank environment, signals, standard streams. Imports nothing heavy."""

@@ -116,7 +116,7 @@ def install(*, strict: bool) -> None:
 def guarded() -> Iterator[None]:
     """While entered, the standard streams are guarded, and standard output is strict.
 
-    What is buffered is for the caller to flush before the end.
+    The caller flushes standard output before it leaves: an error then would come too late.
     """
     before = sys.stdout, sys.stderr
     install(strict=True)
