@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from sdpg_megatron.config import SGLangConfig
@@ -35,49 +35,50 @@ HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 URL_FIX = "write scheme, host and port, for example http://10.0.0.2:30000"
 
 
-def check_server_settings(sglang: SGLangConfig) -> None:
-    """Raises `ConfigError` for the first field that cannot work."""
-    _check_addresses(sglang)
-    _check_arguments(sglang.arguments)
-    _check_combination(sglang)
+def server_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    """Errors of the fields that cannot work."""
+    yield from _address_faults(sglang)
+    yield from _argument_faults(sglang.arguments)
+    yield from _combination_faults(sglang)
 
 
-def _check_addresses(sglang: SGLangConfig) -> None:
+def _address_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
     for url in sglang.urls:
-        _check_url("rollout.sglang.urls", url)
+        yield from _url_faults("rollout.sglang.urls", url)
     bases = [url.rstrip("/") for url in sglang.urls]
     if repeated := [url for url in bases if bases.count(url) > 1]:
-        raise ConfigError("rollout.sglang.urls", repeated[0], "each server once", "remove the repetition")
+        yield ConfigError("rollout.sglang.urls", repeated[0], "each server once", "remove the repetition")
     if sglang.router is not None:
-        _check_url("rollout.sglang.router", sglang.router)
+        yield from _url_faults("rollout.sglang.router", sglang.router)
     for name, host in (("host", sglang.host), ("address", sglang.address)):
         if host is not None and not is_host(host):
             fix = "write the host alone, without scheme and port, for example 10.0.0.2"
-            raise ConfigError(f"rollout.sglang.{name}", host, "a host name or an IP address", fix)
+            yield ConfigError(f"rollout.sglang.{name}", host, "a host name or an IP address", fix)
     if wrong := [port for port in sglang.ports if not 1 <= port <= 65535]:
-        raise ConfigError("rollout.sglang.ports", wrong[0], "ports from 1 to 65535", "choose others, or none")
+        yield ConfigError("rollout.sglang.ports", wrong[0], "ports from 1 to 65535", "choose others, or none")
 
 
-def _check_url(field: str, url: str) -> None:
-    """Raises `ConfigError` unless `url` is scheme, host and, optionally, a port."""
+def _url_faults(field: str, url: str) -> Iterator[ConfigError]:
+    """At most one error: a URL is scheme, host and, optionally, a port."""
+    shown = f"***@{url.rpartition('@')[2]}" if "@" in url else url
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:  # a port that is no number or too large, brackets without an IPv6 address
-        raise ConfigError(field, url, f"a URL ({error})", URL_FIX) from error
+        yield ConfigError(field, shown, f"a URL ({error})", URL_FIX)
+        return
     if parts.scheme not in ("http", "https") or "://" not in url:
-        raise ConfigError(field, url, "a URL that begins with http:// or https://", URL_FIX)
-    if parts.username is not None or parts.password is not None:
-        shown = url.replace(parts.netloc, f"***@{parts.netloc.rpartition('@')[2]}")
+        yield ConfigError(field, shown, "a URL that begins with http:// or https://", URL_FIX)
+    elif parts.username is not None or parts.password is not None:
         fix = "remove them; name the key's environment variable in rollout.sglang.api_key_variable"
-        raise ConfigError(field, shown, "a URL without credentials", fix)
-    if not parts.hostname or not is_host(parts.hostname):
-        raise ConfigError(field, url, "a URL with a host name or an IP address", URL_FIX)
-    if port == 0 or parts.netloc.endswith(":"):
-        raise ConfigError(field, url, "a port from 1 to 65535", URL_FIX)
-    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        yield ConfigError(field, shown, "a URL without credentials", fix)
+    elif not parts.hostname or not is_host(parts.hostname):
+        yield ConfigError(field, shown, "a URL with a host name or an IP address", URL_FIX)
+    elif port == 0 or parts.netloc.endswith(":"):
+        yield ConfigError(field, shown, "a port from 1 to 65535", URL_FIX)
+    elif parts.path not in ("", "/") or parts.query or parts.fragment:
         fix = f"{URL_FIX}; endpoints such as /generate are added to it"
-        raise ConfigError(field, url, "a URL without a path or query", fix)
+        yield ConfigError(field, shown, "a URL without a path or query", fix)
 
 
 def is_host(text: str) -> bool:
@@ -91,35 +92,35 @@ def is_host(text: str) -> bool:
         return all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
-def _check_arguments(arguments: Sequence[str]) -> None:
+def _argument_faults(arguments: Sequence[str]) -> Iterator[ConfigError]:
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
         if name in SAMPLING_ARGUMENTS:
             expected = "none that changes the sampling: training needs samples of the model's own distribution"
             fix = "remove it; eval.temperature and eval.top_p are for evaluations"
-            raise ConfigError("rollout.sglang.arguments", name, expected, fix)
+            yield ConfigError("rollout.sglang.arguments", name, expected, fix)
         if name in OWNED_ARGUMENTS:
             expected = "arguments that no field of the configuration sets"
-            raise ConfigError("rollout.sglang.arguments", name, expected, f"remove it; set {OWNED_ARGUMENTS[name]}")
+            yield ConfigError("rollout.sglang.arguments", name, expected, f"remove it; set {OWNED_ARGUMENTS[name]}")
 
 
-def _check_combination(sglang: SGLangConfig) -> None:
+def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
     if sglang.router and not (sglang.urls or sglang.ports):
         fix = (
             "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
         )
-        raise ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
+        yield ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
     if sglang.colocated and sglang.urls:
         fix = "have the run start its servers, or give them devices of their own"
-        raise ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
+        yield ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
     if sglang.colocated and sglang.sink == "broadcast":
         # NCCL has no two ranks of a group on one device.
-        raise ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
+        yield ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
     if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
         expected = f"{sglang.servers} different ones, one for each server"
-        raise ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
+        yield ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
     if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
-        raise ConfigError(
+        yield ConfigError(
             "rollout.sglang.sink",
             sglang.sink,
             "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",

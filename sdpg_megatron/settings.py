@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED
-from sdpg_megatron.server_settings import check_server_settings
+from sdpg_megatron.server_settings import server_faults
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -94,7 +94,8 @@ def check(config: RunConfig) -> None:
     _check_parallel(config.parallel)
     _check_packed(config)
     _check_sampling(config)
-    check_server_settings(config.rollout.sglang)
+    for fault in server_faults(config.rollout.sglang):
+        raise fault
     _check_ahead(config)
     if wrong := [k for k in config.eval.k if not 1 <= k <= config.eval.samples]:
         expected = f"1 to eval.samples ({config.eval.samples})"

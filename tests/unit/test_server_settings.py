@@ -8,10 +8,15 @@ import pytest
 
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.server_settings import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, check_server_settings, is_host
+from sdpg_megatron.server_settings import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, is_host, server_faults
 from sdpg_megatron.settings import parse
 
 TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "data": {"train": ["x"]}}
+
+
+def check_server_settings(sglang: SGLangConfig) -> None:
+    for fault in server_faults(sglang):
+        raise fault
 
 
 @pytest.mark.parametrize(
@@ -56,10 +61,14 @@ def test_a_url_that_cannot_work_is_refused(field: str, url: str, message: str) -
         check_server_settings(SGLangConfig(**changes))
 
 
-def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
-    with pytest.raises(ConfigError, match="api_key_variable") as caught:
-        check_server_settings(SGLangConfig(urls=("http://user:s3cret@10.0.0.2:30000",)))
-    assert "http://***@10.0.0.2:30000" in str(caught.value) and "s3cret" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [("http://", "expected a URL without credentials.*api_key_variable"), ("", "begins with http")],
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(scheme: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"found '\*\*\*@10\.0\.0\.2:30000', .*{message}") as caught:
+        check_server_settings(SGLangConfig(urls=(f"{scheme}user:s3cret@10.0.0.2:30000",)))
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
