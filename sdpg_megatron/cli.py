@@ -18,17 +18,14 @@ from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import ConfigError, SdpgError
+from sdpg_megatron.errors import ConfigError, OutputError, SdpgError
+from sdpg_megatron.process import streams
+from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.signals import INTERRUPTED, STOPPED, interruptible
 from sdpg_megatron.settings import dump, load
 
 if TYPE_CHECKING:
     from sdpg_megatron.checkpoint.branch import BranchRequest
-
-STOPPED = os.EX_TEMPFAIL
-"""Exit code, 75, of a run that was asked to stop, has saved its state and can continue: what sysexits calls a temporary
-failure, to be tried again, and what no death by a signal looks like."""
-KILLED = 128 + signal.SIGINT
-"""Exit code of one that had no time to save."""
 
 EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
@@ -44,8 +41,30 @@ VERIFY_TEXT = "The largest planet of the solar system is Jupiter. 17 + 25 = 42."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 an error that is explained, 75 stopped with its state
-    saved, 130 stopped at once. A training run that hangs ends with 70, see `sdpg_megatron.train.watchdog`."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 2 an error that is explained, 75 stopped with its state saved, 130 stopped at once by
+        Ctrl-C, 141 where the reader of standard output has ended. A training run that hangs ends with 70, see
+        `sdpg_megatron.train.watchdog`.
+    """
+    with streams.guarded():
+        try:
+            try:
+                return _run(arguments)
+            finally:
+                sys.stdout.flush()
+        except SdpgError as error:
+            if isinstance(error, OutputError) and error.reader_ended:
+                return 128 + signal.SIGPIPE
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped\n")
+            return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
     if unknown := [argument for argument in more if argument.startswith("-")]:
@@ -53,15 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
-        return command(options, [*options.overrides, *more])
-    except SdpgError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 2
-    except KeyboardInterrupt:  # before the first step, or a second time
-        sys.stderr.write("stopped; the same command continues from what is saved\n")
-        return KILLED
+    command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
+    return command(options, [*options.overrides, *more])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,17 +180,19 @@ def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    environment = RankEnvironment.read()
     config = load(options.config, overrides)
     from sdpg_megatron.train.presence import end_with_launcher
 
     end_with_launcher()
     branch_from = _branch_request(options)
     if options.dry_run:
-        return _dry_run(config, branch_from)
+        return _dry_run(config, branch_from, environment)
+    streams.keep_going()
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
     outcome = train(config, branch_from)
-    if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
+    if outcome is Outcome.ALREADY_DONE and environment.is_main:
         sys.stdout.write(done_message(config.run_dir) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
 
@@ -193,7 +207,7 @@ def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
     return BranchRequest.parse(options.branch_from, new_reference=options.new_reference)
 
 
-def _dry_run(config: RunConfig, branch_from: BranchRequest | None) -> int:
+def _dry_run(config: RunConfig, branch_from: BranchRequest | None, environment: RankEnvironment) -> int:
     from sdpg_megatron.checkpoint.state import fingerprint
     from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
     from sdpg_megatron.train.start import find_start
@@ -204,19 +218,18 @@ def _dry_run(config: RunConfig, branch_from: BranchRequest | None) -> int:
     start = find_start(config, branch_from, lambda: fingerprint(config.model.path), inputs.prompts.digest)
     sys.stdout.write(dump(config))
     sys.stderr.write("".join(f"{line}\n" for line in start.describe(config)))
-    _walk(config)
+    _walk(config, environment)
     return 0
 
 
-def _walk(config: RunConfig) -> None:
+def _walk(config: RunConfig, environment: RankEnvironment) -> None:
     """Build the model without memory, and say what each stage holds and hands on; the first rank alone."""
-    if os.environ.get("RANK", "0") != "0":
+    if not environment.is_main:
         return
     from sdpg_megatron.mcore.shapes import walk
     from sdpg_megatron.plan.shards import Grid
 
-    world = os.environ.get("WORLD_SIZE")
-    grid = Grid.of(config.parallel, int(world) if world else None)
+    grid = Grid.of(config.parallel, environment.world_size if "WORLD_SIZE" in os.environ else None)
     for stage in walk(config, grid.world):
         sys.stderr.write(f"{stage}\n")
 
@@ -227,13 +240,15 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.train.inputs import load_model_inputs
     from sdpg_megatron.train.subject import find_subject
 
+    RankEnvironment.read()
     subject = find_subject(options.target, options.step, overrides)
     inputs = load_model_inputs(subject.config)
     files = load_prompts(subject.config, inputs)
     if options.dry_run:
         sys.stdout.write(dump(subject.config))
         return 0
-    scores = evaluate_subject(subject, inputs, files, options.out)
+    with interruptible():
+        scores = evaluate_subject(subject, inputs, files, options.out)
     if scores is not None:
         show(subject.name, scores_table(scores), sys.stdout)
     return 0
@@ -254,15 +269,16 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
     from sdpg_megatron.convert.command import convert
 
     _refuse(more)
-    convert(
-        options.source,
-        options.target,
-        to=options.to,
-        like=options.like,
-        dtype=options.dtype,
-        shard_bytes=_bytes_of(options.shard_gb),
-        text=options.verify,
-    )
+    with interruptible():
+        convert(
+            options.source,
+            options.target,
+            to=options.to,
+            like=options.like,
+            dtype=options.dtype,
+            shard_bytes=_bytes_of(options.shard_gb),
+            text=options.verify,
+        )
     return 0
 
 

@@ -72,6 +72,8 @@ class ParallelConfig(Section):
     summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
     timeout: float = Field(4 * 3600.0, gt=0, le=MAX_SECONDS)
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
+    rendezvous_timeout: float = Field(600.0, gt=0)
+    """Seconds until all ranks have joined the run, each after it has read the model's description and the data."""
 
     @property
     def expert_tensor_size(self) -> int:
@@ -164,7 +166,8 @@ class SGLangConfig(Section):
     """Servers of `rollout.engine` sglang: started by the run's first rank, or running already at `urls`."""
 
     urls: tuple[str, ...] = ()
-    """Servers to use, for example http://10.0.0.2:30000; empty to start `servers` of them beside the first rank."""
+    """Servers to use, each by scheme, host and port, such as http://10.0.0.2:30000; empty to start `servers` of them
+    beside the first rank."""
     router: str | None = None
     """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
     have the run's servers and no others; weights go to the servers themselves."""
@@ -187,7 +190,8 @@ class SGLangConfig(Section):
     mem_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the device's memory for weights and keys and values; null for SGLang's choice."""
     arguments: tuple[str, ...] = ()
-    """More arguments of sglang.launch_server, as on its command line."""
+    """More arguments of sglang.launch_server, as on its command line. Refused are those that another field sets, and
+    those that change the sampling."""
     api_key_variable: str | None = None
     """Environment variable that holds the servers' API key; the key itself is never written anywhere."""
     admin_key_variable: str | None = None
@@ -238,7 +242,8 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(4096, ge=1)
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the student's and the teacher's logits are divided by it in training too."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = 1.0
+    """Only 1: training needs samples of the model's own distribution, untruncated. Evaluations have `eval.top_p`."""
     ahead: int = Field(0, ge=0, le=1)
     """Steps that generation is ahead of training at most. 1 generates a step's responses while the step before it is
     learnt from, with weights that are one step older; needs `objective.correction`."""

@@ -93,6 +93,15 @@ class LaunchError(SdpgError):
         return error
 
 
+class OutputError(SdpgError):
+    """Standard output does not take what a command prints."""
+
+    def __init__(self, where: str, found: str, *, reader_ended: bool) -> None:
+        super().__init__(f"{where}: found {found}, expected a stream that can be written. Fix: redirect it elsewhere")
+        self.reader_ended = reader_ended
+        """A pipe's reader has ended, as `head` does: nothing is wrong."""
+
+
 class WriteError(SdpgError):
     """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
 

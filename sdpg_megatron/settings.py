@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig, SGLangConfig
+from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from sdpg_megatron.config_errors import config_errors, section_at
 from sdpg_megatron.errors import ConfigError, fix_of
 from sdpg_megatron.field_values import NULLS, takes_text, typed
 from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED
+from sdpg_megatron.server_settings import server_faults
 from sdpg_megatron.yaml_reader import Plain, read_value, read_yaml
 
 
@@ -124,7 +125,8 @@ def check(config: RunConfig) -> None:
         *_check_rewards(config),
         *_check_parallel(config.parallel),
         *_check_packed(config),
-        *_check_servers(config.rollout.sglang),
+        *_check_sampling(config),
+        *server_faults(config.rollout.sglang),
         *_check_ahead(config),
         *_check_eval(config),
     ]
@@ -307,25 +309,11 @@ def _check_ahead(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("rollout.ahead", rollout.ahead, expected, "generate on servers: rollout.engine=sglang")
 
 
-def _check_servers(sglang: SGLangConfig) -> Iterator[ConfigError]:
-    if sglang.router and not (sglang.urls or sglang.ports):
-        fix = (
-            "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
+def _check_sampling(config: RunConfig) -> Iterator[ConfigError]:
+    if config.rollout.top_p != 1:
+        expected = (
+            "1: samples would come from a truncated distribution; the loss and the recorded log-probs are those of "
+            "the whole one"
         )
-        yield ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
-    if sglang.colocated and sglang.urls:
-        fix = "have the run start its servers, or give them devices of their own"
-        yield ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
-    if sglang.colocated and sglang.sink == "broadcast":
-        # NCCL has no two ranks of a group on one device.
-        yield ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
-    if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
-        expected = f"{sglang.servers} different ones, one for each server"
-        yield ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
-    if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
-        yield ConfigError(
-            "rollout.sglang.sink",
-            sglang.sink,
-            "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
-            "use several servers, or the disk sink",
-        )
+        fix = "remove it; eval.top_p is for evaluations"
+        yield ConfigError("rollout.top_p", config.rollout.top_p, expected, fix)

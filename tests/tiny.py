@@ -163,3 +163,10 @@ def write_hollow_weights(folder: Path, shard_bytes: int = 4 * 2**30) -> None:
             file.truncate(8 + len(text) + size)
     weight_map = {name: f"{number}.safetensors" for number, header in enumerate(shards) for name in header}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def add_sampling_defaults(folder: Path) -> None:
+    """Give a model folder sampling defaults, as released models have; these leave only the most probable token."""
+    path = folder / "generation_config.json"
+    defaults = {"do_sample": True, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 0.2, "repetition_penalty": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))

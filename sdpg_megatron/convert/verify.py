@@ -17,6 +17,7 @@ from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.forward_step import last_hidden
 from sdpg_megatron.mcore.model import build_chunks, output_weight
+from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.reading import check_reading
 
 TOLERANCE = 1e-3
@@ -86,7 +87,7 @@ def _transformers_logits(folder: Path, tokens_1S: Tensor, dtype: torch.dtype | N
 @torch.no_grad()
 def _megatron_logits(folder: Path, checkpoint: Path, tokens_1S: Tensor, dtype: torch.dtype | None) -> Tensor:
     layout = ParallelConfig()
-    ranks = parallel.initialize(layout, seed=0)
+    ranks = parallel.initialize(layout, seed=0, environment=RankEnvironment())
     arch = read_architecture(folder)
     chunks = build_chunks(arch, ModelConfig(path=folder, spec="local"), layout, ranks)
     load_weights_only(chunks, checkpoint)

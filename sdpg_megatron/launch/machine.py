@@ -35,7 +35,7 @@ PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Which machine this is, what is to run on it, and where machine 0 is; see `__main__`."""
+    """Which machine this is, what is to run on it, and where machine 0 is; see `command`."""
 
     nodes: int
     node: int

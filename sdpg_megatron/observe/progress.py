@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
 
 HEADER_EVERY = 20
 """Rows between two headers."""
@@ -85,6 +88,7 @@ class Progress:
             # soft_wrap: a log has no width, and rich would break its lines at 80 columns
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
+            logger.info("%s", text)  # for `run_log.RunLog`; nobody else listens
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics after `step` steps (0: before the first); a metric that is not there is shown as "-"."""

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.process import streams
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rewards.base import Extracting, Verifier
 from sdpg_megatron.rewards.load import FIELD, load_verifier
@@ -190,8 +191,10 @@ class _Worker:
 
 def _serve(connection: Connection, spec: str) -> None:
     """The process: answer batches until the other side closes."""
-    # Ctrl-C reaches the whole process group; the trainer decides when its verifiers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a lost terminal reach the whole process group; the trainer decides when its verifiers end.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    streams.install(strict=False)  # a verifier that prints is not at fault where the terminal is gone
     verifier = load_verifier(spec)
     try:
         connection.send(True)

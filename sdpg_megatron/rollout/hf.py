@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -27,6 +27,15 @@ from sdpg_megatron.rollout.experts import ExpertRecorder
 from sdpg_megatron.rollout.joined import as_saved
 from sdpg_megatron.rollout.reading import check_reading
 
+UNCONSTRAINED: Mapping[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+UNTRUNCATED: Mapping[str, Any] = {"top_k": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Generation parameters that leave the model's distribution as it is; the latter only apply where tokens are sampled.
+transformers replaces unset ones by the model's, then by its own defaults (top-k 50)."""
 LISTED = 8
 """Weights that one error message names."""
 
@@ -180,16 +189,14 @@ class HFEngine:
         return cache
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        # Truncation that transformers applies by default (top-k 50) is turned off by name.
-        how = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            if sampling.temperature
-            else {"do_sample": False}
-        )
+        how: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **UNTRUNCATED}
         return GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             eos_token_id=list(self._stop_ids),
             pad_token_id=self._stop_ids[0],
+            **UNCONSTRAINED,
             **how,
         )
 

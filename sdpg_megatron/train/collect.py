@@ -87,7 +87,6 @@ class Collector:
             n=rollout.group_size,
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
             experts=rollout.replay_routing,
             seed=draw_seed(self._config.seed, purpose, self._ranks.replica),
         )

@@ -22,7 +22,9 @@ from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric, values
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.report import plot_learning_curve
+from sdpg_megatron.observe.run_log import LOG_FILE, RunLog
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
+from sdpg_megatron.process import streams
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
@@ -68,8 +70,9 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
         stack.callback(parallel.shutdown)
         stack.enter_context(watchdog.meeting(ranks))
         inputs = load_inputs(config, model, ranks)
+        interrupt.defer()
         store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
-        _lock(config.run_dir, ranks, stack)
+        _claim(config.run_dir, ranks, stack)
         origin = find_origin(config, inputs.prompts, ranks)
         start = on_main(ranks, lambda: find_start(config, branch_from, lambda: origin.model, origin.data))
         if start.done:
@@ -88,13 +91,15 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
         return trainer.run()
 
 
-def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Claim the run's folder; where another run has it, every rank says so."""
+def _claim(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Claim the run's folder, and log to it; where another run has it, every rank says so."""
 
     def claim() -> None:
         stack.callback(RunLock(run_dir).close)
+        stack.enter_context(RunLog(run_dir))
 
     on_main(ranks, claim)
+    streams.keep_going(run_dir / LOG_FILE if ranks.is_main else run_dir / "logs" / f"rank-{ranks.rank}.log")
 
 
 class Trainer:

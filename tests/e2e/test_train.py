@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -15,7 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.cli import main
-from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+from tests.e2e.runs import (
+    LIMIT,
+    ROOT,
+    command,
+    environment,
+    metrics,
+    preloaded,
+    rank_environments,
+    train,
+    weights,
+    write_run,
+)
 from tests.e2e.stopping import VARIABLE
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
@@ -110,9 +124,37 @@ def test_a_run_that_is_stopped_while_it_reads_goes_on_later(tmp_path: Path, monk
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-STOPS = [(2, 0), (4, 1), (3, 2), (3, 2), (5, 4)]
-"""The generation of a call in which it is to stop, and the newest checkpoint then. A step has one, an evaluation two:
-the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after steps 2 and 4."""
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
+    """Under nohup: the terminal is closed while the run prints to it, also what it writes to standard error."""
+    line = command([write_run(tmp_path, steps=2, eval={"every": 0, "samples": 1}, checkpoint={"export": False})])
+    ours, theirs = os.openpty()
+
+    def under_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    files: dict[str, int] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(
+        line, env=environment(), cwd=ROOT, start_new_session=True, preexec_fn=under_nohup, **files
+    )  # type: ignore[call-overload]
+    os.close(theirs)
+    shown = b""
+    while b" 0/2" not in shown:
+        shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    log = tmp_path / "run" / "log.txt"
+    assert process.wait(timeout=120) == 0, log.read_text()
+    told = log.read_text()
+    assert "standard output is lost (Input/output error)" in told
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+ INFO  2/2 .*\n.*Summary\(", told, re.MULTILINE), told
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+STOPS = [("2:SIGTERM", 0), ("4:SIGHUP", 1), ("3:SIGINT", 2), ("3:SIGTERM", 2), ("5:SIGHUP", 4)]
+"""The generation of a call in which it is to stop, by which signal, and the newest checkpoint then. A step has one
+generation, an evaluation two: the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after
+steps 2 and 4."""
 
 
 def test_a_generation_is_abandoned_when_the_run_is_to_stop(
@@ -120,8 +162,8 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
 ) -> None:
     """In a step, and in an evaluation before, between and after the steps; each time the run goes on from there."""
     config, run = write_run(tmp_path), tmp_path / "run"
-    for generation, newest in STOPS:
-        monkeypatch.setenv(VARIABLE, str(generation))
+    for when, newest in STOPS:
+        monkeypatch.setenv(VARIABLE, when)
         stopped = train(config, program="tests.e2e.stopping")
         assert stopped.returncode == 75, stopped.stderr[-3000:]
         assert f"stopped after step {newest}" in stopped.stdout
@@ -183,6 +225,15 @@ def test_mistakes_are_named_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    line = ["train", str(write_run(tmp_path)), "parallel.rendezvous_timeout=1"]
+    alone = preloaded().run("sdpg_megatron", line, rank_environments(2)[:1], LIMIT)
+    assert alone.returncode == 2
+    assert re.fullmatch(
+        r"LaunchError: rendezvous: found rank 0 \(process .* after 1 s, expected rank 1 of 2 .*\n", alone.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from sdpg_megatron.records import Prompt
 from sdpg_megatron.rollout.base import Abandoned, RolloutEngine, Sampling
 from sdpg_megatron.rollout.hf import HFEngine
 from tests.rollout.contract import EngineContract, MakeEngine, completions, stream
-from tests.tiny import Family, write_tiny_model
+from tests.tiny import Family, add_sampling_defaults, write_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -32,9 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family: Family
     family, tied = request.param
     folder = write_tiny_model(tmp_path_factory.mktemp(family), family, tied=tied, seed=1, layers=2)
-    path = folder / "generation_config.json"
-    defaults = {"do_sample": True, "top_k": 3, "top_p": 0.5, "temperature": 0.2, "repetition_penalty": 1.5}
-    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))
+    add_sampling_defaults(folder)
     return folder
 
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import pytest
 
 from sdpg_megatron.errors import LaunchError
-from sdpg_megatron.launch import __main__ as entry
 from sdpg_megatron.launch import circle, machine, meeting, torchrun
+from sdpg_megatron.launch import command as entry
 from sdpg_megatron.launch.circle import Circle
 from sdpg_megatron.launch.line import Line
 from sdpg_megatron.launch.machine import Machine, Place, _card
