@@ -72,8 +72,8 @@ class ParallelConfig(Section):
     summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
     timeout: float = Field(4 * 3600.0, gt=0, le=MAX_SECONDS)
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
-    rendezvous_timeout: float = Field(600.0, gt=0)
-    """Seconds until all ranks have joined the run, each after it has read the model's description and the data."""
+    rendezvous_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
+    """Seconds until all ranks have joined the run, each after it has read the model's description."""
 
     @property
     def expert_tensor_size(self) -> int:

@@ -54,8 +54,6 @@ def _address_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
         if host is not None and not is_host(host):
             fix = "write the host alone, without scheme and port, for example 10.0.0.2"
             yield ConfigError(f"rollout.sglang.{name}", host, "a host name or an IP address", fix)
-    if wrong := [port for port in sglang.ports if not 1 <= port <= 65535]:
-        yield ConfigError("rollout.sglang.ports", wrong[0], "ports from 1 to 65535", "choose others, or none")
 
 
 def _url_faults(field: str, url: str) -> Iterator[ConfigError]:

@@ -32,7 +32,7 @@ class OutputStream:
             descriptor: 1 or 2.
             strict: raise `OutputError` when a write fails, once.
         """
-        self._stream: TextIO = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._stream: TextIO = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         self._descriptor, self._strict = descriptor, strict
         self._closed_at_start = stream is None
         self._fallback: Path | None = None
@@ -93,7 +93,7 @@ class OutputStream:
             os.dup2(new, own)
             os.close(new)
         else:
-            self._stream = os.fdopen(new, "w")
+            self._stream = os.fdopen(new, "w", encoding="utf-8")
 
 
 def open_missing() -> None:
