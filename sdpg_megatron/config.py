@@ -138,6 +138,9 @@ class RewardConfig(Section):
     timeout: float = Field(10.0, gt=0)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
     failure_reward: float = 0.0
+    failure_limit: float | None = Field(0.5, gt=0, le=1)
+    """Largest share of a step's or an evaluation's verifier calls that may fail; beyond, or where all fail, the run
+    ends. Null for no limit."""
     workers: int = Field(1, ge=1)
     """Processes that run verifiers."""
     clip: tuple[float, float] | None = None

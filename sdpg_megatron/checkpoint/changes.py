@@ -20,7 +20,7 @@ FREE_TO_CHANGE = (
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
     "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
-    "optimizer.skip_limit",
+    "optimizer.skip_limit", "reward.failure_limit",
 )  # fmt: skip
 """Fields that may differ. The model may have moved, but not changed: see `RunState.model`. Another engine, or number of
 data-parallel ranks, draws other samples, from the same distribution."""

@@ -35,7 +35,7 @@ class HeldOut:
         config = self._config
         try:
             problems = {
-                name: evaluate(config, self._rollouts, asked, self._ranks.replica)
+                name: evaluate(config, self._rollouts, asked, self._ranks.replica, name)
                 for name, asked in self._files.items()
             }
         except Abandoned:

@@ -20,7 +20,7 @@ from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.rewards.filters import load_filters
-from sdpg_megatron.rewards.load import load_verifier
+from sdpg_megatron.rewards.load import find_verifier
 from sdpg_megatron.rollout.hf import stop_ids
 
 
@@ -79,7 +79,7 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
-    load_verifier(config.reward.verifier)
+    find_verifier(config.reward.verifier)
     return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
 
 

@@ -13,7 +13,7 @@ from sdpg_megatron.checkpoint.changes import Change, check_same_run
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import SdpgError, SkippedStepsError, WriteError
+from sdpg_megatron.errors import SdpgError, SkippedStepsError, VerifierError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
@@ -135,6 +135,7 @@ class Trainer:
         )
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
+        rollouts.check_verifier(inputs.prompts[0])
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
         self.lessons = Lessons(config, inputs, learner, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
@@ -253,7 +254,7 @@ class Trainer:
         """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
             yield
-        except (SkippedStepsError, WriteError):
+        except (SkippedStepsError, VerifierError, WriteError):
             with suppress(SdpgError):
                 self.store.finish()
             raise

@@ -60,6 +60,20 @@ def test_a_rollout_engine_that_is_too_far_off_stops_the_run(tmp_path: Path) -> N
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
+def test_a_verifier_that_always_fails_ends_the_run_at_its_first_step(tmp_path: Path) -> None:
+    """On every rank, with the first failure; the sample call at the start warns of it before."""
+    broken = ["reward.verifier=tests.e2e.verifier:broken", "data.eval=[]", "parallel.pipeline=2"]
+    ended = train(write_run(tmp_path), *broken, ranks=2)
+    assert ended.returncode == 2
+    assert (
+        "VerifierError: reward.verifier: step 1: found 16 of 16 calls that failed, the first on train" in ended.stderr
+    )
+    assert re.search(r"KeyError: 'no such key' \(\S+tests/e2e/verifier.py:\d+\); expected at most 50%", ended.stderr)
+    assert "failed on the response '" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert metrics(tmp_path / "run") == []
+
+
 def test_the_exported_model_is_the_trained_one(whole: Path) -> None:
     trained, start = whole / "run" / "model", whole / "hf"
     model = AutoModelForCausalLM.from_pretrained(trained)

@@ -19,6 +19,7 @@ from sdpg_megatron.errors import (
     SdpgError,
     ServerError,
     SkippedStepsError,
+    VerifierError,
     WriteError,
 )
 from sdpg_megatron.records import Group, Prompt
@@ -34,6 +35,7 @@ EXAMPLES: list[SdpgError] = [
     LaunchError("MASTER_PORT", "29500, in use", "a free port", "choose another"),
     SkippedStepsError(7, 3),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
+    VerifierError("step 1", 4, 4, "on a:1: ValueError: no", 0.5),
     RolloutError("no server is left"),
     WriteError("run/metrics.jsonl", "No space left on device", 0),
     WeightsWanted("none", {2: Group(Prompt("a:1", (1,), (2,), "3"), ())}),
