@@ -401,8 +401,20 @@ class EvalConfig(Section):
     """Null for the rollout's."""
     k: tuple[int, ...] = ()
     """pass@k and majority@k are reported for these; empty for the powers of two up to `samples`, and `samples`."""
-    responses: bool = False
-    """Keep the responses' text, too, in the file of each problem's results."""
+    responses: bool = True
+    """Keep the responses' text in the file of each problem's results."""
+
+
+class RolloutLogConfig(Section):
+    """Responses that a run keeps for reading, in `run_dir/rollouts`: a JSONL file a step, a response a line."""
+
+    groups: int = Field(8, ge=0)
+    """Groups of a step that are kept: the first of its prompts. 0 for none."""
+    every: int = Field(1, ge=1)
+    """Steps between two files."""
+    max_mib: int = Field(256, ge=1)
+    """Bound of the folder: the oldest files are removed. Also of `run_dir/eval`: the oldest evaluations lose their
+    responses."""
 
 
 class AlarmConfig(Section):
@@ -500,6 +512,7 @@ class RunConfig(Section):
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    rollout_log: RolloutLogConfig = RolloutLogConfig()
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

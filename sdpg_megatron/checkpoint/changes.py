@@ -15,7 +15,7 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.settings import flatten
 
 FREE_TO_CHANGE = (
-    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "watchdog", "data.eval",
+    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval",
     "model.path", "model.spec", "model.packed", "model.recompute",
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",

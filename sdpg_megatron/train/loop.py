@@ -234,6 +234,7 @@ class Trainer:
         at.skipped, at.cursor = self.lessons.skipped, cursor
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
+        self.journal.keep_rollouts(at.step, selection)
         self.serving.trained(at.step)
         with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
             at.drawn = self.collector.finish() if ahead else None

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from sdpg_megatron.cli import main
-from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+from tests.e2e.runs import ROOT, command, contents, environment, metrics, train, weights, write_run
 from tests.e2e.stopping import VARIABLE
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
@@ -41,6 +41,22 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     assert (run / "config.yaml").exists()
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_leaves_responses_to_read(whole: Path) -> None:
+    files = sorted((whole / "run" / "rollouts").iterdir())
+    assert [path.name for path in files] == [f"step_{step:08d}.jsonl" for step in (1, 2, 3, 4)]
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(rows) == 16
+    asked = json.loads((whole / "run" / "prompts.jsonl").read_text().splitlines()[1])["prompts"]
+    assert list(dict.fromkeys(row["prompt"] for row in rows)) == asked
+    assert all(row["reward"] == any(map(str.isdigit, row["response"])) for row in rows)
+    assert all(row["question"].startswith("What is") and row["answer"].isdigit() for row in rows)
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    assert mean == pytest.approx(metrics(whole / "run")[2]["reward/mean"])
+    problem = json.loads((whole / "run" / "eval" / "step_00000004" / "eval.jsonl").read_text().splitlines()[0])
+    assert (problem["question"], problem["reference_answer"]) == ("What is 9 + 9?", "18")
+    assert len(problem["sampled"]["responses"]) == 2
 
 
 def test_training_and_rollout_agree_about_the_first_tokens(whole: Path) -> None:
@@ -112,6 +128,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     assert continued.returncode == 0, continued.stderr
     assert "continuing after step" in continued.stdout
     assert metrics(run) == metrics(whole / "run")
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, found = weights(whole / "run"), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -145,6 +162,7 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, after = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], after[name]) for name in expected)
 
