@@ -429,7 +429,7 @@ class AlarmConfig(Section):
     length_high: float | None = Field(4.0, gt=1)
     """Largest response length, likewise."""
     truncated: float | None = Field(0.5, gt=0, le=1)
-    """Largest share of responses that are cut at their length limit."""
+    """Largest share of responses that are cut at their length limit. Where all of a step are, one step is enough."""
     stop_probability: float | None = Field(0.5, gt=0)
     """Least probability of the stop tokens that end responses, over that of the run's start."""
     gate: bool = True
@@ -438,6 +438,13 @@ class AlarmConfig(Section):
     """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
     kl_floor: float = Field(0.05, ge=0)
     """Nats a token below which no KL is a spike."""
+    entropy_floor: float | None = Field(0.01, ge=0)
+    """Least entropy of a step, in nats a token, from the first step on."""
+    kl_limit: float | None = Field(5.0, gt=0)
+    """Largest KL (to teacher, reference or rollout engine) of a step, in nats a token, from the first step on."""
+    failures: float | None = Field(0.1, ge=0, le=1)
+    """Largest share of a step's verifier calls that fail, from the first step on. `reward.failure_limit` ends the run.
+    """
     gradient_every: int = Field(10, ge=0)
     """Optimizer steps between measurements of `gradient_ratio`, each at the price of some forward passes of the head; 0
     for never."""
