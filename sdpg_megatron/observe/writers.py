@@ -129,6 +129,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [_record(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
+def last_value(path: Path, name: str) -> float | None:
+    """The newest finite value of a metric in a metrics.jsonl; None where there is none. Raises as `read_metrics`."""
+    found = (record.get(name, math.nan) for record in reversed(read_metrics(path)))
+    return next((value for value in found if math.isfinite(value)), None)
+
+
 def _record(line: bytes, where: str) -> dict[str, float]:
     try:
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}

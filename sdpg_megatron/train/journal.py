@@ -91,7 +91,9 @@ class _Files:
         self._metrics = open_writers(run_dir)
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
         self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, config.rollout_log)
-        self._alarms = Alarms(config.alarms, read_metrics(run_dir / METRICS_FILE))
+        records = read_metrics(run_dir / METRICS_FILE)
+        self._alarms = Alarms(config.alarms, records)
+        progress.recall(records)
 
     def keep_config(self) -> None:
         write_whole(self._config.run_dir / CONFIG_FILE, dump(self._config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -14,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
-from sdpg_megatron.cli import main
+from sdpg_megatron.cli import _parser, main
+from sdpg_megatron.observe.writers import read_metrics
 from tests.e2e.runs import ROOT, command, contents, environment, metrics, train, weights, write_run
 from tests.e2e.stopping import VARIABLE
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
@@ -26,14 +28,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = train(write_run(folder))
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture
+def said(whole: Path) -> str:
+    """What the run printed."""
+    return (whole / "said").read_text()
 
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     run = whole / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() == {
-        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "steps", "seconds"
+        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "reward", "steps", "seconds"
     }  # fmt: skip
     assert summary["steps"] == 4
     assert summary["seconds"] > 0
@@ -41,6 +50,40 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     assert (run / "config.yaml").exists()
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_its_last_words_say_what_came_of_it_and_how_to_go_on(said: str, whole: Path) -> None:
+    """The commands are parsed by the program that they call."""
+    run = whole / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    _, _, words = said.partition(" done: ")
+    first, *rest = words.splitlines()
+    reward = metrics(run)[-1]["reward/mean"]
+    assert summary["reward"] == reward
+    assert first.startswith("4 steps in 0:") and f"reward {reward:.3f} in the last one" in first
+    assert f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}" in first
+    listed = [line.split()[0] for line in rest[1 : rest.index("next:")]]
+    assert rest[0] == f"{run}:"
+    assert all((run / name).exists() for name in listed)
+    assert {"model/", "metrics.jsonl", "rollouts/", "eval/", "checkpoints/"} <= set(listed)
+    *calls, server = [shlex.split(line) for line in rest[rest.index("next:") + 1 :]]
+    arguments = [[word for word in words if word not in ("-m", "sdpg_megatron")][1:] for words in calls]
+    assert [words[0] for words in arguments] == ["eval", "compare", "convert"]
+    for words in arguments:
+        _parser().parse_args(words)
+    assert main(arguments[1]) == 0
+    assert server[server.index("--model-path") + 1] == str(run / "model")
+
+
+def test_evaluation_time_is_that_of_its_step(whole: Path) -> None:
+    records = read_metrics(whole / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if "time/eval" in record] == [0, 2, 4]
+    assert all(record["time/rollout"] < record["time/step"] for record in records[1:])
+
+
+def test_rows_and_messages_have_the_time(said: str) -> None:
+    stamped = [line for line in said.splitlines() if re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert [row.split()[2] for row in stamped[1:-1]] == ["0/4", "1/4", "2/4", "3/4", "4/4"]
 
 
 def test_a_run_leaves_responses_to_read(whole: Path) -> None:
@@ -114,7 +157,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     deadline = time.monotonic() + 120
     for line in process.stdout:  # the row of step 1: the next steps are under way
         assert time.monotonic() < deadline
-        if line.lstrip().startswith("1/4"):
+        if "1/4" in line.split():
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()

@@ -10,6 +10,7 @@ from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.settings import load, parse
 from sdpg_megatron.train.evaluate import evaluate, metrics
+from sdpg_megatron.train.held_out import evaluations_after
 from tests.e2e.runs import ROOT
 
 SEED = 2001423527554960999
@@ -62,3 +63,12 @@ def test_metrics_by_data_file_where_there_are_several() -> None:
     assert alone["eval/pass_at_2"].value == pytest.approx(0.5)
     both = metrics(config, {"a": one, "b": one})
     assert set(both) == {f"{prefix}/{name}" for prefix in ("eval", "eval/a", "eval/b") for name in names}
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 20])
+def test_evaluations_to_come_are_those_that_are_due(every: int) -> None:
+    tree = {"run_dir": "x", "steps": 12, "model": {"path": "m"}, "data": {}, "eval": {"every": every}}
+    config = parse({**tree, "optimizer": {"warmup_steps": 0}})
+    due = [step for step in range(1, 13) if step == 12 or (every and step % every == 0)]
+    for step in range(13):
+        assert evaluations_after(step, config) == len([other for other in due if other > step])
