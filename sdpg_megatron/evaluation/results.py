@@ -199,7 +199,7 @@ def limit_responses(folder: Path, max_bytes: int) -> None:
 
 
 def _drop_responses(folder: Path) -> None:
-    """Remove the responses' text from an evaluation, and say so in its settings. They say it last.
+    """Remove the responses' text from an evaluation, and then set `eval.responses` in its settings to false.
 
     Raises:
         EvaluationError: the evaluation is damaged.

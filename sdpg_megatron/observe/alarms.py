@@ -228,7 +228,7 @@ def _below_start(records: Sequence[Record], name: str, share: float | None, wind
 
 
 def _at_most(records: Sequence[Record], name: str, limit: float | None) -> Alarm | None:
-    """Of this step alone, from the first one on."""
+    """Compare this step's value with a limit, from the first step on."""
     found = records[-1].get(name)
     return None if limit is None or found is None else Alarm(found > limit, f"{name} {found:.4g}, {limit:g} at most")
 

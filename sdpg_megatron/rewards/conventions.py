@@ -169,7 +169,7 @@ def scalar(value: object) -> object:
 
 
 def takes(target: Callable[..., object], count: int) -> bool:
-    """Tell whether so many positional arguments can be given to a callable; True where it has no signature."""
+    """Tell whether a callable accepts `count` positional arguments; True where it has no signature."""
     try:
         inspect.signature(target).bind(*range(count))
     except TypeError:
@@ -189,7 +189,7 @@ def _fits(signature: inspect.Signature, convention: Convention) -> bool:
 
 
 def _signature(target: Callable[..., object]) -> inspect.Signature:
-    """Of a function; of a class, that of its instances' ``__call__``."""
+    """Return the signature of a function, or of a class's ``__call__`` without `self`."""
     if not isinstance(target, type):
         return inspect.signature(target)
     found = inspect.signature(target.__call__)

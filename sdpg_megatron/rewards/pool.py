@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Of one call."""
+    """A call without a reward."""
 
     text: str
     wrong_type: bool = False

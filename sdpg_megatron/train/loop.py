@@ -25,8 +25,8 @@ from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.observe.writers import METRICS_FILE, last_value
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
-from sdpg_megatron.train.ending import describe_run
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
+from sdpg_megatron.train.final_report import describe_run
 from sdpg_megatron.train.held_out import HeldOut, evaluations_after
 from sdpg_megatron.train.inputs import Inputs, load_inputs
 from sdpg_megatron.train.interrupt import Interrupt

@@ -52,7 +52,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
 
 
-def test_its_last_words_say_what_came_of_it_and_how_to_go_on(said: str, whole: Path) -> None:
+def test_the_final_report_has_numbers_files_and_commands_that_work(said: str, whole: Path) -> None:
     """The commands are parsed by the program that they call."""
     run = whole / "run"
     summary = json.loads((run / "summary.json").read_text())

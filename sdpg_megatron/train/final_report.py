@@ -1,4 +1,4 @@
-"""The last words of a finished run: its numbers, where its files lie, and the commands to go on with."""
+"""Final report of a run: its numbers, its files, and commands for the trained model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sdpg_megatron.observe.report import CURVE_FILE
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.summary import Summary
 from sdpg_megatron.observe.writers import METRICS_FILE, TENSORBOARD_FOLDER
+from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE
 from sdpg_megatron.train.export import EXPORT_FOLDER
 from sdpg_megatron.train.journal import EVAL_FOLDER
 
@@ -35,7 +36,7 @@ CPU_SERVER = "--device cpu --dtype float32 --attention-backend torch_native --sa
 
 
 def describe_run(config: RunConfig, summary: Summary) -> str:
-    """Return several lines about a run whose files are all written."""
+    """Return the report of a finished run, several lines."""
     run_dir = config.run_dir
     found = {name: what for name, what in FILES.items() if (run_dir / name).exists()}
     width = max(map(len, found), default=0) + 2
@@ -70,14 +71,14 @@ def _commands(config: RunConfig) -> Iterator[str]:
         yield f"{sdpg} convert {quote(str(run_dir))} {quote(f'{run_dir}-hf')}"
         return
     yield f"{sdpg} convert {quote(str(model))} {quote(f'{run_dir}-megatron')}"
-    server = f"python -m sglang.launch_server --model-path {quote(str(model))}"
+    python = os.environ.get(PYTHON_VARIABLE, "python")
+    server = f"{quote(python)} -m sglang.launch_server --model-path {quote(str(model))}"
     on_cpu = device.training_device().type == "cpu"
     yield f"SGLANG_USE_CPU_ENGINE=1 {server} {CPU_SERVER}" if on_cpu else server
 
 
 def program() -> str:
-    """How to call this package's commands: by the script's name where PATH leads to this environment's, else by its
-    path, or as a module."""
+    """Return how the shell finds this environment's ``sdpg-megatron``: by name, by path, or as a module."""
     script = Path(sys.executable).with_name(SCRIPT)
     found = shutil.which(SCRIPT)
     if found is not None and os.path.realpath(found) == os.path.realpath(script):
