@@ -149,7 +149,7 @@ class VerifierPool:
         if isinstance(outcome, Verdict):
             return VerifierCheck(self._spec, prompt.uid, sample.text, outcome.reward, None)
         if outcome.wrong_type:
-            found = f"{self._spec}, which {outcome.text.partition(',')[0]}"
+            found = f"{self._spec}, which {outcome.text.partition(', not ')[0]}"
             raise ConfigError(FIELD, found, f"a verifier that returns {RETURNED}", "correct what it returns")
         return VerifierCheck(self._spec, prompt.uid, sample.text, None, outcome.text)
 
