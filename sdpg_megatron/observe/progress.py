@@ -98,15 +98,15 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line with the time, or several, the first of them with it."""
-        self._print(f"{self._stamp()} {text}")
+        self._print(text, f"{self._stamp()} ")
 
     def _stamp(self) -> str:
         return self._now().strftime(TIME_FORMAT)
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, prefix: str) -> None:
         if self._enabled:
             # soft_wrap: a log has no width, and rich would break its lines at 80 columns
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(prefix + text, markup=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -124,10 +124,9 @@ class Progress:
 
     def _row(self, stamp: str, cells: Sequence[str]) -> None:
         """The time comes first, unless a terminal is too narrow for it."""
-        row = "  ".join(cells)
-        stamped = f"{stamp:<{len(self._stamp())}}  {row}"
-        narrow = self._console.is_terminal and self._console.width < len(stamped)
-        self._print(row if narrow else stamped)
+        row, prefix = "  ".join(cells), f"{stamp:<{len(self._stamp())}}  "
+        narrow = self._console.is_terminal and self._console.width < len(prefix + row)
+        self._print(row, "" if narrow else prefix)
 
     def close(self) -> None:
         """Take the bar away; the rows stay."""
