@@ -46,7 +46,8 @@ def describe_run(config: RunConfig, summary: Summary) -> str:
 
 
 def _numbers(summary: Summary) -> str:
-    parts = [f"done: {summary.steps} steps in {format_seconds(summary.seconds)}"]
+    plural = "" if summary.steps == 1 else "s"
+    parts = [f"done: {summary.steps} step{plural} in {format_seconds(summary.seconds)}"]
     if summary.reward is not None:
         parts.append(f"reward {summary.reward:.3f} in the last one")
     for name, before, after in (
