@@ -71,7 +71,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         parser.error(f"unknown option {unknown[0]}")
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
     return command(options, [*options.overrides, *more])
 
@@ -193,7 +193,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     outcome = train(config, branch_from)
     if outcome is Outcome.ALREADY_DONE and environment.is_main:
-        sys.stdout.write(done_message(config.run_dir) + "\n")
+        sys.stdout.write(done_message(config) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
 
 
@@ -251,6 +251,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         scores = evaluate_subject(subject, inputs, files, options.out)
     if scores is not None:
         show(subject.name, scores_table(scores), sys.stdout)
+        sys.stdout.write(f"{options.out}: each problem with its responses, *.jsonl; all numbers, summary.json\n")
     return 0
 
 

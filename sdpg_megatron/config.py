@@ -152,6 +152,9 @@ class RewardConfig(Section):
     timeout: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
     failure_reward: float = 0.0
+    failure_limit: float | None = Field(0.5, gt=0, le=1)
+    """Largest share of a step's or an evaluation's verifier calls that may fail; beyond, or where all fail, the run
+    ends. Null for no limit."""
     workers: int = Field(1, ge=1, le=1024)
     """Processes that run verifiers."""
     clip: tuple[float, float] | None = None
@@ -430,8 +433,20 @@ class EvalConfig(Section):
     """Null for the rollout's."""
     k: tuple[int, ...] = ()
     """pass@k and majority@k are reported for these; empty for the powers of two up to `samples`, and `samples`."""
-    responses: bool = False
-    """Keep the responses' text, too, in the file of each problem's results."""
+    responses: bool = True
+    """Keep the responses' text in the file of each problem's results."""
+
+
+class RolloutLogConfig(Section):
+    """Responses that a run keeps for reading, in `run_dir/rollouts`: a JSONL file a step, a response a line."""
+
+    groups: int = Field(8, ge=0)
+    """Groups of a step that are kept: the first of its prompts. 0 for none."""
+    every: int = Field(1, ge=1)
+    """Steps between two files."""
+    max_mib: int = Field(256, ge=1)
+    """Bound of the folder: the oldest files are removed. Also of `run_dir/eval`: the oldest evaluations lose their
+    responses."""
 
 
 class AlarmConfig(Section):
@@ -446,7 +461,7 @@ class AlarmConfig(Section):
     length_high: float | None = Field(4.0, gt=1)
     """Largest response length, likewise."""
     truncated: float | None = Field(0.5, gt=0, le=1)
-    """Largest share of responses that are cut at their length limit."""
+    """Largest share of responses that are cut at their length limit. Where all of a step are, one step is enough."""
     stop_probability: float | None = Field(0.5, gt=0)
     """Least probability of the stop tokens that end responses, over that of the run's start."""
     gate: bool = True
@@ -455,6 +470,13 @@ class AlarmConfig(Section):
     """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
     kl_floor: float = Field(0.05, ge=0)
     """Nats a token below which no KL is a spike."""
+    entropy_floor: float | None = Field(0.01, ge=0)
+    """Least entropy of a step, in nats a token, from the first step on."""
+    kl_limit: float | None = Field(5.0, gt=0)
+    """Largest KL (to teacher, reference or rollout engine) of a step, in nats a token, from the first step on."""
+    failures: float | None = Field(0.1, ge=0, le=1)
+    """Largest share of a step's verifier calls that fail, from the first step on. `reward.failure_limit` ends the run.
+    """
     gradient_every: int = Field(10, ge=0)
     """Optimizer steps between measurements of `gradient_ratio`, each at the price of some forward passes of the head; 0
     for never."""
@@ -529,6 +551,7 @@ class RunConfig(Section):
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    rollout_log: RolloutLogConfig = RolloutLogConfig()
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

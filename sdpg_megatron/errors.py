@@ -147,6 +147,18 @@ class FilterError(SdpgError):
         self.spec = spec
 
 
+class VerifierError(SdpgError):
+    """A verifier fails on so many responses that rewards mean nothing."""
+
+    def __init__(self, where: str, failures: int, calls: int, first: str, limit: float) -> None:
+        share = f"at most {limit:.0%} of them" if limit < 1 else "at least one that does not fail"
+        super().__init__(
+            f"reward.verifier: {where}: found {failures} of {calls} calls that failed, the first {first}; expected "
+            f"{share} (reward.failure_limit). Fix: correct the verifier, or raise the limit; the same command then "
+            "continues from the last checkpoint"
+        )
+
+
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 

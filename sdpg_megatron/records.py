@@ -91,6 +91,8 @@ class ScoredGroup:
     """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
     answers: tuple[str | None, ...] | None = None
     """The answer that each completion gives, as the verifier reads it; None where nobody asked, or it cannot say."""
+    errors: tuple[str | None, ...] = ()
+    """Why the verifier's call on each completion failed, None where it did not; empty where none did."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] | None = None
     """What the teacher reads before each completion, None where there is nothing for it to read; None for the group's
     own teacher prompt."""

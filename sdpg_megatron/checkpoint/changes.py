@@ -15,13 +15,13 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.settings import flatten
 
 FREE = (
-    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
+    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
     "model.path", "model.spec", "model.packed", "model.recompute", "model.gradient_accumulation_fusion",
     "reward.workers", "reward.timeout",
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
     "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
-    "optimizer.skip_limit",
+    "optimizer.skip_limit", "reward.failure_limit",
 )  # fmt: skip
 """Fields that do not change what is learned. Models and data may have moved: their contents are compared by digest.
 Another engine, or number of data-parallel ranks, draws other samples, from the same distribution."""

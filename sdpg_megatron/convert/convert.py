@@ -67,7 +67,7 @@ def to_megatron(
     with _aside(target) as aside:
         written = aside / RELEASE
         written.mkdir()
-        with transfer(f"{source} -> {target}", 2 * _bytes(specs), console) as moved:
+        with transfer(f"{source} -> {target}", _bytes(specs), console, passes=2) as moved:
             write_torch_dist(
                 written,
                 [block for stored in parameters for block in _blocks(stored, tensors, types[stored.names], moved)],
@@ -123,7 +123,7 @@ def to_hugging_face(
     tensors = _open_checkpoint(source.folder, arch)
     specs = _specs(tensors, dtype)
     with _aside(target) as aside:
-        with transfer(f"{source.folder} -> {target}", 2 * _bytes(specs), console) as moved:
+        with transfer(f"{source.folder} -> {target}", _bytes(specs), console, passes=2) as moved:
             _write_files(aside, specs, tensors, shard_bytes, moved)
             write_config(folder, aside, _name(next(iter(specs.values()))[1]))
             copy_companions(folder, aside)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from sdpg_megatron.evaluation.problems import Problem, as_lines, read_problems
 from sdpg_megatron.evaluation.scores import Scores, score
 from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.records import Prompt
+
+logger = logging.getLogger(__name__)
 
 REQUEST_FILE, SUMMARY_FILE = "evaluation.json", "summary.json"
 SETTINGS = (
@@ -169,6 +172,46 @@ class Evaluation:
     def problems(self, name: str) -> list[Problem]:
         """Each problem's results of a data file. Raises `EvaluationError` where the file is damaged."""
         return read_problems(Results(self.folder, self.request).path(name))
+
+
+def limit_responses(folder: Path, max_bytes: int) -> None:
+    """Remove the responses' text from the oldest evaluations in a folder, until all of them fit.
+
+    The newest keeps its own. Numbers, questions and answers stay.
+
+    Args:
+        folder: has evaluations by the names of its folders, oldest first.
+
+    Raises:
+        WriteError: the disk refused; a file is as it was, or without responses.
+    """
+    evaluations = sorted(path.parent for path in folder.glob(f"*/{REQUEST_FILE}"))
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in evaluations}
+    excess = sum(sizes.values()) - max_bytes
+    for path in evaluations[:-1]:
+        if excess <= 0:
+            return
+        try:
+            _drop_responses(path)
+        except EvaluationError as error:  # of an earlier evaluation, which this run does not need
+            logger.warning("responses are not removed: %s", error)
+        excess -= sizes[path] - sum(file.stat().st_size for file in path.iterdir())
+
+
+def _drop_responses(folder: Path) -> None:
+    """Remove the responses' text from an evaluation, and then set `eval.responses` in its settings to false.
+
+    Raises:
+        EvaluationError: the evaluation is damaged.
+    """
+    request = read_request(folder / REQUEST_FILE)
+    if not request.settings["eval.responses"]:
+        return
+    results = Results(folder, dataclasses.replace(request, settings={**request.settings, "eval.responses": False}))
+    for name in request.data:
+        results.write(name, [problem.without_responses() for problem in read_problems(results.path(name))])
+    results.finish()
+    write_whole(folder / REQUEST_FILE, _json(results.request))
 
 
 def response_limit(config: RunConfig) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sdpg_megatron.errors import WriteError, fix_of
 
@@ -48,6 +50,14 @@ def write_whole(path: Path, content: str | bytes) -> Path:
                 aside.unlink(missing_ok=True)
             raise
     return path
+
+
+def json_line(fields: Mapping[str, Any]) -> bytes:
+    r"""One line of JSON in UTF-8, with readable characters.
+
+    A lone surrogate, which UTF-8 has none for, is written as JSON's escape ``\udXXX`` and read back as it was.
+    """
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Appender:

@@ -13,6 +13,7 @@ from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import ScoredGroup
+from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.train.draws import draw_seed
@@ -54,14 +55,19 @@ class Collector:
 
         Raises:
             Abandoned: the run is to stop.
+            VerifierError: more verifier calls failed than `reward.failure_limit` allows; on every rank.
         """
+        asked: list[ScoredGroup] = []
 
         def ask(count: int, number: int) -> list[ScoredGroup]:
             if number == 0 and drawn is not None and drawn.groups:
-                return with_shaping(drawn.groups, self._shaping)
-            indices = drawn.indices if number == 0 and drawn is not None else cursor.take(count)
-            prompts = [self._prompts[i] for i in indices]
-            return with_shaping(self._rollouts.run(prompts, self._sampling(step, number)), self._shaping)
+                groups = list(drawn.groups)
+            else:
+                indices = drawn.indices if number == 0 and drawn is not None else cursor.take(count)
+                groups = self._rollouts.run([self._prompts[i] for i in indices], self._sampling(step, number))
+            asked.extend(groups)
+            check_failures(f"step {step + 1}", asked, self._config.reward.failure_limit)
+            return with_shaping(groups, self._shaping)
 
         wanted = self._config.rollout.prompts_per_step
         selection = select(ask, wanted, self._judge, self._config.selection)

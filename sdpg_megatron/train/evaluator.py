@@ -108,13 +108,14 @@ def _fill(
 
         rollouts = start_rollouts(config, inputs, ranks, on_progress)
         stack.callback(rollouts.close)
+        rollouts.check_verifier(next(iter(files.values()))[0])
         where = device.training_device()
         rollouts.publish(
             0, lambda: read_folder(config.model.path, bucket_bytes=bucket_bytes, dtype=dtype, device=where)
         )
         for current, prompts in files.items():
             status.update(current)
-            problems = evaluate(config, rollouts, prompts, ranks.replica)
+            problems = evaluate(config, rollouts, prompts, ranks.replica, current)
             on_main(ranks, partial(results.write, current, problems))
 
 

@@ -24,7 +24,7 @@ from sdpg_megatron.errors import ConfigError, DataError, fix_of
 from sdpg_megatron.mcore.device import check_layers
 from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
-from sdpg_megatron.rewards.load import compares_text, load_verifier
+from sdpg_megatron.rewards.load import compares_text, find_verifier
 from sdpg_megatron.train.model_folder import read_model
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
 
@@ -150,6 +150,6 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
-    load_verifier(config.reward.verifier)
+    find_verifier(config.reward.verifier)
     tokenizer, stops = read_model(config, arch)
     return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)

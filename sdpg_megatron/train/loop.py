@@ -14,21 +14,23 @@ from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import NumericsError, SdpgError, WriteError
+from sdpg_megatron.errors import NumericsError, SdpgError, VerifierError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric, values
-from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.observe.progress import EVAL_SECONDS, Progress
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.run_log import LOG_FILE, RunLog
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
+from sdpg_megatron.observe.writers import METRICS_FILE, last_value
 from sdpg_megatron.process import streams
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
-from sdpg_megatron.train.held_out import HeldOut
+from sdpg_megatron.train.final_report import describe_run
+from sdpg_megatron.train.held_out import HeldOut, evaluations_after
 from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
@@ -125,7 +127,12 @@ class Trainer:
         self.config, self.inputs, self.learner, self.store = config, inputs, learner, store
         self.ranks, self.at, self.origin = learner.ranks, position, origin
         self.interrupt = interrupt
-        self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
+        self.progress = Progress(
+            config.steps,
+            done=position.step,
+            evaluations=lambda step: evaluations_after(step, config) if inputs.held_out is not None else 0,
+            enabled=self.ranks.is_main,
+        )
         stack.callback(self.progress.close)
         self.phases = Phases(self.progress, watchdog)
         self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
@@ -140,6 +147,7 @@ class Trainer:
         )
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
+        rollouts.check_verifier(inputs.prompts[0])
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
         self.lessons = Lessons(config, inputs, learner, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
@@ -165,7 +173,7 @@ class Trainer:
                 evaluated = self._evaluate()
                 if evaluated is None:
                     return self._stop("before")
-                at.baseline = at.baseline or evaluated
+                at.baseline = at.baseline or {n: value for n, value in evaluated.items() if n.startswith("eval/")}
                 self.journal.report(at.step, {**at.measured, **evaluated})
             while at.step < config.steps:
                 metrics = self._train_step()
@@ -238,6 +246,7 @@ class Trainer:
         at.skipped, at.cursor = self.lessons.skipped, cursor
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
+        self.journal.keep_rollouts(at.step, selection)
         self.serving.trained(at.step)
         with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
             at.drawn = self.collector.finish() if ahead else None
@@ -258,18 +267,21 @@ class Trainer:
         """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
             yield
-        except (NumericsError, WriteError):
+        except (NumericsError, VerifierError, WriteError):
             with suppress(SdpgError):
                 self.store.finish()
             raise
 
     def _evaluate(self) -> dict[str, float] | None:
-        """See `HeldOut.measure`."""
+        """See `HeldOut.measure`. With ``time/eval``: seconds of the evaluation and of publishing for it."""
         if not self.held_out:
             return {}
         self.serving.publish(self.at.step)
         with self.phases("eval"):
-            return self.held_out.measure(self.at.step)
+            found = self.held_out.measure(self.at.step)
+        if found is None:
+            return None
+        return {**found, EVAL_SECONDS: sum(metric.value for metric in self.phases.take().values())}
 
     def _save(self) -> None:
         """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
@@ -282,25 +294,34 @@ class Trainer:
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
-        config, baseline = self.config, self.at.baseline
+        config = self.config
         if config.checkpoint.export:
             export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
-        summary = Summary(
+
+        def conclude() -> None:
+            plot_learning_curve(config.run_dir)
+            summary = self._summary(evaluated)
+            write_summary(config.run_dir, summary)
+            self.progress.message(describe_run(config, summary))
+
+        on_main(self.ranks, conclude)
+
+    def _summary(self, evaluated: Mapping[str, float]) -> Summary:
+        baseline = self.at.baseline
+        return Summary(
             accuracy_before=baseline.get("eval/sampled_accuracy"),
             accuracy_after=evaluated.get("eval/sampled_accuracy"),
             greedy_before=baseline.get("eval/greedy_accuracy"),
             greedy_after=evaluated.get("eval/greedy_accuracy"),
+            reward=last_value(self.config.run_dir / METRICS_FILE, "reward/mean"),
             steps=self.at.step,
             seconds=round(self.at.seconds, 1),
         )
-        on_main(self.ranks, lambda: plot_learning_curve(config.run_dir))
-        on_main(self.ranks, lambda: write_summary(config.run_dir, summary))
-        self.progress.message(str(summary))
 
 
-def done_message(run_dir: Path) -> str:
+def done_message(config: RunConfig) -> str:
     """What to tell the user about a run that was finished before."""
-    return (
-        f"{run_dir}: done already ({read_summary(run_dir)}). More steps continue it: steps=N. A new run needs another "
-        "run_dir."
-    )
+    summary = read_summary(config.run_dir)
+    assert summary is not None
+    done = f"{config.run_dir}: done already. More steps continue it: steps=N. A new run needs another run_dir."
+    return f"{done}\n{describe_run(config, summary)}"

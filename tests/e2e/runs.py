@@ -126,6 +126,11 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in records]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def weights(run_dir: Path) -> dict[str, Any]:
     """The exported model's tensors."""
     return dict(load_file(run_dir / "model" / "model.safetensors"))

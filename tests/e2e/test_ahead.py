@@ -9,7 +9,7 @@ import torch
 
 from sdpg_megatron.checkpoint.drawn import DRAWN
 from sdpg_megatron.checkpoint.state import checkpoint_name
-from tests.e2e.runs import metrics, train, weights, write_run
+from tests.e2e.runs import contents, metrics, train, weights, write_run
 from tests.e2e.stopping_at import VARIABLE
 
 AHEAD = ["rollout.ahead=1", "objective.correction=truncate"]
@@ -60,6 +60,7 @@ def test_a_run_that_is_stopped_while_both_are_under_way_goes_on_bit_for_bit(
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, found = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

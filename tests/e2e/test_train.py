@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import termios
@@ -17,11 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
-from sdpg_megatron.cli import main
+from sdpg_megatron.cli import _parser, main
+from sdpg_megatron.observe.writers import read_metrics
 from tests.e2e.runs import (
     LIMIT,
     ROOT,
     command,
+    contents,
     environment,
     metrics,
     preloaded,
@@ -40,14 +43,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = train(write_run(folder))
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture
+def said(whole: Path) -> str:
+    """What the run printed."""
+    return (whole / "said").read_text()
 
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     run = whole / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() == {
-        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "steps", "seconds"
+        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "reward", "steps", "seconds"
     }  # fmt: skip
     assert summary["steps"] == 4
     assert summary["seconds"] > 0
@@ -55,6 +65,56 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     assert (run / "config.yaml").exists()
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_the_final_report_has_numbers_files_and_commands_that_work(said: str, whole: Path) -> None:
+    """The commands are parsed by the program that they call."""
+    run = whole / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    _, _, words = said.partition(" done: ")
+    first, *rest = words.splitlines()
+    reward = metrics(run)[-1]["reward/mean"]
+    assert summary["reward"] == reward
+    assert first.startswith("4 steps in 0:") and f"reward {reward:.3f} in the last one" in first
+    assert f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}" in first
+    listed = [line.split()[0] for line in rest[1 : rest.index("next:")]]
+    assert rest[0] == f"{run}:"
+    assert all((run / name).exists() for name in listed)
+    assert {"model/", "metrics.jsonl", "rollouts/", "eval/", "checkpoints/"} <= set(listed)
+    *calls, server = [shlex.split(line) for line in rest[rest.index("next:") + 1 :]]
+    arguments = [[word for word in words if word not in ("-m", "sdpg_megatron")][1:] for words in calls]
+    assert [words[0] for words in arguments] == ["eval", "compare", "convert"]
+    for words in arguments:
+        _parser().parse_args(words)
+    assert main(arguments[1]) == 0
+    assert server[server.index("--model-path") + 1] == str(run / "model")
+
+
+def test_evaluation_time_is_that_of_its_step(whole: Path) -> None:
+    records = read_metrics(whole / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if "time/eval" in record] == [0, 2, 4]
+    assert all(record["time/rollout"] < record["time/step"] for record in records[1:])
+
+
+def test_rows_and_messages_have_the_time(said: str) -> None:
+    stamped = [line for line in said.splitlines() if re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert [row.split()[2] for row in stamped[1:-1]] == ["0/4", "1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_run_leaves_responses_to_read(whole: Path) -> None:
+    files = sorted((whole / "run" / "rollouts").iterdir())
+    assert [path.name for path in files] == [f"step_{step:08d}.jsonl" for step in (1, 2, 3, 4)]
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(rows) == 16
+    asked = json.loads((whole / "run" / "prompts.jsonl").read_text().splitlines()[1])["prompts"]
+    assert list(dict.fromkeys(row["prompt"] for row in rows)) == asked
+    assert all(row["reward"] == any(map(str.isdigit, row["response"])) for row in rows)
+    assert all(row["question"].startswith("What is") and row["answer"].isdigit() for row in rows)
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    assert mean == pytest.approx(metrics(whole / "run")[2]["reward/mean"])
+    problem = json.loads((whole / "run" / "eval" / "step_00000004" / "eval.jsonl").read_text().splitlines()[0])
+    assert (problem["question"], problem["reference_answer"]) == ("What is 9 + 9?", "18")
+    assert len(problem["sampled"]["responses"]) == 2
 
 
 def test_training_and_rollout_agree_about_the_first_tokens(whole: Path) -> None:
@@ -72,6 +132,21 @@ def test_a_rollout_engine_that_is_too_far_off_stops_the_run(tmp_path: Path) -> N
     assert "Traceback" not in stopped.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_verifier_that_always_fails_ends_the_run_at_its_first_step(tmp_path: Path) -> None:
+    """On every rank, with the first failure; the sample call at the start warns of it before."""
+    broken = ["reward.verifier=tests.e2e.verifier:broken", "data.eval=[]", "parallel.pipeline=2"]
+    ended = train(write_run(tmp_path), *broken, ranks=2)
+    assert ended.returncode == 2
+    assert (
+        "VerifierError: reward.verifier: step 1: found 16 of 16 calls that failed, the first on train" in ended.stderr
+    )
+    assert re.search(r"KeyError: 'no such key' \(\S+tests/e2e/verifier.py:\d+\); expected at most 50%", ended.stderr)
+    logged = r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ WARNING \S+: reward\.verifier \S+ failed on the response '"
+    assert re.search(logged, ended.stderr, re.MULTILINE)
+    assert "Traceback" not in ended.stderr
+    assert metrics(tmp_path / "run") == []
 
 
 def test_the_exported_model_is_the_trained_one(whole: Path) -> None:
@@ -98,7 +173,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     deadline = time.monotonic() + 120
     for line in process.stdout:  # the row of step 1: the next steps are under way
         assert time.monotonic() < deadline
-        if line.lstrip().startswith("1/4"):
+        if "1/4" in line.split():
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
@@ -112,6 +187,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     assert continued.returncode == 0, continued.stderr
     assert "continuing after step" in continued.stdout
     assert metrics(run) == metrics(whole / "run")
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, found = weights(whole / "run"), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -173,6 +249,7 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, after = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], after[name]) for name in expected)
 

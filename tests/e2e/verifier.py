@@ -7,6 +7,10 @@ def has_digit(prompt: Prompt, response: str) -> float:
     return float(any(character.isdigit() for character in response))
 
 
+def broken(prompt: Prompt, response: str) -> float:
+    raise KeyError("no such key")
+
+
 def first_digit(response: str) -> str | None:
     return next((character for character in response if character.isdigit()), None)
 

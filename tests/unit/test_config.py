@@ -48,7 +48,7 @@ def test_defaults_are_the_papers(minimal: Path) -> None:
 
 
 def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) -> None:
-    assert len(sections()) == 17
+    assert len(sections()) == 18
     for section in sections():
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):

@@ -76,6 +76,16 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, family: str, tied: bool) -> 
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
+def test_the_size_that_is_shown_is_the_models(tmp_path: Path) -> None:
+    """Though every byte is moved twice: written, and read back."""
+    source = write_tiny_model(tmp_path / "model", "llama", tied=False, seed=4, layers=2, hidden=256)
+    size = sum(tensor.nbytes for tensor in weights(source).values())
+    said = io.StringIO()
+    convert(source, tmp_path / "megatron", console=Console(file=said))
+    convert(tmp_path / "megatron", tmp_path / "back", console=Console(file=said))
+    assert re.findall(r"([\d,]+) MB in ", said.getvalue()) == [f"{size / 1e6:,.0f}"] * 2
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_no_block_is_larger_than_its_bound(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0

@@ -32,7 +32,9 @@ def responses(index: int, routed: bool) -> ScoredGroup:
         Completion((7,), (-2.5,), "length", 5, "", None),
     )
     rewards = (1.0, 1 / 7)
-    return ScoredGroup(Group(Source()[index], completions), rewards, group_advantages(rewards), failures=index)
+    group = Group(Source()[index], completions)
+    errors = (None, "KeyError: 'é' (a.py:3)") if index == 8 else ()
+    return ScoredGroup(group, rewards, group_advantages(rewards), failures=index, errors=errors)
 
 
 @pytest.mark.parametrize("routed", [False, True])

@@ -25,6 +25,7 @@ from sdpg_megatron.errors import (
     SdpgError,
     ServerError,
     SkippedStepsError,
+    VerifierError,
     WriteError,
     fix_of,
 )
@@ -43,6 +44,7 @@ EXAMPLES: list[SdpgError] = [
     LaunchError("MASTER_PORT", "29500, in use", "a free port", "choose another"),
     SkippedStepsError(7, 3),
     ServerError("http://127.0.0.1:1", "/health", "no answer", retryable=True),
+    VerifierError("step 1", 4, 4, "on a:1: ValueError: no", 0.5),
     RolloutError("no server is left"),
     WriteError("run/metrics.jsonl", "No space left on device", 0, "free space"),
     ConfigError.joined([ConfigError("a", 1, "2", "set it"), ConfigError("b", 1, "2", "set it")]),
