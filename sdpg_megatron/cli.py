@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
     _add_configuration(train, "e.g. objective.beta=0.01 parallel.tensor=2")
+    train.add_argument(
+        "--ranks", type=int, metavar="N", help="that --dry-run checks for (default: $WORLD_SIZE, or the fewest)"
+    )
     train.add_argument(
         "--branch-from",
         metavar="RUN[@STEP]",
@@ -176,7 +179,9 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
 
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
-    command.add_argument("--dry-run", action="store_true", help="check everything and print the resolved configuration")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, write nothing, print the configuration"
+    )
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -187,7 +192,9 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     end_with_launcher()
     branch_from = _branch_request(options)
     if options.dry_run:
-        return _dry_run(config, branch_from, environment)
+        return _dry_run(config, branch_from, options.ranks)
+    if options.ranks is not None:
+        raise ConfigError("--ranks", options.ranks, "none without --dry-run", "the launcher says how many ranks start")
     streams.keep_going()
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
@@ -207,31 +214,26 @@ def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
     return BranchRequest.parse(options.branch_from, new_reference=options.new_reference)
 
 
-def _dry_run(config: RunConfig, branch_from: BranchRequest | None, environment: RankEnvironment) -> int:
-    from sdpg_megatron.checkpoint.state import fingerprint
-    from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
-    from sdpg_megatron.train.start import find_start
-    from sdpg_megatron.weights import check_values
+def _dry_run(config: RunConfig, branch_from: BranchRequest | None, ranks: int | None) -> int:
+    environment = RankEnvironment.read()
+    from sdpg_megatron.plan.shards import Grid
+    from sdpg_megatron.train.dry_run import check_run  # torch takes seconds to import, Megatron more
+    from sdpg_megatron.train.inputs import load_inputs
 
-    inputs = load_inputs(config)
-    check_values(config.model.path, inputs.arch)  # a run checks what each rank loads
-    start = find_start(config, branch_from, lambda: fingerprint(config.model.path), inputs.prompts.digest)
-    sys.stdout.write(dump(config))
-    sys.stderr.write("".join(f"{line}\n" for line in start.describe(config)))
-    _walk(config, environment)
+    if ranks is None and "WORLD_SIZE" in os.environ:
+        ranks = environment.world_size
+    world = Grid.of(config.parallel, ranks).world
+    _show_checks(config, check_run(config, load_inputs(config), branch_from, world, environment), environment)
     return 0
 
 
-def _walk(config: RunConfig, environment: RankEnvironment) -> None:
-    """Build the model without memory, and say what each stage holds and hands on; the first rank alone."""
-    if not environment.is_main:
-        return
-    from sdpg_megatron.mcore.shapes import walk
-    from sdpg_megatron.plan.shards import Grid
-
-    grid = Grid.of(config.parallel, environment.world_size if "WORLD_SIZE" in os.environ else None)
-    for stage in walk(config, grid.world):
-        sys.stderr.write(f"{stage}\n")
+def _show_checks(config: RunConfig, lines: Iterable[str], environment: RankEnvironment) -> None:
+    """Print the lines of checks as they pass to standard error, then the configuration to standard output."""
+    for line in lines:
+        if environment.is_main:
+            sys.stderr.write(f"{line}\n")
+    if environment.is_main:
+        sys.stdout.write(dump(config))
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -240,12 +242,14 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.train.inputs import load_model_inputs
     from sdpg_megatron.train.subject import find_subject
 
-    RankEnvironment.read()
+    environment = RankEnvironment.read()
     subject = find_subject(options.target, options.step, overrides)
     inputs = load_model_inputs(subject.config)
     files = load_prompts(subject.config, inputs)
     if options.dry_run:
-        sys.stdout.write(dump(subject.config))
+        from sdpg_megatron.train.dry_run import check_evaluation
+
+        _show_checks(subject.config, check_evaluation(subject, inputs, files, options.out, environment), environment)
         return 0
     with interruptible():
         scores = evaluate_subject(subject, inputs, files, options.out)

@@ -124,7 +124,7 @@ train_and_evaluate() {
   changes+=("$@")
   "$PYTHON" -m sdpg_megatron plan "$config" --gpu "$gpu" --ranks $((ranks * nodes)) "${changes[@]}"
   [[ -z "${PLAN_ONLY:-}" ]] || exit 0
-  ((node)) || WORLD_SIZE=$((ranks * nodes)) "$PYTHON" -m sdpg_megatron train "$config" --dry-run "${changes[@]}"
+  ((node)) || "$PYTHON" -m sdpg_megatron train "$config" --dry-run --ranks $((ranks * nodes)) "${changes[@]}"
   RANKS_PER_NODE=$ranks forwarded bash scripts/launch.sh "$config" "${changes[@]}"
   ((node == 0)) || return 0
   # The launcher's servers have ended with it, but are in the run's configuration; now this machine's GPUs are free.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -119,21 +120,38 @@ def load_run_model(config: RunConfig) -> ModelInputs:
     check_parallel(model.arch, config.parallel)
     check_layers(config.model)
     load_filters(config.selection.filters)
-    _make_run_dir(config.run_dir)
+    check_run_dir(config.run_dir)
     return model
 
 
-def _make_run_dir(run_dir: Path) -> None:
-    """Raises `ConfigError` where it cannot be made, or has a file in the place of one of its folders."""
+def check_run_dir(run_dir: Path) -> None:
+    """Check that a folder can be written to, or made. Writes nothing.
+
+    Raises:
+        ConfigError: no permission, or a file has the place of the folder, of one above it or of one that a run makes.
+    """
     expected = "a folder that a run can write to"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        above = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         for name in RUN_FOLDERS:
             if (run_dir / name).exists() and not (run_dir / name).is_dir():
                 fix = f"remove or rename the file {run_dir / name}, or choose another run_dir"
                 raise ConfigError("run_dir", f"{run_dir} (with a file named {name})", expected, fix)
     except OSError as error:
         raise ConfigError("run_dir", f"{run_dir} ({error.strerror})", expected, fix_of(error, run_dir)) from error
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Raises `ConfigError` where it cannot be made."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found, expected = f"{run_dir} ({error.strerror})", "a folder that a run can write to"
+        raise ConfigError("run_dir", found, expected, fix_of(error, run_dir)) from error
 
 
 def load_model_inputs(config: RunConfig) -> ModelInputs:

@@ -31,7 +31,7 @@ from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
 from sdpg_megatron.train.final_report import describe_run
 from sdpg_megatron.train.held_out import HeldOut, evaluations_after
-from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
+from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model, make_run_dir
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.lessons import Lessons
@@ -68,6 +68,7 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
     """
     with Interrupt() as interrupt, Watchdog(config.watchdog) as watchdog, ExitStack() as stack:
         model = load_run_model(config)
+        make_run_dir(config.run_dir)
         ranks = parallel.initialize(config.parallel, config.seed)
         stack.callback(parallel.shutdown)
         stack.enter_context(watchdog.meeting(ranks))

@@ -11,6 +11,10 @@ def broken(prompt: Prompt, response: str) -> float:
     raise KeyError("no such key")
 
 
+def gives_text(prompt: Prompt, response: str) -> str:
+    return "right"
+
+
 def first_digit(response: str) -> str | None:
     return next((character for character in response if character.isdigit()), None)
 

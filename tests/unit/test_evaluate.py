@@ -87,7 +87,7 @@ def test_metrics_by_data_file_where_there_are_several() -> None:
 
 @pytest.mark.parametrize("every", [0, 1, 3, 4, 20])
 def test_evaluations_to_come_are_those_that_are_due(every: int) -> None:
-    tree = {"run_dir": "x", "steps": 12, "model": {"path": "m"}, "data": {}, "eval": {"every": every}}
+    tree = {"run_dir": "x", "steps": 12, "model": {"path": "m"}, "data": {"eval": ["x"]}, "eval": {"every": every}}
     config = parse({**tree, "optimizer": {"warmup_steps": 0}})
     due = [step for step in range(1, 13) if step == 12 or (every and step % every == 0)]
     for step in range(13):

@@ -89,13 +89,12 @@ def config(**sglang: Any) -> RunConfig:
 def test_everything_is_checked_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(ConfigError, match="export SOME_KEY"):
-        check_servers(config(api_key_variable="SOME_KEY"))
+        check_servers(config(api_key_variable="SOME_KEY"), ALONE)
     bare = tmp_path / "python"
     bare.write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
     bare.chmod(0o755)
     with pytest.raises(RolloutError, match=r"has no sglang \(no such package\)"):
-        check_servers(config(python=str(bare)))
+        check_servers(config(python=str(bare)), ALONE)
     with pytest.raises(RolloutError, match="does not run"):
-        check_servers(config(python="/no/such/python"))
-    check_servers(config(python="/no/such/python", urls=["http://127.0.0.1:1"]))
-    check_servers(parse({**TREE, "rollout": {"sglang": {"python": "/no/such/python"}}}))
+        check_servers(config(python="/no/such/python"), ALONE)
+    check_servers(config(python="/no/such/python", urls=["http://127.0.0.1:1"]), ALONE)

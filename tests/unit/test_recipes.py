@@ -191,15 +191,18 @@ def test_a_recipe_walks_its_model_before_it_trains(
         "eval",
         "tools/convert_hf_to_megatron.py",
     ]
-    world, _, _, *dry = calls[3]
+    _, _, _, *dry = calls[3]
     assert "--dry-run" in dry
+    world = int(dry[dry.index("--ranks") + 1])
     monkeypatch.chdir(sandbox.root)
-    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("SDPG_SGLANG_PYTHON", "true")  # as an interpreter that has sglang
     config = load(Path(dry[1]), [argument for argument in dry if "=" in argument])
     write_hollow_weights(config.model.path)
-    monkeypatch.setattr("sdpg_megatron.weights.check_values", lambda folder, arch: None)  # tens of gigabytes of zeros
+    monkeypatch.setattr(
+        "sdpg_megatron.train.dry_run.check_values", lambda folder, arch: None
+    )  # tens of gigabytes of zeros
     assert main(dry) == 0
-    plan = make_plan(config, find_gpu("H200"), int(world))
+    plan = make_plan(config, find_gpu("H200"), world)
     columns = plan.arch.padded_vocab(config.parallel.tensor) // config.parallel.tensor
     shapes = f"{config.rollout.max_response_tokens}x{columns}"
     expected = f"stage 0: {plan.stages[0].numel:,} parameters a rank; forward and back: {shapes}"

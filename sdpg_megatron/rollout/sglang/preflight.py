@@ -14,23 +14,23 @@ from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
 
 
-def check_servers(config: RunConfig) -> None:
+def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     """Check all that a run with servers needs of this machine, which is that of its first rank.
 
-    Nothing for other engines. Takes about a second: the interpreter for the servers is run once.
+    Takes about a second: the interpreter for the servers is run once. GPUs are not counted where the number of ranks on
+    this machine is unknown.
 
     Raises:
         ConfigError: a key's variable is not set, a host cannot be resolved, or there are too few GPUs.
         RolloutError: a port or host cannot be used, or the interpreter has no sglang.
     """
     sglang = config.rollout.sglang
-    if config.rollout.engine != "sglang":
-        return
     Keys.read(sglang)
     check_hosts(sglang)
     if sglang.urls:
         return
-    check_devices(sglang, torch.cuda.device_count())
+    if environment.world_size == 1 or environment.local_world_size is not None:
+        check_devices(sglang, torch.cuda.device_count(), environment)
     check_ports(sglang)
     check_interpreter(sglang.python or default_python())
 
