@@ -389,17 +389,17 @@ class HeadConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    lr: float = Field(1e-6, gt=0, le=1e3)
+    min_lr: float = Field(0.0, ge=0, le=1e3)
     warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; "linear" and "cosine" reach `min_lr` when the run ends."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, ge=0)
+    eps: float = Field(1e-8, gt=0, le=1e3)
+    weight_decay: float = Field(0.1, ge=0, le=1e3)
+    clip_grad: float = Field(1.0, ge=0, le=1e30)
     """Global gradient-norm bound; 0 for none."""
     skip_limit: int = Field(5, ge=1)
     """An optimizer step whose loss or gradient is not finite is skipped; so many in a row end the run. 1 ends it at the

@@ -23,7 +23,7 @@ from sdpg_megatron.hf_files import COMPANIONS
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
 """In a run's `run_dir`: its checkpoints, and the resolved configuration of its last call."""
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Of the manifest and what it promises."""
 PREFIX, PARTIAL = "step_", ".partial"
 """Of a checkpoint's folder; of one that is being written, or removed."""

@@ -152,6 +152,8 @@ def test_an_empty_path_is_refused(tmp_path: Path, written: Written, text: str) -
         ("selection.oversample", "1e300", r"1e\+300"),
         ("rollout.sglang.bucket_mib", "1000000000", "1000000000"),
         ("reward.timeout", "1e9", "1000000000.0"),
+        ("optimizer.lr", "1e39", r"1e\+39"),
+        ("optimizer.clip_grad", "1e39", r"1e\+39"),
         ("objective.top_k", "1000000000", "1000000000"),
         ("data.train", "a.jsonl", r"'a.jsonl', expected a list, each item a path. Fix: write \[a.jsonl\]"),
         ("reward.clip", "[1]", r"\[1\], expected a list of 2"),

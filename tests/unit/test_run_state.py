@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpg_megatron.checkpoint.files import FileSum
-from sdpg_megatron.checkpoint.state import BranchPoint, RecordedChange, RunState, digest, fingerprint
+from sdpg_megatron.checkpoint.state import FORMAT, BranchPoint, RecordedChange, RunState, digest, fingerprint
 from sdpg_megatron.errors import CheckpointError
 
 STATE = RunState(
@@ -61,7 +61,10 @@ def test_a_configuration_is_held_against_its_digest(tmp_path: Path) -> None:
         RunState.read(path)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "7", '{"format": 3}', "[" * 100_000, '{"format": 3, "digest": "x"}'])
+DAMAGED = ["", "{", "[]", "7", f'{{"format": {FORMAT}}}', "[" * 100_000, f'{{"format": {FORMAT}, "digest": "x"}}']
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(damage)
@@ -94,7 +97,7 @@ def test_no_byte_can_change_unnoticed(data: st.DataObject) -> None:
 def test_one_of_another_format_is_not_misread(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**dataclasses.asdict(STATE), "format": 99}))
-    with pytest.raises(CheckpointError, match="found format 99, expected 3"):
+    with pytest.raises(CheckpointError, match=f"found format 99, expected {FORMAT}"):
         RunState.read(path)
 
 
