@@ -13,6 +13,7 @@ from sdpg_megatron.checkpoint.state import (
     checkpoint_name,
     complete_checkpoints,
     step_of,
+    with_way_out,
 )
 from sdpg_megatron.errors import CheckpointError, ConfigError
 from sdpg_megatron.field_values import Refused, read_path
@@ -118,6 +119,11 @@ def of_other_run(damage: CheckpointError, path: Path) -> CheckpointError:
     others = [f"@{step_of(other)}" for other in complete_checkpoints(path.parent) if other != path]
     choice = f"branch from another of its checkpoints ({', '.join(others)})" if others else "branch from another run"
     return CheckpointError(f"{damage}. Fix: bring the file back, or {choice}")
+
+
+def explain_damage(damage: CheckpointError, path: Path, own: Path) -> CheckpointError:
+    """Add to an error about a damaged checkpoint what to do. `own`: the checkpoint folder of the run that reads it."""
+    return with_way_out(damage, path) if path.parent == own else of_other_run(damage, path)
 
 
 def _folder(text: str) -> Path:

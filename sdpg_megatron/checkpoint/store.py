@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sdpg_megatron.checkpoint.branch import of_other_run
+from sdpg_megatron.checkpoint.branch import explain_damage
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
 from sdpg_megatron.checkpoint.files import find_damage, flush_folder, seal, write_durably
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
@@ -30,7 +30,6 @@ from sdpg_megatron.checkpoint.state import (
     complete_checkpoints,
     newest_checkpoint,
     step_of,
-    with_way_out,
 )
 from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
@@ -157,7 +156,7 @@ class CheckpointStore:
         damage = find_damage(path, share, digests=self._config.verify == "digests")
         found = next(filter(None, self._ranks.gather_all(damage)), None)
         if found is not None:
-            raise with_way_out(found, path) if path.parent == self._folder else of_other_run(found, path)
+            raise explain_damage(found, path, self._folder)
 
     # --- on the main rank
 

@@ -108,10 +108,19 @@ class Results:
         """Begin an evaluation, or go on with it where the folder has a part of the same.
 
         Raises:
+            EvaluationError: as `check`.
+        """
+        return cls(folder, request) if cls.check(folder, request) else cls.start(folder, request)
+
+    @staticmethod
+    def check(folder: Path, request: Request) -> bool:
+        """Return whether the folder has a part of this evaluation. Writes nothing.
+
+        Raises:
             EvaluationError: the folder has another evaluation; names what differs.
         """
         if not (folder / REQUEST_FILE).exists():
-            return cls.start(folder, request)
+            return False
         earlier = read_request(folder / REQUEST_FILE)
         where, fix = str(folder / REQUEST_FILE), "choose another folder with --out, or remove this one"
         if earlier.fingerprint != request.fingerprint:
@@ -119,7 +128,7 @@ class Results:
         if difference := earlier.difference(request):
             name, before, now = difference
             raise EvaluationError(where, f"{name}: {before}", f"{now}, as asked for now", fix)
-        return cls(folder, request)
+        return True
 
     def path(self, name: str) -> Path:
         """Of the results of a data file."""

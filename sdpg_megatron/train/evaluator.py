@@ -78,7 +78,7 @@ def evaluate_subject(
         if subject.checkpoint is not None:
             model = export_checkpoint(subject.config, inputs.arch, subject.checkpoint)
             ranks = parallel.initialize(alone, subject.config.seed)
-        config = _for_evaluation(subject.config, model, folder)
+        config = for_evaluation(subject.config, model, folder)
         results = _agree(ranks, config, files, subject.name)
         missing = ranks.gather_all(results.missing)[0]
         if missing:
@@ -119,8 +119,8 @@ def _fill(
             on_main(ranks, partial(results.write, current, problems))
 
 
-def _for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
-    """The configuration with the weights at `model` and everything written to `folder`.
+def for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
+    """Return the configuration with the weights at `model` and everything written to `folder`.
 
     Servers that are started have the devices to themselves: nothing is trained beside them.
     """

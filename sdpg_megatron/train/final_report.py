@@ -18,8 +18,7 @@ from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.summary import Summary
 from sdpg_megatron.observe.writers import METRICS_FILE, TENSORBOARD_FOLDER
 from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE
-from sdpg_megatron.train.export import EXPORT_FOLDER
-from sdpg_megatron.train.journal import EVAL_FOLDER
+from sdpg_megatron.train.run_dir import EVAL_FOLDER, EXPORT_FOLDER
 
 FILES = {
     EXPORT_FOLDER: "the trained model, a Hugging Face folder",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdpg_megatron.architecture import (
@@ -21,21 +19,19 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
-from sdpg_megatron.errors import ConfigError, DataError, fix_of
+from sdpg_megatron.errors import DataError
 from sdpg_megatron.mcore.device import check_layers
 from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, find_verifier
 from sdpg_megatron.train.model_folder import read_model
+from sdpg_megatron.train.run_dir import check_run_dir
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
 
 if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
     from sdpg_megatron.mcore.parallel import Ranks
 
 logger = logging.getLogger(__name__)
-
-RUN_FOLDERS = ("checkpoints", "eval", "logs", "model", "tensorboard")
-"""Folders that a run makes in its `run_dir`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,36 +118,6 @@ def load_run_model(config: RunConfig) -> ModelInputs:
     load_filters(config.selection.filters)
     check_run_dir(config.run_dir)
     return model
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """Check that a folder can be written to, or made. Writes nothing.
-
-    Raises:
-        ConfigError: no permission, or a file has the place of the folder, of one above it or of one that a run makes.
-    """
-    expected = "a folder that a run can write to"
-    try:
-        above = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        for name in RUN_FOLDERS:
-            if (run_dir / name).exists() and not (run_dir / name).is_dir():
-                fix = f"remove or rename the file {run_dir / name}, or choose another run_dir"
-                raise ConfigError("run_dir", f"{run_dir} (with a file named {name})", expected, fix)
-    except OSError as error:
-        raise ConfigError("run_dir", f"{run_dir} ({error.strerror})", expected, fix_of(error, run_dir)) from error
-
-
-def make_run_dir(run_dir: Path) -> None:
-    """Raises `ConfigError` where it cannot be made."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found, expected = f"{run_dir} ({error.strerror})", "a folder that a run can write to"
-        raise ConfigError("run_dir", found, expected, fix_of(error, run_dir)) from error
 
 
 def load_model_inputs(config: RunConfig) -> ModelInputs:

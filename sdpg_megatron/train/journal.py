@@ -32,14 +32,10 @@ from sdpg_megatron.observe.writers import (
 )
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.settings import dump
+from sdpg_megatron.train.run_dir import CHANGES_FILE, EVAL_FOLDER
 from sdpg_megatron.train.selection import Selection
 
 logger = logging.getLogger(__name__)
-
-CHANGES_FILE = "changes.jsonl"
-"""Changes of the configuration, a line each, as in the manifest of a checkpoint."""
-EVAL_FOLDER = "eval"
-"""Each evaluation's results, a folder a step."""
 
 PromptFiles = Mapping[str, Sequence[Prompt]]
 ProblemFiles = Mapping[str, Sequence[Problem]]

@@ -28,10 +28,10 @@ from sdpg_megatron.observe.writers import METRICS_FILE, last_value
 from sdpg_megatron.process import streams
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
-from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
+from sdpg_megatron.train.export import export_weights
 from sdpg_megatron.train.final_report import describe_run
 from sdpg_megatron.train.held_out import HeldOut, evaluations_after
-from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model, make_run_dir
+from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.lessons import Lessons
@@ -40,6 +40,7 @@ from sdpg_megatron.train.peers import describe_contexts
 from sdpg_megatron.train.phases import Phases
 from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER, LOG_FOLDER, make_run_dir
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
 from sdpg_megatron.train.start import Start, find_start
@@ -102,7 +103,7 @@ def _claim(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
         stack.enter_context(RunLog(run_dir))
 
     on_main(ranks, claim)
-    streams.keep_going(run_dir / LOG_FILE if ranks.is_main else run_dir / "logs" / f"rank-{ranks.rank}.log")
+    streams.keep_going(run_dir / LOG_FILE if ranks.is_main else run_dir / LOG_FOLDER / f"rank-{ranks.rank}.log")
 
 
 class Trainer:

@@ -86,8 +86,8 @@ def check_unlocked(run_dir: Path) -> None:
         with (run_dir / LOCK_FILE).open("rb+", buffering=0) as file:
             if not _acquired(file):
                 raise _held(run_dir, file)
-    except OSError:
-        return  # no lock, or no folder
+    except FileNotFoundError:
+        return
 
 
 def _held(run_dir: Path, file: IO[bytes]) -> ConfigError:

@@ -14,7 +14,7 @@ from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.hf_files import fix_for_missing
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.settings import apply_override, load, parse
-from sdpg_megatron.train.export import EXPORT_FOLDER
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 
 from sdpg_megatron.checkpoint.state import RunState, complete_checkpoints, newest_checkpoint, step_of
 from sdpg_megatron.cli import main
+from sdpg_megatron.train.run_dir import FILES, FOLDERS
 from tests.e2e.runs import metrics, train, weights, write_run
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
@@ -49,6 +50,7 @@ def test_an_extended_run_is_one_that_was_longer_from_the_start(whole: Path, tmp_
     short = train(*arguments, "steps=2")
     assert short.returncode == 0, short.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert {path.name for path in run.iterdir()} <= {*FOLDERS, *FILES}
     refused = train(*arguments, "steps=2", "optimizer.lr=2e-3")
     assert refused.returncode == 2
     assert "optimizer.lr: found 0.002, expected 0.001" in refused.stderr and "raise steps, now 2" in refused.stderr
@@ -127,7 +129,9 @@ def test_a_branch_of_it_on_other_data_and_ranks_with_another_method(
     assert "change         step 4: rollout.group_size: 4 -> 2" in shown
 
 
-def test_a_dry_run_says_whether_a_run_can_go_on(whole: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_whether_a_run_can_go_on(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checked = train(*new_run(whole, whole), "steps=9", "--dry-run")
     assert checked.returncode == 0, checked.stderr
     assert "continuing after step 4\nchanged since the checkpoint: steps: 4 -> 9" in checked.stderr
@@ -137,5 +141,21 @@ def test_a_dry_run_says_whether_a_run_can_go_on(whole: Path, tmp_path: Path) -> 
     missing = train(*new_run(tmp_path, whole), "--dry-run", "--branch-from", f"{whole / 'run'}@3")
     assert missing.returncode == 2
     assert "expected one of its checkpoints: @2, @4" in missing.stderr
+    damaged = next(path for path in (whole / "run" / "checkpoints").glob("step_00000004/**/*.distcp"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        for arguments in (new_run(whole, whole), [*new_run(tmp_path, whole), "--branch-from", f"{whole / 'run'}@4"]):
+            broken = train(*arguments, "steps=9", "--dry-run")
+            assert broken.returncode == 2
+            assert f"{damaged.name}: found" in broken.stderr and "Fix: bring the file back" in broken.stderr
+        (whole / "run" / "summary.json").rename(tmp_path / "summary.json")  # the checkpoint is what is evaluated now
+        held_out = f"data.eval=[{whole / 'eval.jsonl'}]"
+        assert main(["eval", str(whole / "run"), held_out, "--dry-run", "--out", str(tmp_path / "out")]) == 2
+        assert f"{damaged.name}: found" in capsys.readouterr().err
+        (tmp_path / "summary.json").rename(whole / "run" / "summary.json")
+    finally:
+        damaged.write_bytes(content)
+    assert not (tmp_path / "out").exists()
     alone = train(*new_run(tmp_path, whole), "--new-reference")
     assert alone.returncode == 2 and "--branch-from beside it" in alone.stderr

@@ -63,7 +63,15 @@ def put_nan(folder: Path) -> None:
 
 def put_file(folder: Path) -> None:
     (folder / "run").mkdir()
-    (folder / "run" / "checkpoints").write_text("")
+    (folder / "run" / "rollouts").write_text("")
+
+
+def put_folder(folder: Path) -> None:
+    (folder / "run" / "metrics.jsonl").mkdir(parents=True)
+
+
+def put_lock(folder: Path) -> None:
+    (folder / "run" / LOCK_FILE).mkdir(parents=True)
 
 
 def nothing(folder: Path) -> None:
@@ -79,7 +87,9 @@ SGLANG = "rollout.engine=sglang"
         (cut_weights, [], "model.safetensors"),
         (lose_tensor, [], "model.layers.0.mlp.up_proj.weight"),
         (put_nan, [], "model.norm.weight"),
-        (put_file, [], "run_dir: found '.*with a file named checkpoints"),
+        (put_file, [], "run_dir: found '.*with a file named rollouts"),
+        (put_folder, [], "run_dir: found '.*with a folder named metrics.jsonl"),
+        (put_lock, [], "run_dir: found '.*with a folder named .lock"),
         (nothing, ["model.spec=transformer_engine"], "model.spec: found 'transformer_engine'"),
         (nothing, ["run_dir=/dev/null/run"], "run_dir: found '/dev/null/run"),
         (nothing, ["--ranks", "3", "parallel.tensor=2"], "--ranks: found 3, expected a multiple of 2"),

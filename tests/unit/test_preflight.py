@@ -11,7 +11,13 @@ import pytest
 from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.ranks import RankEnvironment
-from sdpg_megatron.rollout.sglang.preflight import check_devices, check_hosts, check_ports, check_servers
+from sdpg_megatron.rollout.sglang.preflight import (
+    check_colocated,
+    check_devices,
+    check_hosts,
+    check_ports,
+    check_servers,
+)
 from sdpg_megatron.settings import parse
 
 TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "data": {"train": ["x"]}}
@@ -53,6 +59,14 @@ def test_the_number_of_ranks_on_this_machine_has_to_be_known() -> None:
     unknown = RankEnvironment(rank=0, world_size=8, master_addr="x", master_port=1)
     with pytest.raises(ConfigError, match=r"first_gpu: found None.*LOCAL_WORLD_SIZE"):
         check_devices(SGLangConfig(), 8, unknown)
+
+
+def test_colocated_servers_on_gpus_need_another_type_of_weights() -> None:
+    served = config(colocated=True, sink="shared")
+    check_colocated(served, "cpu")
+    check_colocated(config(), "cuda")
+    with pytest.raises(ConfigError, match=r"^model\.dtype: found 'float32', expected bfloat16 where servers are coloc"):
+        check_colocated(served, "cuda")
 
 
 def test_ports_that_are_taken_and_hosts_that_are_elsewhere_are_named() -> None:

@@ -35,6 +35,17 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     check_interpreter(sglang.python or default_python())
 
 
+def check_colocated(config: RunConfig, kind: str) -> None:
+    """Check that the trainer can leave the memory of its GPUs to colocated servers. Raises `ConfigError`.
+
+    Args:
+        kind: "cuda" or "cpu", where the trainer runs.
+    """
+    if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
+        # The optimizer's parameters are then the model's own, which have to stay for the next publish.
+        raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")
+
+
 def check_hosts(sglang: SGLangConfig) -> None:
     """Resolve every host that the configuration names. Raises `ConfigError`."""
     urls = [("urls", url) for url in sglang.urls] + [("router", sglang.router or "")]
