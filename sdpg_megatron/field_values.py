@@ -29,7 +29,7 @@ _NOT_FINITE = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 _MAX_DIGITS = 400
 NULLS = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
+_VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +150,28 @@ def _list(value: Any, items: tuple[Any, ...]) -> Any:
 
 
 def _text(value: Any) -> Any:
+    if cut := _cut(value):
+        return cut
     if isinstance(value, str) and not _is_null(value):
         return str(value)
     found = plain_data(value)
     return Refused(found, "put it in quotes" if found is not None else "write it; the word null itself goes in quotes")
 
 
+def _cut(value: Any) -> Refused | None:
+    """Refuse text that YAML ends at a ``#`` which looks like a part of it."""
+    if not isinstance(value, Plain) or not value.after:
+        return None
+    fix = "put quotes around text that has a #; write a comment with a blank after the #"
+    return Refused(value + value.after, fix, f"text that YAML does not end before {value.after.strip()!r}")
+
+
 def read_path(value: Any) -> Any:
     """A path with `~` and environment variables expanded; `Refused` where that cannot be."""
     if isinstance(value, Path):
         return value
+    if cut := _cut(value):
+        return cut
     if not isinstance(value, str) or _is_null(value):
         return Refused(
             plain_data(value), "write one; null, and ~ alone, mean no value" if _is_null(value) else "quote it"
@@ -169,12 +181,34 @@ def read_path(value: Any) -> Any:
     if "\0" in value:
         return Refused(str(value), "remove the NUL character")
     if missing := [name for name in _variables(value) if name not in os.environ]:
-        fix = f"export {missing[0]}, or write the path out"
+        fix = f"export {missing[0]}, or write the path out, with $$ for a dollar sign"
         return Refused(str(value), fix, f"{missing[0]} in the environment")
-    try:
-        return Path(os.path.expandvars(value)).expanduser()
-    except RuntimeError:
-        return Refused(str(value), "write the path out", "a user whose home is known")
+    found = os.path.expanduser(value)
+    if value.startswith("~") and found == value:
+        return Refused(str(value), "write the path out, or ./~ for a name that begins so", "a user whose home is known")
+    return Path(_VARIABLE.sub(_variable, found))
+
+
+def _variable(match: re.Match[str]) -> str:
+    return "$" if match[1] == "$" else os.environ[match[1].strip("{}")]
+
+
+def escaped(config: BaseModel) -> dict[str, Any]:
+    """The plain data of a configuration, with paths written so that `typed` reads the same ones."""
+    tree = config.model_dump(mode="json")
+    for name, info in type(config).model_fields.items():
+        value, kind = getattr(config, name), without_none(info.annotation)
+        if isinstance(value, BaseModel):
+            tree[name] = escaped(value)
+        elif kind in (Path, ExpandedText) and value is not None:
+            tree[name] = _escaped_path(tree[name])
+        elif get_origin(kind) is tuple and get_args(kind)[0] in (Path, ExpandedText):
+            tree[name] = [_escaped_path(path) for path in tree[name]]
+    return tree
+
+
+def _escaped_path(path: str) -> str:
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
 def _as_text(value: Any) -> Any:
@@ -182,7 +216,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _variables(text: str) -> list[str]:
-    return [name.strip("{}") for name in _VARIABLE.findall(text)]
+    return [name.strip("{}") for name in _VARIABLE.findall(text) if name != "$"]
 
 
 def _number(value: Any, kind: type[int] | type[float]) -> Any:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
 from sdpg_megatron.config_errors import config_errors, section_at
 from sdpg_megatron.errors import ConfigError, fix_of
-from sdpg_megatron.field_values import NULLS, takes_text, typed
+from sdpg_megatron.field_values import NULLS, escaped, read_scalar, takes_text, typed
 from sdpg_megatron.methods import TEACHERLESS, UNDISTILLED
 from sdpg_megatron.server_settings import server_faults
 from sdpg_megatron.yaml_reader import Plain, read_value, read_yaml
@@ -104,7 +104,19 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(escaped(config), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `read_scalar` would not read as text."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    plain = isinstance(read_scalar(text), str)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,9 +186,21 @@ def _check_objective(objective: ObjectiveConfig) -> Iterator[ConfigError]:
     if objective.name != "opsd" and objective.distill_loss != "divergence":
         expected = f"divergence with {objective.name}"
         yield ConfigError("objective.distill_loss", objective.distill_loss, expected, "use opsd, or remove it")
+    if objective.distill_loss == "clipped_ratio":
+        yield from _check_clipped_ratio(objective)
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
         expected = "sampled_token with rlsd, which reads no other token"
         yield ConfigError("objective.divergence", objective.divergence, expected, "remove it")
+
+
+def _check_clipped_ratio(objective: ObjectiveConfig) -> Iterator[ConfigError]:
+    """Refuse other values than the method's defaults in fields of the divergence, which is not computed."""
+    default = ObjectiveConfig(name=objective.name)
+    for name in ("divergence", "jsd_beta", "top_k", "divergence_clip", "ratio_weighted_regularizers"):
+        found, unset = getattr(objective, name), getattr(default, name)
+        if found != unset:
+            expected = f"{'null' if unset is None else unset} with objective.distill_loss clipped_ratio"
+            yield ConfigError(f"objective.{name}", found, expected, "remove it: only the divergence reads it")
 
 
 def _check_contrast(config: RunConfig) -> Iterator[ConfigError]:

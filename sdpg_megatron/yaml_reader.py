@@ -6,6 +6,7 @@ scalar the type of its field instead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,21 @@ from sdpg_megatron.errors import ConfigError
 MAX_VALUES = 100_000
 """Bound on the values of a file. Aliases that refer to aliases grow exponentially."""
 _PREFIX = "tag:yaml.org,2002:"
+_NAME_AFTER = re.compile(r"[ \t]+#[^\s#!][^\n]*")
 _QUOTE = "quote text that holds one of : # [ ] { } & * ! | > % @ `, and indent with spaces"
 
 
 class Plain(str):
     """An unquoted YAML scalar: text whose type depends on the field."""
 
-    __slots__ = ()
+    __slots__ = ("after",)
+    after: str
+    """What follows on its line where that may have been meant as a part of it: a ``#`` and a word without a blank."""
+
+    def __new__(cls, text: str, after: str = "") -> Plain:
+        found = super().__new__(cls, text)
+        found.after = after
+        return found
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,7 +114,7 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
             return [self.value(item) for item in node.value]
         if isinstance(node, yaml.ScalarNode) and kind in ("str", "int", "float", "bool", "null"):
-            return Plain(node.value) if node.style is None else str(node.value)
+            return Plain(node.value, _after(node.end_mark)) if node.style is None else str(node.value)
         self._add(node, f"the tag {node.tag}", "a plain value", "remove the tag")
         return None
 
@@ -146,6 +155,11 @@ class _Reader:
 
     def _where(self, node: yaml.Node) -> str:
         return f"{self._source}:{node.start_mark.line + 1}"
+
+
+def _after(end: yaml.Mark) -> str:
+    match = _NAME_AFTER.match(end.buffer, end.pointer) if end.buffer is not None else None
+    return match[0].rstrip() if match else ""
 
 
 def _parts(node: yaml.Node) -> Iterator[yaml.Node]:

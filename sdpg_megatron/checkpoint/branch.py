@@ -115,7 +115,9 @@ def check_reference(state: RunState, point: BranchPoint, model: str) -> None:
 
 
 def of_other_run(damage: CheckpointError, path: Path) -> CheckpointError:
-    """An error about the checkpoint that a branch starts from, with what to branch from instead."""
+    """An error about the checkpoint that a branch starts from, with what to branch from instead; see `with_way_out`."""
+    if "Fix: " in str(damage):
+        return damage
     others = [f"@{step_of(other)}" for other in complete_checkpoints(path.parent) if other != path]
     choice = f"branch from another of its checkpoints ({', '.join(others)})" if others else "branch from another run"
     return CheckpointError(f"{damage}. Fix: bring the file back, or {choice}")

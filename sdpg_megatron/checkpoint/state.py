@@ -171,7 +171,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, RunState] | None:
 
 
 def with_way_out(damage: CheckpointError, path: Path) -> CheckpointError:
-    """An error about a checkpoint, with what a run can continue from instead."""
+    """An error about a checkpoint, with what a run can continue from instead; as it is where it says what to do."""
+    if "Fix: " in str(damage):
+        return damage
     older = [other for other in complete_checkpoints(path.parent) if step_of(other) < step_of(path)]
     then = f"continues from {older[-1].name}" if older else "starts the run again: there is no older one"
     return CheckpointError(f"{damage}. Fix: bring the file back, or remove {path}: the same command then {then}")

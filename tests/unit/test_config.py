@@ -231,6 +231,11 @@ def test_the_clipped_ratio_distils_in_opsd_alone(minimal: Path, name: str) -> No
         load(minimal, [f"objective.name={name}", "objective.distill_loss=clipped_ratio"])
     opsd = ["objective.name=opsd", "objective.distill_loss=clipped_ratio"]
     assert load(minimal, opsd).objective.distill_loss == "clipped_ratio"
+    for field, value in (("top_k", "5"), ("divergence_clip", "0.1"), ("divergence", "reverse_kl")):
+        with pytest.raises(
+            ConfigError, match=rf"^objective\.{field}: found .*{value}.*with objective\.distill_loss clip"
+        ):
+            load(minimal, [*opsd, f"objective.{field}={value}"])
     with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with objective\.distill_loss"):
         load(minimal, [*opsd, "objective.contrast=0.5"])
 

@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from sdpg_megatron.config import MAX_SECONDS, RunConfig
@@ -17,6 +19,7 @@ from sdpg_megatron.config_names import FIELD_OF
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.field_values import without_none
 from sdpg_megatron.settings import dump, load, parse
+from sdpg_megatron.yaml_reader import read_yaml
 
 TREE: dict[str, Any] = {"run_dir": "runs/x", "steps": 100, "model": {"path": "model"}, "data": {"train": ["a.jsonl"]}}
 Written = Callable[[Path, str, str], RunConfig]
@@ -325,6 +328,33 @@ def test_keys_of_another_framework_are_explained_one_by_one() -> None:
     assert "actor_rollout_ref.rollout.n: found 'n', expected a known key. Fix: use rollout.group_size" in message
     assert "actor_rollout_ref.actor.optim.lr: found 'lr'" in message and "'optimizer.lr'" in message
     assert "trainer.total_epochs: found 'total_epochs', expected a known key. Fix: set steps" in message
+
+
+@given(
+    st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(str.strip),
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(SURPRISES), st.floats(allow_nan=False)
+    ),
+)
+def test_a_dumped_configuration_is_read_back_the_same(path: str, value: Any) -> None:
+    config = parse({**TREE, "data": {"train": [Path(path)], "template_options": {"x": value}}})
+    for found in (Path(path), Path("~none/$HOME"), Path("$$x")):
+        moved = config.model_copy(update={"run_dir": found})
+        assert parse(read_yaml(dump(moved), "x")) == moved
+
+
+@pytest.mark.parametrize(
+    ("text", "path"), [("a$$b", "a$b"), ("./~a", "~a"), ("$$HOME", "$HOME"), ("a#b", "a#b"), ("a # b", "a")]
+)
+def test_paths_can_have_every_character(tmp_path: Path, text: str, path: str) -> None:
+    assert in_file(tmp_path, "run_dir", text).run_dir == Path(path)
+
+
+@pytest.mark.parametrize("field", ["run_dir", "data.context_template", "rollout.sglang.python"])
+def test_a_name_that_yaml_would_cut_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field}: found 'a #2', .*Fix: put quotes around text that has a #"):
+        in_file(tmp_path, field, "a #2")
+    assert in_file(tmp_path, "steps", "70 #2").steps == 70
 
 
 def test_every_counterpart_is_a_field() -> None:

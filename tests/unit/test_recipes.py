@@ -306,7 +306,7 @@ def test_a_method_that_a_recipe_does_not_have_is_refused(sandbox: Sandbox) -> No
 
 
 def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: Sandbox) -> None:
-    from sdpg_megatron.train.evaluator import _for_evaluation
+    from sdpg_megatron.train.evaluator import for_evaluation
     from sdpg_megatron.train.subject import find_subject
 
     machines = {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
@@ -323,7 +323,7 @@ def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: S
     (run_dir / "config.yaml").write_text(dump(load(sandbox.root / config, [*changes, lost])))
     assert evaluate[3] == "eval"
     subject = find_subject(run_dir, 0, [argument for argument in evaluate if "=" in argument])
-    served = _for_evaluation(subject.config, run_dir, run_dir).rollout.sglang
+    served = for_evaluation(subject.config, run_dir, run_dir).rollout.sglang
     assert not served.urls and served.first_gpu == 0
     assert (served.servers, served.tensor) == (2, 2), "on machine 0"
 
