@@ -50,6 +50,7 @@ CONFIG = ROOT / "examples" / "smollm2" / "addition.yaml"
 SERVER_ARGUMENTS = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.3")
 SETTINGS = {
     "data.eval": [],
+    "eval.every": 0,
     "rollout.engine": "sglang",
     "objective.correction": "truncate",
     "optimizer.lr": 1e-30,

@@ -67,18 +67,19 @@ from tools.make_addition import split, write
 from tools.prepare_smollm2 import FOLDER, default_cache
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "smollm2" / "addition.yaml"
+STEPS = 1000
 SETTINGS = {
-    "steps": 1000,
+    "steps": STEPS,
     "reward.verifier": "benchmarks.step_data:coin",
     "rollout.mismatch_limit": None,  # given responses have log-probs that no model gave them
     "objective.alpha": 1e-3,
-    "objective.beta_warmup_steps": 1,  # beta is 0 in step 0, and constant from then on
-    "objective.beta_decay_steps": 0,
+    "objective.beta_warmup_steps": 0,
+    "objective.beta_decay_steps": 1,  # beta is constant, and 0 in the last step
     "optimizer.lr": 1e-12,
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
 }
-UNTAUGHT, TAUGHT, MEASURED = 0, 1, 10
+UNTAUGHT, TAUGHT, MEASURED = STEPS - 1, 1, 10
 """Steps: beta is 0; it is not; and the pulls of the loss's parts are measured, too."""
 MORE = ("sdpg_measured_over_beta0", "packed_over_unsorted")
 """Ratios that the meta file has."""
@@ -218,6 +219,7 @@ def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunCo
         "model.path": options.model,
         "data.train": [folder / "train.jsonl"],
         "data.eval": [],
+        "eval.every": 0,
         "rollout.prompts_per_step": options.prompts,
         **changes,
     }

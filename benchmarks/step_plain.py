@@ -95,7 +95,6 @@ class PlainLoop:
                 attention_mask=torch.tensor(inputs["attention_mask"], device=self.device),
                 do_sample=True,
                 temperature=rollout.temperature,
-                top_p=rollout.top_p,
                 top_k=0,
                 max_new_tokens=rollout.max_response_tokens,
                 num_return_sequences=rollout.group_size,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start, or continue, a training run on one machine or on many. On each of them:
 #
-#   bash scripts/launch.sh CONFIG [key=value ...]
+#   bash scripts/launch.sh CONFIG [key=value ...] [--branch-from RUN[@STEP]]
 #
 #   RANKS_PER_NODE=8 bash scripts/launch.sh my.yaml parallel.tensor=4                          one machine
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 RANKS_PER_NODE=8 bash scripts/launch.sh my.yaml    the first of two

@@ -5,6 +5,9 @@
 #   bash scripts/test.sh --sglang                 those, with an SGLang for CPUs (scripts/install_sglang_cpu.sh)
 #   bash scripts/test.sh tests/unit -k config     some of them
 #   SDPG_PYTHON=python3.12 bash scripts/test.sh   the same in .venv-312, with the newest megatron-core of Python 3.12
+#   SDPG_CONSTRAINTS=scripts/constraints-lowest.txt bash scripts/test.sh
+#                                                 the same with the lowest versions that pyproject.toml allows: once
+#                                                 before a release, with Python 3.11
 #
 # With SDPG_SGLANG_PYTHON set to an interpreter that has sglang, --sglang uses that one and installs none.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

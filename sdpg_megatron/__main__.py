@@ -1,8 +1,18 @@
-"""``python -m sdpg_megatron``: the same as the ``sdpg-megatron`` command."""
+"""``python -m sdpg_megatron``, and the ``sdpg-megatron`` command."""
 
 import sys
+from collections.abc import Sequence
 
-from sdpg_megatron.cli import main
+from sdpg_megatron.process.signals import exit_at_once
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """`cli.main`, with Ctrl-C handled while it is imported."""
+    exit_at_once()
+    from sdpg_megatron.cli import main
+
+    return main(arguments)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -6,7 +6,6 @@ Whatever the Megatron model would compute differently from the Hugging Face one 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from sdpg_megatron.config import ModelConfig, ParallelConfig, RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.hf_files import read_config
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
@@ -39,6 +39,16 @@ _FIXED: Mapping[str, Any] = {
     "num_shared_experts": 0,
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
+    # Scales, soft-caps and biases of other families. transformers' classes of the supported ones ignore them; servers
+    # may not.
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier"), 1
+    ),
+    **dict.fromkeys(("embedding_multiplier", "embedding_scale", "scale_emb", "residual_multiplier"), 1),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "output_logit_soft_cap"), None),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth", "dim_model_base"), None),
+    **dict.fromkeys(("clip_qkv", "logit_bias"), None),
+    "lm_head_bias": False,
 }
 """Keys with the only value that is supported; a key that is absent or null has it."""
 
@@ -47,7 +57,7 @@ FUSION_KERNELS = "fused_weight_gradient_mlp_cuda"
 """apex's extension; without it Megatron's output layer refuses to fuse, also where the other layers are Transformer
 Engine's."""
 
-_LLAMA3: Mapping[str, float] = {
+LLAMA3_ROPE: Mapping[str, float] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -111,7 +121,7 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         ConfigError: the file cannot be read, lacks a dimension, or asks for something that is not supported.
     """
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     _check_values(config)
     family = _family(config)
     for key, supported in _FIXED.items():
@@ -225,7 +235,11 @@ def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool 
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:
-    """Check that the longest prompt and response fit the positions that the model has. Raises `ConfigError`."""
+    """Check that prompts, responses and top tokens fit the model's positions and vocabulary. Raises `ConfigError`."""
+    top_k = config.objective.top_k
+    if top_k is not None and top_k > arch.vocab_size:
+        expected = f"at most the model's {arch.vocab_size} tokens"
+        raise ConfigError("objective.top_k", top_k, expected, "lower it, or set it to null for the whole vocabulary")
     response = max(config.rollout.max_response_tokens, config.eval.max_response_tokens or 0)
     longest = config.data.max_prompt_tokens + response
     if longest > arch.max_positions:
@@ -242,20 +256,6 @@ def check_lengths(arch: Architecture, config: RunConfig) -> None:
             f"at most the model's {arch.max_positions} positions",
             "lower data.max_peer_tokens or rollout.max_response_tokens",
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            "model.path", str(path), "a Hugging Face folder with a config.json", error.strerror or "check the path"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", "download the file again") from error
-    if not isinstance(config, dict):
-        raise ConfigError("model.path", f"{path}: a {type(config).__name__}", "a JSON object", "check the file")
-    return config
 
 
 _MOST_LAYERS = 10_000
@@ -341,7 +341,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> float | None:
         return None
     if kind != "llama3":
         raise _unsupported("rope_type", kind, "'default' or 'llama3'")
-    for key, built_in in _LLAMA3.items():
+    for key, built_in in LLAMA3_ROPE.items():
         if rope.get(key) != built_in:
             raise _unsupported(key, rope.get(key), f"{built_in}, as megatron-core computes it")
     if not isinstance(rope.get("factor"), int | float):

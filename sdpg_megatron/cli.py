@@ -12,19 +12,20 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import ConfigError, SdpgError
+from sdpg_megatron.errors import ConfigError, OutputError, SdpgError
+from sdpg_megatron.process import streams
+from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.signals import INTERRUPTED, STOPPED, interruptible
 from sdpg_megatron.settings import dump, load
 
-STOPPED = os.EX_TEMPFAIL
-"""Exit code, 75, of a run that was asked to stop, has saved its state and can continue: what sysexits calls a temporary
-failure, to be tried again, and what no death by a signal looks like."""
-KILLED = 128 + signal.SIGINT
-"""Exit code of one that had no time to save."""
+if TYPE_CHECKING:
+    from sdpg_megatron.checkpoint.branch import BranchRequest
 
 EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed",
@@ -40,24 +41,39 @@ VERIFY_TEXT = "The largest planet of the solar system is Jupiter. 17 + 25 = 42."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 an error that is explained, 75 stopped with its state
-    saved, 130 stopped at once. A training run that hangs ends with 70, see `sdpg_megatron.train.watchdog`."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 2 an error that is explained, 75 stopped with its state saved, 130 stopped at once by
+        Ctrl-C, 141 where the reader of standard output has ended. A training run that hangs ends with 70, see
+        `sdpg_megatron.train.watchdog`.
+    """
+    with streams.guarded():
+        try:
+            try:
+                return _run(arguments)
+            finally:
+                sys.stdout.flush()
+        except SdpgError as error:
+            if isinstance(error, OutputError) and error.reader_ended:
+                return 128 + signal.SIGPIPE
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped\n")
+            return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
     if unknown := [argument for argument in more if argument.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
-        return command(options, [*options.overrides, *more])
-    except SdpgError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 2
-    except KeyboardInterrupt:  # before the first step, or a second time
-        sys.stderr.write("stopped; the same command continues from what is saved\n")
-        return KILLED
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    command: Callable[[argparse.Namespace, Sequence[str]], int] = options.command
+    return command(options, [*options.overrides, *more])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
     _add_configuration(train, "e.g. objective.beta=0.01 parallel.tensor=2")
+    train.add_argument(
+        "--ranks", type=int, metavar="N", help="that --dry-run checks for (default: $WORLD_SIZE, or the fewest)"
+    )
+    train.add_argument(
+        "--branch-from",
+        metavar="RUN[@STEP]",
+        help="start run_dir from a checkpoint of another run (default: its newest), with its optimizer and reference",
+    )
+    train.add_argument(
+        "--new-reference", action="store_true", help="of a branch: the reference is the model at model.path instead"
+    )
     train.set_defaults(command=_train)
     evaluate = commands.add_parser(
         "eval",
@@ -152,40 +179,61 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
 
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
-    command.add_argument("--dry-run", action="store_true", help="check everything and print the resolved configuration")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, write nothing, print the configuration"
+    )
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    environment = RankEnvironment.read()
     config = load(options.config, overrides)
     from sdpg_megatron.train.presence import end_with_launcher
 
     end_with_launcher()
+    branch_from = _branch_request(options)
     if options.dry_run:
-        from sdpg_megatron.train.inputs import load_inputs  # torch takes seconds to import, Megatron more
-
-        load_inputs(config)
-        sys.stdout.write(dump(config))
-        _walk(config)
-        return 0
+        return _dry_run(config, branch_from, options.ranks)
+    if options.ranks is not None:
+        raise ConfigError("--ranks", options.ranks, "none without --dry-run", "the launcher says how many ranks start")
+    streams.keep_going()
     from sdpg_megatron.train.loop import Outcome, done_message, train
 
-    outcome = train(config)
-    if outcome is Outcome.ALREADY_DONE and os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(done_message(config.run_dir) + "\n")
+    outcome = train(config, branch_from)
+    if outcome is Outcome.ALREADY_DONE and environment.is_main:
+        sys.stdout.write(done_message(config) + "\n")
     return STOPPED if outcome is Outcome.INTERRUPTED else 0
 
 
-def _walk(config: RunConfig) -> None:
-    """Build the model without memory, and say what each stage holds and hands on; the first rank alone."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    from sdpg_megatron.mcore.shapes import walk
-    from sdpg_megatron.plan.shards import Grid
+def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
+    if options.branch_from is None:
+        if options.new_reference:
+            raise ConfigError("--new-reference", True, "--branch-from beside it", "add --branch-from RUN[@STEP]")
+        return None
+    from sdpg_megatron.checkpoint.branch import BranchRequest
 
-    world = os.environ.get("WORLD_SIZE")
-    grid = Grid.of(config.parallel, int(world) if world else None)
-    for stage in walk(config, grid.world):
-        sys.stderr.write(f"{stage}\n")
+    return BranchRequest.parse(options.branch_from, new_reference=options.new_reference)
+
+
+def _dry_run(config: RunConfig, branch_from: BranchRequest | None, ranks: int | None) -> int:
+    environment = RankEnvironment.read()
+    from sdpg_megatron.plan.shards import Grid
+    from sdpg_megatron.train.dry_run import check_run  # torch takes seconds to import, Megatron more
+    from sdpg_megatron.train.inputs import load_inputs
+
+    if ranks is None and "WORLD_SIZE" in os.environ:
+        ranks = environment.world_size
+    world = Grid.of(config.parallel, ranks).world
+    _show_checks(config, check_run(config, load_inputs(config), branch_from, world, environment), environment)
+    return 0
+
+
+def _show_checks(config: RunConfig, lines: Iterable[str], environment: RankEnvironment) -> None:
+    """Print the lines of checks as they pass to standard error, then the configuration to standard output."""
+    for line in lines:
+        if environment.is_main:
+            sys.stderr.write(f"{line}\n")
+    if environment.is_main:
+        sys.stdout.write(dump(config))
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -194,15 +242,20 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.train.inputs import load_model_inputs
     from sdpg_megatron.train.subject import find_subject
 
+    environment = RankEnvironment.read()
     subject = find_subject(options.target, options.step, overrides)
     inputs = load_model_inputs(subject.config)
     files = load_prompts(subject.config, inputs)
     if options.dry_run:
-        sys.stdout.write(dump(subject.config))
+        from sdpg_megatron.train.dry_run import check_evaluation
+
+        _show_checks(subject.config, check_evaluation(subject, inputs, files, options.out, environment), environment)
         return 0
-    scores = evaluate_subject(subject, inputs, files, options.out)
+    with interruptible():
+        scores = evaluate_subject(subject, inputs, files, options.out)
     if scores is not None:
         show(subject.name, scores_table(scores), sys.stdout)
+        sys.stdout.write(f"{options.out}: each problem with its responses, *.jsonl; all numbers, summary.json\n")
     return 0
 
 
@@ -221,15 +274,16 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
     from sdpg_megatron.convert.command import convert
 
     _refuse(more)
-    convert(
-        options.source,
-        options.target,
-        to=options.to,
-        like=options.like,
-        dtype=options.dtype,
-        shard_bytes=_bytes_of(options.shard_gb),
-        text=options.verify,
-    )
+    with interruptible():
+        convert(
+            options.source,
+            options.target,
+            to=options.to,
+            like=options.like,
+            dtype=options.dtype,
+            shard_bytes=_bytes_of(options.shard_gb),
+            text=options.verify,
+        )
     return 0
 
 

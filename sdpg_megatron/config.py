@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdpg_megatron.field_values import ExpandedText
 from sdpg_megatron.methods import Method, dapo_sections, defaults
+
+MAX_SECONDS = 2_000_000.0
+"""Bound on a time, 23 days: poll(2) takes milliseconds in 32 bits."""
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
+    """A part of the configuration: immutable; unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -63,8 +70,10 @@ class ParallelConfig(Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens come to the ranks of their experts: each to those alone, or all to all of them and only the results
     summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
-    timeout: float = Field(4 * 3600.0, gt=0)
+    timeout: float = Field(4 * 3600.0, gt=0, le=MAX_SECONDS)
     """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
+    rendezvous_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
+    """Seconds until all ranks have joined the run, each after it has read the model's description."""
 
     @property
     def expert_tensor_size(self) -> int:
@@ -95,19 +104,21 @@ class GymConfig(Section):
 
 class DataConfig(Section):
     train: tuple[Path, ...] = ()
-    """JSONL or Parquet files of prompts."""
+    """Files of prompts, or glob patterns: JSONL, JSON, CSV (each also gzipped) or Parquet."""
     eval: tuple[Path, ...] = ()
     """Held-out prompts; empty for no evaluation."""
     reasoning_gym: GymConfig = GymConfig()
     question_key: str = "question"
-    """Column of the question. The public SDPG format (a `prompt` list of chat messages whose content carries
-    [TEACHER_CONTEXT_TOKEN]) is recognised by itself."""
+    """Column of the question, text or a list of chat messages. Where a row has none, the list in its column `prompt`,
+    `messages` or `conversations`. The public SDPG format ([TEACHER_CONTEXT_TOKEN] in the content of a `prompt` list) is
+    recognised by itself."""
     answer_key: str = "answer"
-    """Column of the verifier's answer."""
+    """Column of the verifier's answer: text, a number, or a dict or list for a verifier of your own."""
     context_key: str = "context"
-    """Column of the privileged context. Where a row has none, the answer stands in for it."""
+    """Column of the privileged context. Where a row has none: the assistant's message that ends its chat, else the
+    answer."""
     context_template: str = "answer"
-    """How the teacher's prompt carries the context: "answer", "solution", "feedback", or a template of your own with
+    """How the teacher's prompt carries the context: "answer", "verify", "solution", "feedback", or a template with
     {question}, {context} and, if wanted, {answer}."""
     context_of: Literal["own", "other"] = "own"
     """Whose context and answer the teacher is given: the problem's own or, as a control, those of another problem with
@@ -126,6 +137,9 @@ class DataConfig(Section):
     """Longest student or teacher prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What happens to training rows with the question, answer and context of an earlier row: left out and counted, or
+    kept. An evaluation takes a problem once either way."""
     shuffle: bool = True
     """Shuffle every epoch, seeded by `seed`."""
 
@@ -135,10 +149,13 @@ class RewardConfig(Section):
     """How a response is scored: "number" (its last number equals the answer), "math" (its last boxed answer, by
     math-verify), "answer" (its last line "Answer: value"), "exact" (all of it), "reasoning_gym" (the task's own
     scorer), or "module:function" of your own. docs/data.md says what each accepts."""
-    timeout: float = Field(10.0, gt=0)
+    timeout: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
     failure_reward: float = 0.0
-    workers: int = Field(1, ge=1)
+    failure_limit: float | None = Field(0.5, gt=0, le=1)
+    """Largest share of a step's or an evaluation's verifier calls that may fail; beyond, or where all fail, the run
+    ends. Null for no limit."""
+    workers: int = Field(1, ge=1, le=1024)
     """Processes that run verifiers."""
     clip: tuple[float, float] | None = None
     """Bounds of a verifier's reward in the advantages, for example [0, 1]; null for none."""
@@ -152,11 +169,12 @@ class SGLangConfig(Section):
     """Servers of `rollout.engine` sglang: started by the run's first rank, or running already at `urls`."""
 
     urls: tuple[str, ...] = ()
-    """Servers to use, for example http://10.0.0.2:30000; empty to start `servers` of them beside the first rank."""
+    """Servers to use, each by scheme, host and port, such as http://10.0.0.2:30000; empty to start `servers` of them
+    beside the first rank."""
     router: str | None = None
     """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
     have the run's servers and no others; weights go to the servers themselves."""
-    servers: int = Field(1, ge=1)
+    servers: int = Field(1, ge=1, le=1024)
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks of each server that is started."""
     data: int = Field(1, ge=1)
@@ -166,29 +184,30 @@ class SGLangConfig(Section):
     machine, or for 0 where `colocated`."""
     host: str = "127.0.0.1"
     """Address that started servers listen on; other machines can reach them only where it is one of theirs."""
-    ports: tuple[int, ...] = ()
+    ports: tuple[Port, ...] = ()
     """One for each started server; empty for free ones."""
-    python: str | None = None
+    python: ExpandedText | None = None
     """Interpreter that has sglang; null for this one, or for $SDPG_SGLANG_PYTHON where that is set."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Null for `model.dtype`."""
     mem_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the device's memory for weights and keys and values; null for SGLang's choice."""
     arguments: tuple[str, ...] = ()
-    """More arguments of sglang.launch_server, as on its command line."""
+    """More arguments of sglang.launch_server, as on its command line. Refused are those that another field sets, and
+    those that change the sampling."""
     api_key_variable: str | None = None
     """Environment variable that holds the servers' API key; the key itself is never written anywhere."""
     admin_key_variable: str | None = None
     """Likewise, for the calls that change a server."""
-    start_timeout: float = Field(600.0, gt=0)
+    start_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
     """Seconds until a started server answers; until a lost one is back."""
-    request_timeout: float = Field(3600.0, gt=0)
+    request_timeout: float = Field(3600.0, gt=0, le=MAX_SECONDS)
     """Seconds for one group of responses."""
-    update_timeout: float = Field(600.0, gt=0)
+    update_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
     """Seconds for one bucket of weights."""
-    health_interval: float = Field(10.0, gt=0)
+    health_interval: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds between looks at a server's health."""
-    health_timeout: float = Field(30.0, gt=0)
+    health_timeout: float = Field(30.0, gt=0, le=MAX_SECONDS)
     """Seconds that an answer to such a look may take."""
     health_misses: int = Field(3, ge=1)
     """Looks in a row without an answer after which a server counts as lost: its requests go elsewhere, and it is
@@ -202,7 +221,7 @@ class SGLangConfig(Section):
     sink: Literal["broadcast", "shared", "disk"] = "broadcast"
     """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
     shared with servers on the same machine; or a folder that the servers can read."""
-    bucket_mib: int = Field(256, ge=1)
+    bucket_mib: int = Field(256, ge=1, le=1_048_576)
     """Bound of one piece of the weight stream; two of them are held at a time."""
     address: str | None = None
     """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
@@ -220,13 +239,14 @@ class RolloutConfig(Section):
     engine: Literal["hf", "sglang"] = "hf"
     """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank; "sglang" uses servers."""
     sglang: SGLangConfig = SGLangConfig()
-    prompts_per_step: int = Field(128, ge=1)
-    group_size: int = Field(8, ge=2)
+    prompts_per_step: int = Field(128, ge=1, le=1_000_000)
+    group_size: int = Field(8, ge=2, le=65_536)
     """Responses per prompt; advantages compare them, so one is not a group."""
     max_response_tokens: int = Field(4096, ge=1)
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; the student's and the teacher's logits are divided by it in training too."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = 1.0
+    """Only 1: training needs samples of the model's own distribution, untruncated. Evaluations have `eval.top_p`."""
     ahead: int = Field(0, ge=0, le=1)
     """Steps that generation is ahead of training at most. 1 generates a step's responses while the step before it is
     learnt from, with weights that are one step older; needs `objective.correction`."""
@@ -247,11 +267,14 @@ class SelectionConfig(Section):
     """Leave out groups whose rewards are all equal, which teach nothing: DAPO's dynamic sampling."""
     filters: tuple[str, ...] = ()
     """Functions of your own, "module:function", called with a `ScoredGroup`: True keeps it, False leaves it out."""
-    max_rounds: int = Field(10, ge=1)
+    max_rounds: int = Field(10, ge=1, le=1_000_000)
     """Times that a step asks for prompts; then it goes on with the groups that it has. 1 replaces nothing."""
-    oversample: float = Field(1.0, ge=1)
+    oversample: float = Field(1.0, ge=1, le=1000)
     """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
     out, too."""
+
+
+Deviation = Literal["population", "sample", "none"]
 
 
 class ObjectiveConfig(Section):
@@ -259,19 +282,25 @@ class ObjectiveConfig(Section):
 
     name: Method = "sdpg"
     """Training method; docs/methods.md has them all."""
-    policy: Literal["ratio", "reinforce"] = "ratio"
-    """Outcome term: clipped importance ratio, or advantage-weighted log-prob. Equal gradients with one mini-batch."""
+    advantage_deviation: Deviation = "population"
+    """Divides a group's rewards less their mean: the standard deviation with the divisor G, with G - 1, or nothing."""
+    policy: Literal["ratio", "reinforce", "clipped_reinforce"] = "ratio"
+    """Outcome term: clipped importance ratio; advantage-weighted log-prob; or log-prob weighted by the clipped ratio's
+    loss, which leaves clipped tokens a gradient (the paper's appendix A.3). Equal gradients with one mini-batch."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = Field(10.0, gt=1)
     """Bound c of the ratio where the advantage is negative; null for none."""
+    distill_loss: Literal["divergence", "clipped_ratio"] = "divergence"
+    """Distillation term: the divergence; or, for opsd, PPO's clipped ratio with the token advantage
+    max(log q - log p_old, 0), as in the public SDPG code's opsd."""
     beta: float = Field(1e-3, ge=0)
     """Weight of the distillation term; 0 for methods that have none."""
     beta_warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
+    """Optimizer steps over which beta rises from 0; null for the paper's 50 of 400, scaled to the run; 0 for none."""
     beta_decay_steps: int | None = Field(None, ge=0)
-    """Last steps over which beta falls to 0; null for the paper's 350 of 400, scaled to the run; 0 for none."""
+    """Last optimizer steps, over which beta falls to 0; null for the paper's 350 of 400, scaled so; 0 for none."""
     gate: bool = True
     """Distil only responses with a positive advantage."""
     distill_average: Literal["all", "gated"] = "all"
@@ -280,7 +309,7 @@ class ObjectiveConfig(Section):
     """Of the student from the teacher, exact over the vocabulary; or log p - log q of the sampled token alone."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in jsd's mixture: beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta) p + beta q."""
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
     """Tell apart the student's top k tokens alone, all others being one outcome; null for the whole vocabulary."""
     divergence_clip: float | None = Field(None, gt=0)
     """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
@@ -295,6 +324,9 @@ class ObjectiveConfig(Section):
     first successful one that is not the response at hand. Where there is none, nothing is distilled."""
     peer_reward: float = 1.0
     """Least reward of a response that is successful."""
+    strip_peer_thinking: bool = False
+    """Remove <think>...</think> from a successful response before the teacher reads it (sdpo's default). Models that
+    treat these tags as special tokens leave none in the text."""
     teacher: Literal["current", "rollout", "every", "initial", "ema"] = "current"
     """Whose weights read the privileged context: the student's at each mini-batch; the student's before a rollout's
     first update; those at every `teacher_every`-th rollout step; those that the run started from; or their exponential
@@ -307,11 +339,14 @@ class ObjectiveConfig(Section):
     teacher_temperature: float | None = Field(None, gt=0)
     """Divides the teacher's logits; null for the rollout's temperature, as the student's."""
     credit: float = Field(0.5, ge=0, le=1)
-    """rlsd: share lambda of a token's advantage that the teacher scales, at the first optimizer step."""
+    """rlsd: share lambda of a token's advantage that the teacher scales, before its decay."""
     credit_decay_steps: int = Field(50, ge=0)
     """Optimizer steps over which that share falls to 0; 0 to keep it."""
     credit_clip: float = Field(0.2, gt=0, lt=1)
     """The teacher's scale is clipped to [1 - credit_clip, 1 + credit_clip]."""
+    credit_ratio: Literal["current", "rollout"] = "current"
+    """rlsd: when that scale, q / p of the sampled token, is computed. "rollout": once per rollout, by the teacher's and
+    the student's weights before its first update (rlsd's default); "current": at each mini-batch."""
     alpha: float = Field(1e-3, ge=0)
     """Weight of the reference term."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
@@ -354,17 +389,17 @@ class HeadConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    lr: float = Field(1e-6, gt=0, le=1e3)
+    min_lr: float = Field(0.0, ge=0, le=1e3)
     warmup_steps: int = Field(10, ge=0)
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; "linear" and "cosine" reach `min_lr` when the run ends."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, ge=0)
+    eps: float = Field(1e-8, gt=0, le=1e3)
+    weight_decay: float = Field(0.1, ge=0, le=1e3)
+    clip_grad: float = Field(1.0, ge=0, le=1e30)
     """Global gradient-norm bound; 0 for none."""
     skip_limit: int = Field(5, ge=1)
     """An optimizer step whose loss or gradient is not finite is skipped; so many in a row end the run. 1 ends it at the
@@ -390,7 +425,7 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     every: int = Field(0, ge=0)
     """Evaluate every so many steps; 0 for before and after training only."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(4, ge=1, le=65_536)
     """Sampled responses per held-out prompt, besides the greedy one."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -398,8 +433,20 @@ class EvalConfig(Section):
     """Null for the rollout's."""
     k: tuple[int, ...] = ()
     """pass@k and majority@k are reported for these; empty for the powers of two up to `samples`, and `samples`."""
-    responses: bool = False
-    """Keep the responses' text, too, in the file of each problem's results."""
+    responses: bool = True
+    """Keep the responses' text in the file of each problem's results."""
+
+
+class RolloutLogConfig(Section):
+    """Responses that a run keeps for reading, in `run_dir/rollouts`: a JSONL file a step, a response a line."""
+
+    groups: int = Field(8, ge=0)
+    """Groups of a step that are kept: the first of its prompts. 0 for none."""
+    every: int = Field(1, ge=1)
+    """Steps between two files."""
+    max_mib: int = Field(256, ge=1)
+    """Bound of the folder: the oldest files are removed. Also of `run_dir/eval`: the oldest evaluations lose their
+    responses."""
 
 
 class AlarmConfig(Section):
@@ -414,7 +461,7 @@ class AlarmConfig(Section):
     length_high: float | None = Field(4.0, gt=1)
     """Largest response length, likewise."""
     truncated: float | None = Field(0.5, gt=0, le=1)
-    """Largest share of responses that are cut at their length limit."""
+    """Largest share of responses that are cut at their length limit. Where all of a step are, one step is enough."""
     stop_probability: float | None = Field(0.5, gt=0)
     """Least probability of the stop tokens that end responses, over that of the run's start."""
     gate: bool = True
@@ -423,6 +470,13 @@ class AlarmConfig(Section):
     """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
     kl_floor: float = Field(0.05, ge=0)
     """Nats a token below which no KL is a spike."""
+    entropy_floor: float | None = Field(0.01, ge=0)
+    """Least entropy of a step, in nats a token, from the first step on."""
+    kl_limit: float | None = Field(5.0, gt=0)
+    """Largest KL (to teacher, reference or rollout engine) of a step, in nats a token, from the first step on."""
+    failures: float | None = Field(0.1, ge=0, le=1)
+    """Largest share of a step's verifier calls that fail, from the first step on. `reward.failure_limit` ends the run.
+    """
     gradient_every: int = Field(10, ge=0)
     """Optimizer steps between measurements of `gradient_ratio`, each at the price of some forward passes of the head; 0
     for never."""
@@ -458,24 +512,24 @@ class WatchdogConfig(Section):
     for no bound."""
 
     enabled: bool = True
-    silence: float = Field(300.0, gt=0)
+    silence: float = Field(300.0, gt=0, le=MAX_SECONDS)
     """Seconds without a word from a rank, as its process is dead, stopped or cut off, after which the job ends."""
-    start: float | None = Field(2 * 3600.0, gt=0)
+    start: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """Reading the model or a checkpoint, starting servers."""
-    rollout: float | None = Field(3 * 3600.0, gt=0)
+    rollout: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
     """Generating and scoring, all rounds of a step."""
-    prepare: float | None = Field(3600.0, gt=0)
+    prepare: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """The passes before the weights change."""
-    update: float | None = Field(2 * 3600.0, gt=0)
+    update: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """All optimizer steps of a rollout."""
-    publish: float | None = Field(3600.0, gt=0)
-    switch: float | None = Field(3600.0, gt=0)
+    publish: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
+    switch: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """Taking the devices from colocated servers."""
-    eval: float | None = Field(3 * 3600.0, gt=0)
-    checkpoint: float | None = Field(2 * 3600.0, gt=0)
-    finish: float | None = Field(2 * 3600.0, gt=0)
+    eval: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
+    checkpoint: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
+    finish: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
     """Waiting for the last checkpoint, exporting the model."""
-    between: float | None = Field(3600.0, gt=0)
+    between: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
     """What is in no phase: planning, the records."""
 
 
@@ -484,7 +538,7 @@ class RunConfig(Section):
 
     run_dir: Path
     """Everything that the run writes goes here."""
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1_000_000_000)
     """Rollout steps."""
     seed: int = Field(0, ge=0)
     model: ModelConfig
@@ -497,6 +551,7 @@ class RunConfig(Section):
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    rollout_log: RolloutLogConfig = RolloutLogConfig()
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

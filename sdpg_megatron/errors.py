@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -24,9 +26,27 @@ def _rebuild(kind: type[SdpgError], args: tuple[object, ...], state: dict[str, o
 class ConfigError(SdpgError):
     """A field of the run's configuration cannot work."""
 
+    field: str
+
     def __init__(self, field: str, found: object, expected: str, fix: str) -> None:
         super().__init__(f"{field}: found {found!r}, expected {expected}. Fix: {fix}")
         self.field = field
+
+    @classmethod
+    def of_text(cls, field: str, text: str) -> ConfigError:
+        """Make an error with another form of message."""
+        error = cls.__new__(cls, text)
+        error.args = (text,)
+        error.field = field
+        return error
+
+    @classmethod
+    def joined(cls, errors: Sequence[ConfigError]) -> ConfigError:
+        """One error that shows several, a line each; `field` is that of the first."""
+        if len(errors) == 1:
+            return errors[0]
+        lines = [f"{len(errors)} errors", *map(str, errors)]
+        return cls.of_text(errors[0].field, "\n  ".join(lines))
 
 
 class DataError(SdpgError):
@@ -73,13 +93,22 @@ class LaunchError(SdpgError):
         return error
 
 
+class OutputError(SdpgError):
+    """Standard output does not take what a command prints."""
+
+    def __init__(self, where: str, found: str, *, reader_ended: bool) -> None:
+        super().__init__(f"{where}: found {found}, expected a stream that can be written. Fix: redirect it elsewhere")
+        self.reader_ended = reader_ended
+        """A pipe's reader has ended, as `head` does: nothing is wrong."""
+
+
 class WriteError(SdpgError):
     """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
 
-    def __init__(self, where: str, found: str, free_mib: int) -> None:
+    def __init__(self, where: str, found: str, free_mib: int, fix: str) -> None:
         super().__init__(
             f"{where}: could not be written: {found} ({free_mib} MiB free). What was saved before is untouched. "
-            "Fix: free or repair the disk; the same command then continues from it"
+            f"Fix: {fix}; the same command then continues from it"
         )
 
 
@@ -118,6 +147,18 @@ class FilterError(SdpgError):
         self.spec = spec
 
 
+class VerifierError(SdpgError):
+    """A verifier fails on so many responses that rewards mean nothing."""
+
+    def __init__(self, where: str, failures: int, calls: int, first: str, limit: float) -> None:
+        share = f"at most {limit:.0%} of them" if limit < 1 else "at least one that does not fail"
+        super().__init__(
+            f"reward.verifier: {where}: found {failures} of {calls} calls that failed, the first {first}; expected "
+            f"{share} (reward.failure_limit). Fix: correct the verifier, or raise the limit; the same command then "
+            "continues from the last checkpoint"
+        )
+
+
 class NumericsError(SdpgError):
     """A quantity that training rests on is not finite."""
 
@@ -128,9 +169,20 @@ class SkippedStepsError(NumericsError):
     def __init__(self, step: int, count: int) -> None:
         super().__init__(
             f"optimizer step {step}: found {count} steps in a row whose loss or gradient is not finite, expected fewer "
-            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: start a run from the last "
-            "checkpoint's model with a lower optimizer.lr or a smaller objective.beta; if the cause was elsewhere and "
-            "is gone, the same command continues from the last checkpoint"
+            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: lower "
+            "optimizer.lr or objective.beta; the same command with that change continues from the last checkpoint, as "
+            "does the same command alone where the cause was elsewhere and is gone"
+        )
+
+
+class NonFiniteWeightsError(NumericsError):
+    """A weight of the model is infinite or NaN."""
+
+    def __init__(self, when: str, tensor: str) -> None:
+        super().__init__(
+            f"{when}: tensor {tensor!r}: found values that are not finite, expected finite numbers. These weights are "
+            "neither published nor saved. Fix: continue from the last checkpoint with a lower optimizer.lr or "
+            "optimizer.weight_decay, or start from another model"
         )
 
 
@@ -143,3 +195,49 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """``"did you mean 'a' or 'b'?"``, or the empty string where nothing comes close."""
     near = nearest(name, candidates)
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+_FIXES = {
+    errno.EROFS: "choose a path on a file system that is not read-only",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "choose a path without a loop of symbolic links",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on the disk, or raise the quota"),
+}
+
+
+def fix_of(error: OSError, path: Path, *, reading: bool = False) -> str:
+    """Fix for an `OSError` raised while writing, or reading, a path."""
+    match error.errno:
+        case errno.ENOENT if reading:
+            missing = _first(path, lambda part: not _exists(part))
+            return f"check the path: there is no {missing.name} in {missing.absolute().parent}"
+        case errno.ENOENT:
+            return f"make the folder {path.absolute().parent}"
+        case errno.EISDIR:
+            return f"name a file in the folder {path}" if reading else f"remove or rename the folder {path}"
+        case errno.EEXIST | errno.ENOTDIR:
+            obstacle = _first(path, lambda part: (part.is_symlink() or _exists(part)) and not part.is_dir())
+            kind = "file" if _exists(obstacle) else "broken link"
+            return f"remove or rename the {kind} {obstacle}, or choose another path"
+        case errno.EACCES | errno.EPERM:
+            what = "read" if reading else "write to"
+            return f"get the right to {what} {_first_existing(path)}, or choose another path"
+        case _:
+            return _FIXES.get(error.errno or 0, "check the disk and its mount")
+
+
+def _first(path: Path, found: Callable[[Path], bool]) -> Path:
+    """The outermost part of a path of which `found` is true; the whole path where there is none."""
+    return next((part for part in (*reversed(path.parents), path) if found(part)), path)
+
+
+def _first_existing(path: Path) -> Path:
+    """The innermost part of a path that exists."""
+    return next((part for part in (path, *path.parents) if _exists(part)), path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # below a folder that cannot be entered
+        return False

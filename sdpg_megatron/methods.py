@@ -22,6 +22,7 @@ _GRPO: Mapping[str, object] = {
     "dual_clip": None,
     "alpha": 0.0,
     "reference": "ufkl",
+    "ratio_weighted_regularizers": False,
     "aggregation": "sequence-mean",
 }
 _DISTILLATION: Mapping[str, object] = {
@@ -40,7 +41,14 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
         "rpg": {"beta": 0.0},
         "grpo": _GRPO,
         "dapo": {**_GRPO, "clip_high": 0.28, "aggregation": "token-mean"},
-        "rlsd": {**_GRPO, "divergence": "sampled_token", "gate": False},
+        "rlsd": {
+            **_GRPO,
+            "dual_clip": 3.0,
+            "aggregation": "token-mean",
+            "divergence": "sampled_token",
+            "gate": False,
+            "credit_ratio": "rollout",
+        },
         "opsd": {**_DISTILLATION, "divergence": "jsd", "teacher": "initial"},
         "opcd": _DISTILLATION,
         "sdpo": {
@@ -49,6 +57,10 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
             "top_k": 100,
             "teacher": "ema",
             "context": "peer",
+            "peer_reward": 0.5,
+            "strip_peer_thinking": True,
+            "advantage_deviation": "none",
+            "correction": "truncate",
             "ratio_weighted_regularizers": True,
             "regularizer_ratio_bound": 2.0,
             "distill_average": "gated",

@@ -7,7 +7,8 @@ T response tokens of a micro-batch (the rows that the head sees), G those of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:  # processes that run verifiers read these records, too; to im
     """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
 
 FinishReason = Literal["stop", "length", "abort"]
+Answer = str | Mapping[str, Any] | Sequence[Any]
+"""Text, or the dict or list that the data has; numbers are text."""
+
+
+def answer_text(answer: Answer) -> str:
+    """An answer as text: itself, or its JSON where it is a dict or list."""
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +41,19 @@ class Prompt:
     """Stable name, ``<file name>:<row>``."""
     student_tokens: tuple[int, ...]
     teacher_tokens: tuple[int, ...]
-    answer: str
+    answer: Answer
+    """The reference answer, which verifiers compare with."""
     contrast_tokens: tuple[int, ...] = ()
     """The same question with the context of another problem, of another answer; empty where nobody reads that."""
     question: str = ""
     history: tuple[Mapping[str, str], ...] = ()
     """Chat messages before the question."""
     metadata: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def answer_text(self) -> str:
+        """The answer as text; see `answer_text`."""
+        return answer_text(self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,8 @@ class ScoredGroup:
     """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
     answers: tuple[str | None, ...] | None = None
     """The answer that each completion gives, as the verifier reads it; None where nobody asked, or it cannot say."""
+    errors: tuple[str | None, ...] = ()
+    """Why the verifier's call on each completion failed, None where it did not; empty where none did."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] | None = None
     """What the teacher reads before each completion, None where there is nothing for it to read; None for the group's
     own teacher prompt."""
@@ -179,6 +195,9 @@ class MicroBatch:
     corrections_T: Tensor | None = None
     """What each token's loss is multiplied by, because the rollout engine is not the trainer; None for 1."""
     reference_logprobs_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
+    """float32 [T], 0 at closed gates: log-probs under the teacher, computed before the rollout's first update. None
+    where the objective does not ask for them, or no gate is open."""
     teacher_hidden_GH: Tensor | None = None
     """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
     contrast: SequenceBatch | None = None
@@ -206,6 +225,7 @@ class MicroBatch:
             old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[:0],
             corrections_T=None if self.corrections_T is None else self.corrections_T[:0],
             reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
+            teacher_logprobs_T=None if self.teacher_logprobs_T is None else self.teacher_logprobs_T[:0],
             teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
             contrast=None if self.contrast is None else student,
             contrast_hidden_GH=None if self.contrast_hidden_GH is None else self.contrast_hidden_GH[:0],

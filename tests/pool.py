@@ -203,6 +203,6 @@ def _let_go_of_groups() -> None:
     distributed = sys.modules.get("megatron.core.distributed")
     if distributed is not None:
         for found in gc.get_objects():
-            if isinstance(found, distributed.DistributedDataParallel):
+            if issubclass(type(found), distributed.DistributedDataParallel):  # a weak proxy's class may be gone
                 vars(found).clear()
     gc.collect()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.weights import hf_shapes
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 
@@ -138,3 +143,30 @@ def write_tiny_model(folder: Path, family: Family, *, vocab: int = VOCAB, **opti
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_hollow_weights(folder: Path, shard_bytes: int = 4 * 2**30) -> None:
+    """Write safetensors files with every tensor of a folder's config.json: true headers, and holes for the values."""
+    shards: list[dict[str, Any]] = []
+    end = shard_bytes
+    for name, shape in hf_shapes(read_architecture(folder)).items():
+        if end + 2 * math.prod(shape) > shard_bytes:
+            shards.append({})
+            end = 0
+        start, end = end, end + 2 * math.prod(shape)
+        shards[-1][name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    for number, header in enumerate(shards):
+        text = json.dumps(header).encode()
+        size = max(tensor["data_offsets"][1] for tensor in header.values())
+        with (folder / f"{number}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+    weight_map = {name: f"{number}.safetensors" for number, header in enumerate(shards) for name in header}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def add_sampling_defaults(folder: Path) -> None:
+    """Give a model folder sampling defaults, as released models have; these leave only the most probable token."""
+    path = folder / "generation_config.json"
+    defaults = {"do_sample": True, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 0.2, "repetition_penalty": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))

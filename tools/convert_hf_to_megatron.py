@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from sdpg_megatron.cli import main
+from sdpg_megatron.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:], "--to", "megatron"]))
+    sys.exit(run(["convert", *sys.argv[1:], "--to", "megatron"]))

@@ -3,8 +3,9 @@
     python tools/prepare_data.py data --train dapo-math-17k --eval aime-2024 aime-2025 amc-2023
     python tools/prepare_data.py data --train downloads/dapo-math-17k.parquet --eval downloads/aime_2024
 
-A source is a known name, which is fetched from the Hugging Face hub, or a Parquet or JSONL file, or a folder of them.
-Every row gets question, answer, source and, where the set has worked solutions, context. A question that occurs more
+A source is a known name, which is fetched from the Hugging Face hub, or a Parquet, JSONL, JSON or CSV file, or a folder
+of them. Every row gets question, answer, source and, where the set has worked solutions, context. What the public SDPG
+files have after [TEACHER_CONTEXT_TOKEN] is context, never question. A question that occurs more
 than once is kept once; with answers that differ it is dropped; one that is evaluated on is not trained on. Questions
 are compared as text, without regard to case, blanks, dollar signs and a few LaTeX spellings. What was left out is
 counted in the report.
@@ -21,20 +22,31 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 
-from sdpg_megatron.answers import canonical, last_boxed, same
-from sdpg_megatron.data.readers import Row, read_rows
+from sdpg_megatron.answers import canonical, decimal_text, last_boxed, same
+from sdpg_megatron.data.chats import read_chat, split_context
+from sdpg_megatron.data.examples import reveals
+from sdpg_megatron.data.readers import Row, file_format, read_rows
 from sdpg_megatron.errors import DataError, SdpgError
+from sdpg_megatron.observe.loading import RowProgress
 
-SUFFIXES = (".parquet", ".jsonl")
+FOLDER_FORMATS = (".parquet", ".jsonl", ".csv")
+"""Of a folder's files, those that are read: a .json file there often describes the data set."""
 TRAIN = "train.jsonl"
 INSTRUCTIONS = {
     "boxed": "\n\nReason step by step and put the final answer in \\boxed{}.",
     "answer": '\n\nReason step by step. The last line of the reply must be "Answer: " and the final answer.',
+    "paper": (
+        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
+        "\\boxed{42}.\n\n{question}\n\nRemember to put your final answer inside \\boxed{}."
+    ),
     "none": "",
 }
-"""What is appended to every question, for the verifiers math and answer, and for others."""
+"""What is appended to every question or, with {question}, put around it: for the verifiers math and answer, for math as
+in the SDPG paper (arXiv 2606.04036, figure 4), and for others."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,54 @@ PUBLISHED = {
     "gsm8k": Published("openai/gsm8k", "main/train-*.parquet", "main/test-*.parquet"),
     "math": Published("EleutherAI/hendrycks_math", "*/train-*.parquet", "*/test-*.parquet"),
     "math-500": Published("HuggingFaceH4/MATH-500", "test.jsonl", "test.jsonl"),
+    "dapo-math-17k-en": Published("open-r1/DAPO-Math-17k-Processed", "en/*.parquet", "en/*.parquet"),
 }
 
 QUESTIONS = ("problem", "Problem", "question", "prompt")
 ANSWERS = ("answer", "Answer")
-SOLUTIONS = ("solution", "Solution")
+SOLUTIONS = ("solution", "Solution", "context")
 GSM8K_MARK = "####"
 GSM8K_CALCULATION = re.compile(r"<<[^<>]*>>")
-DAPO_OPENING = "Solve the following math problem step by step."
-DAPO_CLOSING = "Remember to put your answer on its own line"
+
+
+def _either(*texts: str) -> str:
+    """A pattern that matches any of the texts, whatever blanks and line ends they are broken with."""
+    return "|".join(r"\s+".join(map(re.escape, text.split())) for text in texts)
+
+
+OPENING = re.compile(
+    rf"\s*(?:{_either('Solve the following math problem step by step.')})(?:\s+(?:"
+    + _either(
+        "The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is the "
+        "answer to the problem.",
+        "Present your final answer inside \\boxed{}, for example \\boxed{42}.",
+    )
+    + r"))?"
+)
+"""How the questions of DAPO-Math-17k begin, and of its copies that ask for a box (SDPG's paper, figure 4)."""
+CLOSING = re.compile(
+    "(?:"
+    + _either(
+        'Remember to put your answer on its own line after "Answer:".',
+        "Remember to put your final answer inside \\boxed{}.",
+        "Let's think step by step and output the final answer within \\boxed{}.",
+        'Let\'s think step by step and output the final answer after "####".',
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+        *filter(str.strip, INSTRUCTIONS.values()),
+    )
+    + ")$"
+)
+"""How questions end in the same sets, in verl's copies of GSM8K and MATH, in Qwen's evaluations, and in files that this
+tool has written."""
+ANSWER_CONTEXT = re.compile(
+    rf"\s*(?:{_either('The correct answer to this problem is:')})[^\n]*"
+    rf"(?:\s*{_either('Use this to verify your reasoning, but show your full solution process.')})?\s*"
+)
+"""The context of the public SDPG files: nothing but the answer."""
+SOLUTION_CONTEXT = re.compile(
+    rf"\s*\[Hint\].*?(?:{_either('A common way to solve this is:')})(?P<solution>.*)\[Instruction\].*", re.DOTALL
+)
+"""The context of SDPG's paper (figure 4): answer, worked solution and an instruction."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +131,9 @@ class Problem:
         return question_key(self.question)
 
     def line(self, instruction: str) -> str:
-        values = {"question": self.question + instruction, "answer": self.answer, "source": self.source}
+        around = instruction if "{question}" in instruction else "{question}" + instruction
+        question = around.replace("{question}", self.question)
+        values = {"question": question, "answer": self.answer, "source": self.source}
         return json.dumps(values | ({"context": self.context} if self.context else {}), ensure_ascii=False) + "\n"
 
 
@@ -99,6 +152,8 @@ class Kept:
         first = self.problems.get(key)
         if not problem.answer:
             self.counts["without an answer"] += 1
+        elif reveals(problem.question, problem.context):
+            self.counts["with the solution in the question"] += 1
         elif key in self.conflicts:
             self.counts["with conflicting answers"] += 1
         elif first is None:
@@ -121,6 +176,7 @@ class Kept:
         return f"{name}: {len(self.problems)} of {self.counts['rows']} rows" + "".join(f", {part}" for part in left_out)
 
 
+@lru_cache(maxsize=1 << 16)
 def question_key(question: str) -> str:
     """What two spellings of one question have in common."""
     text = unicodedata.normalize("NFKC", question).casefold()
@@ -132,21 +188,26 @@ def parse(row: Row, source: str) -> Problem:
     """The problem that a row of any of the published layouts states.
 
     Raises:
-        DataError: the row has none of the columns that they have.
+        DataError: the row has none of the columns that they have, no question, or more than one turn.
     """
     question, answer, context = _chat(row) if isinstance(row.values.get("prompt"), list) else _columns(row)
-    return Problem(_bare(question), canonical(answer), context, source)
+    bare = _bare(question)
+    if not bare:
+        raise DataError(row.where, f"instructions without a question: {question!r}", "a question", "remove the row")
+    return Problem(bare, canonical(answer), context, source)
 
 
 def _chat(row: Row) -> tuple[str, str, str | None]:
     """DAPO-Math-17k and other sets in its layout: a chat, and the answer beside it."""
     messages, reward = row.values["prompt"], row.values.get("reward_model")
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, Mapping) or not isinstance(last.get("content"), str):
-        raise _unusable(row, "prompt", "a list of {role, content} messages")
-    if not isinstance(reward, Mapping) or not isinstance(reward.get("ground_truth"), str):
-        raise _unusable(row, "reward_model", "a mapping with the text ground_truth")
-    return last["content"], reward["ground_truth"], None
+    assert isinstance(messages, list)
+    chat = read_chat(row.where, "prompt", messages)
+    if any(message["role"] != "system" for message in chat.history):
+        raise _unusable(row, "prompt", "one question, after at most a system message")
+    answer = _first(row, ["ground_truth"], reward) if isinstance(reward, Mapping) else None
+    if answer is None:
+        raise _unusable(row, "reward_model", "a mapping with ground_truth, text or a number")
+    return chat.question, answer, _worked(chat.context) or chat.reply
 
 
 def _columns(row: Row) -> tuple[str, str, str | None]:
@@ -155,34 +216,49 @@ def _columns(row: Row) -> tuple[str, str, str | None]:
     answer, solution = _first(row, ANSWERS), _first(row, SOLUTIONS)
     if question is None or (answer is None and solution is None):
         raise _unusable(row, "", f"one of {', '.join(QUESTIONS)} and one of {', '.join((*ANSWERS, *SOLUTIONS))}")
+    question, context = split_context(row.where, "of the question", question)
     if answer is None and solution is not None:
         if "prompt" in row.values:  # a processed DAPO-Math-17k: its solution is the answer alone
-            return question, solution, None
-        return question, last_boxed(solution) or "", solution
+            return question, solution, _worked(context)
+        return question, last_boxed(solution) or "", _worked(context) or solution
     assert answer is not None
     worked, mark, final = answer.rpartition(GSM8K_MARK)
     if mark:
         return question, final, GSM8K_CALCULATION.sub("", worked).strip()
-    return question, answer, solution
+    return question, answer, _worked(context) or solution
 
 
-def _first(row: Row, names: Sequence[str]) -> str | None:
+def _worked(context: str | None) -> str | None:
+    """The worked solution in the context of a public SDPG file; None where there is only the answer."""
+    if context is None or ANSWER_CONTEXT.fullmatch(context):
+        return None
+    found = SOLUTION_CONTEXT.fullmatch(context)
+    return (found["solution"] if found else context).strip() or None
+
+
+def _first(row: Row, names: Sequence[str], values: Mapping[str, object] | None = None) -> str | None:
     """The first of the columns that has text or a number, as text."""
     for name in names:
-        value = row.values.get(name)
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-            return str(value)
+        value = (row.values if values is None else values).get(name)
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+            try:
+                return decimal_text(value)
+            except ValueError as error:
+                expected = "text or a finite number"
+                raise DataError(row.where, f"{error} in column {name!r}", expected, "correct the row") from error
+        if isinstance(value, str) and value.strip():
+            return value
     return None
 
 
 def _bare(question: str) -> str:
-    """`question` without the instructions that DAPO-Math-17k wraps it in."""
-    paragraphs = question.strip().split("\n\n")
-    if paragraphs[0].startswith(DAPO_OPENING):
-        paragraphs = paragraphs[1:]
-        if paragraphs and paragraphs[-1].startswith(DAPO_CLOSING):
-            paragraphs = paragraphs[:-1]
-    return "\n\n".join(paragraphs).strip()
+    """`question` without the instructions of published files around it."""
+    if found := OPENING.match(question):
+        question = question[found.end() :]
+    question = question.strip()
+    while found := CLOSING.search(question):
+        question = question[: found.start()].rstrip()
+    return question
 
 
 def _unusable(row: Row, column: str, expected: str) -> DataError:
@@ -193,7 +269,9 @@ def _unusable(row: Row, column: str, expected: str) -> DataError:
 
 def label(source: str) -> str:
     """What a source is called in rows and file names."""
-    return Path(source).name if source in PUBLISHED or Path(source).is_dir() else Path(source).stem
+    if source in PUBLISHED or Path(source).is_dir():
+        return Path(source).name
+    return Path(source.removesuffix(".gz")).stem
 
 
 def files_of(source: str, split: str) -> list[Path]:
@@ -208,7 +286,7 @@ def files_of(source: str, split: str) -> list[Path]:
         return _found(source, sorted(folder.glob(pattern)))
     path = Path(source)
     if path.is_dir():
-        return _found(source, sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES))
+        return _found(source, sorted(file for file in path.rglob("*") if file_format(file) in FOLDER_FORMATS))
     if not path.exists():
         expected = f"a file, a folder, or one of {', '.join(PUBLISHED)}"
         raise DataError(source, "nothing of that name", expected, "correct it")
@@ -217,7 +295,7 @@ def files_of(source: str, split: str) -> list[Path]:
 
 def _found(source: str, files: list[Path]) -> list[Path]:
     if not files:
-        raise DataError(source, "no files", f"{' or '.join(SUFFIXES)} files", "check the source")
+        raise DataError(source, "no files", f"{', '.join(FOLDER_FORMATS)} files", "check the source")
     return files
 
 
@@ -260,9 +338,12 @@ def prepare(train: Sequence[str], evaluation: Sequence[str]) -> dict[str, Kept]:
 
 def _collect(sources: Sequence[str], split: str) -> Kept:
     kept = Kept()
-    for source in sources:
-        for problem in read(source, split):
-            kept.add(problem)
+    with RowProgress() as progress:
+        for source in sources:
+            for problem in read(source, split):
+                kept.add(problem)
+                if kept.counts["rows"] % 1000 == 0:
+                    progress(kept.counts["rows"])
     return kept
 
 
@@ -293,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help=f"a path, or one of {known}")
     parser.add_argument("--eval", nargs="+", default=[], metavar="SOURCE", help="likewise; each gets a file of its own")
     parser.add_argument(
-        "--instruction", choices=INSTRUCTIONS, default="boxed", help="appended to each question (default: %(default)s)"
+        "--instruction", choices=INSTRUCTIONS, default="boxed", help="said with each question (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     if not options.train and not options.eval:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the recipes share; each of them says what it is for. Sourced, never run. Exit codes are those of scripts/launch.sh,
+# What the recipes share; each of them says what it is for. Sourced, never run. Exit codes are scripts/launch.sh's,
 # and a signal is passed on: after 75, as after any failure, the same command continues.
 #
 #   PYTHON       interpreter that has the package (default: the one of .venv, or python3)
@@ -68,13 +68,34 @@ fill() {
   rm "$folder/.incomplete"
 }
 
-# prepare REPOSITORY: the model and the data, unless they are there.
+# paper_objective METHOD: sets `objective` to what the SDPG paper (arXiv 2606.04036) trains the method with, and to the
+# method's own defaults where the paper has none. What is not set here is the default in sdpg_megatron/methods.py.
+# shellcheck disable=SC2034  # the recipes read `objective`
+paper_objective() {
+  local mean=objective.aggregation=group-token-mean # eq. 2.2, 3.4 and appendix B: per prompt, then over prompts
+  local kl=objective.alpha=0.001                    # section 4.1: 1e-3 for all baselines, clipped at 0.2 / 0.2
+  case $1 in
+    sdpg-urkl | sdpg-ufkl) objective=(objective.name=sdpg "objective.reference=${1#sdpg-}" "$mean") ;;
+    grpo | rlsd) objective=("objective.name=$1" "$mean" "$kl") ;;
+    # Appendix C: reverse KL over the whole vocabulary to the current teacher, on all responses, and nothing else:
+    # appendix D.2 names the lack of a reference as what tells it from SDPG. Its own authors' settings: docs/methods.md.
+    opcd) objective=(objective.name=opcd "$mean") ;;
+    dapo | opsd) objective=("objective.name=$1") ;; # not in the paper
+    *) die "method: found $1, expected $PAPER_METHODS. Fix: name one of these" ;;
+  esac
+}
+PAPER_METHODS="sdpg-urkl, sdpg-ufkl, grpo, rlsd, opcd, dapo or opsd"
+
+# prepare REPOSITORY [paper]: the model and the data, unless they are there. With "paper" the data are the SDPG paper's:
+# the English problems of DAPO-Math-17k (section 4.1: 13.9k of them), in the prompt of its figure 4.
 prepare() {
+  local data=runs/data/math train=dapo-math-17k instruction=boxed
+  if [[ "${2:-}" == paper ]]; then data=runs/data/sdpg train=dapo-math-17k-en instruction=paper; fi
   folder="$MODELS/${1##*/}"
   if [[ -z "${PLAN_ONLY:-}" ]]; then
     fill "$folder" config.json "$hf" download "$1" --local-dir "$folder"
-    fill runs/data/math train.jsonl "$PYTHON" tools/prepare_data.py runs/data/math \
-      --train dapo-math-17k --eval aime-2024 aime-2025 amc-2023
+    fill "$data" train.jsonl "$PYTHON" tools/prepare_data.py "$data" \
+      --train "$train" --eval aime-2024 aime-2025 amc-2023 --instruction "$instruction"
   elif [[ ! -e "$folder/config.json" ]]; then
     mkdir -p "$folder"
     : >"$folder/.incomplete" # the rest is for a call that trains
@@ -103,7 +124,7 @@ train_and_evaluate() {
   changes+=("$@")
   "$PYTHON" -m sdpg_megatron plan "$config" --gpu "$gpu" --ranks $((ranks * nodes)) "${changes[@]}"
   [[ -z "${PLAN_ONLY:-}" ]] || exit 0
-  ((node)) || WORLD_SIZE=$((ranks * nodes)) "$PYTHON" -m sdpg_megatron train "$config" --dry-run "${changes[@]}"
+  ((node)) || "$PYTHON" -m sdpg_megatron train "$config" --dry-run --ranks $((ranks * nodes)) "${changes[@]}"
   RANKS_PER_NODE=$ranks forwarded bash scripts/launch.sh "$config" "${changes[@]}"
   ((node == 0)) || return 0
   # The launcher's servers have ended with it, but are in the run's configuration; now this machine's GPUs are free.

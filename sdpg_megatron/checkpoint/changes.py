@@ -1,29 +1,38 @@
-"""What may differ between the calls that make up one run."""
+"""Configuration changes between the calls of a run, and between a branch and the run it starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from sdpg_megatron.checkpoint.state import RunState, check_same_model
+from sdpg_megatron.checkpoint.state import RecordedChange, RunState
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.settings import flatten
 
-FREE_TO_CHANGE = (
-    "run_dir", "parallel", "head", "eval", "alarms", "checkpoint", "watchdog", "data.eval",
-    "model.path", "model.spec", "model.packed", "model.recompute",
+FREE = (
+    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
+    "model.path", "model.spec", "model.packed", "model.recompute", "model.gradient_accumulation_fusion",
+    "reward.workers", "reward.timeout",
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",
     "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
-    "optimizer.skip_limit",
+    "optimizer.skip_limit", "reward.failure_limit",
 )  # fmt: skip
-"""Fields that may differ. The model may have moved, but not changed: see `RunState.model`. Another engine, or number of
-data-parallel ranks, draws other samples, from the same distribution."""
+"""Fields that do not change what is learned. Models and data may have moved: their contents are compared by digest.
+Another engine, or number of data-parallel ranks, draws other samples, from the same distribution."""
+DATA_ORDER = ("seed", "data.shuffle", "data.reasoning_gym")
+"""Fields that, with the prompts, decide what a step reads. A run keeps them; a branch with others starts over."""
+OPTIMIZER_STATE = ("optimizer.distributed",)
+"""Fields that decide how the optimizer's state is saved: a checkpoint cannot be read under others."""
+GENERATION = ("rollout", "reward")
+"""Sections that decide what a response and its reward are, apart from the fields in `FREE`."""
+
+Kind = Literal["free", "learning", "data order", "optimizer state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,48 +44,69 @@ class Change:
     new: Any
 
     @property
-    def allowed(self) -> bool:
-        return any(self.field == name or self.field.startswith(f"{name}.") for name in FREE_TO_CHANGE)
+    def kind(self) -> Kind:
+        """Category of the field; "learning" for fields in none of the lists above."""
+        kinds: tuple[tuple[Kind, Sequence[str]], ...] = (
+            ("free", FREE),
+            ("data order", DATA_ORDER),
+            ("optimizer state", OPTIMIZER_STATE),
+        )
+        return next((kind for kind, fields in kinds if self.within(fields)), "learning")
+
+    def within(self, fields: Sequence[str]) -> bool:
+        """True if the field is one of `fields`, or below one of them."""
+        return any(self.field == name or self.field.startswith(f"{name}.") for name in fields)
+
+    def recorded(self, step: int) -> RecordedChange:
+        """The change as a record of a run that has done `step` steps."""
+        return RecordedChange(step, self.field, self.old, self.new)
 
     def __str__(self) -> str:
         return f"{self.field}: {self.old!r} -> {self.new!r}"
 
 
-class ChangedRunError(ConfigError):
-    """A configuration that would make a run another run: shows all that differs, with old and new values."""
-
-    def __init__(self, changes: list[Change]) -> None:
-        refused = [change for change in changes if not change.allowed]
-        lines = [f"{c.field}: found {c.new!r}, expected {c.old!r}, as the run was started" for c in refused]
-        if free := [str(change) for change in changes if change.allowed]:
-            lines.append(f"free to change: {'; '.join(free)}")
-        fix = "Fix: restore what is not free to change, or use a new run_dir"
-        super(ConfigError, self).__init__("\n  ".join([*lines, fix]))
-        self.field = refused[0].field
-
-
-def check_same_run(state: RunState, config: Mapping[str, Any], model: str, data: str) -> list[Change]:
-    """What differs from the configuration that a checkpoint was written under; all of it is free to change.
-
-    Raises:
-        ConfigError: the run would be another one, by its model, its configuration or its prompts.
-    """
-    check_same_model(state, model)
-    changes = config_changes(state.config, config)
-    if not all(change.allowed for change in changes):
-        raise ChangedRunError(changes)
-    if data != state.data:
-        expected = f"the prompts that the run was started with ({state.data})"
-        raise ConfigError("data", data, expected, "bring the files back as they were, or use a new run_dir")
-    return changes
+def refused_changes(refused: Sequence[Change], others: Sequence[Change], fix: str) -> ConfigError:
+    """Shows all that differs: what cannot change, with old and new values, and what can."""
+    lines = [f"{c.field}: found {c.new!r}, expected {c.old!r}, as the run was started" for c in refused]
+    if others:
+        lines.append(f"may change: {'; '.join(map(str, others))}")
+    return ConfigError.of_text(refused[0].field, "\n  ".join([*lines, f"Fix: {fix}"]))
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Fields with different values, in order of their names. A field that is new to the package had its default."""
+    """Fields with different values, in order of their names, but for `run_dir`.
+
+    A field that is new to the package had its default.
+    """
     before, after = flatten(old), flatten(new)
     before |= {name: _default(name) for name in after.keys() - before.keys()}
-    changes = (Change(name, before[name], after.get(name)) for name in sorted(before))
+    changes = (Change(name, before[name], after.get(name)) for name in sorted(before) if name != "run_dir")
     return [change for change in changes if change.old != change.new]
+
+
+def check_optimizer_state(state: RunState, changes: Sequence[Change]) -> None:
+    """Raises `ConfigError` where the checkpoint's optimizer state cannot be read under the new configuration."""
+    refused = [change for change in changes if change.kind == "optimizer state"]
+    if not state.setting("optimizer.distributed"):  # Megatron's other optimizers save by the model's type
+        refused += [change for change in changes if change.field == "model.dtype"]
+    if refused:
+        fix = "restore it; or start a run from the exported model, without the optimizer's state"
+        raise refused_changes(refused, [change for change in changes if change not in refused], fix)
+
+
+def changes_generation(changes: Sequence[Change]) -> bool:
+    """True if prefetched responses differ from what the new configuration would generate."""
+    return any(change.kind == "learning" and change.within(GENERATION) for change in changes)
+
+
+def end_dependent_schedules(config: RunConfig) -> list[str]:
+    """Fields whose schedule depends on where the run ends, so that another `steps` moves it."""
+    objective, optimizer = config.objective, config.optimizer
+    fields = ["optimizer.schedule"] if optimizer.schedule != "constant" else []
+    if objective.beta:
+        fields += ["objective.beta_warmup_steps"] if objective.beta_warmup_steps is None else []
+        fields += ["objective.beta_decay_steps"] if objective.beta_decay_steps != 0 else []
+    return fields
 
 
 def _default(field: str) -> Any:

@@ -21,11 +21,13 @@ from sdpg_megatron.records import Completion, Group, ScoredGroup
 DRAWN = "drawn.safetensors"
 _WORDS = "words"
 """The entry that has what is not a number, as JSON in UTF-8."""
+_ERRORS = "errors"
+"""The verifier's errors, likewise, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The first round of a step."""
+    """The first round of a step; without groups where their responses are to be generated again."""
 
     indices: tuple[int, ...]
     """Of the prompts, in the run's data."""
@@ -52,6 +54,8 @@ def write_drawn(path: Path, drawn: Drawn) -> None:
         arrays["routed"] = np.array([0 if c.experts is None else len(c.experts) for c in completions], np.int64)
     words = json.dumps([(completion.finish_reason, completion.text) for completion in completions])
     arrays[_WORDS] = np.frombuffer(words.encode(), np.uint8)  # not metadata, which has a bound of 100 MB
+    if any(scored.errors for scored in drawn.groups):
+        arrays[_ERRORS] = np.frombuffer(json.dumps([scored.errors for scored in drawn.groups]).encode(), np.uint8)
     try:
         save_file(arrays, path)
     except SafetensorError as error:  # also of a disk that refuses
@@ -67,14 +71,16 @@ def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
         words = json.loads(arrays[_WORDS].tobytes())
         completions = list(_completions(arrays, words))
         rewards = arrays["rewards"].tolist()
+        sizes, indices, failed = (arrays[name].tolist() for name in ("sizes", "prompts", "failures"))
+        if not sizes:
+            return Drawn(tuple(indices), ())
+        told = json.loads(arrays[_ERRORS].tobytes()) if _ERRORS in arrays else [()] * len(sizes)
         groups = []
-        for (start, end), index, failures in zip(
-            _spans(arrays["sizes"].tolist()), arrays["prompts"].tolist(), arrays["failures"].tolist(), strict=True
-        ):
+        for (start, end), index, failures, errors in zip(_spans(sizes), indices, failed, told, strict=True):
             group = Group(prompts[index], tuple(completions[start:end]))
             given = tuple(rewards[start:end])
-            groups.append(ScoredGroup(group, given, group_advantages(given), failures))
-        return Drawn(tuple(arrays["prompts"].tolist()), tuple(groups))
+            groups.append(ScoredGroup(group, given, group_advantages(given), failures, errors=tuple(errors)))
+        return Drawn(tuple(indices), tuple(groups))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         expected = "the responses that a run has generated ahead"
         raise CheckpointError(f"{path}: found {' '.join(str(error).split())}, expected {expected}") from error

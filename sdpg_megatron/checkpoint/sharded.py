@@ -9,15 +9,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 
 from sdpg_megatron.checkpoint.pickles import only_weights, read_tensor_list
+from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.mcore import padded_buckets, torch_adam
 from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.optimizer import keeping_hyperparameters
 
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, Any]:
+def sharded_state(learner: Learner, *, is_loading: bool = False, with_teacher: bool = True) -> dict[str, Any]:
     """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
 
     And a teacher that is neither the model nor where the run started from, under keys with a prefix.
@@ -26,7 +28,7 @@ def sharded_state(learner: Learner, *, is_loading: bool = False) -> dict[str, An
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
     }
-    teacher = _teacher_state(state, learner)
+    teacher = _teacher_state(state, learner) if with_teacher else {}
     with padded_buckets.kept(learner.optimizer):
         state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     state["opt_param_scheduler"] = learner.scheduler.state_dict()
@@ -45,22 +47,35 @@ def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, A
     }
 
 
-def load_sharded(path: Path, learner: Learner) -> None:
+def load_sharded(path: Path, learner: Learner, state: RunState) -> None:
     """Fill the learner with a checkpoint's tensors, whatever layout they were written under.
+
+    Learning rate, weight decay, betas and epsilon stay those that the learner was built with. The position in the
+    learning-rate schedule is scaled where a rollout step now has another number of optimizer steps. A teacher with
+    separate weights starts from the student's where the checkpoint has none of that kind.
 
     Raises:
         CheckpointError: reading it would run code.
     """
-    read_tensor_list(path)  # megatron-core reads it without asking what is in it
+    tensors = read_tensor_list(path).state_dict_metadata  # megatron-core reads it without asking what is in it
+    kind = state.setting("objective.teacher") or learner.teacher.kind
+    with_teacher = kind == learner.teacher.kind and any(name.startswith(f"{_TEACHER}.") for name in tensors)
     torch_adam.make_state(learner.optimizer)
     with only_weights():
-        loaded = dist_checkpointing.load(sharded_state(learner, is_loading=True), str(path))
+        wanted = sharded_state(learner, is_loading=True, with_teacher=with_teacher)
+        loaded = dist_checkpointing.load(wanted, str(path))
     for name, chunk in _named_chunks(learner):
         chunk.load_state_dict(loaded[name])
-    torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
-    learner.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    for number, kept in enumerate(learner.teacher.kept):
+    with keeping_hyperparameters(learner.optimizer):
+        torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
+    schedule = loaded["opt_param_scheduler"]
+    before = state.setting("optimizer.minibatches") or learner.minibatches
+    schedule["num_steps"] = max(1, round(schedule["num_steps"] * learner.minibatches / before))
+    learner.scheduler.load_state_dict(schedule)
+    for number, kept in enumerate(learner.teacher.kept if with_teacher else ()):
         kept.copy_(loaded[_TEACHER][number])
+    if not with_teacher:
+        learner.teacher.restart()
 
 
 def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:

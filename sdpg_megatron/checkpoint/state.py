@@ -18,16 +18,45 @@ from pydantic import ConfigDict, TypeAdapter
 from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError
-from sdpg_megatron.weights.folder import COMPANIONS
+from sdpg_megatron.hf_files import COMPANIONS
 
+CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
+"""In a run's `run_dir`: its checkpoints, and the resolved configuration of its last call."""
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Of the manifest and what it promises."""
 PREFIX, PARTIAL = "step_", ".partial"
 """Of a checkpoint's folder; of one that is being written, or removed."""
 
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedChange:
+    """A change of the configuration between two calls of a run, or between a branch and its parent."""
+
+    step: int
+    """Rollout steps done before it took effect."""
+    field: str
+    """Dotted name; "prompts" and "reference" for the digests of data and of the reference model."""
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.field}: {self.old!r} -> {self.new!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class BranchPoint:
+    """A checkpoint of another run that a run has started from."""
+
+    run: str
+    """Absolute path of the other run's folder."""
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.run}@{self.step}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +86,23 @@ class RunState:
     """`fingerprint` of the model that the run started from, which is also the reference."""
     data: str
     """Digest of the prompts that the run learns from."""
+    changes: tuple[RecordedChange, ...] = ()
+    """Configuration changes since the first step, those of ancestors included, in order."""
+    branches: tuple[BranchPoint, ...] = ()
+    """Branch points of the run and its ancestors, oldest first; empty for a run that is no branch."""
     files: Mapping[str, FileSum] = field(default_factory=dict)
     """Every other file of the checkpoint, by its name."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the packages that wrote it, by their names."""
     format: int = FORMAT
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def setting(self, field: str) -> Any:
+        """A field of the configuration by its dotted name; None where it has no such field."""
+        value: Any = self.config
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
 
     def write(self, path: Path) -> None:
         """Write a manifest that is whole or absent, with digests of the configuration and of itself."""
@@ -87,6 +127,7 @@ class RunState:
             return _STATE.validate_python(fields)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            found = (error.strerror or found) if isinstance(error, OSError) else found
             raise CheckpointError(f"{path}: found {found}, expected a whole manifest") from error
 
 
@@ -114,6 +155,30 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
 
 
+def newest_checkpoint(folder: Path) -> tuple[Path, RunState] | None:
+    """The newest checkpoint under a folder; None where there is none.
+
+    Raises:
+        CheckpointError: it has no manifest, or one that cannot be read; older ones are not taken in its place.
+    """
+    found = checkpoint_folders(folder)
+    if not found:
+        return None
+    try:
+        return found[-1], RunState.read(found[-1] / MANIFEST)
+    except CheckpointError as error:
+        raise with_way_out(error, found[-1]) from error
+
+
+def with_way_out(damage: CheckpointError, path: Path) -> CheckpointError:
+    """An error about a checkpoint, with what a run can continue from instead; as it is where it says what to do."""
+    if "Fix: " in str(damage):
+        return damage
+    older = [other for other in complete_checkpoints(path.parent) if step_of(other) < step_of(path)]
+    then = f"continues from {older[-1].name}" if older else "starts the run again: there is no older one"
+    return CheckpointError(f"{damage}. Fix: bring the file back, or remove {path}: the same command then {then}")
+
+
 def checkpoint_name(step: int) -> str:
     """Of the folder of the checkpoint after `step` steps."""
     return f"{PREFIX}{step:08d}"
@@ -128,7 +193,12 @@ def check_same_model(state: RunState, model: str) -> None:
     """Raises `ConfigError` where `model` is not the fingerprint of the model that the run was started from."""
     if model != state.model:
         expected = f"the model that the run was started from ({state.model})"
-        raise ConfigError("model.path", model, expected, "use that one")
+        raise ConfigError("model.path", model, expected, f"set model.path to that model's folder{_was_at(state)}")
+
+
+def _was_at(state: RunState) -> str:
+    path = state.setting("model.path")
+    return "" if path is None else f", which was {path}"
 
 
 def fingerprint(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from sdpg_megatron.checkpoint.branch import explain_damage
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
 from sdpg_megatron.checkpoint.files import find_damage, flush_folder, seal, write_durably
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
@@ -25,14 +26,14 @@ from sdpg_megatron.checkpoint.state import (
     PARTIAL,
     PREFIX,
     RunState,
-    checkpoint_folders,
     checkpoint_name,
     complete_checkpoints,
+    newest_checkpoint,
     step_of,
 )
 from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
-from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.errors import CheckpointError, fix_of
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
@@ -71,16 +72,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it has no manifest, or one that cannot be read; older ones are not taken in its place.
         """
-        return self._on_main(self._find_newest)
-
-    def _find_newest(self) -> tuple[Path, RunState] | None:
-        found = checkpoint_folders(self._folder)
-        if not found:
-            return None
-        try:
-            return found[-1], RunState.read(found[-1] / MANIFEST)
-        except CheckpointError as error:
-            raise self._with_way_out(error, found[-1]) from error
+        return self._on_main(lambda: newest_checkpoint(self._folder))
 
     def sweep(self) -> None:
         """Remove what calls that were ended left unfinished; to be called while nobody else writes here."""
@@ -139,12 +131,14 @@ class CheckpointStore:
     def load(self, path: Path, state: RunState, learner: Learner) -> None:
         """Fill the learner with a checkpoint's tensors, once its files were found to be what its manifest says.
 
+        The checkpoint may be another run's, and of another configuration: see `load_sharded`.
+
         Raises:
             CheckpointError: a file is damaged, or the tensors do not fit the model; on every rank.
         """
         self.check(path, state)
         try:
-            load_sharded(path, learner)
+            load_sharded(path, learner, state)
         except UNREADABLE as error:
             raise CheckpointError(
                 f"{path}: found tensors that do not fit the model ({describe(error)}), expected those of model.path. "
@@ -162,12 +156,7 @@ class CheckpointStore:
         damage = find_damage(path, share, digests=self._config.verify == "digests")
         found = next(filter(None, self._ranks.gather_all(damage)), None)
         if found is not None:
-            raise self._with_way_out(found, path)
-
-    def _with_way_out(self, damage: CheckpointError, path: Path) -> CheckpointError:
-        older = [other for other in complete_checkpoints(self._folder) if step_of(other) < step_of(path)]
-        then = f"continues from {older[-1].name}" if older else "starts the run again: there is no older one"
-        return CheckpointError(f"{damage}. Fix: bring the file back, or remove {path}: the same command then {then}")
+            raise explain_damage(found, path, self._folder)
 
     # --- on the main rank
 
@@ -233,8 +222,8 @@ class CheckpointStore:
     def _refused(self, path: Path, error: BaseException) -> CheckpointError:
         if self._ranks.is_main and path.name.endswith(PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
+        fix = fix_of(error, path) if isinstance(error, OSError) else "free space on the disk, or check it"
         return CheckpointError(
             f"{path}: could not be written: {describe(error)} ({free_mib(path)} MiB free). "
-            "Earlier checkpoints are untouched. Fix: free or repair the disk; the same command then continues from the "
-            "newest one"
+            f"Earlier checkpoints are untouched. Fix: {fix}; the same command then continues from the newest one"
         )

@@ -51,18 +51,20 @@ def convert(
         expected = "nothing beside a Hugging Face folder, which has its own config.json and tokenizer"
         raise ConversionError("--like", str(like), expected, "leave it out")
     to_type = DTYPES[dtype] if dtype else None
-    check = _check_logits(source, like, text, console) if text is not None else None
+    check = _check_logits(source, like, text, to_type, console) if text is not None else None
     if is_folder:
         to_megatron(path, target, dtype=to_type, check=check, console=console)
     else:
         to_hugging_face(source, target, like=like, dtype=to_type, shard_bytes=shard_bytes, check=check, console=console)
 
 
-def _check_logits(source: Source, like: Path | None, text: str, console: Console) -> Callable[[Path], None]:
+def _check_logits(
+    source: Source, like: Path | None, text: str, dtype: torch.dtype | None, console: Console
+) -> Callable[[Path], None]:
     """What compares the logits of the source's model with those of the one that was written.
 
     Raises:
-        ConversionError: the text cannot be read.
+        ConversionError: the text cannot be read. What is returned raises it where the logits differ.
     """
     from sdpg_megatron.convert.verify import logit_difference, tokens_of  # Megatron's models take seconds to import
 
@@ -72,7 +74,7 @@ def _check_logits(source: Source, like: Path | None, text: str, console: Console
     def check(written: Path) -> None:
         is_folder = source.kind == "Hugging Face folder"
         folder, checkpoint = (source.folder, written) if is_folder else (written, source.folder)
-        difference, scale = logit_difference(folder, checkpoint, text)
+        difference, scale = logit_difference(folder, checkpoint, text, dtype)
         console.print(f"largest difference of logits: {difference:.3g}, the logits up to {scale:.3g}", highlight=False)
 
     return check

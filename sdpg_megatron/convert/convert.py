@@ -26,7 +26,7 @@ from sdpg_megatron.convert.proof import THREADS, Spec, check_same_tensors
 from sdpg_megatron.convert.safetensors_file import write_safetensors
 from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
-from sdpg_megatron.errors import CheckpointError, ConversionError
+from sdpg_megatron.errors import CheckpointError, ConversionError, fix_of
 from sdpg_megatron.observe.transfer import transfer
 from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
 from sdpg_megatron.weights.load import SINGLE_FILE
@@ -67,7 +67,7 @@ def to_megatron(
     with _aside(target) as aside:
         written = aside / RELEASE
         written.mkdir()
-        with transfer(f"{source} -> {target}", 2 * _bytes(specs), console) as moved:
+        with transfer(f"{source} -> {target}", _bytes(specs), console, passes=2) as moved:
             write_torch_dist(
                 written,
                 [block for stored in parameters for block in _blocks(stored, tensors, types[stored.names], moved)],
@@ -123,7 +123,7 @@ def to_hugging_face(
     tensors = _open_checkpoint(source.folder, arch)
     specs = _specs(tensors, dtype)
     with _aside(target) as aside:
-        with transfer(f"{source.folder} -> {target}", 2 * _bytes(specs), console) as moved:
+        with transfer(f"{source.folder} -> {target}", _bytes(specs), console, passes=2) as moved:
             _write_files(aside, specs, tensors, shard_bytes, moved)
             write_config(folder, aside, _name(next(iter(specs.values()))[1]))
             copy_companions(folder, aside)
@@ -157,7 +157,8 @@ def _aside(target: Path) -> Iterator[Path]:
         aside.rename(target)
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else str(target)
-        raise ConversionError(where, str(error), "a disk that reads and takes it", "free or repair the disk") from error
+        found = error.strerror or str(error)
+        raise ConversionError(where, found, "a disk that reads and takes it", fix_of(error, Path(where))) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

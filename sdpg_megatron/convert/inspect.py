@@ -38,6 +38,10 @@ LAYOUT = {
 either."""
 
 
+LISTS = {"branched_from": "branched from", "changes": "change", "damage": "damage"}
+"""Fields of a report with a line for each item, and the line's title."""
+
+
 @dataclass
 class Report:
     """What was found. Fields stay None where a path does not say, or cannot because of damage."""
@@ -63,6 +67,10 @@ class Report:
     """That it was written under; it can be read under any."""
     training_state: bool | None = None
     """Whether an optimizer's state is there."""
+    branched_from: list[str] = field(default_factory=list)
+    """Branch points of a run checkpoint's run and its ancestors, oldest first."""
+    changes: list[str] = field(default_factory=list)
+    """Configuration changes of a run checkpoint's run, each with its step."""
     versions: dict[str, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -71,10 +79,11 @@ class Report:
 
     def to_text(self) -> str:
         rows = dataclasses.asdict(self)
-        damage, versions = rows.pop("damage"), rows.pop("versions")
+        versions = rows.pop("versions")
+        lists = [(title, rows.pop(name)) for name, title in LISTS.items()]
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items()) or None
         shown = [(name.replace("_", " "), value) for name, value in rows.items() if value is not None]
-        shown += [("damage", one) for one in damage]
+        shown += [(title, one) for title, items in lists for one in items]
         return "".join(f"{name:<15}{_shown(value)}\n" for name, value in shown)
 
 
@@ -148,6 +157,7 @@ def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bo
     report.versions |= {"manifest": str(state.format), **state.versions}
     if damage := find_damage(folder, state.files, digests=digests, threads=THREADS):
         report.damage.append(str(damage))
+    report.branched_from, report.changes = list(map(str, state.branches)), list(map(str, state.changes))
     parallel = state.config.get("parallel")
     report.layout = _layout(parallel) if isinstance(parallel, dict) else None
 

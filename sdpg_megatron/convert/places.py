@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,8 +124,3 @@ def extra_states(stored: Collection[Stored]) -> list[str]:
 def of_the_model(keys: Collection[str]) -> list[str]:
     """Those that are not of the optimizer or other training state."""
     return [key for key in keys if not _TRAINING_STATE.match(key)]
-
-
-def by_tensor(stored: Collection[Stored]) -> Mapping[str, Stored]:
-    """The parameter that each Hugging Face tensor is a part of."""
-    return {tensor: one for one in stored for tensor in one.parameter.tensors}

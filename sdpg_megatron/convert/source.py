@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdpg_megatron.checkpoint.state import MANIFEST, RunState, checkpoint_folders
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, MANIFEST, RunState, checkpoint_folders
 from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
-from sdpg_megatron.errors import ConversionError
+from sdpg_megatron.errors import ConversionError, fix_of
+from sdpg_megatron.hf_files import fix_for_missing
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """Megatron-LM's: the iteration whose folder is the newest, or "release" for a model without training state."""
 RELEASE = "release"
 COMPANION_FOLDER = "huggingface"
 """Beside the iterations of a Megatron checkpoint that was made of a Hugging Face folder: that without the weights."""
-CHECKPOINTS, CONFIG_FILE = "checkpoints", "config.yaml"
 
 Kind = Literal["Hugging Face folder", "run checkpoint", "Megatron checkpoint"]
 
@@ -50,7 +50,7 @@ def find_source(path: Path) -> Source:
         return Source("Megatron checkpoint", path, _beside(path.parent))
     if (path / TRACKER_FILE).is_file():
         return Source("Megatron checkpoint", _iteration(path), _beside(path))
-    for folder in (path / CHECKPOINTS, path):
+    for folder in (path / CHECKPOINT_FOLDER, path):
         if found := checkpoint_folders(folder):
             return find_source(found[-1])
     raise ConversionError(
@@ -58,21 +58,25 @@ def find_source(path: Path) -> Source:
         "nothing that is known" if path.exists() else "no such path",
         f"a Hugging Face folder (config.json), a run's folder or checkpoint ({MANIFEST}), or a Megatron checkpoint "
         f"({TRACKER_FILE} or {BACKEND_FILE})",
-        "check the path",
+        fix_for_missing(path, "check the path"),
     )
 
 
 def _iteration(path: Path) -> Path:
     try:
         text = (path / TRACKER_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise ConversionError(str(path / TRACKER_FILE), str(error), "a readable file", "check it") from error
+    except OSError as error:
+        fix = fix_of(error, path / TRACKER_FILE, reading=True)
+        raise ConversionError(str(path / TRACKER_FILE), error.strerror, "a readable file", fix) from error
+    except ValueError as error:
+        fix = "name an iteration's folder itself, or write its number there"
+        raise ConversionError(str(path / TRACKER_FILE), str(error), "text in UTF-8", fix) from error
     if text != RELEASE and not (text.isascii() and text.isdigit()):
-        raise ConversionError(str(path / TRACKER_FILE), repr(text), f"a number or {RELEASE!r}", "correct it")
+        raise ConversionError(str(path / TRACKER_FILE), repr(text), f"a number or {RELEASE!r}", "write that there")
     folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not folder.is_dir():
         raise ConversionError(
-            str(path / TRACKER_FILE), text, f"the iteration of a folder here, such as {folder.name}", "correct it"
+            str(path / TRACKER_FILE), text, f"the iteration of a folder here, such as {folder.name}", "write that there"
         )
     return folder
 

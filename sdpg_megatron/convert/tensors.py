@@ -14,9 +14,8 @@ from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.convert.places import Place, Stored, of_the_model, stored_parameters
 from sdpg_megatron.errors import ConversionError, did_you_mean
-from sdpg_megatron.weights.check import check_stored_shapes
-from sdpg_megatron.weights.load import SafetensorsFolder
-from sdpg_megatron.weights.map import Shape, check_folder, hf_shapes
+from sdpg_megatron.weights.load import open_weights
+from sdpg_megatron.weights.map import Shape, hf_shapes
 
 BLOCK_BYTES = 16 * 2**20
 """Bound of what is read, turned and written at a time; a longer row is a block of its own."""
@@ -48,10 +47,7 @@ class FolderTensors:
     def __init__(self, folder: Path, arch: Architecture) -> None:
         """Raises `WeightError` where the folder is damaged, or its config.json tells of another model."""
         self.arch = arch
-        self._source = SafetensorsFolder(folder)
-        check_folder(arch, self._source.names, str(self._source.where))
-        self._source.check()
-        check_stored_shapes(arch, self._source, hf_shapes(arch))
+        self._source = open_weights(folder, arch)
         self._dtypes = {name: self._source.dtype(name) for name in hf_shapes(arch)}
         self._mapped = 0
 

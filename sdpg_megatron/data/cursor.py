@@ -7,7 +7,8 @@ indices and works on its own part of it, so the prompts of a step are the same o
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sdpg_megatron.errors import CheckpointError
@@ -86,13 +87,17 @@ class Cursor:
         cursor._order = cursor._permutation()
         return cursor
 
-    def _permutation(self) -> list[int]:
+    def _permutation(self) -> Sequence[int]:
         if self._size is None:
-            return []
-        if not self._shuffle:
-            return list(range(self._size))
-        # Python promises the same random() sequence for a string seed on every platform and version; it does not
-        # promise that of shuffle(), nor do NumPy and torch of their permutations.
-        generator = random.Random(f"{self._seed}/{self._epoch}")
-        keys = [generator.random() for _ in range(self._size)]
-        return sorted(range(self._size), key=keys.__getitem__)
+            return ()
+        return _shuffled(self._size, self._seed, self._epoch) if self._shuffle else range(self._size)
+
+
+@lru_cache(maxsize=2)
+def _shuffled(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of an epoch. Kept, as every step makes a cursor from the saved state of the one before."""
+    # Python promises the same random() sequence for a string seed on every platform and version; it does not
+    # promise that of shuffle(), nor do NumPy and torch of their permutations.
+    generator = random.Random(f"{seed}/{epoch}")
+    keys = [generator.random() for _ in range(size)]
+    return tuple(sorted(range(size), key=keys.__getitem__))

@@ -1,33 +1,53 @@
-"""The prompts of a run, rendered and held in memory."""
+"""The prompts of data files, rendered once for each distinct problem and packed in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import Example, parse_row
+from sdpg_megatron.data.examples import Example, parse_row, reveals
 from sdpg_megatron.data.hints import others, wish
-from sdpg_megatron.data.readers import read_rows
+from sdpg_megatron.data.packed import PackedPrompts, open_packed, pack
+from sdpg_megatron.data.readers import find_files, read_rows
 from sdpg_megatron.data.render import Renderer, Tokens
+from sdpg_megatron.data.repeats import ProblemIndex, Repeats
 from sdpg_megatron.errors import DataError
+from sdpg_megatron.observe.files import writing
 from sdpg_megatron.records import Prompt
+
+CHUNK = 1024
+"""Rows that are rendered and tokenized at a time."""
+
+OnRows = Callable[[int], None]
+"""Called with the number of rows read so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDataset:
-    """Prompts in file order, and what the length policy did."""
+    """Prompts in file order, and what was left out."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     dropped: int = 0
     """Rows left out because a prompt was too long."""
     truncated: int = 0
     """Rows of which the student's or a teacher's prompt was cut on its left."""
+    repeated: int = 0
+    """Rows left out because an earlier one has the same problem."""
+    digest: str = ""
+    """`digest_of` the prompts."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know about the rows."""
+    structured: str | None = None
+    """Name of the first prompt whose answer is a dict or list."""
+    problems: ProblemIndex = field(default_factory=dict, compare=False)
+    """Of an evaluation's prompts: each problem's first row, to find it again in the training data."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -39,13 +59,23 @@ class PromptDataset:
     def size(self) -> int:
         return len(self.prompts)
 
-    @property
-    def digest(self) -> str:
-        return digest_of(self.prompts)
-
     def describe(self) -> str:
-        left_out = f" ({self.dropped} dropped, {self.truncated} truncated)" if self.dropped or self.truncated else ""
-        return f"{len(self)} prompts{left_out}"
+        counts = {"repeated": self.repeated, "dropped": self.dropped, "truncated": self.truncated}
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"{len(self)} prompts" + (f" ({told})" if told else "")
+
+    def save(self, path: Path) -> None:
+        """Write the data set to a file for `open`, in this job. Raises `WriteError`."""
+        assert isinstance(self.prompts, PackedPrompts)
+        notes = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "prompts"}
+        with writing(path):
+            self.prompts.save(path, notes)
+
+    @classmethod
+    def open(cls, path: Path) -> PromptDataset:
+        """Map what `save` has written; see `packed.open_packed`. Raises `OSError`."""
+        prompts, notes = open_packed(path)
+        return cls(prompts, **notes)
 
     @classmethod
     def load(
@@ -57,53 +87,135 @@ class PromptDataset:
         seed: int = 0,
         taught: bool = True,
         contrast: float = 0.0,
+        held_out: PromptDataset | None = None,
+        on_rows: OnRows = lambda rows: None,
     ) -> PromptDataset:
         """Read, render and length-check every row of `files`.
 
         Args:
+            files: paths and glob patterns; see `readers.FORMATS`.
             tokenizer: transformers tokenizer with a chat template.
             seed: of the wrong hints that are drawn.
-            taught: False where nobody teaches on these prompts: the teacher's is then the student's.
+            taught: False for an evaluation: there is no teacher, its prompt is the student's, and a problem counts
+                once whatever `data.duplicates` says.
             contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
+            held_out: an evaluation's prompts, to warn where these rows have the same problems.
 
         Raises:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
             ConfigError: the context template, its options or the tokenizer cannot be used.
         """
-        renderer = Renderer(config, tokenizer)
-        named = [
-            (f"{label}:{row.number}", parse_row(row, config, context_needed=taught and renderer.needs_context))
-            for path, label in zip(files, _labels(files), strict=True)
-            for row in read_rows(path)
-        ]
-        examples = [example for _, example in named]
-        wanted = wish(config, contrast) if taught else None
-        hints = others(examples, seed, wanted) if wanted else examples
-        prompts: list[Prompt] = []
-        dropped = truncated = 0
-        for (uid, example), hint in zip(named, hints, strict=True):
-            student = renderer.student(example)
-            teacher = renderer.teacher(example, None if contrast else hint) if taught else student
-            misled = renderer.teacher(example, hint) if contrast else ()
-            if max(len(student), len(teacher), len(misled)) > config.max_prompt_tokens:
-                if config.overlong == "drop":
-                    dropped += 1
-                    continue
-                truncated += 1
-            prompts.append(make_prompt(uid, example, student, teacher, config.max_prompt_tokens, misled))
-        if not prompts:
-            found = f"{dropped} rows, all longer than {config.max_prompt_tokens} tokens" if dropped else "no rows"
+        files = find_files(files)
+        builder = _Builder(config, Renderer(config, tokenizer), taught=taught, contrast=contrast, held_out=held_out)
+        builder.add(builder.rows(files, on_rows), seed)
+        if not len(builder.prompts):
+            found = f"{builder.dropped} rows, all longer than {config.max_prompt_tokens} tokens"
             where = ", ".join(map(str, files)) or "data files"
-            raise DataError(where, found, "at least one prompt", "check the files and data.max_prompt_tokens")
-        return cls(tuple(prompts), dropped, truncated)
+            fix = "check the files and data.max_prompt_tokens"
+            raise DataError(where, found if builder.dropped else "no rows", "at least one prompt", fix)
+        return builder.finish()
+
+
+class _Builder:
+    """A data set that grows by chunks of rows."""
+
+    def __init__(
+        self, config: DataConfig, renderer: Renderer, *, taught: bool, contrast: float, held_out: PromptDataset | None
+    ) -> None:
+        self._config, self._renderer, self._taught, self._contrast = config, renderer, taught, contrast
+        self._repeats = Repeats(held_out.problems if held_out else None, taught=taught)
+        self._batches: list[Any] = []
+        self._digest = hashlib.sha256()
+        self._revealed: list[str] = []
+        self._structured: str | None = None
+        self.dropped = self._truncated = self._repeated = 0
+
+    @property
+    def prompts(self) -> PackedPrompts:
+        return PackedPrompts(self._batches)
+
+    def rows(self, files: Sequence[Path], on_rows: OnRows) -> Iterator[tuple[str, Example]]:
+        """Names and examples of the rows that are kept."""
+        needed = self._taught and self._renderer.needs_context
+        keep = self._taught and self._config.duplicates == "keep"
+        read = 0
+        for path, label in zip(files, _labels(files), strict=True):
+            for row in read_rows(path):
+                example = parse_row(row, self._config, context_needed=needed)
+                uid, read = f"{label}:{row.number}", read + 1
+                if read % CHUNK == 0:
+                    on_rows(read)
+                if self._repeats.seen(uid, example) and not keep:
+                    self._repeated += 1
+                    continue
+                if reveals(example.question, example.context):
+                    self._revealed.append(row.where)
+                if self._structured is None and not isinstance(example.answer, str):
+                    self._structured = row.where
+                yield uid, example
+
+    def add(self, rows: Iterator[tuple[str, Example]], seed: int) -> None:
+        """Render the rows; all are held at once only where each may be the wrong hint of another."""
+        if self._taught and (wanted := wish(self._config, self._contrast)):
+            named = list(rows)
+            hints: Iterator[Example | None] = iter(others([example for _, example in named], seed, wanted))
+            rows = iter(named)
+        else:
+            hints = iter(lambda: None, 0)
+        while chunk := list(islice(rows, CHUNK)):
+            self._add_chunk(chunk, list(islice(hints, len(chunk))))
+
+    def _add_chunk(self, chunk: Sequence[tuple[str, Example]], hints: Sequence[Example | None]) -> None:
+        examples, renderer, limit = [example for _, example in chunk], self._renderer, self._config.max_prompt_tokens
+        students = renderer.students(examples)
+        none: list[Example | None] = [None] * len(examples)
+        teachers = renderer.teachers(examples, none if self._contrast else hints) if self._taught else students
+        misled = renderer.teachers(examples, hints) if self._contrast and self._taught else [()] * len(examples)
+        prompts = []
+        for (uid, example), *tokens in zip(chunk, students, teachers, misled, strict=True):
+            if max(map(len, tokens)) > limit:
+                if self._config.overlong == "drop":
+                    self.dropped += 1
+                    continue
+                self._truncated += 1
+            student, teacher, wrong = tokens
+            prompts.append(make_prompt(uid, example, student, teacher, limit, wrong))
+        if prompts:
+            self._batches.append(pack(prompts))
+            _add_to_digest(self._digest, prompts)
+
+    def finish(self) -> PromptDataset:
+        return PromptDataset(
+            prompts=self.prompts,
+            dropped=self.dropped,
+            truncated=self._truncated,
+            repeated=self._repeated,
+            digest=self._digest.hexdigest()[:16],
+            warnings=tuple(self._warnings()),
+            structured=self._structured,
+            problems={} if self._taught else self._repeats.problems,
+        )
+
+    def _warnings(self) -> Iterator[str]:
+        if self._revealed:
+            first = f"the first at {self._revealed[0]}: the student reads it, too"
+            yield f"{len(self._revealed)} questions contain the whole of their context, {first}"
+        if self._repeated and not self._taught:
+            found = f"{self._repeated} rows of the evaluation repeat a problem"
+            yield f"{found} and are left out, the first: {self._repeats.first}"
+        yield from self._repeats.warnings()
 
 
 def digest_of(prompts: Iterable[Prompt]) -> str:
     """Sixteen hexadecimal digits that follow from all that is in the prompts, and their order."""
     found = hashlib.sha256()
-    for prompt in prompts:
-        found.update(json.dumps([getattr(prompt, field.name) for field in fields(prompt)], default=str).encode())
+    _add_to_digest(found, prompts)
     return found.hexdigest()[:16]
+
+
+def _add_to_digest(digest: Any, prompts: Iterable[Prompt]) -> None:
+    for prompt in prompts:
+        digest.update(json.dumps([getattr(prompt, part.name) for part in fields(prompt)], default=str).encode())
 
 
 def make_prompt(

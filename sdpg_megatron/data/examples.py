@@ -1,24 +1,27 @@
-"""What a row says: question, answer and privileged context, from plain columns or from the public SDPG format.
+"""Question, answer and privileged context of a row, from plain columns, a chat, or the public SDPG format.
 
-The public format has a `prompt` list of chat messages. The last one is the question; where it carries
-``[TEACHER_CONTEXT_TOKEN]``, the student reads what stands before the mark and the teacher both parts without it.
+The public format has a `prompt` list of chat messages. The user's last one is the question; where it carries
+``[TEACHER_CONTEXT_TOKEN]``, the student reads what stands before the mark and the teacher both parts without it. A mark
+in a plain column is read the same way, so the student never sees what stands after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 
+from sdpg_megatron.answers import decimal_text
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.data.chats import CHAT_COLUMNS, CONTEXT_MARK, Chat, Message, read_chat, split_context
 from sdpg_megatron.data.readers import Row
 from sdpg_megatron.errors import DataError, did_you_mean
+from sdpg_megatron.records import Answer, answer_text
 
-MARK = "[TEACHER_CONTEXT_TOKEN]"
-CHAT_COLUMN = "prompt"
 REWARD_COLUMN = "reward_model"
-
-Message = Mapping[str, str]
-"""``{"role": ..., "content": ...}``."""
+LONG_CONTEXT = 30
+"""Characters of a context that no question contains unless it reveals it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +29,20 @@ class Example:
     """One question before rendering."""
 
     question: str
-    answer: str
+    answer: Answer
     context: str | None = None
     """None where the row has none."""
     history: tuple[Message, ...] = ()
     """Messages before the question."""
     teacher_question: str | None = None
-    """What the row itself lets the teacher read instead of the question; None leaves that to the context template."""
+    """The question as the row itself has it for the teacher; None leaves that to the context template."""
     metadata: Mapping[str, object] = field(default_factory=dict)
     """The row's other columns."""
+
+    @property
+    def answer_text(self) -> str:
+        """See `records.answer_text`."""
+        return answer_text(self.answer)
 
 
 def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> Example:
@@ -51,60 +59,62 @@ def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> 
     return example
 
 
+def reveals(question: str, context: str | None) -> bool:
+    """Whether `question` contains the whole of a context that is too long to be there by chance."""
+    return context is not None and len(context.strip()) >= LONG_CONTEXT and context.strip() in question
+
+
 def _parse(row: Row, config: DataConfig) -> Example:
-    used = {CHAT_COLUMN, config.question_key, config.answer_key, config.context_key}
-    metadata = {name: value for name, value in row.values.items() if name not in used}
-    if _is_chat(row, config):
-        history, question = _chat(row)
-        student, mark, context = question.partition(MARK)
-        return Example(
-            question=student,
-            answer=_answer(row, config),
-            context=(context if mark else None) or _context(row, config),
-            history=history,
-            teacher_question=student + context if mark else None,
-            metadata=metadata,
-        )
+    column = _chat_column(row, config)
+    used = {column, config.question_key, config.answer_key, config.context_key}
+    if column is not None:
+        messages = row.values[column]
+        assert isinstance(messages, list)
+        chat = read_chat(row.where, column, messages)
+    else:
+        text = _text(row, config.question_key, "data.question_key")
+        chat = Chat(*split_context(row.where, config.question_key, text), history=(), reply=None)
+    marked = bool(chat.context and chat.context.strip())
     return Example(
-        question=_text(row, config.question_key, "data.question_key"),
+        question=chat.question,
         answer=_answer(row, config),
-        context=_context(row, config),
-        metadata=metadata,
+        context=chat.context if marked else _context(row, config) or (chat.reply or "").strip() or None,
+        history=chat.history,
+        teacher_question=f"{chat.question}{chat.context}" if marked else None,
+        metadata={name: value for name, value in row.values.items() if name not in used},
     )
 
 
-def _is_chat(row: Row, config: DataConfig) -> bool:
-    """Whether the question is to be read from the chat column; a plain question column wins over an unmarked chat."""
-    chat = row.values.get(CHAT_COLUMN)
-    if not isinstance(chat, list):
-        return False
-    marked = any(isinstance(message, dict) and MARK in str(message.get("content")) for message in chat)
-    return marked or not isinstance(row.values.get(config.question_key), str)
+def _chat_column(row: Row, config: DataConfig) -> str | None:
+    """The column with the chat that asks the question; a plain question column wins over a chat without a mark."""
+    chats = [name for name in (config.question_key, *CHAT_COLUMNS) if isinstance(row.values.get(name), list)]
+    marked = [name for name in chats if CONTEXT_MARK in str(row.values[name])]
+    if marked or row.values.get(config.question_key) is None or config.question_key in chats:
+        return next(iter(marked + chats), None)
+    return None
 
 
-def _chat(row: Row) -> tuple[tuple[Message, ...], str]:
-    """The messages before the question, and the question."""
-    messages = row.values[CHAT_COLUMN]
-    assert isinstance(messages, list)
-    expected = "a list of {role, content} messages that ends with the user's"
-    fix = f"correct the column {CHAT_COLUMN!r}"
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(row.where, f"the message {message!r}", expected, fix)
-    if not messages or messages[-1]["role"] != "user":
-        raise DataError(row.where, f"the roles {[message['role'] for message in messages]}", expected, fix)
-    *history, question = messages
-    if any(MARK in message["content"] for message in history):
-        raise DataError(row.where, f"{MARK} before the last message", f"{MARK} in the user's last message", fix)
-    return tuple({"role": m["role"], "content": m["content"]} for m in history), question["content"]
-
-
-def _answer(row: Row, config: DataConfig) -> str:
+def _answer(row: Row, config: DataConfig) -> Answer:
     """The answer column, or where there is none, the public format's ``reward_model.ground_truth``."""
-    reward_model = row.values.get(REWARD_COLUMN)
-    if row.values.get(config.answer_key) is None and isinstance(reward_model, dict):
-        return _text(Row(row.where, row.number, reward_model), "ground_truth", "data.answer_key")
-    return _text(row, config.answer_key, "data.answer_key")
+    column, reward_model = config.answer_key, row.values.get(REWARD_COLUMN)
+    if row.values.get(column) is None and isinstance(reward_model, dict):
+        row, column = Row(row.where, row.number, reward_model), "ground_truth"
+    value = row.values.get(column)
+    if not isinstance(value, dict | list):
+        return _text(row, column, "data.answer_key")
+    if not value:
+        raise DataError(row.where, f"empty column {column!r}", "an answer", "fill it or remove the row")
+    if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
+        raise DataError(row.where, f"NaN or infinity in column {column!r}", "finite numbers", "correct the row")
+    return value
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def _context(row: Row, config: DataConfig) -> str | None:
@@ -114,14 +124,20 @@ def _context(row: Row, config: DataConfig) -> str | None:
 
 
 def _text(row: Row, column: str, config_field: str) -> str:
-    """A column as text; numbers are written out."""
+    """A column as text; numbers are written out in decimal digits."""
     value = row.values.get(column)
     if value is None:
         found = f"no value in column {column!r} (columns: {', '.join(row.values)})"
         hint = did_you_mean(column, row.values)
         raise DataError(row.where, found, "text", " ".join(filter(None, (f"fill it or set {config_field};", hint))))
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(row.where, f"{type(value).__name__} in column {column!r}", "text", f"see {config_field}")
-    if not str(value).strip():
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        try:
+            return decimal_text(value)
+        except ValueError as error:
+            raise DataError(row.where, f"{error} in column {column!r}", "a finite number", "correct the row") from error
+    if not isinstance(value, str):
+        expected = f"text or a number, see {config_field}"
+        raise DataError(row.where, f"{type(value).__name__} in column {column!r}", expected, "write it as text")
+    if not value.strip():
         raise DataError(row.where, f"empty column {column!r}", "text", "fill it or remove the row")
-    return str(value)
+    return value

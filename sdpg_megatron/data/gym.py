@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import chain, count, islice
 from typing import Any
 
 import reasoning_gym
@@ -23,6 +25,8 @@ BLOCK = 500
 """Problems that are made from one seed of a task: what reasoning-gym's tasks have at least."""
 ATTEMPTS = 100
 """Draws for one prompt before the source gives up."""
+KEPT_BLOCKS = 16
+"""Blocks of a task that are kept: to make one, tasks read lists of words and the like."""
 DIGESTED = 10
 VARYING = frozenset(
     {
@@ -55,14 +59,14 @@ class GymSource:
         self._wish = wish(config, contrast)
         self._renderer = Renderer(config, tokenizer)
         self._tasks = config.reasoning_gym.tasks
-        self._blocks: dict[str, tuple[str, Any]] = {}
+        self._entries = lru_cache(maxsize=KEPT_BLOCKS * len(self._tasks))(self._make_entries)
         for name, task in self._tasks.items():
             _check(name, task)
-        self._reserved: frozenset[str] = frozenset()
+        self._reserved: set[str] = set()
         self.held_out = self._hold_out(config.reasoning_gym.held_out)
         """None where none are wanted."""
         for name in self._tasks:  # now, rather than in the middle of the run
-            example = self._fitting(name, "train", 0)
+            example = self._fitting(name, self._candidates(name, "train", 0))
             if self._wish:
                 self._hint(name, 0, example, self._wish)
 
@@ -76,7 +80,8 @@ class GymSource:
         Raises:
             ConfigError: no problem fits.
         """
-        task, example = self._draw("train", index)
+        task = self._task("train", index)
+        example = self._fitting(task, self._candidates(task, "train", index))
         hint = self._hint(task, index, example, self._wish) if self._wish else None
         student, teacher = self._renderer.render(example, None if self._contrast else hint)
         misled = self._renderer.teacher(example, hint) if self._contrast else ()
@@ -86,33 +91,37 @@ class GymSource:
     def describe(self) -> str:
         return f"endless prompts of {', '.join(self._tasks)}"
 
-    def _hold_out(self, count: int) -> PromptDataset | None:
-        """The first `count` different problems of a stream of their own, which training passes over from then on."""
+    def _hold_out(self, wanted: int) -> PromptDataset | None:
+        """`wanted` different problems of streams of their own, which training passes over from then on.
+
+        A problem that was drawn before is replaced by the next of its task's second stream, whose blocks are used to
+        their end: a task that has too few problems is found out in seconds.
+        """
         prompts: list[Prompt] = []
-        for index in range(count):
-            task, example = self._draw("held out", index)
-            self._reserved |= {normalised(example.question)}
+        seconds = {name: self._stream(name, "held out again") for name in self._tasks}
+        for index in range(wanted):
+            task = self._task("held out", index)
+            example = self._fitting(task, chain(islice(self._candidates(task, "held out", index), 1), seconds[task]))
+            self._reserved.add(normalised(example.question))
             tokens = self._renderer.student(example)
             limit = self._config.max_prompt_tokens
             prompts.append(make_prompt(f"{task}:held-out-{index}", example, tokens, tokens, limit))
-        return PromptDataset(tuple(prompts)) if prompts else None
+        return PromptDataset(tuple(prompts), digest=digest_of(prompts)) if prompts else None
 
-    def _draw(self, stream: str, index: int) -> tuple[str, Example]:
-        """Task and problem of `index`."""
+    def _task(self, stream: str, index: int) -> str:
         names = sorted(self._tasks)
         weights = [self._tasks[name].weight for name in names]
-        task = random.Random(f"{self._seed}/{stream}/{index}").choices(names, weights)[0]
-        return task, self._fitting(task, stream, index)
+        return random.Random(f"{self._seed}/{stream}/{index}").choices(names, weights)[0]
 
-    def _fitting(self, task: str, stream: str, index: int) -> Example:
-        """The first drawn problem that is not held out and not too long."""
-        for example in self._candidates(task, stream, index):
+    def _fitting(self, task: str, candidates: Iterator[Example]) -> Example:
+        """The first of `ATTEMPTS` candidates that is not held out and not too long."""
+        for example in islice(candidates, ATTEMPTS):
             if normalised(example.question) not in self._reserved and self._fits(example):
                 return example
         raise ConfigError(
             f"{FIELD}.{task}",
             f"{ATTEMPTS} problems that are held out or longer than data.max_prompt_tokens",
-            "a task with more and shorter ones",
+            f"a task with more and shorter ones ({len(self._reserved)} were found to be held out)",
             "change its parameters, lower data.reasoning_gym.held_out, or raise data.max_prompt_tokens",
         )
 
@@ -125,19 +134,20 @@ class GymSource:
         raise ConfigError(wish.field, wish.value, expected, "change the task's parameters")
 
     def _candidates(self, task: str, stream: str, index: int) -> Iterator[Example]:
+        """Problems in the same place of one block after the other."""
+        block, place = divmod(index, BLOCK)
         for attempt in range(ATTEMPTS):
-            block, place = divmod(index, BLOCK)
             yield self._example(task, self._entries(task, f"{stream}/{block}/{attempt}")[place])
 
-    def _entries(self, task: str, block: str) -> Any:
-        """The reasoning-gym data set of one block; the last one of each stream and task is kept."""
-        stream = f"{task}/{block.partition('/')[0]}"
-        kept, entries = self._blocks.get(stream, ("", None))
-        if kept != block:
-            seed = random.Random(f"{self._seed}/{task}/{block}").getrandbits(31)
-            entries = reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **self._tasks[task].parameters)
-            self._blocks[stream] = block, entries
-        return entries
+    def _stream(self, task: str, stream: str) -> Iterator[Example]:
+        """All problems of one block after the other, without end."""
+        for index in count():
+            yield self._example(task, self._entries(task, f"{stream}/{index // BLOCK}")[index % BLOCK])
+
+    def _make_entries(self, task: str, block: str) -> Any:
+        """The reasoning-gym data set of one block."""
+        seed = random.Random(f"{self._seed}/{task}/{block}").getrandbits(31)
+        return reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **self._tasks[task].parameters)
 
     def _example(self, task: str, entry: Mapping[str, Any]) -> Example:
         problem = {"task": task, "parameters": self._tasks[task].parameters, "entry": entry}

@@ -39,7 +39,9 @@ def others(examples: Sequence[Example], seed: int, wish: Wish) -> list[Example]:
 
 def misleads(other: Example, example: Example) -> bool:
     """Whether the context of `other` is that of another problem than `example`'s, and gives another answer."""
-    return not same(example.answer, other.answer) and normalised(example.question) != normalised(other.question)
+    return not same(example.answer_text, other.answer_text) and normalised(example.question) != normalised(
+        other.question
+    )
 
 
 def _other(examples: Sequence[Example], index: int, generator: random.Random, wish: Wish) -> Example:
@@ -49,6 +51,6 @@ def _other(examples: Sequence[Example], index: int, generator: random.Random, wi
         other = examples[place % len(examples)]
         if misleads(other, examples[index]):
             return other
-    answer = examples[index].answer
+    answer = examples[index].answer_text
     expected = f"{wish.instead} where every problem has the answer {answer!r} or the same question"
     raise ConfigError(wish.field, wish.value, expected, "use data whose answers differ")

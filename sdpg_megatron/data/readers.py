@@ -1,75 +1,261 @@
-"""Rows of JSONL and Parquet files, one at a time, each with a name for error messages."""
+"""Rows of JSONL, JSON, CSV and Parquet files, each with its place for error messages.
+
+Text is UTF-8 whatever the locale is, with or without a byte order mark, with any line ends, and may be gzipped.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Iterator, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from sdpg_megatron.answers import WrittenFloat
 from sdpg_megatron.errors import DataError
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+"""File formats by suffix; all but Parquet may also end in ``.gz``."""
+EXPECTED_SUFFIX = f"{', '.join(FORMATS)}, or one of the first three with .gz"
+MAX_FIELD = 1 << 28
+"""Largest CSV field in characters; Python's own limit is 131,072."""
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_BLANK = re.compile(r"\S")
+_BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder(parse_float=WrittenFloat)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as the file has it."""
+    """One row as the file has it. JSON decimals are `WrittenFloat`, CSV values text."""
 
     where: str
-    """``file:line`` in JSONL, ``file: row N`` in Parquet."""
+    """``file:line``, in Parquet ``file: row N``."""
     number: int
-    """Line or row, from 1."""
+    """Line, or row from 1 in Parquet and JSON arrays."""
     values: Mapping[str, object]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a ``.jsonl`` or ``.parquet`` file; blank JSONL lines are passed over.
+def find_files(patterns: Sequence[Path]) -> list[Path]:
+    """Expand glob patterns such as ``data/*.parquet``, each to its files in sorted order.
 
     Raises:
-        DataError: unknown file type, unreadable file, or a line that is not a JSON object.
+        DataError: a pattern that matches nothing.
     """
-    match path.suffix:
+    found: list[Path] = []
+    for pattern in patterns:
+        if not re.search(r"[*?\[]", str(pattern)) or pattern.exists():
+            found.append(pattern)
+            continue
+        matches = sorted(map(Path, glob(str(pattern), recursive=True)))
+        if not matches:
+            raise DataError(str(pattern), "no file that matches", "at least one", "correct the pattern")
+        found += matches
+    return found
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Stream the rows of a file in one of `FORMATS`; blank lines are skipped.
+
+    A ``.json`` file is an array of objects, or has one object per line as ``.jsonl``. The first line of a ``.csv`` file
+    names the columns; an empty field is no value (None).
+
+    Raises:
+        DataError: unknown file type, unreadable file, text that is not UTF-8, or a row that cannot be parsed.
+    """
+    match file_format(path):
         case ".jsonl":
             return _read_jsonl(path)
+        case ".json":
+            return _read_json(path)
+        case ".csv":
+            return _read_csv(path)
         case ".parquet":
             return _read_parquet(path)
-    raise DataError(str(path), f"suffix {path.suffix!r}", ".jsonl or .parquet", "convert or rename the file")
+    if path.is_dir():
+        raise DataError(str(path), "a folder", "a file", f"name its files, for example {path}/*.jsonl")
+    raise DataError(str(path), f"suffix {path.suffix!r}", EXPECTED_SUFFIX, "convert or rename the file")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def file_format(path: Path) -> str | None:
+    """The format in `FORMATS` that the path's suffix names; None for another suffix."""
+    suffix = path.suffix
+    if suffix == ".gz":
+        suffix = Path(path.stem).suffix
+        return suffix if suffix in FORMATS and suffix != ".parquet" else None
+    return suffix if suffix in FORMATS else None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers, from 1, and decoded lines."""
     try:
-        # Bytes, so that a line that is not UTF-8 is reported with its number.
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_line(f"{path}:{number}", number, line)
-    except OSError as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield number, (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    found = f"bytes that are not UTF-8 ({error.reason} at byte {error.start} of the line)"
+                    raise DataError(f"{path}:{number}", found, "text in UTF-8", "convert the file to UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
 
-def _parse_line(where: str, number: int, line: bytes) -> Row:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, f"invalid JSON ({error})", "one JSON object per line", "correct the line") from error
+def _read_jsonl(path: Path, expected: str = "one JSON object per line") -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                values = _DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(where, f"invalid JSON ({error})", expected, "correct the line") from error
+            yield _json_row(where, number, values, line)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    start = next((line.lstrip()[0] for _, line in _lines(path) if line.strip()), "")
+    if start == "[":
+        return _read_array(path)
+    return _read_jsonl(path, "an array of objects, or one JSON object per line")
+
+
+def _read_array(path: Path) -> Iterator[Row]:
+    text = "".join(line for _, line in _lines(path))
+    at = _skip_blanks(text, text.index("[") + 1)
+    line, number = 1 + text.count("\n", 0, at), 0
+    while text[at : at + 1] != "]":
+        where, number = f"{path}:{line}", number + 1
+        try:
+            values, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _broken_array(where, f"invalid JSON ({error})", "an array of objects") from error
+        yield _json_row(where, number, values, text[at:end])
+        following = _skip_blanks(text, end)
+        line += text.count("\n", at, following)
+        if (found := text[following : following + 1]) == ",":
+            at = _skip_blanks(text, following + 1)
+            line += text.count("\n", following, at)
+        elif found == "]":
+            at = following
+        else:
+            raise _broken_array(f"{path}:{line}", f"{found!r} after an object", "a comma, or the end of the array")
+    if rest := text[at + 1 :].strip():
+        raise _broken_array(f"{path}:{line}", f"{rest[:20]!r} after the array", "the end of the file")
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    """The position of the first character from `at` on that is not blank."""
+    found = _NOT_BLANK.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _broken_array(where: str, found: str, expected: str) -> DataError:
+    return DataError(where, found, expected, "correct the file, or write one JSON object per line")
+
+
+def _json_row(where: str, number: int, values: object, text: str) -> Row:
     if not isinstance(values, dict):
         raise DataError(where, f"a JSON {type(values).__name__}", "a JSON object", "write {column: value, ...}")
+    if _ESCAPED_SURROGATE.search(text):
+        _refuse_surrogates(where, values)
     return Row(where, number, values)
+
+
+def _refuse_surrogates(where: str, values: Mapping[str, object]) -> None:
+    """Raise where a JSON escape has left half of a surrogate pair, which no UTF-8 file and no tokenizer can hold."""
+    for column, value in values.items():
+        if _SURROGATE.search(json.dumps([column, value], ensure_ascii=False)):
+            found = f"a lone surrogate (half of a character beyond U+FFFF) in column {column!r}"
+            raise DataError(where, found.encode(errors="backslashreplace").decode(), "text", "remove or replace it")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    columns: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        where = f"{path}:{number}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise DataError(where, f"invalid CSV ({error})", "fields as RFC 4180 has them", "correct it") from error
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if columns is None:
+            columns = fields
+            if len(set(columns)) < len(columns) or not all(name.strip() for name in columns):
+                raise DataError(where, f"the columns {columns}", "a different name for each", "correct the first line")
+            continue
+        if len(fields) != len(columns):
+            expected = f"{len(columns)}, as the first line has"
+            raise DataError(where, f"{len(fields)} fields", expected, "quote fields that have commas or line ends")
+        yield Row(where, number, {name: field or None for name, field in zip(columns, fields, strict=True)})
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            fixes = {field.name: fix for field in file.schema_arrow if (fix := _shorten_floats(field.type))}
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in _values(batch, path, number):
                     number += 1
+                    for name, fix in fixes.items():
+                        values[name] = fix(values[name])
                     yield Row(f"{path}: row {number}", number, values)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 
+def _values(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a record batch. Text that is not UTF-8, such as a lone surrogate, is found row by row."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        for index in range(len(batch)):
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                where = f"{path}: row {before + index + 1}"
+                raise DataError(where, f"text that is not UTF-8 ({error})", "text", "remove or replace it") from error
+        raise
+
+
+def _shorten_floats(kind: Any) -> Callable[[Any], Any] | None:
+    """A function that turns the float32 and float16 numbers in a value of Arrow type `kind` into the Python floats of
+    their shortest decimal text, 7.3 instead of 7.300000190734863; None where the type has none."""
+    types = pyarrow.types
+    if types.is_float32(kind) or types.is_float16(kind):
+        width = np.float32 if types.is_float32(kind) else np.float16
+        return lambda value: None if value is None else float(str(width(value)))
+    if types.is_struct(kind):
+        fixes = {field.name: fix for field in kind if (fix := _shorten_floats(field.type))}
+        return (lambda value: value and {**value, **{k: fix(value[k]) for k, fix in fixes.items()}}) if fixes else None
+    if types.is_map(kind):
+        return _each(_shorten_floats(kind.item_type), lambda fix, item: (item[0], fix(item[1])))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _each(_shorten_floats(kind.value_type), lambda fix, item: fix(item))
+    return _shorten_floats(kind.value_type) if types.is_dictionary(kind) else None
+
+
+def _each(fix: Callable[[Any], Any] | None, apply: Callable[[Any, Any], Any]) -> Callable[[Any], Any] | None:
+    return fix and (lambda value: None if value is None else [apply(fix, item) for item in value])
+
+
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(str(path), str(error), "a readable file", "check the path and the file")
+    found = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return DataError(str(path), found, "a readable file", "check the path and the file")

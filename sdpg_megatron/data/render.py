@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 import jinja2
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import Example, Message
+from sdpg_megatron.data.chats import Message
+from sdpg_megatron.data.examples import Example
+from sdpg_megatron.data.tokenizer import chat_template
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
 
@@ -18,6 +20,10 @@ Tokens = tuple[int, ...]
 
 CONTEXT_TEMPLATES = {
     "answer": "{question}\nThe correct answer to this problem is: {answer}",
+    "verify": (
+        "{question}\nThe correct answer to this problem is: {answer}\n"
+        "Use this to verify your reasoning, but show your full solution process."
+    ),
     "solution": (
         "{question}\n\n"
         "For your eyes only, the correct answer is: {answer}\n"
@@ -32,8 +38,8 @@ CONTEXT_TEMPLATES = {
         "Write as if this were the first attempt: do not mention the earlier one or its outcome."
     ),
 }
-"""What the teacher reads in the question's place: with the answer alone, with the answer and a worked solution, or with
-an environment's feedback."""
+"""What the teacher reads in the question's place: with the answer alone; the same as the public SDPG data have it; with
+the answer and a worked solution; or with an environment's feedback."""
 NEED_CONTEXT = ("feedback",)
 """Templates that make no sense where a row's answer stands in for its context."""
 RENDERERS_OWN = ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict", "return_tensors")
@@ -63,8 +69,7 @@ class Renderer:
             ConfigError: unknown or faulty context template, a tokenizer without a chat template, or an option that its
                 chat template does not know.
         """
-        if not tokenizer.chat_template:
-            raise ConfigError("model.path", None, "a tokenizer with a chat template", "use an instruction-tuned model")
+        template = chat_template(tokenizer)
         self._template = context_template(config.context_template)
         self.needs_context = config.context_template in NEED_CONTEXT
         """Whether an example without a context cannot be rendered for the teacher."""
@@ -72,33 +77,43 @@ class Renderer:
         self._system = config.system
         self._options = config.template_options
         self._tokenizer = tokenizer
-        _check_options(self._options, tokenizer.get_chat_template())
+        _check_options(self._options, template)
 
     def render(self, example: Example, hint: Example | None = None) -> tuple[Tokens, Tokens]:
-        """Student and teacher prompt tokens; see `student` and `teacher`."""
+        """Student and teacher prompt tokens; see `students` and `teachers`."""
         return self.student(example), self.teacher(example, hint)
 
     def student(self, example: Example) -> Tokens:
-        """Prompt tokens of the question, up to where the assistant's response begins.
-
-        Raises:
-            ConfigError: the chat template refuses the messages.
-        """
-        return self._tokens(example, example.question)
+        """`students` of one."""
+        return self.students([example])[0]
 
     def teacher(self, example: Example, hint: Example | None = None) -> Tokens:
-        """Prompt tokens of the question with its privileged context, or with that of `hint` where that is given.
+        """`teachers` of one."""
+        return self.teachers([example], [hint])[0]
+
+    def students(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Prompt tokens of each question, up to where the assistant's response begins.
 
         Raises:
             ConfigError: the chat template refuses the messages.
         """
+        return self._tokens(examples, [example.question for example in examples])
+
+    def teachers(self, examples: Sequence[Example], hints: Sequence[Example | None]) -> list[Tokens]:
+        """Prompt tokens of each question with its privileged context, or with that of its hint where there is one.
+
+        Raises:
+            ConfigError: the chat template refuses the messages.
+        """
+        return self._tokens(examples, [self._teacher_question(*pair) for pair in zip(examples, hints, strict=True)])
+
+    def _teacher_question(self, example: Example, hint: Example | None) -> str:
         told = hint or example
         if told.teacher_question is not None:
-            return self._tokens(example, example.question + told.teacher_question[len(told.question) :])
-        question = self._template.format(
-            question=example.question, context=told.context or told.answer, answer=told.answer
+            return example.question + told.teacher_question[len(told.question) :]
+        return self._template.format(
+            question=example.question, context=told.context or told.answer_text, answer=told.answer_text
         )
-        return self._tokens(example, question)
 
     def with_peer(self, prompt: Prompt, response: str) -> Tokens:
         """Teacher prompt tokens that carry another response to the prompt's question.
@@ -106,22 +121,41 @@ class Renderer:
         Raises:
             ConfigError: the chat template refuses the messages.
         """
-        question = self._peer_template.format(question=prompt.question, context=response, answer=prompt.answer)
-        return self._tokens(Example(prompt.question, prompt.answer, history=prompt.history), question)
+        question = self._peer_template.format(question=prompt.question, context=response, answer=prompt.answer_text)
+        return self._tokens([Example(prompt.question, prompt.answer, history=prompt.history)], [question])[0]
 
-    def _tokens(self, example: Example, question: str) -> Tokens:
+    def _tokens(self, examples: Sequence[Example], questions: Sequence[str]) -> list[Tokens]:
+        """Tokens of each question after its example's history, rendered and tokenized together."""
+        chats = [self._messages(example, question) for example, question in zip(examples, questions, strict=True)]
+        try:
+            texts = self._texts(chats)
+        except jinja2.TemplateError:
+            for chat in chats:  # to find the one
+                self._check_chat(chat)
+            raise
+        # as apply_chat_template does: the template has the special tokens
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return [tuple(tokens) for tokens in encoded["input_ids"]]
+
+    def _messages(self, example: Example, question: str) -> list[Message]:
         messages: list[Message] = [*example.history, {"role": "user", "content": question}]
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self._system})
+        return messages
+
+    def _texts(self, chats: list[list[Message]]) -> list[str]:
+        texts: list[str] = self._tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, **self._options
+        )
+        return texts
+
+    def _check_chat(self, chat: list[Message]) -> None:
         try:
-            tokens = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, **self._options
-            )
+            self._texts([chat])
         except jinja2.TemplateError as error:
-            roles = [message["role"] for message in messages]
+            roles = [message["role"] for message in chat]
             expected = f"messages that the model's chat template takes ({error})"
             raise ConfigError("model.path", roles, expected, "change data.system or the rows' roles") from error
-        return tuple(tokens)
 
 
 def _check_options(options: Mapping[str, object], chat_template: str) -> None:

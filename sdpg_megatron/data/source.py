@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.data.dataset import OnRows, PromptDataset
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Prompt
 
@@ -31,7 +31,7 @@ class PromptSource(Protocol):
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0
+    config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0, on_rows: OnRows = lambda rows: None
 ) -> tuple[PromptSource, PromptDataset | None]:
     """The prompts to train on and, if there are any, the held-out ones.
 
@@ -39,6 +39,7 @@ def load_prompts(
         tokenizer: transformers tokenizer with a chat template.
         seed: the run's.
         contrast: `ObjectiveConfig.contrast`; over 0 the prompts to train on have `contrast_tokens`.
+        on_rows: called with the number of training rows read so far.
 
     Raises:
         ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used;
@@ -51,11 +52,14 @@ def load_prompts(
         except ModuleNotFoundError as error:
             if error.name != "reasoning_gym":
                 raise
-            expected, fix = "the package reasoning_gym, which is not installed", "pip install 'sdpg-megatron[gym]'"
+            expected, fix = "the package reasoning_gym, which is not installed", "pip install -e '.[gym]'"
             raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
         source = GymSource(config, tokenizer, seed, contrast)
         return source, source.held_out
     if not config.train:
         raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
     held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False) if config.eval else None
-    return PromptDataset.load(config, config.train, tokenizer, seed=seed, contrast=contrast), held_out
+    prompts = PromptDataset.load(
+        config, config.train, tokenizer, seed=seed, contrast=contrast, held_out=held_out, on_rows=on_rows
+    )
+    return prompts, held_out

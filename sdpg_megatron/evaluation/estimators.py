@@ -83,7 +83,7 @@ def bootstrap(values_PM: Array, *, seed: int = 0, resamples: int = RESAMPLES) ->
     NumPy keeps RandomState's stream as it is.
     """
     problems = len(values_PM)
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(seed % 2**32)  # what it takes
     means_RM = np.stack([values_PM[generator.randint(problems, size=problems)].mean(0) for _ in range(resamples)])
     low_M, high_M = np.quantile(means_RM, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     value_M = [fsum(column) / problems for column in values_PM.T]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.errors import EvaluationError
+from sdpg_megatron.observe.files import json_line
 from sdpg_megatron.records import Prompt, ScoredGroup
 
 
@@ -48,6 +49,9 @@ class Problem:
 
     uid: str
     """The prompt's: file name and row."""
+    question: str = ""
+    reference_answer: str = ""
+    """The prompt's, which the verifier compares with."""
     sampled: Draws
     greedy: Draws
     """One response."""
@@ -57,9 +61,15 @@ class Problem:
         assert sampled.group.prompt is greedy.group.prompt
         return cls(
             uid=sampled.group.prompt.uid,
+            question=sampled.group.prompt.question,
+            reference_answer=sampled.group.prompt.answer_text,
             sampled=Draws.of(sampled, responses=responses),
             greedy=Draws.of(greedy, responses=responses),
         )
+
+    def without_responses(self) -> Problem:
+        parts = {name: replace(getattr(self, name), responses=None) for name in ("sampled", "greedy")}
+        return replace(self, **parts)
 
 
 def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
@@ -70,16 +80,16 @@ def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
     files: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         files.setdefault(prompt.uid.rpartition(":")[0], []).append(prompt)
-    stems = [Path(label).stem for label in files]
+    stems = [Path(label.removesuffix(".gz")).stem for label in files]
     return {
         stem if stems.count(stem) == 1 else label.strip("/").replace("/", "-"): found
         for stem, (label, found) in zip(stems, files.items(), strict=True)
     }
 
 
-def as_lines(problems: Sequence[Problem]) -> str:
-    """JSON, one problem a line."""
-    return "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+def as_lines(problems: Sequence[Problem]) -> bytes:
+    """JSON in UTF-8, one problem a line."""
+    return b"".join(json_line(dataclasses.asdict(problem)) for problem in problems)
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -89,11 +99,18 @@ def read_problems(path: Path) -> list[Problem]:
         EvaluationError: names the line that is not a problem's results.
     """
     problems = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        fix = "remove the evaluation's folder to make it anew"
+        raise EvaluationError(str(path), error.strerror or str(error), "problems' results", fix) from error
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             fields = json.loads(line)
-            problems.append(Problem(uid=fields["uid"], **{key: _draws(fields[key]) for key in ("sampled", "greedy")}))
-        except (ValueError, KeyError, TypeError) as error:
+            parts: dict[str, Any] = {key: fields.get(key, "") for key in ("question", "reference_answer")}
+            parts |= {key: _draws(fields[key]) for key in ("sampled", "greedy")}
+            problems.append(Problem(uid=fields["uid"], **parts))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = "one problem's results"
             raise EvaluationError(
                 f"{path}:{number}", repr(error), expected, "remove the file to make it anew"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from sdpg_megatron.evaluation.problems import Problem, as_lines, read_problems
 from sdpg_megatron.evaluation.scores import Scores, score
 from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.records import Prompt
+
+logger = logging.getLogger(__name__)
 
 REQUEST_FILE, SUMMARY_FILE = "evaluation.json", "summary.json"
 SETTINGS = (
@@ -105,10 +108,19 @@ class Results:
         """Begin an evaluation, or go on with it where the folder has a part of the same.
 
         Raises:
+            EvaluationError: as `check`.
+        """
+        return cls(folder, request) if cls.check(folder, request) else cls.start(folder, request)
+
+    @staticmethod
+    def check(folder: Path, request: Request) -> bool:
+        """Return whether the folder has a part of this evaluation. Writes nothing.
+
+        Raises:
             EvaluationError: the folder has another evaluation; names what differs.
         """
         if not (folder / REQUEST_FILE).exists():
-            return cls.start(folder, request)
+            return False
         earlier = read_request(folder / REQUEST_FILE)
         where, fix = str(folder / REQUEST_FILE), "choose another folder with --out, or remove this one"
         if earlier.fingerprint != request.fingerprint:
@@ -116,7 +128,7 @@ class Results:
         if difference := earlier.difference(request):
             name, before, now = difference
             raise EvaluationError(where, f"{name}: {before}", f"{now}, as asked for now", fix)
-        return cls(folder, request)
+        return True
 
     def path(self, name: str) -> Path:
         """Of the results of a data file."""
@@ -171,6 +183,46 @@ class Evaluation:
         return read_problems(Results(self.folder, self.request).path(name))
 
 
+def limit_responses(folder: Path, max_bytes: int) -> None:
+    """Remove the responses' text from the oldest evaluations in a folder, until all of them fit.
+
+    The newest keeps its own. Numbers, questions and answers stay.
+
+    Args:
+        folder: has evaluations by the names of its folders, oldest first.
+
+    Raises:
+        WriteError: the disk refused; a file is as it was, or without responses.
+    """
+    evaluations = sorted(path.parent for path in folder.glob(f"*/{REQUEST_FILE}"))
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in evaluations}
+    excess = sum(sizes.values()) - max_bytes
+    for path in evaluations[:-1]:
+        if excess <= 0:
+            return
+        try:
+            _drop_responses(path)
+        except EvaluationError as error:  # of an earlier evaluation, which this run does not need
+            logger.warning("responses are not removed: %s", error)
+        excess -= sizes[path] - sum(file.stat().st_size for file in path.iterdir())
+
+
+def _drop_responses(folder: Path) -> None:
+    """Remove the responses' text from an evaluation, and then set `eval.responses` in its settings to false.
+
+    Raises:
+        EvaluationError: the evaluation is damaged.
+    """
+    request = read_request(folder / REQUEST_FILE)
+    if not request.settings["eval.responses"]:
+        return
+    results = Results(folder, dataclasses.replace(request, settings={**request.settings, "eval.responses": False}))
+    for name in request.data:
+        results.write(name, [problem.without_responses() for problem in read_problems(results.path(name))])
+    results.finish()
+    write_whole(folder / REQUEST_FILE, _json(results.request))
+
+
 def response_limit(config: RunConfig) -> int:
     """Longest response of an evaluation, in tokens."""
     return config.eval.max_response_tokens or config.rollout.max_response_tokens
@@ -212,7 +264,7 @@ def _json(request: Request) -> str:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    text = json.dumps([[prompt.question, prompt.answer] for prompt in prompts])
+    text = json.dumps([[prompt.question, prompt.answer] for prompt in prompts], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

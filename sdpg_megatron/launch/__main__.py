@@ -1,54 +1,17 @@
 """``python -m sdpg_megatron.launch``: what `scripts/launch.sh` becomes, on each machine of a run."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.launch.machine import Machine, Place, run
+from sdpg_megatron.process.signals import exit_at_once
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: see `Machine.run`."""
-    parser = argparse.ArgumentParser(prog="launch.sh", description="One machine's part of a training run.")
-    parser.add_argument("--nodes", type=int, required=True, help="machines of the run")
-    parser.add_argument("--node", type=int, required=True, help="this one's number, from 0")
-    parser.add_argument("--ranks", type=int, required=True, help="ranks of the trainer on this machine")
-    parser.add_argument("--servers", type=int, required=True, help="rollout servers on this machine")
-    parser.add_argument("--address", required=True, help="of machine 0, as the others reach it")
-    parser.add_argument("--port", type=int, required=True, help="there; the one after it is used, too; 0 for any")
-    parser.add_argument("--meet-seconds", type=float, required=True, help="until all machines are there")
-    parser.add_argument("--lost-seconds", type=float, required=True, help="of silence after which one is lost")
-    parser.add_argument("--code-file", type=Path, help="where machine 0 leaves its exit code")
-    parser.add_argument("config", type=Path, metavar="CONFIG")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        code = _run(options)
-    except SdpgError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        code = 2
-    if options.code_file and options.node == 0:
-        options.code_file.write_text(f"{code}\n")
-    return code
+def run() -> int:
+    """`command.main`, with Ctrl-C handled while it is imported."""
+    exit_at_once()
+    from sdpg_megatron.launch.command import main
 
-
-def _run(options: argparse.Namespace) -> int:
-    place = Place(
-        nodes=options.nodes,
-        node=options.node,
-        ranks=options.ranks,
-        servers=options.servers,
-        address=options.address,
-        port=options.port,
-        meet_seconds=options.meet_seconds,
-        lost_seconds=options.lost_seconds,
-    )
-    return run(Machine(place, options.config, options.overrides))
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpg_megatron.cli import STOPPED
 from sdpg_megatron.launch.line import Line
 from sdpg_megatron.launch.meeting import Plan
+from sdpg_megatron.process.signals import STOPPED
 
 WELL = (0, STOPPED)
 """Exit codes of a machine whose ranks ended as they should."""

@@ -35,7 +35,7 @@ PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Which machine this is, what is to run on it, and where machine 0 is; see `__main__`."""
+    """Which machine this is, what is to run on it, and where machine 0 is; see `command`."""
 
     nodes: int
     node: int
@@ -57,10 +57,17 @@ class Place:
 class Machine:
     """Run once."""
 
-    def __init__(self, place: Place, config: Path, overrides: Sequence[str]) -> None:
-        """Raises `ConfigError`."""
+    def __init__(self, place: Place, config: Path, overrides: Sequence[str], options: Sequence[str] = ()) -> None:
+        """
+        Args:
+            options: more of ``sdpg-megatron train``, as on its command line.
+
+        Raises:
+            ConfigError: see `sdpg_megatron.settings.load`.
+        """
         self._place = place
-        self._arguments = [str(config), *overrides]
+        self._arguments = [str(config), *overrides, *options]
+        self._options = options
         self._config = load(config, overrides)
         self._servers = Servers()
         self._ranks: Ranks | None = None
@@ -105,7 +112,7 @@ class Machine:
             return self._servers.urls
 
         plan, lines, address = await meet(
-            _card(place, config),
+            _card(place, config, self._options),
             place.address,
             place.port,
             run_dir=config.run_dir,
@@ -205,7 +212,7 @@ def _say(text: str) -> None:
     sys.stderr.write(f"launch: {text}\n")
 
 
-def _card(place: Place, config: RunConfig) -> Card:
+def _card(place: Place, config: RunConfig, options: Sequence[str]) -> Card:
     versions = {"Python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -216,7 +223,7 @@ def _card(place: Place, config: RunConfig) -> Card:
         nodes=place.nodes,
         ranks=place.ranks,
         servers=place.servers,
-        config=flatten(config.model_dump(mode="json")),
+        config={**flatten(config.model_dump(mode="json")), "command line": " ".join(options)},
         versions=versions,
     )
 

@@ -79,6 +79,7 @@ def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: st
     import torch  # takes seconds, as does what the next lines import: only where there are servers
 
     from sdpg_megatron.rollout.sglang.build import Keys, make_processes
+    from sdpg_megatron.rollout.sglang.preflight import check_devices
     from sdpg_megatron.train.engines import served_model
     from sdpg_megatron.train.inputs import load_model_inputs
 
@@ -93,6 +94,7 @@ def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: st
             "first_gpu": ranks if sglang.first_gpu is None else sglang.first_gpu,
         }
     )
+    check_devices(sglang, torch.cuda.device_count())
     model = served_model(config, load_model_inputs(config), "cuda" if torch.cuda.is_available() else "cpu")
     seed, name = config.seed + SEEDS * node, f"sglang-{node}"
     processes = make_processes(sglang, model, Keys.read(sglang), run_dir=config.run_dir, seed=seed, name=name)

@@ -19,8 +19,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sdpg_megatron.cli import STOPPED
 from sdpg_megatron.launch.ranks import shell_code
+from sdpg_megatron.process import streams
+from sdpg_megatron.process.signals import STOPPED
 from sdpg_megatron.train.presence import end_with_parent
 
 TAIL = 20
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run torchrun to its end."""
     launcher, *rest = arguments
     end_with_parent(int(launcher))
+    streams.install(strict=False)
     torchrun: Any = run  # without types
     options = torchrun.parse_args(rest)
     # It calls every exit code but 0 a failure, also that of ranks that have stopped and saved.
@@ -60,7 +62,9 @@ def _describe(rank: int, failure: ProcessFailure, logs: Path, start: str) -> str
     for log in logs.glob(f"{start}_*/attempt_0/{failure.local_rank}/stderr.log"):
         told += f"; its log is {log}"
         if rank:  # what the first rank says was shown
-            told += ", which ends with:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+            told += ", which ends with:\n" + "\n".join(
+                log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+            )
     return told + "\n"
 
 

@@ -173,6 +173,11 @@ class CausalAttention(torch.nn.Module):
         super().__init__()
         if attn_mask_type is not AttnMaskType.causal:
             raise NotImplementedError(f"this attention core is causal, asked for {attn_mask_type}")
+        if config.attention_dropout:
+            found = config.attention_dropout
+            raise NotImplementedError(
+                f"this attention core has no dropout, found attention_dropout={found}: set it to 0"
+            )
         self.softmax_scale = config.softmax_scale
         self.context_size = config.context_parallel_size
 

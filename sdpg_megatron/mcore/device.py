@@ -1,18 +1,22 @@
 """Lets megatron-core run where no CUDA device exists, so that every distributed path can be tested on any machine.
 
 megatron-core (0.16 to 0.19) names "cuda" in allocations, asks for CUDA RNG states and compares type names. On a machine
-with a GPU nothing here does anything. Each patch can go when megatron-core takes its device from the model instead.
+with a GPU only `_define_te_gemm` acts. Each patch can go when megatron-core takes its device from the model instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sdpg_megatron.config import ModelConfig
+from sdpg_megatron.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -22,9 +26,23 @@ def training_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
 
 
+def has_te() -> bool:
+    """Whether Transformer Engine is here, and a GPU that it needs."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_layers(model: ModelConfig) -> None:
+    """Check that Transformer Engine is there where a configuration asks for it. Raises `ConfigError`."""
+    if model.spec == "te" and not has_te():
+        gpu = "no Transformer Engine" if torch.cuda.is_available() else "no GPU"
+        fix = "pip install 'transformer-engine[pytorch]' on a machine with a GPU, or set model.spec to auto or local"
+        raise ConfigError("model.spec", f"te, and {gpu}", "Transformer Engine and a GPU for it", fix)
+
+
 @functools.cache  # idempotent: entering the mode twice would only cost time, but patches must not stack
 def install() -> None:
-    """Redirect megatron-core's CUDA requests to the CPU, for the whole process; nothing where a GPU is present."""
+    """Redirect megatron-core's CUDA requests to the CPU, for the whole process, unless a GPU is present."""
+    _define_te_gemm()
     if torch.cuda.is_available():
         return
     mode: Any = _CudaMeansCpu()
@@ -65,13 +83,12 @@ def _on_cpu(argument: Any) -> Any:
 def _redirect_cuda_module() -> None:
     """`torch.cuda` functions that megatron-core calls without asking whether a device exists."""
 
-    def nothing(*_: object, **__: object) -> None: ...
-
     cuda: Any = torch.cuda  # these are plain functions of the module: replaced, not subclassed
     cuda.current_device = lambda: CPU
-    cuda.synchronize = nothing
-    cuda.current_stream = nothing  # 0.19 asks for it before each gradient reduction, and uses it with CUDA graphs alone
-    cuda.empty_cache = nothing
+    # Each stand-in is an object of its own: torch.compile refuses to register one object under two of these names.
+    cuda.synchronize = lambda device=None: None
+    cuda.current_stream = _NoStream  # 0.19 asks for it before each gradient reduction; only CUDA graphs use it
+    cuda.empty_cache = lambda: None
     cuda.Stream = _NoStream
     cuda.stream = contextlib.nullcontext
     cuda.manual_seed = torch.manual_seed
@@ -93,14 +110,23 @@ class _NoStream:
 
 
 def _redirect_experts() -> None:
-    """The token dispatcher and the router of a mixture of experts."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    """The token dispatcher of a mixture of experts."""
+    from megatron.core.transformer.moe import token_dispatcher
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host  # its own leaves counts as tensors where they are on the CPU
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 names it, and defines it with Transformer Engine alone
+
+
+def _define_te_gemm() -> None:
+    """Define the router's `te_general_gemm`, with or without a GPU.
+
+    megatron-core 0.16 reads the name in every router pass and defines it only where Transformer Engine is installed.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 

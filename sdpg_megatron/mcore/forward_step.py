@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
 from sdpg_megatron.mcore.head import Head
+from sdpg_megatron.mcore.output_layer import Handover, hidden_instead_of_logits
 from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.mismatch import mismatch
@@ -47,6 +47,9 @@ def last_hidden(
 
     Returns:
         Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
+
+    Raises:
+        ConfigError: the model's logits are more than the product of these states and its output weight.
     """
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
     (gpt,) = unwrap_model([model])
@@ -56,12 +59,15 @@ def last_hidden(
         packed = more["packed_seq_params"] = PackedSequences.of(lengths, tokens_BS.device, cumulative=not by_token)
     if numbers_BS is not None:
         more["padding_mask"] = as_padding_mask(gpt, numbers_BS)
+    handover: Handover | None = None
     with ExitStack() as stack:
         if gpt.post_process:
-            stack.enter_context(_hidden_instead_of_logits(gpt.output_layer))
+            handover = stack.enter_context(hidden_instead_of_logits(gpt))
         if lengths is not None and by_token:
             stack.enter_context(_angle_of_each_token(gpt.rotary_pos_emb, packed))
         hidden: Tensor = model(tokens_BS, positions_BS, None, **more)
+    if handover is not None:
+        handover.check(hidden)
     return hidden
 
 
@@ -86,27 +92,6 @@ def _angle_of_each_token(rotary: Any, packed: PackedSequences) -> Iterator[None]
         yield
     finally:
         del rotary.forward
-
-
-@contextmanager
-def _hidden_instead_of_logits(output_layer: Any) -> Iterator[None]:
-    """Let the output layer return its input.
-
-    The layer is still called, so hooks on it (parameter gathering, for one) still run. Its forward is what differs
-    between megatron-core versions least: 0.19 has an `output_processor` for this, 0.16 has none.
-    """
-
-    def forward(hidden_SBH: Tensor, **_: Any) -> tuple[Tensor, None]:
-        if output_layer.sequence_parallel:
-            # Its backward reduce-scatters: the head's partial gradient is summed there, and only there.
-            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
-        return hidden_SBH, None
-
-    output_layer.forward = forward
-    try:
-        yield
-    finally:
-        del output_layer.forward
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -219,7 +204,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
 
     `contrast_T`: of all of them.
     """
-    old_T, reference_T = batch.old_logprobs_T, batch.reference_logprobs_T
+    old_T, reference_T, teacher_T = batch.old_logprobs_T, batch.reference_logprobs_T, batch.teacher_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
         divergence_T=head.divergence_T,
@@ -228,7 +213,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
         advantage_T=batch.advantages_T[at],
         gate_T=batch.gates_T[at],
         entropy_T=head.entropy_T,
-        teacher_logprob_T=head.teacher_logprob_T,
+        teacher_logprob_T=head.teacher_logprob_T if teacher_T is None else teacher_T[at],
         contrast_T=None if contrast_T is None else contrast_T[at],
     )
 

@@ -73,6 +73,12 @@ class Head:
         rows_TH = hidden_TH.to(weight_VH.dtype)
         return head_logprobs(rows_TH, weight_VH, labels_T, vocab=self.shard(weight_VH), options=self.options)
 
+    def teacher_logprobs(self, model: nn.Module, hidden_GH: Tensor, labels_G: Tensor) -> Tensor:
+        """`logprobs` of the teacher's rows, at the teacher's temperature, by the output matrix that `model` has now."""
+        temperature = self.options.teacher_temperature or self.options.temperature
+        teacher = replace(self, options=replace(self.options, temperature=temperature))
+        return teacher.logprobs(model, hidden_GH, labels_G)
+
     def gradient_squares(
         self,
         model: nn.Module,

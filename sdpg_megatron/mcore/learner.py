@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import NonFiniteWeightsError
 from sdpg_megatron.mcore import device, passes
 from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
-from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
+from sdpg_megatron.mcore.model import build_chunks, first_non_finite, load_weights, named_parameters
 from sdpg_megatron.mcore.offload import OffloadedState
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
 from sdpg_megatron.mcore.parallel import Ranks
@@ -61,13 +62,13 @@ class Learner:
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         needs = needs_of_run(objective, config.total_optimizer_steps)
         # The model that the run starts from: a resumed run reads it from the same folder.
-        kept = needs.reference or (needs.teacher and config.objective.teacher == "initial")
+        kept = needs.reference or (needs.privileged and config.objective.teacher == "initial")
         initial = FrozenWeights(self.chunks) if kept else None
         self._reference = initial if needs.reference else None
+        # Log-probs are computed before the first update anyway: nothing of the teacher has to outlive that moment.
+        updates = self._minibatches if needs.teacher else 1
         self.teacher = (
-            build_teacher(config.objective, self.chunks, initial, self._minibatches)
-            if needs.teacher
-            else Teacher(self.chunks)
+            build_teacher(config.objective, self.chunks, initial, updates) if needs.privileged else Teacher(self.chunks)
         )
 
     def _gather(self) -> None:
@@ -140,6 +141,13 @@ class Learner:
             for b, x, y in zip(batches, found, contrast, strict=True)
         ]
 
+    def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the teacher's log-probs of the sampled tokens at open gates. To be called before a rollout's updates."""
+        self._gather()
+        with self.teacher.reading():
+            found = passes.teacher_logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, teacher_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
         """Run the passes that the objective still needs, then one optimizer step over the batch.
 
@@ -148,6 +156,9 @@ class Learner:
 
         Returns:
             The step's metrics, the same on every rank.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, where the step made a weight infinite or NaN.
         """
         needs: Needs = self.objective.needs(context)
         if needs.teacher and not self.teacher.early:
@@ -172,6 +183,7 @@ class Learner:
         merged = merge(found)
         if all(finite):
             self._step()
+            self.check_weights(f"after optimizer step {context.step}")
         if (context.step + 1) % self._minibatches == 0:
             self._gather()
         if not all(finite):
@@ -192,6 +204,23 @@ class Learner:
         if self.teacher.follows_updates:
             self._gather()
         self.teacher.updated()
+
+    def check_weights(self, when: str) -> None:
+        """Check that every weight of the model is finite. Collective over all ranks.
+
+        A weight that is gathered late is looked at by the rank that updates it.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, naming the first such tensor; `when` says which weights they are.
+        """
+        found = next(filter(None, self.ranks.gather_all(first_non_finite(self.chunks, self.arch))), None)
+        if found is not None:
+            raise NonFiniteWeightsError(when, found)
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps of a rollout step."""
+        return self._minibatches
 
     @property
     def has_learned(self) -> bool:

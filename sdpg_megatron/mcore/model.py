@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch.nn import functional
 from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
+from sdpg_megatron.mcore.device import check_layers, has_te
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
-from sdpg_megatron.weights.map import ExpertShare
+from sdpg_megatron.weights.map import ExpertShare, weight_map
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)")
 _EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
@@ -104,10 +105,17 @@ def _leave_unset(weight: Tensor) -> Tensor:
 
 
 def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> list[GPTModel]:
-    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights."""
+    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights.
+
+    Raises:
+        ConfigError: `model.spec` asks for Transformer Engine, which is not there.
+    """
+    check_layers(model)
     config = transformer_config(arch, model, parallel)
-    chunks = parallel.virtual_pipeline or 1
-    return [_build_chunk(arch, model, config, ranks, vp_stage, chunks) for vp_stage in range(chunks)]
+    count = parallel.virtual_pipeline or 1
+    chunks = [_build_chunk(arch, model, config, ranks, vp_stage, count) for vp_stage in range(count)]
+    _mark_sharded(chunks, arch)
+    return chunks
 
 
 def _build_chunk(
@@ -137,14 +145,25 @@ def _build_chunk(
     return chunk
 
 
+def _mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
+    """Set Megatron's tensor-parallel attributes on every parameter that the weight map shards.
+
+    Megatron counts a parameter without the mark on tensor-parallel rank 0 alone, in the gradient norm and in clipping.
+    Transformer Engine >= 2.13 does not set it on grouped expert weights, nor does megatron-core < 0.19
+    (NVIDIA/Megatron-LM#5916).
+    """
+    parameters = weight_map(arch)
+    for name, parameter in named_parameters(chunks):
+        layout = parameters[name].layout
+        if layout.sharded and not getattr(parameter, "tensor_model_parallel", False):
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = layout.dim  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
 def uses_te(model: ModelConfig) -> bool:
     """Whether the layers are Transformer Engine's. Its attention has no float32 where sequences are packed."""
     return model.spec == "te" or (model.spec == "auto" and model.dtype == "bfloat16" and has_te())
-
-
-def has_te() -> bool:
-    """Whether Transformer Engine is here, and a GPU that it needs."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -175,6 +194,16 @@ def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, 
         tp_size=ranks.tensor_size,
         experts=ExpertShare(ranks.expert, ranks.expert_size, ranks.expert_tensor, ranks.expert_tensor_size),
     )
+
+
+@torch.no_grad()
+def first_non_finite(chunks: Sequence[nn.Module], arch: Architecture) -> str | None:
+    """Hugging Face names of this rank's first parameter with an infinity or a NaN; None where all are finite."""
+    named = dict(named_parameters(chunks))
+    if torch.nn.utils.get_total_norm(named.values(), norm_type=math.inf).isfinite():
+        return None
+    name = next(name for name, parameter in named.items() if not parameter.isfinite().all())
+    return ", ".join(weight_map(arch)[name].tensors)
 
 
 def output_weight(model: nn.Module) -> nn.Parameter:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from sdpg_megatron.config import OptimizerConfig
+
+HYPERPARAMETERS = ("betas", "eps", "max_lr", "min_lr")
+"""Keys of a parameter group. The scheduler sets learning rate and weight decay at every step."""
 
 
 def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
@@ -97,6 +101,15 @@ def ready_gradients(optimizer: Any) -> float:
     return float(norm) if ready else math.nan
 
 
+@contextmanager
+def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
+    """Leave the parameter groups' hyperparameters as configured, whatever a state that is loaded meanwhile says."""
+    before = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, before, strict=True):
+        group.update(values)
+
+
 def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up whose first step already learns (lr / warmup_steps), then `config.schedule` down to `min_lr`."""
     warmup = max(config.warmup_steps, 1)
@@ -112,4 +125,6 @@ def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -
         end_wd=config.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a checkpoint gives the position alone: the rest may have been changed
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +13,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sdpg_megatron.config import ParallelConfig
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, LaunchError
 from sdpg_megatron.mcore import device
+from sdpg_megatron.mcore.rendezvous import rendezvous
+from sdpg_megatron.process.ranks import RankEnvironment
 
 T = TypeVar("T")
 
@@ -97,21 +101,25 @@ class Ranks:
         return values
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+def initialize(parallel: ParallelConfig, seed: int, environment: RankEnvironment | None = None) -> Ranks:
     """Start (or join) the process group, build Megatron's groups, seed its RNG tracker.
 
     Groups of another layout, built earlier in this process, are replaced.
 
-    Under torchrun the environment says who this rank is; without it this process is the whole run.
+    Args:
+        environment: this rank's place in the job; None for what the environment variables say, without which this
+            process is the whole job.
 
     Raises:
+        LaunchError: the variables are faulty, or not all ranks come in `parallel.rendezvous_timeout`.
         ConfigError: the number of ranks is no multiple of tensor x pipeline x context, or of the ranks that share
             experts.
     """
     device.install()
-    _check_world(parallel)
+    environment = environment or RankEnvironment.read()
+    _check_world(parallel, environment)
     if not dist.is_initialized():
-        _start_process_group(parallel)
+        _start_process_group(parallel, environment)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -127,8 +135,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     return current()
 
 
-def _check_world(parallel: ParallelConfig) -> None:
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+def _check_world(parallel: ParallelConfig, environment: RankEnvironment) -> None:
+    world = dist.get_world_size() if dist.is_initialized() else environment.world_size
     for field, size in (
         ("parallel.tensor x parallel.context", parallel.tensor * parallel.context),
         ("parallel.expert x parallel.expert_tensor", parallel.expert_ranks),
@@ -142,17 +150,40 @@ def _check_world(parallel: ParallelConfig) -> None:
             )
 
 
-def _start_process_group(parallel: ParallelConfig) -> None:
+def _start_process_group(parallel: ParallelConfig, environment: RankEnvironment) -> None:
+    gpu = ""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        gpu = _take_gpu(environment.local_rank)
     limit = timedelta(seconds=parallel.timeout)
     # Objects (token lists, metrics) travel over Gloo, tensors over NCCL, each by the device it lives on.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
-    else:
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if environment.world_size == 1:
         alone: Any = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=limit, store=alone, rank=0, world_size=1)
+        return
+    store = rendezvous(environment, parallel.rendezvous_timeout, gpu)
+    rank, world_size = environment.rank, environment.world_size
+    joining = timedelta(seconds=parallel.rendezvous_timeout)
+    try:
+        dist.init_process_group(backend, timeout=joining, store=store, rank=rank, world_size=world_size)
+    except RuntimeError as error:
+        found = f"ranks that cannot connect to each other ({str(error).splitlines()[0]})"
+        fix = "set GLOO_SOCKET_IFNAME to the interface that reaches the other machines, and see whether a rank ended"
+        raise LaunchError("process group", found, "connections between all ranks", fix) from error
+    _set_pg_timeout(limit)
+    store.set_timeout(limit)
+
+
+def _take_gpu(local_rank: int) -> str:
+    """Make it this rank's current device; the GPU and its machine, for messages."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        fix = "start fewer ranks on this machine, or make more GPUs visible to them (CUDA_VISIBLE_DEVICES)"
+        raise LaunchError("LOCAL_RANK", str(local_rank), f"a number below this machine's {count} GPUs", fix)
+    torch.cuda.set_device(local_rank)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    which = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+    return f"GPU {local_rank}{which} on {socket.gethostname()}"
 
 
 def current() -> Ranks:

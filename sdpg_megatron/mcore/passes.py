@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
     """Last hidden states of the teacher at the gated response rows: [G, H] per micro-batch, on the last stage.
 
     Only these are kept (H numbers a token instead of V / TP logits); the head turns them into the teacher's
-    distribution, tile by tile. None for micro-batches without an open gate, and on other stages.
+    distribution, tile by tile. None for micro-batches without an open gate, and on other stages. The pass runs in eval
+    mode, without dropout.
     """
 
     def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
@@ -74,8 +76,27 @@ def _where_wanted(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
 
 
 @torch.no_grad()
+def teacher_logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
+    """log q(y_t) of the response tokens under the teacher: [T] per micro-batch, on the last stage, 0 at closed gates.
+
+    `teacher_hidden`, and the head by the output matrix that the model has now. None as there.
+    """
+
+    def scattered(batch: MicroBatch, hidden_GH: Tensor) -> Tensor:
+        at_G = batch.gated_rows_G
+        logprob_G = head.teacher_logprobs(chunks[-1], hidden_GH, batch.labels_T[at_G])
+        return logprob_G.new_zeros(batch.num_tokens).index_copy_(0, at_G, logprob_G)
+
+    rows = zip(batches, teacher_hidden(chunks, batches), strict=True)
+    return [None if hidden_GH is None else scattered(batch, hidden_GH) for batch, hidden_GH in rows]
+
+
+@torch.no_grad()
 def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
-    """log pi(y_t) of the response tokens under the model's present weights: [T] per micro-batch, on the last stage."""
+    """log pi(y_t) of the response tokens under the model's present weights: [T] per micro-batch, on the last stage.
+
+    The pass runs in eval mode, without dropout.
+    """
 
     def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         batch = next(data)
@@ -104,7 +125,21 @@ def _collect(
     """What the last stage collected, one result per micro-batch; Nones on other stages."""
     if not batches:
         return []
-    return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
+    with _eval_mode(chunks):
+        return run_schedule(chunks, forward, batches, forward_only=True, collect=True) or [None] * len(batches)
+
+
+@contextmanager
+def _eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the chunks in eval mode, so that no dropout is applied; every module's own mode comes back."""
+    training = [module for chunk in chunks for module in chunk.modules() if module.training]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _most(count: int) -> int:

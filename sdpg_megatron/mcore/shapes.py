@@ -57,7 +57,7 @@ def walk(config: RunConfig, ranks: int) -> list[StageShapes]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     given = json.dumps({"config": config.model_dump(mode="json"), "ranks": ranks})
     command = [sys.executable, "-W", "ignore", "-m", "sdpg_megatron.mcore.shapes"]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-30:] or ["nothing"]
         expected = f"a model that {ranks} ranks can hold and run"

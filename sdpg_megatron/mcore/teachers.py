@@ -21,6 +21,8 @@ from sdpg_megatron.mcore.model import output_weight
 class Teacher:
     """`current`: the student's weights at each mini-batch. Base of the others."""
 
+    kind = "current"
+    """Value of `ObjectiveConfig.teacher`."""
     early = False
     """Its rows are made before a rollout step's first update, those of all mini-batches."""
     follows_updates = False
@@ -43,6 +45,9 @@ class Teacher:
     def updated(self) -> None:
         """The student took an optimizer step."""
 
+    def restart(self) -> None:
+        """Copy the student's present weights; a no-op for teachers that keep no moving weights."""
+
     def reading(self) -> AbstractContextManager[None]:
         """While this is open, the model computes with the teacher's weights."""
         return nullcontext()
@@ -55,6 +60,7 @@ class Teacher:
 class RolloutTeacher(Teacher):
     """`rollout`: the student's weights before the step's first update, for several mini-batches."""
 
+    kind = "rollout"
     early = True
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
@@ -71,6 +77,8 @@ class RolloutTeacher(Teacher):
 class FrozenTeacher(Teacher):
     """`initial`: weights in host memory that do not move. Base of those that do."""
 
+    kind = "initial"
+
     def __init__(self, chunks: Sequence[nn.Module], weights: FrozenWeights) -> None:
         super().__init__(chunks)
         self.weights = weights
@@ -85,6 +93,8 @@ class FrozenTeacher(Teacher):
 class PeriodicTeacher(FrozenTeacher):
     """`every`: the student's weights as they were at the last of every N rollout steps."""
 
+    kind = "every"
+
     def __init__(self, chunks: Sequence[nn.Module], every: int) -> None:
         super().__init__(chunks, FrozenWeights(chunks))
         self.every = every
@@ -95,12 +105,16 @@ class PeriodicTeacher(FrozenTeacher):
 
     def begin(self, step: int) -> None:
         if step % self.every == 0:
-            self.weights.follow(self.chunks)
+            self.restart()
+
+    def restart(self) -> None:
+        self.weights.follow(self.chunks)
 
 
 class AverageTeacher(FrozenTeacher):
     """`ema`: an exponential moving average of the student's weights over optimizer steps, kept in float32."""
 
+    kind = "ema"
     follows_updates = True
 
     def __init__(self, chunks: Sequence[nn.Module], rate: float) -> None:
@@ -113,6 +127,9 @@ class AverageTeacher(FrozenTeacher):
 
     def updated(self) -> None:
         self.weights.follow(self.chunks, self.rate)
+
+    def restart(self) -> None:
+        self.weights.follow(self.chunks)
 
 
 def build_teacher(

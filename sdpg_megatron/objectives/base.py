@@ -20,12 +20,20 @@ class Needs:
 
     teacher: bool = False
     """Last hidden states of the teacher, for the rows with an open gate."""
+    teacher_logprob: bool = False
+    """Log-probs of the sampled tokens under the teacher, for the rows with an open gate. They are computed once per
+    rollout, before its first update."""
     reference: bool = False
     """Log-probs of the sampled tokens under the frozen reference weights."""
     every_token: bool = False
     """No pass: a term of the loss counts every token, whatever its advantage, gate and reference."""
     outcome: bool = True
     """Advantages. Without them a response that the teacher does not read teaches nothing."""
+
+    @property
+    def privileged(self) -> bool:
+        """Some pass reads the privileged context."""
+        return self.teacher or self.teacher_logprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +51,8 @@ class TokenTerms:
     gate_T: Tensor
     """float, 1 where the teacher counts."""
     teacher_logprob_T: Tensor | None = None
-    """log q(y_t), 0 on rows with a closed gate; carries no gradient. None without a teacher."""
+    """log q(y_t), 0 on rows with a closed gate; carries no gradient. None without a teacher. Computed before the
+    rollout's first update where `Needs.teacher_logprob` asked for it, otherwise at this mini-batch."""
     contrast_T: Tensor | None = None
     """As `divergence_T`, from the teacher with a wrong hint. A loss is linear in it, at a rate that neither carries a
     gradient nor depends on `divergence_T`. None where nobody reads such a hint."""
@@ -56,7 +65,7 @@ class StepContext:
     """Where the run stands."""
 
     step: int
-    """Optimiser schedule position k, from 0."""
+    """Optimizer steps before this one. Schedules count from 1: their k is `step` + 1."""
     total_steps: int
     distill_scale: float = 1.0
     """All response tokens over gated response tokens of the whole step, where the distillation term is to be averaged
@@ -90,7 +99,11 @@ class Objective(Protocol):
     name: str
 
     def needs(self, context: StepContext) -> Needs:
-        """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0."""
+        """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0.
+
+        A pass that any step of a run needs is needed at step 0, at step 1, at the middle one or at the last one: those
+        decide what a run keeps in memory.
+        """
         ...
 
     def taught(self, advantage: float) -> bool:

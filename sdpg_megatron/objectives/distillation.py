@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenMetric, TokenTerms
-from sdpg_megatron.objectives.ratios import regularizer_weight
+from sdpg_megatron.objectives.policy import clipped_ratio
+from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, regularizer_weight
 from sdpg_megatron.objectives.reference import held
 from sdpg_megatron.objectives.schedules import BetaSchedule
 
@@ -22,14 +23,21 @@ class Distillation:
         self.schedule = schedule
 
     def needs(self, context: StepContext) -> Needs:
-        return Needs(teacher=self.schedule.at(context.step) > 0, reference=self.config.alpha > 0, outcome=False)
+        distils, sampled = self.schedule.at(context.step) > 0, self.config.distill_loss == "clipped_ratio"
+        return Needs(
+            teacher=distils and not sampled,
+            teacher_logprob=distils and sampled,
+            reference=self.config.alpha > 0,
+            outcome=False,
+        )
 
     def taught(self, advantage: float) -> bool:
         return advantage > 0 or not self.config.gate
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
         # The schedule runs backward through every micro-batch, also where nothing is distilled.
-        loss = TokenLoss(0 * terms.logprob_T) + distilled(terms, self.config, self.schedule.at(context.step), context)
+        term = distilled if self.config.distill_loss == "divergence" else sampled_token_distilled
+        loss = TokenLoss(0 * terms.logprob_T) + term(terms, self.config, self.schedule.at(context.step), context)
         return loss + held(terms, self.config) if self.config.alpha else loss
 
 
@@ -62,6 +70,38 @@ def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: 
         divergence_T = divergence_T - config.contrast * contrast_T
     weight_T = beta * context.distill_scale * regularizer_weight(terms, config) * terms.gate_T
     return TokenLoss(weight_T * divergence_T, metrics)
+
+
+def sampled_token_distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
+    """PPO's clipped ratio with the token advantage max(log q - log p_old, 0), at the weight `beta`.
+
+    The form of OPSD in the public SDPG code (github lauyikfung/SDPG): a token that the teacher finds less likely than
+    the student is left alone.
+
+    Raises:
+        ValueError: the teacher's log-probs are lacking where they count.
+    """
+    metrics = {
+        "distill/beta": TokenMetric(torch.full_like(terms.gate_T, beta)),
+        "distill/gate_rate": TokenMetric(terms.gate_T),
+    }
+    if not beta:
+        return TokenLoss(torch.zeros_like(terms.gate_T), metrics)
+    message = "beta > 0 and an open gate need the teacher's log-probs"
+    advantage_T = _present(terms.teacher_logprob_T, terms, message) - terms.old_logprob_T
+    advantage_T = terms.gate_T * advantage_T.clamp(0, LOG_RATIO_BOUND)
+    surrogate = clipped_ratio(
+        terms.logprob_T,
+        terms.old_logprob_T,
+        advantage_T,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=None,
+    )
+    gated_T, ratio_clipped = terms.gate_T > 0, surrogate.metrics["policy/clip_high_fraction"]
+    metrics["distill/token_advantage"] = TokenMetric(advantage_T, mask_T=gated_T)
+    metrics["distill/clip_fraction"] = TokenMetric(ratio_clipped.values_T, mask_T=gated_T)
+    return TokenLoss(beta * context.distill_scale * surrogate.loss_T, metrics)
 
 
 def clip(divergence_T: Tensor, bound: float) -> Tensor:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
-from sdpg_megatron.objectives.ratios import importance_ratio
+from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, importance_ratio
 
 
 def outcome(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
     """The outcome term that `config.policy` names."""
     if config.policy == "reinforce":
         return reinforce(terms.logprob_T, terms.advantage_T)
-    return clipped_ratio(
+    surrogate = clipped_ratio(
         terms.logprob_T,
         terms.old_logprob_T,
         terms.advantage_T,
@@ -22,12 +22,22 @@ def outcome(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
     )
+    return clipped_reinforce(terms.logprob_T, surrogate) if config.policy == "clipped_reinforce" else surrogate
 
 
 def reinforce(logprob_T: Tensor, advantage_T: Tensor) -> TokenLoss:
     """-A log pi(y)."""
     loss_T = -advantage_T * logprob_T
     return TokenLoss(loss_T, {"policy/loss": TokenMetric(loss_T.detach())})
+
+
+def clipped_reinforce(logprob_T: Tensor, surrogate: TokenLoss) -> TokenLoss:
+    """SG[l_clip] log pi(y), with l_clip the value of `surrogate` (arXiv 2606.04036, appendix A.3).
+
+    Tokens whose ratio is clipped keep a gradient, of the clipped size. With rho = 1 the gradient is REINFORCE's.
+    """
+    loss_T = surrogate.loss_T.detach() * logprob_T
+    return TokenLoss(loss_T, {**surrogate.metrics, "policy/loss": TokenMetric(loss_T.detach())})
 
 
 def clipped_ratio(
@@ -58,5 +68,6 @@ def clipped_ratio(
         "policy/clip_low_fraction": negative_T & (rho_T < 1 - clip_low),
         "policy/clip_high_fraction": (advantage_T > 0) & (rho_T > 1 + clip_high),
         "policy/dual_clip_fraction": bounded_T,
+        "policy/ratio_bounded_fraction": (logprob_T - old_logprob_T).detach() > LOG_RATIO_BOUND,
     }
     return TokenLoss(loss_T, {name: TokenMetric(values_T.to(loss_T.dtype)) for name, values_T in metrics.items()})

@@ -34,10 +34,12 @@ def _named(config: ObjectiveConfig, total_steps: int) -> Objective:
 
 
 def needs_of_run(objective: Objective, total_steps: int) -> Needs:
-    """What some step of a run needs."""
-    steps = [objective.needs(StepContext(step, total_steps)) for step in range(total_steps)]
+    """The passes that any step of a run needs, from a few of its steps: see `Objective.needs`."""
+    probes = {step for step in (0, 1, total_steps // 2, total_steps - 1) if 0 <= step < total_steps}
+    steps = [objective.needs(StepContext(step, total_steps)) for step in sorted(probes)]
     return Needs(
         teacher=any(needs.teacher for needs in steps),
+        teacher_logprob=any(needs.teacher_logprob for needs in steps),
         reference=any(needs.reference for needs in steps),
         every_token=any(needs.every_token for needs in steps),
         outcome=any(needs.outcome for needs in steps),

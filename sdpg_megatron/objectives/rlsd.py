@@ -20,7 +20,9 @@ from sdpg_megatron.objectives.schedules import BetaSchedule
 class RLSD:
     """GRPO with the advantages A [(1 - l) + l clip((q/p)^sign(A), 1 - c, 1 + c)], of which nothing has a gradient.
 
-    q and p are the teacher's and the student's probability of the sampled token, l falls from `credit` to 0.
+    q and p are the teacher's and the student's probability of the sampled token, l falls from `credit` to 0. With
+    `credit_ratio` "rollout" both are taken once per rollout, before its first update (2604.03128), with "current" at
+    each mini-batch (2606.04036, appendix B).
     """
 
     name = "rlsd"
@@ -29,9 +31,13 @@ class RLSD:
         self.config = config
         self.undistilled = GRPO(config)
         self.schedule = BetaSchedule(config.credit, 0, config.credit_decay_steps, config.credit_decay_steps)
+        self._once = config.credit_ratio == "rollout"
 
     def needs(self, context: StepContext) -> Needs:
-        return replace(self.undistilled.needs(context), teacher=self.schedule.at(context.step) > 0)
+        needs = self.undistilled.needs(context)
+        if not self.schedule.at(context.step):
+            return needs
+        return replace(needs, teacher_logprob=True) if self._once else replace(needs, teacher=True)
 
     def taught(self, advantage: float) -> bool:
         return advantage > 0 if self.config.gate else advantage != 0
@@ -54,8 +60,8 @@ class RLSD:
     def _scale(self, terms: TokenTerms) -> Tensor:
         """(q/p)^sign(A); where a gate is closed it says nothing."""
         if terms.teacher_logprob_T is not None:
-            gap_T = terms.teacher_logprob_T - terms.logprob_T.detach()
-            return bounded_exp(gap_T * terms.advantage_T.sign())
+            student_T = terms.old_logprob_T if self._once else terms.logprob_T.detach()
+            return bounded_exp((terms.teacher_logprob_T - student_T) * terms.advantage_T.sign())
         if bool(terms.gate_T.any()):
             raise ValueError("credit > 0 and an open gate need the teacher's log-probs")
         return torch.ones_like(terms.gate_T)

@@ -9,7 +9,11 @@ PAPER_WARMUP_SHARE = 50 / 400
 
 @dataclass(frozen=True, slots=True)
 class BetaSchedule:
-    """beta(k) = peak * min(1, k / warmup) * min(1, (T - k) / decay), without the ramps that have no steps."""
+    """beta(k) = peak * min(1, k / warmup) * min(1, (T - k) / decay), k = 1 .. T, without the ramps that have no steps.
+
+    arXiv 2606.04036, section 3.5.2 and algorithm 1. k counts optimizer steps: at the last mini-batch of a rollout it is
+    the paper's k times the number of mini-batches.
+    """
 
     peak: float
     warmup_steps: int
@@ -26,7 +30,8 @@ class BetaSchedule:
         return cls(peak, warmup_steps, decay_steps, total_steps)
 
     def at(self, step: int) -> float:
-        """beta at optimiser step `step`, counted from 0; from `total_steps` on a decayed beta stays 0."""
-        rise = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        fall = min(1.0, max(0.0, (self.total_steps - step) / self.decay_steps)) if self.decay_steps else 1.0
+        """beta(k) of the optimizer step after `step` others, k = `step` + 1; from k = T on a decayed beta is 0."""
+        k = step + 1
+        rise = min(1.0, k / self.warmup_steps) if self.warmup_steps else 1.0
+        fall = min(1.0, max(0.0, (self.total_steps - k) / self.decay_steps)) if self.decay_steps else 1.0
         return self.peak * rise * fall

@@ -18,7 +18,7 @@ HELD_OUT = "eval/sampled_accuracy"
 KLS = {"teacher": "distill/kl", "reference": "reference/kl", "rollout": "rollout/kl"}
 REWARD, ENTROPY, LENGTH, TRUNCATED = "reward/mean", "train/entropy", "rollout/length", "rollout/truncated"
 DEAD, STOP, GATE, BETA = "reward/dead_groups", "rollout/stop_probability", "distill/gate_rate", "distill/beta"
-RATIO = "distill/gradient_ratio"
+RATIO, FAILURES = "distill/gradient_ratio", "reward/failure_rate"
 
 Record = Mapping[str, float]
 
@@ -55,6 +55,8 @@ def length_explosion(records: Sequence[Record], config: AlarmConfig) -> Alarm | 
 
 def truncation(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
     """Many responses are cut: their rewards say nothing about what they were about to answer."""
+    if config.truncated is not None and records[-1].get(TRUNCATED) == 1:
+        return Alarm(True, f"{TRUNCATED} 1, {config.truncated:g} at most")
     return _share(records, TRUNCATED, config.truncated, config.window)
 
 
@@ -82,6 +84,24 @@ def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm
     usual = median(values[-config.window - 1 : -1])
     limit = max(config.kl_floor, config.kl_spike * usual)
     return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most beside a usual {usual:.4g}")
+
+
+def entropy_floor(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """The policy is deterministic, whatever it was at the start."""
+    found = records[-1].get(ENTROPY)
+    if config.entropy_floor is None or found is None:
+        return None
+    return Alarm(found < config.entropy_floor, f"{ENTROPY} {found:.4g}, {config.entropy_floor:g} at least")
+
+
+def kl_limit(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm | None:
+    """A KL is so large that the two models have little in common, such as other weights or another template."""
+    return _at_most(records, name, config.kl_limit)
+
+
+def verifier_failures(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
+    """Calls of the verifier fail: their samples have the failure reward."""
+    return _at_most(records, FAILURES, config.failures)
 
 
 def distillation_outweighs(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
@@ -121,6 +141,10 @@ def _spike_of(name: str) -> Check:
     return lambda records, config: kl_spike(records, config, name)
 
 
+def _limit_of(name: str) -> Check:
+    return lambda records, config: kl_limit(records, config, name)
+
+
 CHECKS: Mapping[str, Check] = {
     "entropy_collapse": entropy_collapse,
     "length_collapse": length_collapse,
@@ -129,11 +153,14 @@ CHECKS: Mapping[str, Check] = {
     "stop_probability": stop_probability,
     "gate_closed": gate_closed,
     **{f"{of}_kl_spike": _spike_of(name) for of, name in KLS.items()},
+    "entropy_floor": entropy_floor,
+    **{f"{of}_kl_limit": _limit_of(name) for of, name in KLS.items()},
+    "verifier_failures": verifier_failures,
     "distillation_outweighs": distillation_outweighs,
     "dead_groups": dead_groups,
     "reward_hacking": reward_hacking,
 }
-READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP, GATE, BETA, RATIO)
+READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP, GATE, BETA, RATIO, FAILURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +225,12 @@ def _below_start(records: Sequence[Record], name: str, share: float | None, wind
         return None
     now, start = found
     return Alarm(now < share * start, f"{name} {now:.4g}, {share:g} x {start:.4g} at least")
+
+
+def _at_most(records: Sequence[Record], name: str, limit: float | None) -> Alarm | None:
+    """Compare this step's value with a limit, from the first step on."""
+    found = records[-1].get(name)
+    return None if limit is None or found is None else Alarm(found > limit, f"{name} {found:.4g}, {limit:g} at most")
 
 
 def _share(records: Sequence[Record], name: str, limit: float | None, window: int) -> Alarm | None:

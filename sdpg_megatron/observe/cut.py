@@ -78,6 +78,18 @@ def _cut(path: Path, kept: int) -> None:
         os.truncate(path, kept)
 
 
+def cut_files(folder: Path, is_beyond: Beyond) -> None:
+    """Remove files ``step_<number>.jsonl`` that the run will write again, and what a kill left of one."""
+    for path in folder.glob("step_*.jsonl"):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and is_beyond(int(number)):
+            with writing(path):
+                path.unlink()
+    for path in folder.glob(".step_*"):
+        with writing(path):
+            path.unlink()
+
+
 def cut_folders(folder: Path, step: int, *, evaluated: bool) -> None:
     """Remove evaluations, in folders ``step_<number>``, that the run will make again."""
     for path in folder.glob("step_*"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from sdpg_megatron.errors import WriteError
+from sdpg_megatron.errors import WriteError, fix_of
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(str(path), error.strerror or str(error), free_mib(path)) from error
+        raise WriteError(str(path), error.strerror or str(error), free_mib(path), fix_of(error, path)) from error
 
 
 def free_mib(path: Path) -> int:
@@ -48,6 +50,14 @@ def write_whole(path: Path, content: str | bytes) -> Path:
                 aside.unlink(missing_ok=True)
             raise
     return path
+
+
+def json_line(fields: Mapping[str, Any]) -> bytes:
+    r"""One line of JSON in UTF-8, with readable characters.
+
+    A lone surrogate, which UTF-8 has none for, is written as JSON's escape ``\udXXX`` and read back as it was.
+    """
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Appender:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+logger = logging.getLogger(__name__)
+
 HEADER_EVERY = 20
 """Rows between two headers."""
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+"""As in the log; of this machine's time zone."""
+EVAL_SECONDS = "time/eval"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +48,27 @@ class Progress:
         total: int,
         *,
         done: int = 0,
+        evaluations: Callable[[int], int] = lambda step: 0,
         enabled: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """
         Args:
             total: steps of the whole run.
             done: steps that earlier calls did; they do not count for the time left.
+            evaluations: how many are to come after a step and its evaluation.
             enabled: true on the one rank that prints.
             clock: seconds from any origin.
+            now: time of day.
         """
-        self._total, self._first, self._enabled, self._clock = total, done, enabled, clock
+        self._total, self._first, self._enabled, self._clock, self._now = total, done, enabled, clock, now
         self._console = console or Console()
-        self._started = clock()
+        self._started: float | None = None
+        self._evaluations_left = evaluations
+        self._evaluations: list[float] = []
+        self._recalled: list[float] = []
         self._rows = 0
         self._phase = ""
         self._step_width = max(len("step"), 2 * len(str(total)) + 1)
@@ -70,8 +84,14 @@ class Progress:
         self._task = self._bar.add_task("", total=total, completed=done, left="-")
         self._bar.start()
 
+    def recall(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Take the seconds of an evaluation from records of earlier calls, until this one has made its own."""
+        self._recalled = [record[EVAL_SECONDS] for record in records if EVAL_SECONDS in record]
+
     def phase(self, name: str) -> None:
-        """Say what the step is doing now; seen on a terminal only."""
+        """Say what the step is doing now; seen on a terminal only. The first one starts the clock."""
+        if self._started is None:
+            self._started = self._clock()
         self._phase = name
         self._bar.update(self._task, description=name, refresh=True)
 
@@ -80,36 +100,51 @@ class Progress:
         self._bar.update(self._task, description=f"{self._phase}, {done}/{total} groups", refresh=True)
 
     def message(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a line with the time, or several, the first of them with it."""
+        self._print(text, f"{self._stamp()} ")
+
+    def _stamp(self) -> str:
+        return self._now().strftime(TIME_FORMAT)
+
+    def _print(self, text: str, prefix: str) -> None:
         if self._enabled:
             # soft_wrap: a log has no width, and rich would break its lines at 80 columns
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(prefix + text, markup=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
+            logger.info("%s", text)  # for `run_log.RunLog`; nobody else listens
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics after `step` steps (0: before the first); a metric that is not there is shown as "-"."""
+        if EVAL_SECONDS in values:
+            self._evaluations.append(values[EVAL_SECONDS])
         left = format_seconds(self._seconds_left(step))
         if self._rows % HEADER_EVERY == 0:
-            self.message(
-                "  ".join(
-                    [f"{'step':>{self._step_width}}", *(f"{c.title:>{_width(c)}}" for c in COLUMNS), f"{'left':>7}"]
-                )
-            )
+            titles = [f"{'step':>{self._step_width}}", *(f"{c.title:>{_width(c)}}" for c in COLUMNS), f"{'left':>7}"]
+            self._row("time", titles)
         self._rows += 1
         cells = (f"{values[c.metric]:{c.form}}" if c.metric in values else "-".rjust(_width(c)) for c in COLUMNS)
-        self.message("  ".join([f"{f'{step}/{self._total}':>{self._step_width}}", *cells, f"{left:>7}"]))
+        self._row(self._stamp(), [f"{f'{step}/{self._total}':>{self._step_width}}", *cells, f"{left:>7}"])
         self._bar.update(self._task, completed=step, left=left, refresh=True)
+
+    def _row(self, stamp: str, cells: Sequence[str]) -> None:
+        """The time comes first, unless a terminal is too narrow for it."""
+        row, prefix = "  ".join(cells), f"{stamp:<{len(self._stamp())}}  "
+        narrow = self._console.is_terminal and self._console.width < len(prefix + row)
+        self._print(row, "" if narrow else prefix)
 
     def close(self) -> None:
         """Take the bar away; the rows stay."""
         self._bar.stop()
 
     def _seconds_left(self, step: int) -> float | None:
-        """From the mean time of the steps done here; None before the first."""
+        """From the mean times of the steps and the evaluations done here; None before the first step."""
         steps_here = step - self._first
-        if steps_here <= 0:
+        if steps_here <= 0 or self._started is None:
             return None
-        return (self._clock() - self._started) / steps_here * (self._total - step)
+        step_seconds = (self._clock() - self._started - sum(self._evaluations)) / steps_here
+        measured = self._evaluations or self._recalled
+        eval_seconds = sum(measured) / len(measured) if measured else 0.0
+        return step_seconds * (self._total - step) + eval_seconds * self._evaluations_left(step)
 
 
 def format_seconds(seconds: float | None) -> str:

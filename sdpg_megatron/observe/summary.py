@@ -20,6 +20,8 @@ class Summary:
     accuracy_after: float | None
     greedy_before: float | None
     greedy_after: float | None
+    reward: float | None = None
+    """Mean of the last step's responses; None where there is none."""
     steps: int
     seconds: float
     """Wall-clock training time over all calls that the run took."""

@@ -16,10 +16,17 @@ EVERY = 30.0
 
 
 @contextmanager
-def transfer(title: str, total: int, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """Show how far it is; what is yielded is to be told of each number of bytes that were moved, by any thread."""
+def transfer(
+    title: str, total: int, console: Console | None = None, *, passes: int = 1
+) -> Iterator[Callable[[int], None]]:
+    """Show how far it is; what is yielded is to be told of each number of bytes that were moved, by any thread.
+
+    Args:
+        total: bytes.
+        passes: how often each byte is moved, such as once written and once read back. Sizes shown are of one pass.
+    """
     console = console or Console(stderr=True)
-    started, moved, lock = time.monotonic(), 0, threading.Lock()
+    started, moved, lock = time.monotonic(), 0.0, threading.Lock()
     said = started
 
     def say(text: str) -> None:
@@ -34,13 +41,13 @@ def transfer(title: str, total: int, console: Console | None = None) -> Iterator
         def advance(nbytes: int) -> None:
             nonlocal moved, said
             with lock:
-                moved += nbytes
+                moved += nbytes / passes
                 now = time.monotonic()
                 if not console.is_terminal and now - said >= EVERY:
                     said = now
                     left = timedelta(seconds=round((now - started) * (total - moved) / max(moved, 1)))
                     say(f"{moved / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
-            bar.update(task, advance=nbytes)
+            bar.update(task, advance=nbytes / passes)
 
         yield advance
     say(f"{moved / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s")

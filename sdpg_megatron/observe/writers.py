@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdpg_megatron.errors import DataError
-from sdpg_megatron.observe.cut import beyond, cut_events, cut_lines
-from sdpg_megatron.observe.files import Appender, writing
+from sdpg_megatron.observe.cut import beyond, cut_events, cut_files, cut_lines
+from sdpg_megatron.observe.files import Appender, json_line, writing
+from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
@@ -49,7 +50,7 @@ class JsonlWriter:
 
     def append(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record whatever JSON knows; the disk has it when the call returns."""
-        self._file.append((json.dumps({"step": step, **fields}) + "\n").encode())
+        self._file.append(json_line({"step": step, **fields}))
 
     def close(self) -> None:
         self._file.close()
@@ -115,6 +116,7 @@ def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
     cut_lines(run_dir / METRICS_FILE, is_beyond)
     cut_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
     cut_lines(run_dir / PROMPTS_FILE, beyond(step, evaluated=True))
+    cut_files(run_dir / ROLLOUT_FOLDER, beyond(step, evaluated=True))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -125,6 +127,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     return [_record(line, f"{path}:{number}") for number, line in lines if line.strip()]
+
+
+def last_value(path: Path, name: str) -> float | None:
+    """The newest finite value of a metric in a metrics.jsonl; None where there is none. Raises as `read_metrics`."""
+    found = (record.get(name, math.nan) for record in reversed(read_metrics(path)))
+    return next((value for value in found if math.isfinite(value)), None)
 
 
 def _record(line: bytes, where: str) -> dict[str, float]:

@@ -51,10 +51,12 @@ def durations(
     several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
     forwards = load.mean_student * (several + load.needs.reference)
     reads = load.mean_teacher * (2 if config.objective.contrast else 1)
-    passes = (forwards + reads) * forward + load.mean_responses * row * (several + load.needs.reference)
+    heads = several + load.needs.reference + load.gated * load.needs.teacher_logprob
+    passes = (forwards + reads) * forward + load.mean_responses * row * heads
     again = 1 if config.model.recompute else 0
     made = (4 if config.head.schedule == "recompute" else 3) * load.mean_responses  # logits and both gradients
-    made += (2 if config.head.schedule == "recompute" else 1) * load.gated * load.mean_responses
+    if load.needs.teacher:
+        made += (2 if config.head.schedule == "recompute" else 1) * load.gated * load.mean_responses
     update = load.mean_student * (3 + again) * forward + made * row
     rate = grid.world * gpu.flops * ASSUMED.products
     bubble = 1 + (grid.pipeline - 1) / (load.micro_batches * grid.chunks)

@@ -44,7 +44,7 @@ class Load:
         samples = rollout.prompts_per_step * rollout.group_size
         share = -(-samples // (optimizer.minibatches * data))
         longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-        reading = (config.max_teacher_tokens + rollout.max_response_tokens) if needs.teacher else 0
+        reading = (config.max_teacher_tokens + rollout.max_response_tokens) if needs.privileged else 0
         limit = optimizer.micro_batch_tokens
         if limit is None:
             together = min(optimizer.micro_batch_size, share)
@@ -64,12 +64,12 @@ class Load:
             student=student,
             teacher=teacher,
             response=response,
-            taught=(most * rollout.max_response_tokens if needs.teacher else 0),
+            taught=(most * rollout.max_response_tokens if needs.privileged else 0),
             micro_batches=count,
             samples=samples,
             mean_prompt=MEAN_LENGTH * config.data.max_prompt_tokens,
             mean_response=MEAN_LENGTH * rollout.max_response_tokens,
-            gated=0.0 if not needs.teacher else MEAN_GATED if config.objective.gate else 1.0,
+            gated=0.0 if not needs.privileged else MEAN_GATED if config.objective.gate else 1.0,
         )
 
     @property

@@ -173,28 +173,33 @@ class _Work:
         parts = {"activations": held}
         if self.last:
             head = self._head(train=True)
-            parts |= {"head": float(max(head.all, layer)), "teacher rows": float(self._teacher_rows())}
+            parts |= {"head": float(max(head.all, layer)), "teacher rows": float(self._teacher_rows(train=True))}
         else:
             parts["gradients of a layer"] = layer
         if embedding > sum(parts.values()):
             parts["gradient of the embedding"] = embedding - sum(parts.values())
         return parts
 
-    def _teacher_rows(self) -> int:
-        """Of all micro-batches: on the device, but where they were made before the step's first update."""
-        if not self.load.needs.teacher or self._early:
+    def _teacher_rows(self, *, train: bool) -> int:
+        """Of all micro-batches: on the device, but where they were made before the step's first update.
+
+        Where log-probs are all that is wanted of them, they are gone when training begins.
+        """
+        needs = self.load.needs
+        if not (needs.teacher or (needs.teacher_logprob and not train)) or self._early:
             return 0
         taught = self.load.taught * (2 if self.config.objective.contrast else 1)
         return -(-taught // self.grid.context) * self.arch.hidden_size * self.width
 
     @property
     def _early(self) -> bool:
-        return self.config.objective.teacher == "rollout" and self.config.optimizer.minibatches > 1
+        objective, minibatches = self.config.objective, self.config.optimizer.minibatches
+        return self.load.needs.teacher and objective.teacher == "rollout" and minibatches > 1
 
     @property
     def _swaps(self) -> bool:
         needs = self.load.needs
-        return needs.reference or (needs.teacher and self.config.objective.teacher in ("every", "initial", "ema"))
+        return needs.reference or (needs.privileged and self.config.objective.teacher in ("every", "initial", "ema"))
 
     def passes(self) -> dict[str, float]:
         """Those without gradients: old and reference log-probs, teacher."""
@@ -203,7 +208,7 @@ class _Work:
         parts = {"activations": tokens * (a.layer + a.final_norm)}
         if self.last:
             head = self._head(train=False)
-            parts |= {"head": float(head.all), "teacher rows": float(self._teacher_rows())}
+            parts |= {"head": float(head.all), "teacher rows": float(self._teacher_rows(train=False))}
         if self._swaps and self.cuda:  # on CPUs the copy in host memory is what the model computes with
             parts["other weights"] = float(self.weights)
         return parts
@@ -234,14 +239,14 @@ class _Work:
         """Copies in host memory."""
         objective, needs = self.config.objective, self.load.needs
         parts: dict[str, float] = {}
-        initial = needs.teacher and objective.teacher == "initial"
+        initial = needs.privileged and objective.teacher == "initial"
         if needs.reference or initial:
             parts["reference" if needs.reference else "teacher"] = self.weights
-        if needs.teacher and objective.teacher == "every":
+        if needs.privileged and objective.teacher == "every":
             parts["teacher"] = self.weights
-        if needs.teacher and objective.teacher == "ema":
+        if needs.privileged and objective.teacher == "ema":
             parts["teacher"] = self.weights * 4 // self.width
-        if needs.teacher and self._early and self.last:
+        if self._early and self.last:
             rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)
             parts["teacher rows"] = rows * self.arch.hidden_size * self.width
         if self.config.checkpoint.asynchronous:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
-import numpy as np
-
-from sdpg_megatron.errors import FilterError
+from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.records import ScoredGroup
-from sdpg_megatron.rewards.load import load_function
+from sdpg_megatron.rewards.conventions import describe_signature, is_callable_class, scalar, takes
+from sdpg_megatron.rewards.load import instantiate, load_function
 
 FIELD = "selection.filters"
 DEAD = ("right", "wrong", "level")
@@ -39,8 +39,27 @@ def dead(scored: ScoredGroup) -> str | None:
 
 
 def load_filters(specs: Sequence[str]) -> dict[str, GroupFilter]:
-    """The filters, by their ``module:function``, in order. Raises `ConfigError`."""
-    return {spec: cast(GroupFilter, load_function(FIELD, spec)) for spec in specs}
+    """The filters, by their ``module:function``, in order.
+
+    Raises:
+        ConfigError: a filter cannot be found, is async, or does not take one group alone.
+    """
+    return {spec: _load_filter(spec) for spec in specs}
+
+
+def _load_filter(spec: str) -> GroupFilter:
+    target = load_function(FIELD, spec)
+    if isinstance(target, type) and is_callable_class(target):
+        target = instantiate(FIELD, spec, target)
+    if isinstance(target, type) or _is_async(target) or not takes(target, 1):
+        expected = "f(group) -> bool, or a class with such a __call__; not async"
+        fix = "give it this signature; further parameters need defaults"
+        raise ConfigError(FIELD, f"{spec}{describe_signature(target)}", expected, fix)
+    return cast(GroupFilter, target)
+
+
+def _is_async(target: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__)
 
 
 def is_kept(spec: str, keeps: GroupFilter, scored: ScoredGroup) -> bool:
@@ -55,6 +74,7 @@ def is_kept(spec: str, keeps: GroupFilter, scored: ScoredGroup) -> bool:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise FilterError(spec, uid, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
-    if not isinstance(kept, bool | np.bool_):
+    verdict = scalar(kept)
+    if not isinstance(verdict, bool):
         raise FilterError(spec, uid, repr(kept))
-    return bool(kept)
+    return verdict

@@ -19,6 +19,7 @@ NUMBER = re.compile(
         (?: \.[0-9]+ )?                             # a full stop at the end of a sentence stays outside
       | (?<! [0-9] ) \.[0-9]+
     )
+    (?: [eE] [-+]? [0-9]{{1,3}} (?! [\w.]* \w ) )?   # 1e-05, but not 2e5a
     """,
     re.VERBOSE,
 )
@@ -34,12 +35,12 @@ def number(prompt: Prompt, response: str) -> float:
     """1.0 where the last number of `response` equals the prompt's answer as a number (12 and 12.0 are equal), else 0.0.
 
     Raises:
-        ValueError: the answer holds no number.
+        ValueError: the answer holds no number, or several, such as 1/2.
     """
-    expected = last_number(prompt.answer)
-    if expected is None:
-        raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds no number")
-    return float(last_number(response) == expected)
+    found = NUMBER.findall(prompt.answer_text)
+    if len(found) != 1:
+        raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds {len(found) or 'no'} numbers, not one")
+    return float(last_number(response) == last_number(found[0]))
 
 
 def extract_number(response: str) -> str | None:

@@ -1,30 +1,38 @@
-"""Verifiers in processes of their own, so that whatever one does costs a sample its reward and never the run."""
+"""Verifiers in processes of their own: a call that raises, hangs or ends its process costs its sample the reward."""
 
 from __future__ import annotations
 
+import atexit
 import logging
-import math
 import multiprocessing
+import os
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from numbers import Real
 from queue import SimpleQueue
+
+import psutil
 
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.records import Group, Prompt
+from sdpg_megatron.process import streams
+from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rewards.base import Extracting, Verifier
-from sdpg_megatron.rewards.load import FIELD, load_verifier
+from sdpg_megatron.rewards.conventions import LARGEST, RETURNED, RewardTypeError, as_reward, is_bounded
+from sdpg_megatron.rewards.load import FIELD, find_verifier, load_verifier
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
 """Longest wait for a new process to import the verifier; no call's time-out runs meanwhile."""
+LONGEST = 500
+"""Characters kept of an error's message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +44,16 @@ class Verdict:
     """None where it was not asked for, or the response gives none."""
 
 
-Outcome = Verdict | str
-"""A verdict, or what went wrong."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A call without a reward."""
+
+    text: str
+    wrong_type: bool = False
+    """Whether the verifier returned what is no reward, whatever the response."""
+
+
+Outcome = Verdict | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,35 @@ class GroupRewards:
     """Calls that raised, returned no finite number, ran out of time or ended their process."""
     answers: tuple[str | None, ...] | None = None
     """The answer of each completion, None for none; None for all where the verifier does not extract any."""
+    errors: tuple[str | None, ...] = field(default=(), compare=False)
+    """Why the call on each completion failed, None where it did not; empty where none did."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierCheck:
+    """One call of a verifier on a sample prompt."""
+
+    verifier: str
+    uid: str
+    response: str
+    """The prompt's own answer, given as the response."""
+    reward: float | None
+    """None where the call failed."""
+    error: str | None
+
+    def __str__(self) -> str:
+        said = f"gave {self.reward:g} to" if self.reward is not None else "failed on"
+        text = f"{FIELD} {self.verifier} {said} the response {self.response!r} to {self.uid}"
+        return f"{text}: {self.error}" if self.error is not None else text
+
+
+def check_verifier(config: RewardConfig, prompt: Prompt) -> VerifierCheck:
+    """Call the configured verifier once, in a process of its own as training does; see `VerifierPool.check`."""
+    pool = VerifierPool(config.model_copy(update={"workers": 1}))
+    try:
+        return pool.check(prompt)
+    finally:
+        pool.close()
 
 
 class VerifierPool:
@@ -62,9 +107,14 @@ class VerifierPool:
         """Start the processes; they get ready while the caller goes on.
 
         Raises:
-            ConfigError: the verifier cannot be loaded.
+            ConfigError: the verifier cannot be found, its signature fits no convention, or the failure reward is no
+                reward.
         """
-        self._extracts = isinstance(load_verifier(config.verifier), Extracting)
+        if not is_bounded(config.failure_reward):
+            expected = f"a finite number up to {LARGEST:g}"
+            raise ConfigError("reward.failure_reward", config.failure_reward, expected, "correct it, for example 0")
+        self._spec = config.verifier
+        self._extracts = find_verifier(config.verifier).extracts
         self._failure_reward = config.failure_reward
         self._workers = [_Worker(config.verifier, config.timeout) for _ in range(config.workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -87,6 +137,23 @@ class VerifierPool:
         self._report(groups, outcomes)
         return [self._rewards(group, extract) for group in outcomes]
 
+    def check(self, prompt: Prompt) -> VerifierCheck:
+        """Call the verifier once, with the prompt's own answer as the response.
+
+        A call may fail on one response and not on others, so that is reported; a result that is no reward is an error.
+
+        Raises:
+            ConfigError: the verifier cannot be loaded in a process of its own, or returned what is no reward.
+        """
+        sample = Completion((), (), "stop", 0, prompt.answer_text)
+        (outcome,) = self._verify(Group(prompt, (sample,)), extract=self._extracts)
+        if isinstance(outcome, Verdict):
+            return VerifierCheck(self._spec, prompt.uid, sample.text, outcome.reward, None)
+        if outcome.wrong_type:
+            found = f"{self._spec}, which {outcome.text.partition(', not ')[0]}"
+            raise ConfigError(FIELD, found, f"a verifier that returns {RETURNED}", "correct what it returns")
+        return VerifierCheck(self._spec, prompt.uid, sample.text, None, outcome.text)
+
     def close(self) -> None:
         """End the processes. Closing twice is harmless."""
         self._threads.shutdown(cancel_futures=True)
@@ -95,11 +162,14 @@ class VerifierPool:
 
     def _rewards(self, outcomes: Sequence[Outcome], extract: bool) -> GroupRewards:
         failed = Verdict(self._failure_reward)
-        verdicts = [failed if isinstance(outcome, str) else outcome for outcome in outcomes]
+        verdicts = [failed if isinstance(outcome, Failure) else outcome for outcome in outcomes]
+        errors = tuple(outcome.text if isinstance(outcome, Failure) else None for outcome in outcomes)
+        failures = sum(error is not None for error in errors)
         return GroupRewards(
             rewards=tuple(verdict.reward for verdict in verdicts),
-            failures=sum(isinstance(outcome, str) for outcome in outcomes),
+            failures=failures,
             answers=tuple(verdict.answer for verdict in verdicts) if extract else None,
+            errors=errors if failures else (),
         )
 
     def _verify(self, group: Group, extract: bool) -> list[Outcome]:
@@ -111,10 +181,10 @@ class VerifierPool:
 
     def _report(self, groups: Sequence[Group], outcomes: Sequence[Sequence[Outcome]]) -> None:
         failures = [
-            (group.prompt.uid, outcome)
+            (group.prompt.uid, outcome.text)
             for group, group_outcomes in zip(groups, outcomes, strict=True)
             for outcome in group_outcomes
-            if isinstance(outcome, str)
+            if isinstance(outcome, Failure)
         ]
         if failures:
             calls = sum(map(len, outcomes))
@@ -134,16 +204,20 @@ class _Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # A daemon, so that a trainer that dies without closing the pool is not kept waiting for it.
-        self._process = context.Process(target=_serve, args=(theirs, self._spec), daemon=True)
+        # No daemon: those cannot start processes, as verifiers that run programs do. At exit multiprocessing waits for
+        # others, so they are ended before, whoever forgot to close the pool.
+        self._process = context.Process(target=_serve, args=(theirs, self._spec), daemon=False)
         self._process.start()
         theirs.close()
         self._ready = False
+        atexit.register(self.stop)
 
     def stop(self) -> None:
+        """End the process, and those that the verifier has started in it."""
+        atexit.unregister(self.stop)
         if self._process is not None and self._connection is not None:
             self._connection.close()
-            self._process.kill()
+            _kill_with_descendants(self._process)
             self._process.join()
             self._process.close()
         self._process = self._connection = None
@@ -163,12 +237,12 @@ class _Worker:
             for _ in responses:
                 if not connection.poll(self._timeout):
                     self.stop()
-                    yield f"no result within {self._timeout:g} s"
+                    yield Failure(f"no result within {self._timeout:g} s")
                     return
                 yield connection.recv()
         except (EOFError, OSError):
             self.stop()
-            yield "the verifier ended its process"
+            yield Failure("the verifier ended its process")
 
     def _connected(self) -> Connection:
         """The connection to a process that has loaded the verifier."""
@@ -178,39 +252,70 @@ class _Worker:
         assert self._connection is not None
         if not self._ready:
             try:
-                self._ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+                answer = self._connection.recv() if self._connection.poll(START_SECONDS) else None
             except EOFError:
-                self._ready = False
-            if not self._ready:
+                answer = None
+            if answer is not True:
                 self.stop()
+                if isinstance(answer, ConfigError):
+                    raise answer
                 expected = "a verifier that a process of its own can load"
                 raise ConfigError(FIELD, self._spec, expected, "see that process's message above")
+            self._ready = True
         return self._connection
+
+
+def _kill_with_descendants(process: BaseProcess) -> None:
+    family: list[psutil.Process] = []
+    if process.is_alive():  # otherwise its number may be another's by now
+        with suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for descendant in family:
+        with suppress(psutil.Error):
+            descendant.kill()
 
 
 def _serve(connection: Connection, spec: str) -> None:
     """The process: answer batches until the other side closes."""
-    # Ctrl-C reaches the whole process group; the trainer decides when its verifiers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    verifier = load_verifier(spec)
+    # Ctrl-C and a lost terminal reach the whole process group; the trainer decides when its verifiers end.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    streams.install(strict=False)  # a verifier that prints is not at fault where the terminal is gone
     try:
+        verifier = load_verifier(spec)
+    except ConfigError as error:
+        connection.send(error)
+        return
+    with suppress(EOFError, OSError):
         connection.send(True)
         while True:
             prompt, responses, extract = connection.recv()
             for response in responses:
                 connection.send(_call(verifier, prompt, response, extract))
-    except (EOFError, OSError):
-        return
+    for child in multiprocessing.active_children():  # the trainer is gone; Python would wait for them
+        child.kill()
 
 
 def _call(verifier: Verifier, prompt: Prompt, response: str, extract: bool) -> Outcome:
     try:
-        reward: object = verifier(prompt, response)
+        reward = as_reward(verifier(prompt, response))
         answer = verifier.extract(response) if extract and isinstance(verifier, Extracting) else None
+    except RewardTypeError as error:
+        return Failure(str(error), wrong_type=True)
     except (Exception, SystemExit) as error:
-        return f"{type(error).__name__}: {error}"
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        return f"returned {reward!r}, not a finite number"
+        return Failure(_describe(error))
     if not isinstance(answer, str | None):
-        return f"extracted {answer!r}, not a text or None"
-    return Verdict(float(reward), answer)
+        return Failure(f"extracted {answer!r}, not a text or None")
+    return Verdict(reward, answer)
+
+
+def _describe(error: BaseException) -> str:
+    """The last line of a traceback, and the place in the verifier's code that it is about."""
+    frames = [frame.f_code.co_filename + f":{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
+    place = next((f" ({frame})" for frame in reversed(frames) if not frame.startswith(_ROOM)), "")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{text if len(text) <= LONGEST else text[:LONGEST] + '...'}{place}"
+
+
+_ROOM = os.path.dirname(__file__) + os.sep

@@ -6,8 +6,9 @@ import logging
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from sdpg_megatron.answers import as_number, canonical, last_boxed, last_statement, stripped
+from sdpg_megatron.answers import as_number, canonical, last_boxed, last_statement, plain_digits, stripped
 from sdpg_megatron.records import Prompt
+from sdpg_megatron.rewards.equality import decide, spelling
 
 # math-verify's own limits are signals, which no long integer operation hears; the pool ends a call that takes too long.
 # Without them it warns once in each process.
@@ -22,13 +23,13 @@ def math(prompt: Prompt, response: str) -> float:
     Where there is no box, what follows "final answer is" counts; a response with neither is wrong.
     """
     stated = _stated(response)
-    return float(stated is not None and equal(prompt.answer, stated))
+    return float(stated is not None and equal(prompt.answer_text, stated))
 
 
 def extract_math(response: str) -> str | None:
-    """What `math` compares, in one spelling where it is a number."""
+    """What `math` compares, in one spelling for numbers, words of yes and no, and option letters."""
     stated = _stated(response)
-    return None if stated is None else canonical(stated)
+    return None if stated is None else spelling(stated)
 
 
 def _stated(response: str) -> str | None:
@@ -36,18 +37,18 @@ def _stated(response: str) -> str | None:
 
 
 def equal(answer: str, stated: str) -> bool:
-    """Whether `stated` is `answer`: exactly where both are plain numbers; else as math-verify compares numbers (to six
+    """Whether `stated` is `answer`: as `equality.decide` says, or else as math-verify compares numbers (to six
     decimals), sets, intervals, expressions and names.
 
     It may take any time and much memory: call it where a time limit holds.
     """
-    expected, found = as_number(answer), as_number(stated)
-    if expected is not None and found is not None:
-        return expected == found
-    return bool(verify(_parse(answer), _parse(stated), timeout_seconds=None))
+    verdict = decide(answer, stated)
+    return bool(verify(_parse(answer), _parse(stated), timeout_seconds=None)) if verdict is None else verdict
 
 
 def _parse(text: str) -> list[object]:
     """What math-verify makes of an answer, best reading first; empty where it makes nothing of it."""
-    parsed: list[object] = parse(f"\\boxed{{{stripped(text)}}}", _TARGETS, parsing_timeout=None)
+    content = stripped(plain_digits(text)) if as_number(text) is None else canonical(text)  # it knows no 1e-05
+    boxed = f"\\boxed{{{content}}}"
+    parsed: list[object] = parse(boxed, _TARGETS, parsing_timeout=None)
     return parsed

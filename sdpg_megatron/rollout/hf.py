@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -18,12 +18,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
-from sdpg_megatron.errors import ConfigError, RolloutError, WeightError, did_you_mean
+from sdpg_megatron.architecture import read_architecture
+from sdpg_megatron.data.tokenizer import stop_ids
+from sdpg_megatron.errors import NumericsError, RolloutError, WeightError, did_you_mean
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
 from sdpg_megatron.rollout.experts import ExpertRecorder
 from sdpg_megatron.rollout.joined import as_saved
+from sdpg_megatron.rollout.reading import check_reading
 
+UNCONSTRAINED: Mapping[str, Any] = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+UNTRUNCATED: Mapping[str, Any] = {"top_k": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Generation parameters that leave the model's distribution as it is; the latter only apply where tokens are sampled.
+transformers replaces unset ones by the model's, then by its own defaults (top-k 50)."""
 LISTED = 8
 """Weights that one error message names."""
 
@@ -42,9 +54,11 @@ class HFEngine:
             tokenizer: transformers tokenizer; decodes responses.
 
         Raises:
-            ConfigError: the model names no stop token.
+            ConfigError: the model names no stop token, or transformers reads another model from its config.json.
         """
-        self._stop_ids = stop_ids(model_folder)
+        arch = read_architecture(model_folder)
+        check_reading(model_folder, arch)
+        self._stop_ids = stop_ids(model_folder, arch.vocab_size)
         self._batch_size = batch_size
         self._device = device
         self._tokenizer = tokenizer
@@ -74,6 +88,9 @@ class HFEngine:
         """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else.
 
         `stop` is asked before each token of a batch.
+
+        Raises:
+            NumericsError: the model's logits are not finite.
         """
         self._require_open()
         if self._version < 0:
@@ -172,16 +189,14 @@ class HFEngine:
         return cache
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        # Truncation that transformers applies by default (top-k 50) is turned off by name.
-        how = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            if sampling.temperature
-            else {"do_sample": False}
-        )
+        how: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, **UNTRUNCATED}
         return GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             eos_token_id=list(self._stop_ids),
             pad_token_id=self._stop_ids[0],
+            **UNCONSTRAINED,
             **how,
         )
 
@@ -226,6 +241,12 @@ class _LogprobRecorder:
         if self._last_BV is not None:
             self._chosen.append(self._last_BV.gather(1, tokens_BS[:, -1:]))
         self._last_BV = torch.log_softmax(logits_BV.float() / self._temperature, dim=-1)
+        if self._last_BV.isnan().any():
+            where = f"response token {len(self._chosen) + 1}"
+            raise NumericsError(
+                f"rollout: found logits that are not finite at {where}, expected finite ones. Fix: the weights are too "
+                "large for the model's dtype, or damaged: start from the last checkpoint, or from another model"
+            )
         return logits_BV
 
     def logprobs(self, tokens_BN: Tensor) -> Tensor:
@@ -234,22 +255,6 @@ class _LogprobRecorder:
         # Where transformers looks for the end one step late, it drops that step's token; the last is then recorded.
         chosen = [*self._chosen, self._last_BV.gather(1, tokens_BN[:, -1:])]
         return torch.cat(chosen[: tokens_BN.shape[1]], dim=1)
-
-
-def stop_ids(model_folder: Path) -> tuple[int, ...]:
-    """Every token that ends a response: generation_config.json's, or where there is no such file, config.json's.
-
-    Raises:
-        ConfigError: neither names one.
-    """
-    if (model_folder / "generation_config.json").exists():
-        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
-    else:
-        found = AutoConfig.from_pretrained(model_folder).eos_token_id
-    if found is None:
-        expected = "eos_token_id in generation_config.json or config.json"
-        raise ConfigError("model.path", str(model_folder), expected, "add it to generation_config.json")
-    return tuple(found) if isinstance(found, list) else (found,)
 
 
 class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import ScoredGroup
+from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.train.draws import draw_seed
@@ -27,7 +28,8 @@ class Collector:
 
     def __init__(self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, ranks: Ranks) -> None:
         self._config, self._prompts, self._rollouts, self._ranks = config, prompts, rollouts, ranks
-        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
+        deviation = config.objective.advantage_deviation
+        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens, deviation)
         self._judge = Judge(config.selection, ranks)
         self._begun: Sequence[int] = ()
 
@@ -49,17 +51,23 @@ class Collector:
         """The groups of the step after `step`; `cursor` moves on by the prompts that this takes.
 
         Args:
-            drawn: its first round, if there is one already.
+            drawn: its first round, if there is one already, or the prompts of it.
 
         Raises:
             Abandoned: the run is to stop.
+            VerifierError: more verifier calls failed than `reward.failure_limit` allows; on every rank.
         """
+        asked: list[ScoredGroup] = []
 
         def ask(count: int, number: int) -> list[ScoredGroup]:
-            if number == 0 and drawn is not None:
-                return with_shaping(drawn.groups, self._shaping)
-            prompts = [self._prompts[i] for i in cursor.take(count)]
-            return with_shaping(self._rollouts.run(prompts, self._sampling(step, number)), self._shaping)
+            if number == 0 and drawn is not None and drawn.groups:
+                groups = list(drawn.groups)
+            else:
+                indices = drawn.indices if number == 0 and drawn is not None else cursor.take(count)
+                groups = self._rollouts.run([self._prompts[i] for i in indices], self._sampling(step, number))
+            asked.extend(groups)
+            check_failures(f"step {step + 1}", asked, self._config.reward.failure_limit)
+            return with_shaping(groups, self._shaping)
 
         wanted = self._config.rollout.prompts_per_step
         selection = select(ask, wanted, self._judge, self._config.selection)
@@ -85,7 +93,6 @@ class Collector:
             n=rollout.group_size,
             max_tokens=rollout.max_response_tokens,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
             experts=rollout.replay_routing,
             seed=draw_seed(self._config.seed, purpose, self._ranks.replica),
         )

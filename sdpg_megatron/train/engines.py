@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import ConfigError, SdpgError
+from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore import device
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
@@ -51,15 +51,17 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEn
 def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
+    from sdpg_megatron.rollout.sglang.preflight import check_colocated, check_devices
 
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
-    _check(config, inputs, kind)
+    check_colocated(config, kind)
     model = served_model(config, inputs, kind)
     nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None
     answer: tuple[tuple[str, ...], str] | SdpgError | None = None
     if ranks.is_main:
         try:
+            check_devices(config.rollout.sglang, torch.cuda.device_count())
             engine = SGLangEngine(
                 config.rollout.sglang,
                 model,
@@ -97,14 +99,3 @@ def served_model(config: RunConfig, inputs: ModelInputs, kind: Literal["cuda", "
         response_tokens=max(rollout.max_response_tokens, config.eval.max_response_tokens or 0),
         experts=rollout.replay_routing,
     )
-
-
-def _check(config: RunConfig, inputs: ModelInputs, kind: str) -> None:
-    """Raises `ConfigError`, alike on every rank."""
-    end = inputs.tokenizer.eos_token_id
-    if end is not None and end not in inputs.stop_ids:
-        fix = "add it to eos_token_id in the model's generation_config.json"
-        raise ConfigError("model.path", end, f"the tokenizer's end token among the stop tokens {inputs.stop_ids}", fix)
-    if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
-        # The optimizer's parameters are then the model's own, which have to stay for the next publish.
-        raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")

@@ -12,6 +12,7 @@ from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.evaluation.scores import per_problem
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import Prompt
+from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.rollouts import Rollouts
@@ -20,16 +21,27 @@ NAMES = {"pass@1": "sampled_accuracy", "greedy": "greedy_accuracy"}
 """Metrics that do not go by their quantity's own name."""
 
 
-def evaluate(config: RunConfig, rollouts: Rollouts, prompts: Sequence[Prompt], data_rank: int) -> list[Problem]:
+def evaluate(
+    config: RunConfig, rollouts: Rollouts, prompts: Sequence[Prompt], data_rank: int, name: str = ""
+) -> list[Problem]:
     """Sampled responses and the greedy one to each prompt of a data file, always the same draws.
 
     Every rank calls it; the same list, in the order of the prompts, on every rank.
+
+    Args:
+        name: the data file's, for errors.
+
+    Raises:
+        VerifierError: more verifier calls failed than `reward.failure_limit` allows; on every rank.
     """
     asked, length = config.eval, response_limit(config)
     seed = draw_seed(config.seed, "eval", data_rank)
     sampling = Sampling(asked.samples, length, asked.temperature, asked.top_p, seed)
     sampled = rollouts.run(prompts, sampling, extract=True)
+    limit, where = config.reward.failure_limit, f"evaluation on {name}" if name else "evaluation"
+    check_failures(where, sampled, limit)
     greedy = rollouts.run(prompts, Sampling(1, length, 0.0), extract=True)
+    check_failures(where, [*sampled, *greedy], limit)
     return [Problem.of(*pair, responses=asked.responses) for pair in zip(sampled, greedy, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -25,7 +26,7 @@ from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.evaluate import evaluate
 from sdpg_megatron.train.export import export_checkpoint
-from sdpg_megatron.train.inputs import ModelInputs
+from sdpg_megatron.train.inputs import ModelInputs, check_answers, warn_of
 from sdpg_megatron.train.subject import Subject
 from sdpg_megatron.weights import read_folder
 
@@ -45,6 +46,9 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
     if dataset.dropped or dataset.truncated:
         counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens
         logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens", *counts)
+    check_answers(config.reward.verifier, [dataset])
+    if os.environ.get("RANK", "0") == "0":
+        warn_of(dataset)
     files = by_file(dataset.prompts)
     if len(files) < len(config.data.eval):
         for path in config.data.eval:
@@ -74,7 +78,7 @@ def evaluate_subject(
         if subject.checkpoint is not None:
             model = export_checkpoint(subject.config, inputs.arch, subject.checkpoint)
             ranks = parallel.initialize(alone, subject.config.seed)
-        config = _for_evaluation(subject.config, model, folder)
+        config = for_evaluation(subject.config, model, folder)
         results = _agree(ranks, config, files, subject.name)
         missing = ranks.gather_all(results.missing)[0]
         if missing:
@@ -104,18 +108,19 @@ def _fill(
 
         rollouts = start_rollouts(config, inputs, ranks, on_progress)
         stack.callback(rollouts.close)
+        rollouts.check_verifier(next(iter(files.values()))[0])
         where = device.training_device()
         rollouts.publish(
             0, lambda: read_folder(config.model.path, bucket_bytes=bucket_bytes, dtype=dtype, device=where)
         )
         for current, prompts in files.items():
             status.update(current)
-            problems = evaluate(config, rollouts, prompts, ranks.replica)
+            problems = evaluate(config, rollouts, prompts, ranks.replica, current)
             on_main(ranks, partial(results.write, current, problems))
 
 
-def _for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
-    """The configuration with the weights at `model` and everything written to `folder`.
+def for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
+    """Return the configuration with the weights at `model` and everything written to `folder`.
 
     Servers that are started have the devices to themselves: nothing is trained beside them.
     """

@@ -18,10 +18,8 @@ from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.observe.files import writing
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 from sdpg_megatron.weights import WeightStream, write_folder
-
-EXPORT_FOLDER = "model"
-"""In a run's folder, the trained model; in a checkpoint's, its weights once somebody has asked for them."""
 
 
 def stream_weights(config: RunConfig, learner: Learner, dtype: torch.dtype | None = None) -> WeightStream:

@@ -35,10 +35,18 @@ class HeldOut:
         config = self._config
         try:
             problems = {
-                name: evaluate(config, self._rollouts, asked, self._ranks.replica)
+                name: evaluate(config, self._rollouts, asked, self._ranks.replica, name)
                 for name, asked in self._files.items()
             }
         except Abandoned:
             return None
         self._journal.keep_evaluation(step, self._files, problems)
         return values(metrics(config, problems))
+
+
+def evaluations_after(step: int, config: RunConfig) -> int:
+    """Number of evaluations that are due after later steps than `step`."""
+    steps, every = config.steps, config.eval.every
+    if step >= steps:
+        return 0
+    return steps // every - step // every + (steps % every > 0) if every else 1

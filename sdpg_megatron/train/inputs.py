@@ -1,11 +1,12 @@
-"""Everything that a run reads, read and checked before any process group starts."""
+"""Everything that a run reads besides weights. All but the prompts is checked before any process group starts."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import AutoTokenizer
+from typing import TYPE_CHECKING, Any
 
 from sdpg_megatron.architecture import (
     Architecture,
@@ -18,10 +19,19 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import DataError
+from sdpg_megatron.mcore.device import check_layers
+from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
-from sdpg_megatron.rewards.load import load_verifier
-from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.rewards.load import compares_text, find_verifier
+from sdpg_megatron.train.model_folder import read_model
+from sdpg_megatron.train.run_dir import check_run_dir
+from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
+
+if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
+    from sdpg_megatron.mcore.parallel import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +52,33 @@ class Inputs(ModelInputs):
     held_out: PromptDataset | None
 
 
-def load_inputs(config: RunConfig) -> Inputs:
+def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Ranks | None = None) -> Inputs:
     """Read the model's description, tokenizer and data, and check that they and the verifier fit the configuration.
 
+    Args:
+        model: what `load_run_model` has returned; None to call it.
+        ranks: of the run, every one of which calls this: data files are then read once on each machine. None for a
+            process alone.
+
     Raises:
-        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier, group filter or context template; a run folder that cannot be
-            written.
+        ConfigError: as `load_run_model`; an unknown context template.
+        WeightError: as `load_run_model`.
         DataError: a row of the data cannot be used.
     """
-    model = load_model_inputs(config)
-    check_parallel(model.arch, config.parallel)
-    load_filters(config.selection.filters)
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("run_dir", str(config.run_dir), "a folder that can be written", str(error)) from error
-    prompts, held_out = load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast)
+    model = model or load_run_model(config)
+
+    def load() -> Prompts:
+        with RowProgress(enabled=os.environ.get("RANK", "0") == "0") as progress:
+            return load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast, progress)
+
+    if ranks is None or ranks.world == 1 or config.data.reasoning_gym.tasks:
+        prompts, held_out = load()
+    else:
+        prompts, held_out = share_prompts(ranks, load)
+    check_answers(config.reward.verifier, [prompts, held_out])
+    if os.environ.get("RANK", "0") == "0":
+        for data in (prompts, held_out):
+            warn_of(data)
     return Inputs(
         arch=model.arch,
         tokenizer=model.tokenizer,
@@ -68,23 +88,52 @@ def load_inputs(config: RunConfig) -> Inputs:
     )
 
 
+def check_answers(verifier: str, sources: Sequence[PromptSource | None]) -> None:
+    """Refuse answers that are dicts or lists where the verifier compares text. Raises `DataError`."""
+    for source in sources:
+        if compares_text(verifier) and isinstance(source, PromptDataset) and source.structured:
+            expected = f"text or a number with reward.verifier {verifier}"
+            fix = "write it as text, or use a verifier of your own (module:function)"
+            raise DataError(source.structured, "an answer that is a dict or list", expected, fix)
+
+
+def warn_of(source: PromptSource | None) -> None:
+    """Log what a user should know about the rows."""
+    if isinstance(source, PromptDataset):
+        for warning in source.warnings:
+            logger.warning("%s", warning)
+
+
+def load_run_model(config: RunConfig) -> ModelInputs:
+    """Read the model's description and tokenizer, and check all of a run's configuration against them.
+
+    Raises:
+        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
+            template or stop token; an unknown verifier or group filter; a run folder that cannot be written.
+        WeightError: the weights are missing or damaged, or another model's.
+    """
+    model = load_model_inputs(config)
+    check_parallel(model.arch, config.parallel)
+    check_layers(config.model)
+    load_filters(config.selection.filters)
+    check_run_dir(config.run_dir)
+    return model
+
+
 def load_model_inputs(config: RunConfig) -> ModelInputs:
     """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
 
+    Needs no process group.
+
     Raises:
         ConfigError: as `load_inputs`, but for the layout and the data.
+        WeightError: as `read_model`.
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
-    load_verifier(config.reward.verifier)
-    return ModelInputs(arch=arch, tokenizer=_tokenizer(config), stop_ids=stop_ids(config.model.path))
-
-
-def _tokenizer(config: RunConfig) -> Any:
-    path = config.model.path
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError("model.path", str(path), "a folder with a tokenizer", "copy the model's tokenizer there")
-    return AutoTokenizer.from_pretrained(path)
+    find_verifier(config.reward.verifier)
+    tokenizer, stops = read_model(config, arch)
+    return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)

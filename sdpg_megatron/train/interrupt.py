@@ -1,32 +1,53 @@
-"""Ctrl-C and SIGTERM ask the run to stop soon, with a checkpoint; a second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP stop a run, which saves first; before the ranks have met they end it at once."""
 
 from __future__ import annotations
 
+import os
 import signal
-from types import FrameType, TracebackType
+from types import TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from sdpg_megatron.process.signals import STOPPED, SignalListener, leave, tell
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-    """While entered, the first of these signals sets `requested`; the second, of either kind, has its usual effect."""
+    """While entered, the first of `SIGNALS` asks the run to stop; a second one, of any kind, ends the process at once.
+
+    Until `defer` is called there is nothing to save: the first one ends the process, with exit code `STOPPED`. SIGHUP
+    stays ignored where it was, as under nohup.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._deferring, self._signals = False, 0
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self._listener = SignalListener(handled, self._on_signal, self._request)
 
     def __enter__(self) -> Interrupt:
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._listener.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._listener.__exit__()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def defer(self) -> None:
+        """From now on the first signal only sets `requested`: ranks agree on the step after which they stop."""
+        self._deferring = True
+
+    def _request(self) -> None:
+        self.requested = self._deferring
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self._signals += 1
+        if self._signals > 1:
+            leave(128 + number, f"{name}: ended at once; the same command continues from what is saved")
+        if not self._deferring:
+            leave(STOPPED, f"{name}: stopped before the run began; the same command starts it")
         self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"{name}: the run stops and saves; a second signal ends it at once")

@@ -44,7 +44,13 @@ class Lessons:
         if objective.context == "data":
             return groups
         renderer = Renderer(self._config.data, self._inputs.tokenizer)
-        return with_peers(groups, renderer, objective.peer_reward, self._config.max_teacher_tokens)
+        return with_peers(
+            groups,
+            renderer,
+            objective.peer_reward,
+            self._config.max_teacher_tokens,
+            strip_thinking=objective.strip_peer_thinking,
+        )
 
     def prepare(self, step: int, groups: Sequence[ScoredGroup]) -> list[StepBatch]:
         """The mini-batches of the step after `step`, with what has to be computed before the weights change."""
@@ -78,7 +84,7 @@ class Lessons:
             make_samples(
                 groups,
                 config.objective,
-                taught=learner.objective.taught if needs.teacher else nobody,
+                taught=learner.objective.taught if needs.privileged else nobody,
                 outcome=needs.outcome,
                 stop_ids=self._inputs.stop_ids,
             ),
@@ -97,6 +103,8 @@ class Lessons:
             batch = batch.with_micro_batches(learner.with_reference(batch.micro_batches))
         if needs.teacher:
             batch = batch.with_micro_batches(learner.with_early_teacher(batch.micro_batches))
+        if needs.teacher_logprob:
+            batch = batch.with_micro_batches(learner.with_teacher_logprobs(batch.micro_batches))
         return batch
 
     def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 from sdpg_megatron import objectives
-from sdpg_megatron.checkpoint.changes import Change, check_same_run
+from sdpg_megatron.checkpoint.branch import BranchRequest
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
-from sdpg_megatron.errors import SdpgError, SkippedStepsError, WriteError
+from sdpg_megatron.errors import NumericsError, SdpgError, VerifierError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric, values
-from sdpg_megatron.observe.progress import Progress
+from sdpg_megatron.observe.progress import EVAL_SECONDS, Progress
 from sdpg_megatron.observe.report import plot_learning_curve
+from sdpg_megatron.observe.run_log import LOG_FILE, RunLog
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
+from sdpg_megatron.observe.writers import METRICS_FILE, last_value
+from sdpg_megatron.process import streams
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.collect import Collector
-from sdpg_megatron.train.export import EXPORT_FOLDER, export_weights
-from sdpg_megatron.train.held_out import HeldOut
-from sdpg_megatron.train.inputs import Inputs, load_inputs
+from sdpg_megatron.train.export import export_weights
+from sdpg_megatron.train.final_report import describe_run
+from sdpg_megatron.train.held_out import HeldOut, evaluations_after
+from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.lessons import Lessons
@@ -35,11 +40,11 @@ from sdpg_megatron.train.peers import describe_contexts
 from sdpg_megatron.train.phases import Phases
 from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.presence import RunLock
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER, LOG_FOLDER, make_run_dir
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
+from sdpg_megatron.train.start import Start, find_start
 from sdpg_megatron.train.watchdog import Watchdog
-
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Outcome(Enum):
@@ -50,8 +55,11 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted"
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
+
+    Args:
+        branch_from: start from this checkpoint of another run, unless the run already has a checkpoint.
 
     A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
     does. Where there is none, their watchdogs end them.
@@ -60,41 +68,42 @@ def train(config: RunConfig) -> Outcome:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
     with Interrupt() as interrupt, Watchdog(config.watchdog) as watchdog, ExitStack() as stack:
-        inputs = load_inputs(config)
+        model = load_run_model(config)
+        make_run_dir(config.run_dir)
         ranks = parallel.initialize(config.parallel, config.seed)
         stack.callback(parallel.shutdown)
         stack.enter_context(watchdog.meeting(ranks))
+        inputs = load_inputs(config, model, ranks)
+        interrupt.defer()
         store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
-        _lock(config.run_dir, ranks, stack)
+        _claim(config.run_dir, ranks, stack)
         origin = find_origin(config, inputs.prompts, ranks)
-        newest = store.newest()
-        changes: list[Change] = []
-        if newest is not None:
-            _, state = newest
-            changes = check_same_run(state, config.model_dump(mode="json"), origin.model, origin.data)
-            if state.step == config.steps and read_summary(config.run_dir) is not None:
-                return Outcome.ALREADY_DONE
+        start = on_main(ranks, lambda: find_start(config, branch_from, lambda: origin.model, origin.data))
+        if start.done:
+            return Outcome.ALREADY_DONE
         store.sweep()
         objective = objectives.build(config.objective, config.total_optimizer_steps)
         learner = Learner(config, inputs.arch, objective, ranks)
-        position = Position.first(config, inputs.prompts.size)
-        if newest is not None:
-            store.load(*newest, learner)
-            position = Position.of(*newest, inputs.prompts)
+        if start.checkpoint is not None and start.state is not None:
+            store.load(start.checkpoint, start.state, learner)
+            learner.check_weights(f"checkpoint of step {start.state.step}")
+        position = Position.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
             return Outcome.INTERRUPTED  # all that there is has been read from the disk
         trainer = Trainer(config, inputs, learner, store, position, origin, interrupt, watchdog, stack)
-        trainer.announce(changes)
+        trainer.announce(start)
         return trainer.run()
 
 
-def _lock(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Claim the run's folder; where another run has it, every rank says so."""
+def _claim(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Claim the run's folder, and log to it; where another run has it, every rank says so."""
 
     def claim() -> None:
         stack.callback(RunLock(run_dir).close)
+        stack.enter_context(RunLog(run_dir))
 
     on_main(ranks, claim)
+    streams.keep_going(run_dir / LOG_FILE if ranks.is_main else run_dir / LOG_FOLDER / f"rank-{ranks.rank}.log")
 
 
 class Trainer:
@@ -120,7 +129,12 @@ class Trainer:
         self.config, self.inputs, self.learner, self.store = config, inputs, learner, store
         self.ranks, self.at, self.origin = learner.ranks, position, origin
         self.interrupt = interrupt
-        self.progress = Progress(config.steps, done=position.step, enabled=self.ranks.is_main)
+        self.progress = Progress(
+            config.steps,
+            done=position.step,
+            evaluations=lambda step: evaluations_after(step, config) if inputs.held_out is not None else 0,
+            enabled=self.ranks.is_main,
+        )
         stack.callback(self.progress.close)
         self.phases = Phases(self.progress, watchdog)
         self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
@@ -135,21 +149,22 @@ class Trainer:
         )
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
+        rollouts.check_verifier(inputs.prompts[0])
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
         self.lessons = Lessons(config, inputs, learner, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
-    def announce(self, changes: Sequence[Change]) -> None:
-        """Keep the resolved configuration, and say what starts, and what of it has changed since the checkpoint."""
-        self.journal.keep_config()
+    def announce(self, start: Start) -> None:
+        """Keep the resolved configuration and its changes, and say where the run starts."""
+        self.journal.keep_start(start.branch, self.at.changes)
+        first, *more = start.describe(self.config)
         r = self.ranks
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.inputs.prompts.describe()}, "
-            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; "
-            + ("a new run" if self.at.saved is None else f"continuing after step {self.at.step}")
+            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; {first}"
         )
-        if changes:
-            self.progress.message(f"changed since the checkpoint: {'; '.join(map(str, changes))}")
+        for line in more:
+            self.progress.message(line)
 
     def run(self) -> Outcome:
         """Train up to the configured step, then write what a finished run leaves behind."""
@@ -160,7 +175,7 @@ class Trainer:
                 evaluated = self._evaluate()
                 if evaluated is None:
                     return self._stop("before")
-                at.baseline = at.baseline or evaluated
+                at.baseline = at.baseline or {n: value for n, value in evaluated.items() if n.startswith("eval/")}
                 self.journal.report(at.step, {**at.measured, **evaluated})
             while at.step < config.steps:
                 metrics = self._train_step()
@@ -233,6 +248,7 @@ class Trainer:
         at.skipped, at.cursor = self.lessons.skipped, cursor
         at.step += 1
         self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
+        self.journal.keep_rollouts(at.step, selection)
         self.serving.trained(at.step)
         with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
             at.drawn = self.collector.finish() if ahead else None
@@ -253,18 +269,21 @@ class Trainer:
         """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
         try:
             yield
-        except (SkippedStepsError, WriteError):
+        except (NumericsError, VerifierError, WriteError):
             with suppress(SdpgError):
                 self.store.finish()
             raise
 
     def _evaluate(self) -> dict[str, float] | None:
-        """See `HeldOut.measure`."""
+        """See `HeldOut.measure`. With ``time/eval``: seconds of the evaluation and of publishing for it."""
         if not self.held_out:
             return {}
         self.serving.publish(self.at.step)
         with self.phases("eval"):
-            return self.held_out.measure(self.at.step)
+            found = self.held_out.measure(self.at.step)
+        if found is None:
+            return None
+        return {**found, EVAL_SECONDS: sum(metric.value for metric in self.phases.take().values())}
 
     def _save(self) -> None:
         """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
@@ -277,22 +296,34 @@ class Trainer:
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
-        config, baseline = self.config, self.at.baseline
+        config = self.config
         if config.checkpoint.export:
             export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
-        summary = Summary(
+
+        def conclude() -> None:
+            plot_learning_curve(config.run_dir)
+            summary = self._summary(evaluated)
+            write_summary(config.run_dir, summary)
+            self.progress.message(describe_run(config, summary))
+
+        on_main(self.ranks, conclude)
+
+    def _summary(self, evaluated: Mapping[str, float]) -> Summary:
+        baseline = self.at.baseline
+        return Summary(
             accuracy_before=baseline.get("eval/sampled_accuracy"),
             accuracy_after=evaluated.get("eval/sampled_accuracy"),
             greedy_before=baseline.get("eval/greedy_accuracy"),
             greedy_after=evaluated.get("eval/greedy_accuracy"),
+            reward=last_value(self.config.run_dir / METRICS_FILE, "reward/mean"),
             steps=self.at.step,
             seconds=round(self.at.seconds, 1),
         )
-        on_main(self.ranks, lambda: plot_learning_curve(config.run_dir))
-        on_main(self.ranks, lambda: write_summary(config.run_dir, summary))
-        self.progress.message(str(summary))
 
 
-def done_message(run_dir: Path) -> str:
+def done_message(config: RunConfig) -> str:
     """What to tell the user about a run that was finished before."""
-    return f"{run_dir}: done already ({read_summary(run_dir)}). A new run needs another run_dir."
+    summary = read_summary(config.run_dir)
+    assert summary is not None
+    done = f"{config.run_dir}: done already. More steps continue it: steps=N. A new run needs another run_dir."
+    return f"{done}\n{describe_run(config, summary)}"

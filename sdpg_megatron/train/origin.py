@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from sdpg_megatron.checkpoint.state import fingerprint
@@ -10,6 +9,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.process.ranks import RankEnvironment
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def find_origin(config: RunConfig, prompts: PromptSource, ranks: Ranks) -> Origi
     Raises:
         ConfigError: ranks have different ones; names the first that differs.
     """
-    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    first_here = ranks.is_main or RankEnvironment.read().local_rank == 0
     models = ranks.gather_all(fingerprint(config.model.path) if first_here else None)
     data = ranks.gather_all(prompts.digest)
     return Origin(_same("model.path", models), _same("data", data))

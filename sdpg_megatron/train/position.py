@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpg_megatron.checkpoint.drawn import DRAWN, Drawn, read_drawn, write_drawn
-from sdpg_megatron.checkpoint.state import RunState, package_versions
+from sdpg_megatron.checkpoint.state import BranchPoint, RecordedChange, RunState, package_versions
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.train.origin import Origin
+from sdpg_megatron.train.start import Start
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class Position:
     """The step of the newest checkpoint, complete or being written."""
     drawn: Drawn | None = None
     """The first round of the next step, where that was generated ahead of it."""
+    changes: tuple[RecordedChange, ...] = ()
+    branches: tuple[BranchPoint, ...] = ()
 
     @classmethod
     def first(cls, config: RunConfig, prompts: int | None) -> Position:
@@ -36,20 +39,23 @@ class Position:
         return cls(Cursor(prompts, config.seed, config.data.shuffle))
 
     @classmethod
-    def of(cls, folder: Path, state: RunState, prompts: PromptSource) -> Position:
-        """Of a run that goes on from a checkpoint. Raises `CheckpointError`."""
-        cursor = Cursor.from_state(state.cursor, prompts.size)
-        return cls(
-            cursor,
-            state.step,
-            state.seconds,
-            state.baseline,
-            state.evaluated,
-            state.skipped,
-            state.measured,
-            saved=state.step,
-            drawn=read_drawn(folder / DRAWN, prompts) if DRAWN in state.files else None,
-        )
+    def of(cls, start: Start, config: RunConfig, prompts: PromptSource) -> Position:
+        """Position at which a call begins. Raises `CheckpointError`."""
+        state, folder = start.state, start.checkpoint
+        if state is None or folder is None:
+            return cls.first(config, prompts.size)
+        if not start.same_data:
+            position = cls.first(config, prompts.size)
+        else:
+            drawn = read_drawn(folder / DRAWN, prompts) if DRAWN in state.files else None
+            if drawn is not None and start.generates_anew:
+                drawn = Drawn(drawn.indices, ())
+            position = cls(Cursor.from_state(state.cursor, prompts.size), drawn=drawn)
+        position.step, position.changes, position.branches = state.step, start.recorded, start.branches
+        if start.branch is None:
+            position.seconds, position.baseline, position.evaluated = state.seconds, state.baseline, state.evaluated
+            position.skipped, position.measured, position.saved = state.skipped, state.measured, state.step
+        return position
 
     def more(self) -> Callable[[Path], None] | None:
         """What writes that of it which is not in the manifest into a checkpoint's folder, if there is any."""
@@ -69,5 +75,7 @@ class Position:
             config=config.model_dump(mode="json"),
             model=origin.model,
             data=origin.data,
+            changes=self.changes,
+            branches=self.branches,
             versions=package_versions(),
         )

@@ -68,9 +68,9 @@ class RunLock:
         deadline = time.monotonic() + patience
         while not _acquired(self._file):
             if time.monotonic() > deadline:
-                holder = _holder(self._file)
+                held = _held(run_dir, self._file)
                 self._file.close()
-                raise ConfigError("run_dir", str(run_dir), f"a folder that no other run writes to ({holder} does)", FIX)
+                raise held
             time.sleep(0.05)
         with writing(path):
             self._file.truncate(0)
@@ -78,6 +78,21 @@ class RunLock:
 
     def close(self) -> None:
         self._file.close()
+
+
+def check_unlocked(run_dir: Path) -> None:
+    """Check that no run writes to a folder now. Writes nothing. Raises `ConfigError`."""
+    try:
+        with (run_dir / LOCK_FILE).open("rb+", buffering=0) as file:
+            if not _acquired(file):
+                raise _held(run_dir, file)
+    except FileNotFoundError:
+        return
+
+
+def _held(run_dir: Path, file: IO[bytes]) -> ConfigError:
+    expected = f"a folder that no other run writes to ({_holder(file)} does)"
+    return ConfigError("run_dir", str(run_dir), expected, FIX)
 
 
 def _acquired(file: IO[bytes]) -> bool:

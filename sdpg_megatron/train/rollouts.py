@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore.parallel import Ranks, split_evenly
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
@@ -24,6 +26,8 @@ from sdpg_megatron.rollout.base import (
     never,
 )
 from sdpg_megatron.train.behind import Behind
+
+logger = logging.getLogger(__name__)
 
 Weights = Callable[[], Iterable[Bucket]]
 """A new stream of a replica's weights; every rank of the replica iterates it to its end."""
@@ -123,6 +127,23 @@ class Rollouts:
         if self._published is not None:
             self._published = version, self._published[1]
 
+    def check_verifier(self, prompt: Prompt) -> None:
+        """Have each leader's verifier score a sample; see `VerifierPool.check`.
+
+        Raises:
+            ConfigError: on every rank, where a leader's verifier cannot be loaded or returns what is no reward.
+        """
+        error: SdpgError | None = None
+        if self._verifiers is not None:
+            try:
+                check = self._verifiers.check(prompt)
+                if check.error is not None and self._ranks.is_main:
+                    logger.warning("%s", check)
+            except SdpgError as found:
+                error = found
+        if first := next((found for found in self._ranks.gather_all(error) if found is not None), None):
+            raise first
+
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
         """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
 
@@ -199,6 +220,7 @@ class Rollouts:
                 group_advantages(score.rewards),
                 score.failures,
                 score.answers,
+                score.errors,
             )
             for prompt, (completions, score) in zip(call.prompts, gathered, strict=True)
         ]
@@ -219,9 +241,10 @@ def _drive(weights: Iterable[Bucket]) -> None:
 
 def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping) -> list[ScoredGroup]:
     """The same groups with the advantages of their shaped rewards. `rewards` stay the verifier's."""
+    shaped = [shaping.shape(scored.rewards, scored.group.completions) for scored in groups]
     return [
-        replace(scored, advantages=group_advantages(shaping.shape(scored.rewards, scored.group.completions)))
-        for scored in groups
+        replace(scored, advantages=group_advantages(rewards, shaping.deviation))
+        for scored, rewards in zip(groups, shaped, strict=True)
     ]
 
 
@@ -241,6 +264,7 @@ def _describe(scored: ScoredGroup) -> dict[str, Metric]:
         "reward/max_in_group": Metric(max(scored.rewards)),
         "reward/dead_groups": Metric(float(len(set(scored.rewards)) == 1)),
         "reward/failures": Metric(float(scored.failures), Reduction.SUM),
+        "reward/failure_rate": Metric(scored.failures / n, weight=n),
         "rollout/length": Metric(sum(lengths) / n, weight=n),
         "rollout/length_max": Metric(float(max(lengths)), Reduction.MAX),
         "rollout/truncated": Metric(sum(c.finish_reason == "length" for c in completions) / n, weight=n),

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.checkpoint.state import checkpoint_folders, step_of
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, CONFIG_FILE, checkpoint_folders, step_of
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.results import response_limit
+from sdpg_megatron.hf_files import fix_for_missing
 from sdpg_megatron.observe.summary import read_summary
 from sdpg_megatron.settings import apply_override, load, parse
-from sdpg_megatron.train.export import EXPORT_FOLDER
-from sdpg_megatron.train.journal import CONFIG_FILE
-from sdpg_megatron.train.loop import CHECKPOINT_FOLDER
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
         config = load(target, overrides)
         return Subject(str(config.model.path), config) if step is None else _of_run(config, step)
     if (target / CONFIG_FILE).is_file():
-        return _of_run(load(target / CONFIG_FILE, [*overrides, f"run_dir={target}"]), step)
+        return _of_run(load(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
     if (target / "config.json").is_file():
         if step is not None:
             raise ConfigError("--step", step, f"none with a Hugging Face folder ({target})", "name a run's folder")
@@ -61,7 +60,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
         "TARGET",
         str(target),
         f"a run's YAML file, a run's folder (with {CONFIG_FILE}) or a Hugging Face folder (with config.json)",
-        "check the path",
+        fix_for_missing(target, "check the path"),
     )
 
 

@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from sdpg_megatron.config import WatchdogConfig
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.process.ranks import RankEnvironment, name_ranks
 from sdpg_megatron.train.board import Board, Clock
 from sdpg_megatron.train.whereabouts import (
     COLLECTIVES,
     State,
     describe,
-    name,
     place_of_main_thread,
     this_process,
 )
@@ -42,7 +42,8 @@ class Watchdog:
 
     def __init__(self, config: WatchdogConfig) -> None:
         self._config = config
-        self._rank, self._world = (int(os.environ.get(name, other)) for name, other in (("RANK", 0), ("WORLD_SIZE", 1)))
+        environment = RankEnvironment.read()
+        self._rank, self._world = environment.rank, environment.world_size
         self._interval = min(2.0, config.silence / 20)
         """Seconds between two looks."""
         self._clock = Clock(max(10 * self._interval, 2.0))
@@ -135,7 +136,7 @@ class Watchdog:
         if board.unanswered > silence:
             return f"the first rank's machine has not answered for {silence:g} s (watchdog.silence): rank 0 is missing"
         silent = board.silent(silence)
-        return f"no sign of life from {name(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
+        return f"no sign of life from {name_ranks(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
 
     def _end(self, reason: str) -> None:
         """Tell the others, write what is known to standard error, and end this process."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from sdpg_megatron.process.ranks import name_ranks
+
 PACKAGE = str(Path(__file__).parents[1])
 INTERPOSED = ("__torch_function__",)
 """Functions that stand before another, whatever it is."""
@@ -86,13 +88,13 @@ def describe(states: Mapping[int, State], silent: Mapping[int, float]) -> str:
         return "nothing is known of the ranks"
     silent = {rank: seconds for rank, seconds in silent.items() if rank in states}
     missing = find_missing(states, silent)
-    lines = [f"missing: {name(missing)}" if missing else "missing: cannot be told, all ranks are at the same"]
+    lines = [f"missing: {name_ranks(missing)}" if missing else "missing: cannot be told, all ranks are at the same"]
     for rank in missing:
         quiet = f"; silent for {silent[rank]:.0f} s, what follows is older" if rank in silent else ""
         lines.append(f"  rank {rank} ({states[rank].process}{quiet}): {_doing(states[rank])}")
     others = sorted(states.keys() - set(missing), key=lambda rank: (_doing(states[rank]), rank))
     for doing, alike in itertools.groupby(others, lambda rank: _doing(states[rank])):
-        lines.append(f"  {name(list(alike))}: {doing}")
+        lines.append(f"  {name_ranks(list(alike))}: {doing}")
     return "\n".join(lines)
 
 
@@ -101,14 +103,3 @@ def _doing(state: State) -> str:
         return f"ended in {state.phase}: {state.ended}"
     how = "in a collective" if state.waits else "in no collective"
     return f"{state.phase} for {state.seconds:.0f} s, {how}: {state.place}"
-
-
-def name(ranks: Collection[int]) -> str:
-    """``rank 2``, ``ranks 0-3, 7``."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1][1:] = [rank]
-        else:
-            spans.append([rank])
-    return ("ranks " if len(ranks) != 1 else "rank ") + ", ".join("-".join(map(str, span)) for span in spans)

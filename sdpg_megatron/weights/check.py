@@ -1,4 +1,4 @@
-"""Whether a config.json and the tensors beside it speak of the same model."""
+"""Checks of stored tensors: shapes against config.json, and finite values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
@@ -48,6 +50,29 @@ def check_stored_shapes(arch: Architecture, source: StoredTensors, names: Iterab
                 f"{source.file_of(name)}: tensor {name!r} has shape {list(found)}, expected {list(expected[name])} "
                 f"from {_keys(arch, name, found)} in {config}. Fix: the weights belong to another config.json"
             )
+
+
+def check_finite(tensor: Tensor, name: str, where: object, fix: str = "download the file again") -> None:
+    """Check that a tensor, or a part of one, has no infinity and no NaN.
+
+    Args:
+        name: of the tensor, for the error.
+        where: file or folder that it is read from or written to.
+
+    Raises:
+        WeightError: naming the tensor and how many of its values are not finite.
+    """
+    finite = tensor.isfinite()
+    if not finite.all():
+        count = f"{tensor.numel() - int(finite.sum())} of {tensor.numel()} values"
+        raise WeightError(
+            f"{where}: tensor {name!r}: found {count} that are not finite in {_name(tensor)}, expected finite numbers. "
+            f"Fix: {fix}"
+        )
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _keys(arch: Architecture, name: str, found: Shape) -> str:

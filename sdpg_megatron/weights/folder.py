@@ -14,24 +14,11 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.check import check_stored_shapes
-from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
+from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.weights.check import check_finite
+from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
 from sdpg_megatron.weights.stream import Bucket
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that a Hugging Face folder may have beside config.json and the weights."""
 
 
 def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path, shard_bytes: int = 4 * 2**30) -> None:
@@ -47,7 +34,8 @@ def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path
         shard_bytes: bound of one safetensors file, and of the host memory that this takes beside a bucket.
 
     Raises:
-        WeightError: `target` holds something that is not a model, or is `source_folder`; or the stream lacks a tensor.
+        WeightError: `target` holds something that is not a model, or is `source_folder`; or the stream lacks a tensor
+            or has values that are not finite.
         ConfigError: `source_folder` has no usable config.json.
         OSError: the disk refused.
     """
@@ -76,16 +64,16 @@ def read_folder(
         device: where they are to be; None for the CPU.
 
     Raises:
-        WeightError: a tensor of the model is missing or has another shape, or one is there that it has no place for.
+        WeightError: as `open_weights`; or a value is not finite, as stored or in `dtype`.
         ConfigError: no usable config.json.
     """
-    arch, source = read_architecture(folder), SafetensorsFolder(folder)
-    check_folder(arch, source.names, str(source.where))
-    check_stored_shapes(arch, source, hf_shapes(arch))
+    arch = read_architecture(folder)
+    source = open_weights(folder, arch)
     bucket: list[tuple[str, Tensor]] = []
     held = 0
     for name in hf_shapes(arch):
         tensor = source.read(name, 0, 0, source.shape(name)[0]).to(device=device, dtype=dtype)
+        check_finite(tensor, name, source.file_of(name))
         if bucket and held + tensor.nbytes > bucket_bytes:
             yield bucket
             bucket, held = [], 0
@@ -110,6 +98,8 @@ def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path,
     file_of: dict[str, int] = {}
     total, dtype, number = 0, "", 0
     for number, shard in enumerate(_shards(buckets, shard_bytes), start=1):
+        for name, tensor in shard.items():
+            check_finite(tensor, name, "weight stream", "export an earlier checkpoint, whose weights are finite")
         _save(shard, folder / str(number))
         file_of.update(dict.fromkeys(shard, number))
         total += sum(tensor.nbytes for tensor in shard.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.check import check_stored_shapes
+from sdpg_megatron.hf_files import check_file
+from sdpg_megatron.weights.check import check_finite, check_stored_shapes
 from sdpg_megatron.weights.map import (
     WHOLE_EXPERTS,
     ExpertShare,
@@ -21,6 +23,7 @@ from sdpg_megatron.weights.map import (
     Shape,
     check_folder,
     check_local,
+    hf_shapes,
     weight_map,
 )
 
@@ -34,7 +37,11 @@ class SafetensorsFolder:
     """Slices of the tensors in a Hugging Face folder. Files are mapped, not read, and only those that are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `WeightError` where the folder has neither a single file nor an index."""
+        """
+        Raises:
+            WeightError: the folder has neither a single file nor an index, or one that cannot be read.
+            ConfigError: a file is a Git LFS pointer, empty, or a link to nothing; so do all methods that read.
+        """
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of = self._find_files()
@@ -60,7 +67,10 @@ class SafetensorsFolder:
         found = self._slice(name).get_dtype()
         if found not in DTYPES:
             expected = f"one of {', '.join(DTYPES)}"
-            raise WeightError(f"{self.file_of(name)}: tensor {name!r} has type {found}, expected {expected}")
+            raise WeightError(
+                f"{self.file_of(name)}: tensor {name!r} has type {found}, expected {expected}. Fix: take the model's "
+                "weights before quantization, or save them as bfloat16"
+            )
         return DTYPES[found]
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
@@ -96,7 +106,9 @@ class SafetensorsFolder:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch cannot map the file
+                if os.path.lexists(self.folder / file):
+                    check_file(self.folder / file)
                 raise WeightError(f"{self.folder / file}: {error}. Fix: download the file again") from error
         return self._handles[file]
 
@@ -106,6 +118,34 @@ class SafetensorsFolder:
             return self._open(file).get_slice(name)
         except SafetensorError as error:
             raise WeightError(f"{self.folder / file}: the index puts {name!r} here, but {error}") from error
+
+
+def open_weights(folder: Path, arch: Architecture) -> SafetensorsFolder:
+    """Open a Hugging Face folder's weights, and check names, files, shapes and types. Only headers are read.
+
+    Raises:
+        WeightError: a file is missing or damaged; a tensor is missing, has another shape than config.json gives it or a
+            type that is not supported; or one is there that the model has no place for.
+    """
+    source = SafetensorsFolder(folder)
+    check_folder(arch, source.names, str(source.where))
+    source.check()
+    names = hf_shapes(arch)
+    check_stored_shapes(arch, source, names)
+    for name in names:
+        source.dtype(name)
+    return source
+
+
+def check_values(folder: Path, arch: Architecture) -> None:
+    """Check that every value of a folder's weights is finite. All of them are read, one tensor at a time.
+
+    Raises:
+        WeightError: as `open_weights`; or naming the first tensor with a value that is not finite, and its file.
+    """
+    source = open_weights(folder, arch)
+    for name in hf_shapes(arch):
+        check_finite(source.read(name, 0, 0, source.shape(name)[0]), name, source.file_of(name))
 
 
 def load_shards(
@@ -129,13 +169,11 @@ def load_shards(
         experts: which experts are among the parameters, and which shards of them.
 
     Raises:
-        WeightError: a parameter or a tensor is missing, has no counterpart, or does not have its counterpart's shape.
-            Nothing was written then, save where a file is found to be damaged half-way.
+        WeightError: as `open_weights`; a parameter has no counterpart, or not its counterpart's shape; a value is not
+            finite, as stored or in the parameter's type. Nothing was written then, except for the last.
     """
-    parameters, source = weight_map(arch), SafetensorsFolder(folder)
-    check_folder(arch, source.names, str(source.where))
+    parameters, source = weight_map(arch), open_weights(folder, arch)
     check_local(parameters, {name: tuple(tensor.shape) for name, tensor in local_params.items()}, tp_size, experts)
-    check_stored_shapes(arch, source, {tensor for name in local_params for tensor in parameters[name].tensors})
     for name, local in local_params.items():
         is_expert = parameters[name].expert is not None
         rank, size = (experts.tensor_rank, experts.tensor_size) if is_expert else (tp_rank, tp_size)
@@ -149,7 +187,9 @@ def _fill(local: Tensor, parameter: Parameter, source: SafetensorsFolder, rank: 
         if piece.source is None:
             target.zero_()
         else:
-            target.copy_(source.read(names[piece.source], dim, piece.start, piece.length))
+            name = names[piece.source]
+            target.copy_(source.read(name, dim, piece.start, piece.length))
+            check_finite(target, name, source.file_of(name))
         filled += piece.length
 
 

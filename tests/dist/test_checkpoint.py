@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -168,6 +169,75 @@ def test_another_layout_goes_on_to_rounding(
     assert found == pytest.approx(expected, rel=2e-4)
     for name, weight in weights.items():
         assert_close(resumed[name], weight, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def changed(model: Path, folder: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What a learner of the configuration `after` has, once it has read the checkpoint of one of `before`."""
+    run = begin(model, before)
+    store = store_of(run, folder)
+    state = dataclasses.replace(state_at(1), config=run.config.model_dump(mode="json"))
+    store.save(run.learner, state)
+    store.finish()
+    moments = [dict(values) for values in state_tensors(run.learner.optimizer)]
+    weights = whole_weights(run)
+    other = start(model, after)
+    store_of(other, folder).load(*store.newest(), other.learner)
+    learner = other.learner
+    same = {name: torch.equal(tensor, weights[name]) for name, tensor in whole_weights(other).items()}
+    kept = [p.detach() for chunk in learner.chunks for p in chunk.parameters()]
+    return {
+        "groups": [dict(group, params=None) for group in learner.optimizer.param_groups],
+        "num_steps": learner.scheduler.num_steps,
+        "same_weights": all(same.values()),
+        "same_moments": all(
+            torch.equal(one[name], two[name])
+            for one, two in zip(moments, state_tensors(learner.optimizer), strict=True)
+            for name in ("exp_avg", "exp_avg_sq")
+        ),
+        "teacher_is_student": [torch.equal(a, b) for a, b in zip(learner.teacher.kept, kept, strict=False)],
+        "next": other.step(1),
+    }
+
+
+def state_tensors(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [values for part in parts for values in part.optimizer.state.values()]
+
+
+def test_a_checkpoint_gives_the_optimizers_state_and_not_its_settings(
+    model: Path, tmp_path: Path, ranks: RankPool
+) -> None:
+    """Another learning rate, other betas, and half the optimizer steps of a rollout."""
+    settings = {"lr": 0.02, "min_lr": 0.01, "beta1": 0.5, "eps": 1e-3, "weight_decay": 0.3, "minibatches": 1}
+    after = {**EMA, **{f"optimizer.{name}": value for name, value in settings.items()}}
+    (found,) = ranks.run(changed, 1, model, tmp_path, EMA, after)
+    assert found["same_weights"] and found["same_moments"]
+    assert found["num_steps"] == 1  # of 2
+    for group in found["groups"]:
+        assert (group["lr"], group["max_lr"], group["min_lr"]) == (0.02, 0.02, 0.01)
+        assert (tuple(group["betas"]), group["eps"]) == ((0.5, 0.999), 1e-3)
+        assert group["weight_decay"] == 0.3 * group["wd_mult"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("current", "ema"), ("ema", "every"), ("ema", "ema"), ("ema", "current")],
+)
+def test_another_kind_of_teacher_starts_from_the_student(
+    model: Path, tmp_path: Path, ranks: RankPool, before: str, after: str
+) -> None:
+    overrides = [{**EMA, "objective.teacher": kind, "objective.teacher_every": 2} for kind in (before, after)]
+    (found,) = ranks.run(changed, 1, model, tmp_path, *overrides)
+    assert found["same_weights"] and found["same_moments"]
+    assert bool(found["teacher_is_student"]) == (after != "current")
+    assert all(found["teacher_is_student"]) == (before != after)
+    assert len(found["next"]) == 2
+
+
+def test_the_numbers_may_have_another_type_afterwards(model: Path, tmp_path: Path, ranks: RankPool) -> None:
+    (found,) = ranks.run(changed, 1, model, tmp_path, EMA, {**EMA, "model.dtype": "bfloat16"})
+    assert found["same_moments"]
+    assert all(value > 0 for value in found["next"])
 
 
 def damaged(model: Path, folder: Path) -> list[str]:

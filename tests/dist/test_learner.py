@@ -69,6 +69,37 @@ def test_leaving_out_what_teaches_nothing_changes_no_gradient(model: Path, ranks
     assert live_samples == pytest.approx(all_samples, rel=1e-5)
 
 
+def raised(folder: Path, overrides: dict[str, object]) -> str:
+    from sdpg_megatron.errors import NonFiniteWeightsError
+
+    try:
+        updates(folder, overrides)
+    except NonFiniteWeightsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, {}),
+        (2, {"parallel.tensor": 2}),
+        (2, {"parallel.pipeline": 2}),
+        (2, {"optimizer.overlap_param_gather": True}),
+    ],
+    ids=["single", "tp2", "pp2", "dp2_overlap"],
+)
+def test_an_update_that_makes_weights_infinite_ends_the_run_on_all_ranks(
+    model: Path, ranks: RankPool, world: int, layout: dict[str, object]
+) -> None:
+    too_much = {"optimizer.lr": 10.0, "optimizer.weight_decay": 3e38}  # the product is no float32
+    overlap = {"optimizer.overlap_grad_reduce": True} if "optimizer.overlap_param_gather" in layout else {}
+    found = ranks.run(raised, world, model, {**too_much, **layout, **overlap})
+    assert len(set(found)) == 1
+    assert found[0].startswith("after optimizer step 0: tensor 'model."), found[0]
+    assert "not finite, expected finite numbers" in found[0] and "neither published nor saved. Fix: " in found[0]
+
+
 def swap(folder: Path) -> tuple[bool, bool, bool]:
     """(the frozen weights were in place, the live ones came back, also after an error)."""
     from sdpg_megatron import objectives

@@ -5,6 +5,7 @@ Shapes: T rows (response tokens), G those with a teacher, V columns, H hidden si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,8 @@ from tests.pool import RankPool
 
 ROWS, COLUMNS, VALID, HIDDEN = 16, 24, 21, 6
 STEP, TOTAL = 20, 40
-CONTEXT = StepContext(STEP, TOTAL)
+CONTEXT = StepContext(STEP - 1, TOTAL)
+"""The schedules' k is STEP."""
 TEMPERATURE = 0.8
 
 
@@ -95,9 +97,10 @@ def clipped(t: Token, low: float, high: float, advantage: float | None = None) -
     return -torch.minimum(t.rho * a, t.rho.clamp(1 - low, 1 + high) * a)
 
 
-def dual_clipped(t: Token, low: float, high: float, bound: float) -> Tensor:
-    loss = clipped(t, low, high)
-    return torch.minimum(loss, torch.tensor(-bound * t.advantage)) if t.advantage < 0 else loss
+def dual_clipped(t: Token, low: float, high: float, bound: float, advantage: float | None = None) -> Tensor:
+    a = t.advantage if advantage is None else advantage
+    loss = clipped(t, low, high, a)
+    return torch.minimum(loss, torch.tensor(-bound * a, dtype=torch.float64)) if a < 0 else loss
 
 
 def kl(p_n: Tensor, q_n: Tensor) -> Tensor:
@@ -119,8 +122,8 @@ def grpo(t: Token) -> Tensor:
 
 
 def grpo_with_reference(t: Token) -> Tensor:
-    """The estimate exp(-r) - 1 + r of DeepSeekMath's eq. 4, but for the constant."""
-    return grpo(t) + 0.04 * t.weight * ((-t.r).exp() + t.r)
+    """The estimate exp(-r) - 1 + r of DeepSeekMath's eq. 4, but for the constant, not weighted as in its eq. 3."""
+    return grpo(t) + 0.04 * ((-t.r).exp() + t.r)
 
 
 def dapo(t: Token) -> Tensor:
@@ -131,16 +134,27 @@ def rpg(t: Token) -> Tensor:
     return dual_clipped(t, 0.2, 0.28, 10.0) + 0.3 * t.weight * t.r**2 / 2
 
 
+def rpg_clipped_reinforce(t: Token) -> Tensor:
+    """The loss of the clipped ratio, held constant, weighs the log-prob."""
+    surrogate = dual_clipped(t, 0.2, 0.28, 10.0).detach()
+    return surrogate * t.p_V[t.y].log() + 0.3 * t.weight * t.r**2 / 2
+
+
 def sdpg(t: Token) -> Tensor:
     beta = 0.7 * (TOTAL - STEP) / 35  # warm-up 5 and decay 35 of 40
     return rpg(t) + beta * t.weight * t.gate * kl(t.p_V, t.q_V)
 
 
-def rlsd(t: Token) -> Tensor:
+def rlsd(t: Token, student: float | None = None) -> Tensor:
+    """`student`: the probability that divides the teacher's; None for the old policy's."""
     sign, share = (1 if t.advantage > 0 else -1), 0.5 * (1 - STEP / 50)
-    scale = float((t.q_V[t.y] / t.p_V[t.y]).detach()) ** sign
+    scale = (float(t.q_V[t.y]) / (math.exp(t.old) if student is None else student)) ** sign
     weight = (1 - share) + share * min(max(scale, 0.8), 1.2)
-    return clipped(t, 0.2, 0.2, t.advantage * weight)
+    return dual_clipped(t, 0.2, 0.2, 3.0, t.advantage * weight)
+
+
+def rlsd_current(t: Token) -> Tensor:
+    return rlsd(t, float(t.p_V[t.y].detach()))
 
 
 def opsd(t: Token) -> Tensor:
@@ -149,6 +163,11 @@ def opsd(t: Token) -> Tensor:
 
 def opsd_kl(t: Token) -> Tensor:
     return kl(t.p_V, t.q_V)
+
+
+def opsd_clipped_ratio(t: Token) -> Tensor:
+    """Of right responses; clip 0.2 / 0.2."""
+    return t.gate * clipped(t, 0.2, 0.2, max(float(t.q_V[t.y].log()) - t.old, 0.0))
 
 
 def opcd(t: Token) -> Tensor:
@@ -179,9 +198,16 @@ CASES = {
     "dapo": Case(dapo, {"name": "dapo"}, NONE),
     "rpg": Case(rpg, {"name": "rpg", "alpha": 0.3}, NONE),
     "sdpg": Case(sdpg, {"name": "sdpg", "alpha": 0.3, "beta": 0.7}, RIGHT),
+    "rpg_clipped_reinforce": Case(
+        rpg_clipped_reinforce, {"name": "rpg", "alpha": 0.3, "policy": "clipped_reinforce"}, NONE
+    ),
     "rlsd": Case(rlsd, {"name": "rlsd"}, ALL),
+    "rlsd_current": Case(rlsd_current, {"name": "rlsd", "credit_ratio": "current"}, ALL),
     "opsd": Case(opsd, {"name": "opsd"}, ALL),
     "opsd_kl": Case(opsd_kl, {"name": "opsd", "divergence": "reverse_kl"}, ALL),
+    "opsd_clipped_ratio": Case(
+        opsd_clipped_ratio, {"name": "opsd", "distill_loss": "clipped_ratio", "gate": True, "clip_high": 0.2}, RIGHT
+    ),
     "opcd": Case(opcd, {"name": "opcd"}, ALL),
     "opcd_top": Case(opcd_top, {"name": "opcd", "top_k": 3}, ALL),
     "sdpo": Case(sdpo, {"name": "sdpo", "top_k": 4}, SOME),
@@ -250,7 +276,7 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
         question.labels_T,
         lambda terms, at_C: question.mixture_T[at_C] * loss(terms, at_C),
         vocab=VocabShard(rank * columns, VALID, dist.group.WORLD),
-        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if needs.teacher else None,
+        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if needs.privileged else None,
         options=replace(head_options(config), chunk_rows=5, tile_columns=7, schedule=schedule),  # type: ignore[arg-type]
     )
     gradients = torch.autograd.grad(loss_sum, (hidden_TH, weight_VH))

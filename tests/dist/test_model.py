@@ -79,6 +79,44 @@ def test_cuda_means_cpu_where_there_is_none(ranks: RankPool) -> None:
     assert ranks.run(run_shim_twice, 1) == [("cpu", "torch.cuda.FloatTensor", "cpu")]
 
 
+def compiled_sum() -> tuple[bool, bool]:
+    """Whether a function that torch.compile has traced gives the value and the gradient of the same one untraced."""
+    from sdpg_megatron.mcore import device
+
+    device.install()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return (torch.sin(x) * 2 + x.to("cuda")).sum()  # a function of torch: dynamo looks its handlers up
+
+    x = torch.linspace(-1, 1, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(function(x), x)
+    traced = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    (found,) = torch.autograd.grad(traced, x)
+    return torch.equal(traced, function(x)), torch.equal(found, expected)
+
+
+def test_functions_compile_after_the_shim_is_installed(ranks: RankPool) -> None:
+    assert ranks.run(compiled_sum, 1) == [(True, True)]
+
+
+def router_gate_with_a_gpu() -> list[float]:
+    """A router's logits after `install` on a machine that says it has a GPU, without Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from sdpg_megatron.mcore import device
+
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        vars(moe_utils).pop("te_general_gemm", None)  # as megatron-core 0.16 leaves it
+        device.install.__wrapped__()
+    weight = torch.eye(3)
+    logits: torch.Tensor = moe_utils.router_gating_linear(torch.tensor([[1.0, 2.0, 3.0]]), weight, None, torch.float32)
+    return logits.flatten().tolist()
+
+
+def test_a_router_needs_no_transformer_engine_where_a_gpu_is(ranks: RankPool) -> None:
+    assert ranks.run(router_gate_with_a_gpu, 1) == [[1.0, 2.0, 3.0]]
+
+
 @pytest.mark.parametrize(
     ("spec", "dtype", "expected"),
     [("auto", "bfloat16", True), ("auto", "float32", False), ("local", "bfloat16", False), ("te", "bfloat16", True)],

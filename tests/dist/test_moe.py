@@ -125,6 +125,41 @@ def test_a_step_is_the_same_on_every_layout(
             )
 
 
+def unmarked_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """`two_steps` of a model whose expert weights Megatron built without the mark of tensor parallelism."""
+    from megatron.core.models.gpt import GPTModel
+
+    from sdpg_megatron.mcore import model
+
+    removed = []
+
+    def build(*args: Any, **options: Any) -> Any:
+        chunk = GPTModel(*args, **options)
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                del parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride
+                removed.append(name)
+        return chunk
+
+    with mock.patch.object(model, "GPTModel", build):
+        found = two_steps(folder, overrides)
+    assert removed
+    return found
+
+
+@pytest.mark.parametrize(
+    "experts", [{"parallel.expert": 2, "parallel.expert_tensor": 1}, {"parallel.expert_tensor": 2}]
+)
+def test_expert_weights_count_in_the_gradient_norm_without_the_mark_of_transformer_engine(
+    folders: dict[str, Path], single: dict[str, Any], ranks: RankPool, experts: dict[str, int]
+) -> None:
+    layout = {"parallel.tensor": 2, "parallel.sequence": True, **experts}
+    found = ranks.run(unmarked_steps, 2, folders["qwen3_moe"], layout)[0]
+    for expected, step in zip(single["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    assert single["metrics"][0]["optimizer/grad_norm"] > 1  # clipped: a smaller norm makes another next loss
+
+
 def one_right(vocab: int) -> list[ScoredGroup]:
     """`scored_groups` of which one response alone is taught."""
     first, *others = scored_groups(vocab)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -197,3 +198,39 @@ def test_layouts_agree(untied: Path, ranks: RankPool, name: str, world: int, lay
     assert found == pytest.approx(alone, rel=2e-4)
     for parameter, weight in weights.items():
         assert_close(spread[parameter], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+def rows_under_dropout(folder: Path) -> tuple[list[Tensor], list[Tensor], list[Tensor], bool, bool]:
+    """Teacher rows, and old log-probs, of a model with dropout 0.1 in train mode; teacher rows without dropout;
+    whether all modules are in train mode afterwards; whether two training passes differ."""
+    from sdpg_megatron.mcore import model
+    from sdpg_megatron.mcore.forward_step import hidden_states
+    from sdpg_megatron.mcore.passes import logprobs, teacher_hidden
+
+    plain = start(folder, {})
+    expected = teacher_hidden(plain.learner.chunks, plain.minibatches()[0])
+    build_config = model.transformer_config
+
+    def with_dropout(*args: Any) -> Any:
+        config = build_config(*args)
+        config.hidden_dropout = 0.1
+        return config
+
+    with mock.patch.object(model, "transformer_config", with_dropout):
+        run = start(folder, {})
+    (chunk,), batches = run.learner.chunks, run.minibatches()[0]
+    chunk.train()
+    with torch.no_grad():
+        one, other = (hidden_states(chunk, batches[0].student) for _ in range(2))
+    rows = teacher_hidden([chunk], batches)
+    scored = [*logprobs([chunk], batches, run.learner.head), *logprobs([chunk], batches, run.learner.head)]
+    return rows, expected, scored, all(m.training for m in chunk.modules()), not torch.equal(one, other)
+
+
+def test_teacher_rows_and_log_probs_are_computed_without_dropout(model: Path, ranks: RankPool) -> None:
+    rows, expected, scored, training, dropped = ranks.run(rows_under_dropout, 1, model)[0]
+    assert dropped and training
+    for found, without in zip(rows, expected, strict=True):
+        assert torch.equal(found, without)
+    half = len(scored) // 2
+    assert all(torch.equal(one, other) for one, other in zip(scored[:half], scored[half:], strict=True))

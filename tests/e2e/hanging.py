@@ -1,7 +1,7 @@
 """`sdpg-megatron`, but one rank does not come along: $SDPG_TEST_HANG is ``how:rank:place``.
 
 How: "stop" (SIGSTOP), "sleep", "die" (SIGKILL), "hold" (it keeps Python's lock); where: "update", in the second
-optimizer step, "eval", in the first evaluation, or "start", where it reads its prompts.
+optimizer step, "eval", in the first evaluation, or "start", where it reads its model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def hang(how: str, place: str) -> None:
     owner, name, count = {
         "update": (learner.passes, "run_schedule", 2),
         "eval": (rollouts.Rollouts, "run", 1),
-        "start": (inputs, "load_prompts", 1),
+        "start": (inputs, "load_model_inputs", 1),
     }[place]
     inner, calls = getattr(owner, name), 0
 

@@ -172,10 +172,7 @@ def wait_for_all(pids: Sequence[int], lost: int) -> list[int]:
 
 
 def become(line: Sequence[str], environment: Mapping[str, str], folder: Path, err: str) -> int:
-    """Be the process that was asked for, with its output in the folder, and give its exit code.
-
-    It ends as Python does, but that what was imported is not taken apart: that would take two seconds.
-    """
+    """Be the process that was asked for, with its output in the folder, and give its exit code."""
     os.environ.clear()
     os.environ.update(environment)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -184,8 +181,16 @@ def become(line: Sequence[str], environment: Mapping[str, str], folder: Path, er
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
+    return run_as_main(*line)
+
+
+def run_as_main(module: str, *arguments: str) -> int:
+    """Do what ``python -m MODULE`` does in this process, a fork; returns the exit code.
+
+    It ends as Python does, but that what was imported is not taken apart: that would take two seconds.
+    """
     np.random.seed()  # Python's own generator does so by itself
-    module, *sys.argv[1:] = line
+    sys.argv[1:] = arguments
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -196,8 +201,9 @@ def become(line: Sequence[str], environment: Mapping[str, str], folder: Path, er
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # closed, full or gone
+            stream.flush()
     return code
 
 

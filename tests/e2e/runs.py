@@ -93,16 +93,16 @@ def run_module(
     if fresh or torch.cuda.is_available():  # to look for a GPU is what a fork must not have done
         line = _line(program, arguments, ranks)
         return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    return preloaded().run(program, list(map(str, arguments)), _environments(ranks), LIMIT)
+    return preloaded().run(program, list(map(str, arguments)), rank_environments(ranks), LIMIT)
 
 
 def train_with_lost_rank(*arguments: object, ranks: int, program: str, lost: int) -> list[tuple[int, str]]:
     """Exit code and standard error of each rank; the lost one is killed when the others have ended."""
     line = ["train", *map(str, arguments)]
-    return preloaded().run_with_lost(program, line, _environments(ranks), LIMIT, lost)
+    return preloaded().run_with_lost(program, line, rank_environments(ranks), LIMIT, lost)
 
 
-def _environments(ranks: int) -> list[dict[str, str]]:
+def rank_environments(ranks: int) -> list[dict[str, str]]:
     """Of each rank, with what torchrun puts there where there are several."""
     if ranks == 1:
         return [environment()]
@@ -124,6 +124,11 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     """The records of metrics.jsonl, one a step, without what a clock measured."""
     records = read_metrics(run_dir / "metrics.jsonl")
     return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in records]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def weights(run_dir: Path) -> dict[str, Any]:

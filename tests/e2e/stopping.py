@@ -1,6 +1,6 @@
-"""`sdpg-megatron`, but sent SIGTERM while it generates: in its $SDPG_TEST_STOP-th generation, before the third token.
+"""`sdpg-megatron`, but sent a signal while it generates, before the third token of a generation.
 
-A generation that goes on until its end is an error.
+$SDPG_TEST_STOP is ``generation:signal``, such as ``2:SIGTERM``. A generation that goes on until its end is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VARIABLE = "SDPG_TEST_STOP"
 TOKEN = 3
 
 
-def stop_in(generation: int) -> None:
+def stop_in(generation: int, number: int) -> None:
     from sdpg_megatron.rollout import hf
 
     generate, watch = hf.HFEngine.generate, hf._Watch.__call__
@@ -33,12 +33,14 @@ def stop_in(generation: int) -> None:
         nonlocal tokens
         tokens += 1
         if (generations, tokens) == (generation, TOKEN):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return watch(*arguments)
 
     hf.HFEngine.generate, hf._Watch.__call__ = generating, watching  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    stop_in(int(os.environ[VARIABLE]))
+    generation, name = os.environ[VARIABLE].split(":")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
+    stop_in(int(generation), signal.Signals[name])
     sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 
 from sdpg_megatron.checkpoint.drawn import DRAWN
 from sdpg_megatron.checkpoint.state import checkpoint_name
-from tests.e2e.runs import metrics, train, weights, write_run
+from tests.e2e.runs import contents, metrics, train, weights, write_run
 from tests.e2e.stopping_at import VARIABLE
 
 AHEAD = ["rollout.ahead=1", "objective.correction=truncate"]
@@ -60,5 +60,23 @@ def test_a_run_that_is_stopped_while_both_are_under_way_goes_on_bit_for_bit(
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, found = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_was_generated_under_other_settings_is_generated_again(whole: Path, tmp_path: Path) -> None:
+    """For the same prompts, from the weights of the moment."""
+    changes = [
+        f"run_dir={tmp_path / 'run'}",
+        "rollout.max_response_tokens=5",
+        "steps=3",
+        "data.eval=[]",
+        "eval.every=0",
+    ]
+    done = train(whole / "run.yaml", *AHEAD, *changes, "--branch-from", f"{whole / 'run'}@2")
+    assert done.returncode == 0, done.stderr
+    (step,) = metrics(tmp_path / "run")
+    assert (step["rollout/staleness"], step["rollout/length_max"]) == (0, 5)
+    prompts = (whole / "run" / "prompts.jsonl").read_text().splitlines()
+    assert (tmp_path / "run" / "prompts.jsonl").read_text().splitlines() == [prompts[2]]

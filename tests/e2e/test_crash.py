@@ -19,7 +19,7 @@ from benchmarks.crash import Death, Runner
 from sdpg_megatron.checkpoint.files import find_damage
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from tests.e2e.dying import MOMENTS, VARIABLE
-from tests.e2e.runs import ROOT, environment, metrics, train, weights, write_run
+from tests.e2e.runs import ROOT, contents, environment, metrics, train, weights, write_run
 
 SETTINGS = {"steps": 6, "checkpoint": {"every": 1, "keep": 2}, "eval": {"every": 3, "samples": 2}}
 ASYNCHRONOUS = "true", "false"
@@ -64,6 +64,7 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(
     assert metrics(run) == metrics(whole)
     assert records(run, "metrics.jsonl") == records(whole, "metrics.jsonl")
     assert (run / "prompts.jsonl").read_text() == (whole / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "rollouts")
     expected, found = weights(whole), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -188,6 +188,9 @@ def test_a_folder_of_another_evaluation_is_left_alone(trained: Path) -> None:
     refused = evaluate(trained / "run", "eval.samples=2", "--out", taken)
     assert refused.returncode == 2
     assert "evaluation.json: found results of" in refused.stderr
+    dry = evaluate(trained / "run", "eval.samples=2", "--out", taken, "--dry-run")
+    assert dry.returncode == 2
+    assert "evaluation.json: found results of" in dry.stderr
     assert sorted((path.name, path.read_bytes()) for path in taken.iterdir()) == before
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
 from tests.e2e.refusing import VARIABLE
-from tests.e2e.runs import metrics, train, weights, write_run
+from tests.e2e.runs import contents, metrics, train, weights, write_run
 
 REFUSALS = (
     ("metrics.jsonl:5", "run/metrics.jsonl", 2),
@@ -44,6 +44,7 @@ def test_refused_again_and_again_a_run_ends_as_if_it_had_not_been(
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(run) == metrics(whole)
     assert (run / "prompts.jsonl").read_text() == (whole / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "rollouts")
     expected, found = weights(whole), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -11,7 +11,7 @@ import torch
 
 from tests.e2e.runs import metrics, train, weights, write_run
 
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'sdpg-megatron[gym]'")
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -e '.[gym]'")
 GYM = (
     "data.train=[]",
     "data.eval=[]",

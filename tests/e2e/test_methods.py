@@ -19,13 +19,14 @@ OUTCOME = {"teacher": 0, "logprobs": MINIBATCHES * STEPS}
 """With two mini-batches every method needs the old policy's log-probs of each."""
 TAUGHT = {**OUTCOME, "teacher": MINIBATCHES * STEPS}
 HELD = {**OUTCOME, "logprobs": 2 * MINIBATCHES * STEPS}
-RAMP = {"beta_warmup_steps": 2, "beta_decay_steps": 0}
+RAMP = {"beta_warmup_steps": 0, "beta_decay_steps": 2}
+"""beta is 0 at the last optimizer step."""
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "grpo": ({"name": "grpo"}, OUTCOME),
     "rpg": ({"name": "rpg"}, HELD),
     "sdpg": ({"name": "sdpg", "alpha": 0.0, **RAMP}, {**OUTCOME, "teacher": 3}),
     "contrast": ({"name": "opcd", "contrast": 0.5, **RAMP}, {**OUTCOME, "teacher": 2 * 3}),
-    "rlsd_decayed": ({"name": "rlsd", "credit_decay_steps": 1}, {**OUTCOME, "teacher": 1}),
+    "rlsd_decayed": ({"name": "rlsd", "credit_decay_steps": 2}, {**OUTCOME, "teacher": 1}),
     "opsd": ({"name": "opsd"}, TAUGHT),
     "sdpo": ({"name": "sdpo"}, TAUGHT),
 }
@@ -36,7 +37,7 @@ ONCE: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"teacher": 0, "logprobs": 0},
     ),
 }
-"""With one mini-batch. In the first step of the first beta is 0; in the second no response is right."""
+"""With one mini-batch. In the last step of the first beta is 0; in the second no response is right."""
 
 
 @pytest.fixture(scope="module")

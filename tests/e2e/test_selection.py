@@ -12,7 +12,7 @@ from tests.e2e.runs import metrics, train, weights, write_run
 
 LIVE_THIRD = {"verifier": "tests.e2e.selection:a_third_lives", "clip": [0.0, 0.9], "overlong_buffer": 4}
 CHOSEN = {"drop_dead": True, "filters": ["tests.e2e.selection:without_zero"], "oversample": 1.5, "max_rounds": 30}
-QUICK = ["data.eval=[]", "optimizer.warmup_steps=0"]
+QUICK = ["data.eval=[]", "eval.every=0", "optimizer.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ def test_a_step_on_two_ranks(tmp_path: Path) -> None:
         f"run_dir={tmp_path / 'run'}",
         f"data.train=[{tmp_path / 'train.jsonl'}]",
         "data.eval=[]",
+        "eval.every=0",
         "steps=1",
         "optimizer.warmup_steps=0",
         "objective.beta_decay_steps=0",

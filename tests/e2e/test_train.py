@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -14,8 +18,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpg_megatron.checkpoint.state import complete_checkpoints, step_of
-from sdpg_megatron.cli import main
-from tests.e2e.runs import ROOT, command, environment, metrics, train, weights, write_run
+from sdpg_megatron.cli import _parser, main
+from sdpg_megatron.observe.writers import read_metrics
+from tests.e2e.runs import (
+    LIMIT,
+    ROOT,
+    command,
+    contents,
+    environment,
+    metrics,
+    preloaded,
+    rank_environments,
+    train,
+    weights,
+    write_run,
+)
 from tests.e2e.stopping import VARIABLE
 from tests.e2e.stopping_at import VARIABLE as STOP_AT
 
@@ -26,14 +43,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = train(write_run(folder))
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture
+def said(whole: Path) -> str:
+    """What the run printed."""
+    return (whole / "said").read_text()
 
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     run = whole / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() == {
-        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "steps", "seconds"
+        "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "reward", "steps", "seconds"
     }  # fmt: skip
     assert summary["steps"] == 4
     assert summary["seconds"] > 0
@@ -41,6 +65,56 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     assert (run / "config.yaml").exists()
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+
+
+def test_the_final_report_has_numbers_files_and_commands_that_work(said: str, whole: Path) -> None:
+    """The commands are parsed by the program that they call."""
+    run = whole / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    _, _, words = said.partition(" done: ")
+    first, *rest = words.splitlines()
+    reward = metrics(run)[-1]["reward/mean"]
+    assert summary["reward"] == reward
+    assert first.startswith("4 steps in 0:") and f"reward {reward:.3f} in the last one" in first
+    assert f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}" in first
+    listed = [line.split()[0] for line in rest[1 : rest.index("next:")]]
+    assert rest[0] == f"{run}:"
+    assert all((run / name).exists() for name in listed)
+    assert {"model/", "metrics.jsonl", "rollouts/", "eval/", "checkpoints/"} <= set(listed)
+    *calls, server = [shlex.split(line) for line in rest[rest.index("next:") + 1 :]]
+    arguments = [[word for word in words if word not in ("-m", "sdpg_megatron")][1:] for words in calls]
+    assert [words[0] for words in arguments] == ["eval", "compare", "convert"]
+    for words in arguments:
+        _parser().parse_args(words)
+    assert main(arguments[1]) == 0
+    assert server[server.index("--model-path") + 1] == str(run / "model")
+
+
+def test_evaluation_time_is_that_of_its_step(whole: Path) -> None:
+    records = read_metrics(whole / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if "time/eval" in record] == [0, 2, 4]
+    assert all(record["time/rollout"] < record["time/step"] for record in records[1:])
+
+
+def test_rows_and_messages_have_the_time(said: str) -> None:
+    stamped = [line for line in said.splitlines() if re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert [row.split()[2] for row in stamped[1:-1]] == ["0/4", "1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_run_leaves_responses_to_read(whole: Path) -> None:
+    files = sorted((whole / "run" / "rollouts").iterdir())
+    assert [path.name for path in files] == [f"step_{step:08d}.jsonl" for step in (1, 2, 3, 4)]
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(rows) == 16
+    asked = json.loads((whole / "run" / "prompts.jsonl").read_text().splitlines()[1])["prompts"]
+    assert list(dict.fromkeys(row["prompt"] for row in rows)) == asked
+    assert all(row["reward"] == any(map(str.isdigit, row["response"])) for row in rows)
+    assert all(row["question"].startswith("What is") and row["answer"].isdigit() for row in rows)
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    assert mean == pytest.approx(metrics(whole / "run")[2]["reward/mean"])
+    problem = json.loads((whole / "run" / "eval" / "step_00000004" / "eval.jsonl").read_text().splitlines()[0])
+    assert (problem["question"], problem["reference_answer"]) == ("What is 9 + 9?", "18")
+    assert len(problem["sampled"]["responses"]) == 2
 
 
 def test_training_and_rollout_agree_about_the_first_tokens(whole: Path) -> None:
@@ -58,6 +132,21 @@ def test_a_rollout_engine_that_is_too_far_off_stops_the_run(tmp_path: Path) -> N
     assert "Traceback" not in stopped.stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_verifier_that_always_fails_ends_the_run_at_its_first_step(tmp_path: Path) -> None:
+    """On every rank, with the first failure; the sample call at the start warns of it before."""
+    broken = ["reward.verifier=tests.e2e.verifier:broken", "data.eval=[]", "eval.every=0", "parallel.pipeline=2"]
+    ended = train(write_run(tmp_path), *broken, ranks=2)
+    assert ended.returncode == 2
+    assert (
+        "VerifierError: reward.verifier: step 1: found 16 of 16 calls that failed, the first on train" in ended.stderr
+    )
+    assert re.search(r"KeyError: 'no such key' \(\S+tests/e2e/verifier.py:\d+\); expected at most 50%", ended.stderr)
+    logged = r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ WARNING \S+: reward\.verifier \S+ failed on the response '"
+    assert re.search(logged, ended.stderr, re.MULTILINE)
+    assert "Traceback" not in ended.stderr
+    assert metrics(tmp_path / "run") == []
 
 
 def test_the_exported_model_is_the_trained_one(whole: Path) -> None:
@@ -84,7 +173,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     deadline = time.monotonic() + 120
     for line in process.stdout:  # the row of step 1: the next steps are under way
         assert time.monotonic() < deadline
-        if line.lstrip().startswith("1/4"):
+        if "1/4" in line.split():
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
@@ -98,6 +187,7 @@ def test_an_interrupted_run_continues_bit_for_bit(whole: Path, tmp_path: Path) -
     assert continued.returncode == 0, continued.stderr
     assert "continuing after step" in continued.stdout
     assert metrics(run) == metrics(whole / "run")
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, found = weights(whole / "run"), weights(run)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -110,9 +200,37 @@ def test_a_run_that_is_stopped_while_it_reads_goes_on_later(tmp_path: Path, monk
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-STOPS = [(2, 0), (4, 1), (3, 2), (3, 2), (5, 4)]
-"""The generation of a call in which it is to stop, and the newest checkpoint then. A step has one, an evaluation two:
-the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after steps 2 and 4."""
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
+    """Under nohup: the terminal is closed while the run prints to it, also what it writes to standard error."""
+    line = command([write_run(tmp_path, steps=2, eval={"every": 0, "samples": 1}, checkpoint={"export": False})])
+    ours, theirs = os.openpty()
+
+    def under_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    files: dict[str, int] = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(
+        line, env=environment(), cwd=ROOT, start_new_session=True, preexec_fn=under_nohup, **files
+    )  # type: ignore[call-overload]
+    os.close(theirs)
+    shown = b""
+    while b" 0/2" not in shown:
+        shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    log = tmp_path / "run" / "log.txt"
+    assert process.wait(timeout=120) == 0, log.read_text()
+    told = log.read_text()
+    assert "standard output is lost (Input/output error)" in told
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+ INFO  2/2 .*\n\S+ INFO done: 2 steps", told, re.MULTILINE), told
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+STOPS = [("2:SIGTERM", 0), ("4:SIGHUP", 1), ("3:SIGINT", 2), ("3:SIGTERM", 2), ("5:SIGHUP", 4)]
+"""The generation of a call in which it is to stop, by which signal, and the newest checkpoint then. A step has one
+generation, an evaluation two: the signal comes in the first evaluation, in steps 2 and 3, and in the evaluations after
+steps 2 and 4."""
 
 
 def test_a_generation_is_abandoned_when_the_run_is_to_stop(
@@ -120,8 +238,8 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
 ) -> None:
     """In a step, and in an evaluation before, between and after the steps; each time the run goes on from there."""
     config, run = write_run(tmp_path), tmp_path / "run"
-    for generation, newest in STOPS:
-        monkeypatch.setenv(VARIABLE, str(generation))
+    for when, newest in STOPS:
+        monkeypatch.setenv(VARIABLE, when)
         stopped = train(config, program="tests.e2e.stopping")
         assert stopped.returncode == 75, stopped.stderr[-3000:]
         assert f"stopped after step {newest}" in stopped.stdout
@@ -131,17 +249,9 @@ def test_a_generation_is_abandoned_when_the_run_is_to_stop(
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
     assert (run / "prompts.jsonl").read_text() == (whole / "run" / "prompts.jsonl").read_text()
+    assert contents(run / "rollouts") == contents(whole / "run" / "rollouts")
     expected, after = weights(whole / "run"), weights(run)
     assert all(torch.equal(expected[name], after[name]) for name in expected)
-
-
-@pytest.mark.parametrize(("field", "found", "expected"), [("steps", 6, 4), ("objective.beta", 0.25, 0.5)])
-def test_another_configuration_neither_continues_a_run_nor_finds_it_done(
-    whole: Path, field: str, found: float, expected: float
-) -> None:
-    refused = train(whole / "run.yaml", f"{field}={found}")
-    assert refused.returncode == 2
-    assert f"{field}: found {found}, expected {expected}, as the run was started" in refused.stderr
 
 
 def test_other_prompts_in_the_same_file_do_not_continue_a_run(whole: Path) -> None:
@@ -164,7 +274,7 @@ def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     assert "beta: 0.25" in checked.stdout
     assert "stage 0: " in checked.stderr and "forward and back: " in checked.stderr  # the model was walked
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -178,8 +288,10 @@ def test_a_dry_run_reads_everything_and_trains_nothing(tmp_path: Path) -> None:
         ("model.path=nowhere", "model.path"),
         ("data.train=[nowhere.jsonl]", "nowhere.jsonl"),
         ("data.train=[]", "data.train: found [], expected at least one file"),
+        ("data.eval=[]", "eval.every: found 2, expected 0 without data.eval. Fix: set data.eval, or remove it"),
         ("reward.verifier=tests.e2e.verifier:has_digits", "has_digit"),
         ("parallel.tensor=2", "number of ranks"),
+        ("run_dir=/dev/null/run", "run_dir: found '/dev/null/run (Not a directory)', expected a folder that a run can"),
         ("parallel.context=2", "parallel.tensor x parallel.context"),
     ],
 )
@@ -190,6 +302,15 @@ def test_mistakes_are_named_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    line = ["train", str(write_run(tmp_path)), "parallel.rendezvous_timeout=1"]
+    alone = preloaded().run("sdpg_megatron", line, rank_environments(2)[:1], LIMIT)
+    assert alone.returncode == 2
+    assert re.fullmatch(
+        r"LaunchError: rendezvous: found rank 0 \(process .* after 1 s, expected rank 1 of 2 .*\n", alone.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,14 @@ def has_digit(prompt: Prompt, response: str) -> float:
     return float(any(character.isdigit() for character in response))
 
 
+def broken(prompt: Prompt, response: str) -> float:
+    raise KeyError("no such key")
+
+
+def gives_text(prompt: Prompt, response: str) -> str:
+    return "right"
+
+
 def first_digit(response: str) -> str | None:
     return next((character for character in response if character.isdigit()), None)
 

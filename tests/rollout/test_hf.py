@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpg_megatron.errors import ConfigError, WeightError
+from sdpg_megatron.errors import NumericsError, WeightError
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rollout.base import Abandoned, RolloutEngine, Sampling
-from sdpg_megatron.rollout.hf import HFEngine, stop_ids
+from sdpg_megatron.rollout.hf import HFEngine
 from tests.rollout.contract import EngineContract, MakeEngine, completions, stream
-from tests.tiny import Family, write_tiny_model
+from tests.tiny import Family, add_sampling_defaults, write_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -33,9 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family: Family
     family, tied = request.param
     folder = write_tiny_model(tmp_path_factory.mktemp(family), family, tied=tied, seed=1, layers=2)
-    path = folder / "generation_config.json"
-    defaults = {"do_sample": True, "top_k": 3, "top_p": 0.5, "temperature": 0.2, "repetition_penalty": 1.5}
-    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))
+    add_sampling_defaults(folder)
     return folder
 
 
@@ -91,6 +87,19 @@ class TestHFEngine(EngineContract):
             engine.publish(2, [list(weights.items()), [("model.norm.weight", weights["model.norm.weight"])]])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(folder: Path, temperature: float) -> None:
+    """Weights that are finite, and too large for what is computed from them."""
+    engine = build(folder)
+    weights = load_file(folder / "model.safetensors")
+    head = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    large = {"model.norm.weight": weights["model.norm.weight"] * 1e38, head: weights[head] * 1e4}
+    engine.publish(1, stream(weights | large))
+    prompt = Prompt("one", (7, 8, 9), (7,), answer="1")
+    with pytest.raises(NumericsError, match=r"^rollout: found logits that are not finite at response token 1, .*Fix: "):
+        engine.generate([prompt], Sampling(n=2, max_tokens=6, temperature=temperature))
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts_are_published_under_the_names_of_checkpoints(tmp_path: Path, family: Family) -> None:
     folder = write_tiny_model(tmp_path, family, tied=False, seed=1, layers=2)
@@ -109,14 +118,3 @@ def test_building_leaves_the_global_random_state(folder: Path) -> None:
     state = torch.get_rng_state()
     build(folder)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_stop_ids_come_from_either_file_or_are_an_error(tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path, "qwen2", tied=True, seed=0, layers=1)
-    assert stop_ids(folder) == (2, 4)
-    (folder / "generation_config.json").unlink()
-    assert stop_ids(folder) == (2,)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(ConfigError, match="eos_token_id"):
-        stop_ids(folder)

@@ -8,7 +8,6 @@ open. Its weights may be any: a test that cares publishes its own first.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import urllib.error
@@ -96,12 +95,11 @@ def sglang_python() -> str:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny Qwen3 that the servers serve. It carries sampling defaults, as released models do."""
-    from tests.tiny import write_tiny_model  # imports transformers, in vain where these tests are skipped
+    # imports transformers, in vain where these tests are skipped
+    from tests.tiny import add_sampling_defaults, write_tiny_model
 
     folder = write_tiny_model(tmp_path_factory.mktemp("sglang") / "model", "qwen3", tied=False, seed=0)
-    path = folder / "generation_config.json"
-    defaults = {"do_sample": True, "top_k": 3, "top_p": 0.5, "temperature": 0.2, "repetition_penalty": 1.5}
-    path.write_text(json.dumps(json.loads(path.read_text()) | defaults))
+    add_sampling_defaults(folder)
     return folder
 
 

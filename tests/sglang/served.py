@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from sdpg_megatron.rollout.hf import stop_ids
+from sdpg_megatron.data.tokenizer import stop_ids
 from sdpg_megatron.rollout.sglang.engine import ServedModel
+from tests.tiny import VOCAB
 
 
 def served_model(folder: Path, *, prompt_tokens: int, response_tokens: int) -> ServedModel:
@@ -15,7 +16,7 @@ def served_model(folder: Path, *, prompt_tokens: int, response_tokens: int) -> S
     return ServedModel(
         folder=folder,
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        stop_ids=stop_ids(folder),
+        stop_ids=stop_ids(folder, VOCAB),
         dtype="float32",
         device="cpu",
         prompt_tokens=prompt_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,12 +25,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sdpg_megatron.errors import RolloutError
-from sdpg_megatron.rollout.sglang.server import KEEP_FREED_MEMORY, Launch, ServerProcess, command, environment
+from sdpg_megatron.rollout.sglang.server import KEEP_FREED_MEMORY, NO_PROXY, Launch, ServerProcess, command, environment
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, Servers, members, wait_until_gone
 
 API_KEY, ADMIN_KEY = "it's-\\open-sesame", "admin-sesame-too"
 LEAK = "sesame"
 """In both keys, in whatever way they are quoted."""
+PROXY_VARIABLES = "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -63,15 +67,43 @@ class Trainer:
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with DIRECT.open(request, timeout=60) as answer:
                 text = answer.read().decode()
                 return json.loads(text) if text.startswith("{") else answer.status
         except urllib.error.HTTPError as error:
             return error.code
 
 
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy that refuses everything."""
+
+    url: str
+    asked: list[bytes]
+    """What was asked of it."""
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = Proxy(f"http://127.0.0.1:{server.getsockname()[1]}", [])
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        found.asked.append(connection.recv(4096))
+                        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield found
+
+
 @pytest.fixture(scope="module", autouse=True)
-def trainer(sglang_python: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(
+    sglang_python: str, model: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trainer]:
     """Its server is begun before the first test, and so gets ready while the first tests run."""
     log = tmp_path_factory.mktemp("trainer") / "new" / "server.log"
     spec = {"model": str(model), "log": str(log), "dtype": "float32", "device": "cpu", "python": sglang_python}
@@ -83,6 +115,8 @@ def trainer(sglang_python: str, model: Path, tmp_path_factory: pytest.TempPathFa
         start_new_session=True,
         env=os.environ
         | torchrun
+        | dict.fromkeys(PROXY_VARIABLES, proxy.url)
+        | dict.fromkeys(NO_PROXY, "")
         | {"TORCHELASTIC_USE_AGENT_STORE": "True", "SERVER_KEY": API_KEY, "SERVER_ADMIN_KEY": ADMIN_KEY},
     )
     assert process.stdout is not None
@@ -213,6 +247,15 @@ def test_keys_are_asked_for_and_shown_nowhere(ready: Trainer) -> None:
         assert LEAK not in " ".join(process.environ().values())
     log = ready.log.read_text()
     assert LEAK not in log and "'admin_api_key': '***'" in log
+
+
+def test_a_proxy_is_not_asked_for_the_servers_own_host(ready: Trainer, proxy: Proxy) -> None:
+    """A server that starts asks itself whether it is well, and generates: it would end where a proxy refuses that."""
+    deadline = time.monotonic() + START_LIMIT
+    while ready.call("/health") != 200:  # 503 until it has answered itself
+        assert time.monotonic() < deadline and not proxy.asked, proxy.asked
+        time.sleep(0.2)
+    assert not proxy.asked
 
 
 def test_a_killed_trainer_takes_even_a_stopped_server_along(ready: Trainer) -> None:

@@ -52,6 +52,21 @@ CASES: list[tuple[str, list[dict[str, float]], bool | None]] = [
     ("truncation", history(rollout__truncated=[0.6] * W), True),
     ("truncation", history(rollout__truncated=[0.4] * W), False),
     ("truncation", history(rollout__truncated=[0.6] * (W - 1)), None),
+    ("truncation", history(rollout__truncated=[1.0]), True),  # all of the first step
+    ("truncation", history(rollout__truncated=[1.0, 0.9]), None),
+    ("entropy_floor", history(train__entropy=[0.001]), True),
+    ("entropy_floor", history(train__entropy=[0.05]), False),
+    ("entropy_floor", history(train__entropy=[0.001, None]), None),
+    ("teacher_kl_limit", history(distill__kl=[33.0]), True),
+    ("teacher_kl_limit", history(distill__kl=[33.0, 0.1]), False),
+    ("reference_kl_limit", history(reference__kl=[0.1, 6.0]), True),
+    ("reference_kl_limit", history(reference__kl=[2.0]), False),
+    ("rollout_kl_limit", history(rollout__kl=[6.0]), True),
+    ("rollout_kl_limit", history(rollout__kl=[1.0]), False),
+    ("verifier_failures", history(reward__failure_rate=[0.2]), True),
+    ("verifier_failures", history(reward__failure_rate=[0.1]), False),
+    ("verifier_failures", history(reward__failure_rate=[1.0, 0.0]), False),
+    ("verifier_failures", history(train__entropy=BEFORE), None),
     ("stop_probability", history(rollout__stop_probability=[*[0.9] * W, *[0.3] * W]), True),
     ("stop_probability", history(rollout__stop_probability=[*[0.3] * W, *[0.2] * W]), False),
     ("gate_closed", history(distill__gate_rate=[0.0] * W, distill__beta=[0.1] * W), True),
@@ -91,6 +106,7 @@ def test_every_alarm_was_tried_both_ways() -> None:
 THRESHOLDS = {
     "entropy": "entropy_collapse", "length_low": "length_collapse", "length_high": "length_explosion",
     "truncated": "truncation", "stop_probability": "stop_probability", "kl_spike": "teacher_kl_spike",
+    "entropy_floor": "entropy_floor", "kl_limit": "teacher_kl_limit", "failures": "verifier_failures",
     "gradient_ratio": "distillation_outweighs", "dead_groups": "dead_groups", "reward_gain": "reward_hacking",
 }  # fmt: skip
 
@@ -159,13 +175,15 @@ def test_an_evaluation_that_comes_later_counts_for_its_step() -> None:
 def test_what_a_step_says_bit_by_bit_is_warned_of_once() -> None:
     alarms = Alarms(AlarmConfig(), [])
     for step in range(W - 1):
-        alarms.update(step, {"rollout/truncated": 1.0})
-    assert len(alarms.update(W, {"rollout/truncated": 1.0}).warnings) == 1
+        alarms.update(step, {"rollout/truncated": 0.9})
+    assert len(alarms.update(W, {"rollout/truncated": 0.9}).warnings) == 1
     assert alarms.update(W, {"eval/sampled_accuracy": 0.5}).warnings == []
 
 
 def test_values_that_are_not_finite_count_as_missing() -> None:
     alarms = Alarms(AlarmConfig(), [])
     for step, value in enumerate([*BEFORE, math.nan, *[0.01] * (W - 1)]):
-        assert not alarms.update(step, {"train/entropy": value}).metrics
-    assert alarms.update(99, {"train/entropy": 0.01}).metrics == {"alarm/entropy_collapse": 1.0}
+        found = alarms.update(step, {"train/entropy": value}).metrics
+        assert ("alarm/entropy_floor" in found) == math.isfinite(value)
+        assert "alarm/entropy_collapse" not in found
+    assert alarms.update(99, {"train/entropy": 0.01}).metrics["alarm/entropy_collapse"] == 1.0

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from sdpg_megatron.answers import (
     MAX_LENGTH,
+    WrittenFloat,
     as_number,
     canonical,
+    decimal_text,
     last_boxed,
     last_line,
     last_statement,
@@ -37,7 +39,17 @@ LONG = 10**6
         (r"\boxed{a\\}", r"a\\"),
         (r"\boxed{}", None),
         (r"\boxed{ }", None),
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"So $\boxed 42$.", "42"),
+        (r"\(\boxed -3.5 \) and more", "-3.5"),
+        (r"$\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$\boxed\text{even}$", r"\text{even}"),
+        (r"$\boxed C$", "C"),
+        (r"\boxed 42, as was asked", "42"),
+        (r"\boxed{4}, or \boxed 5", "5"),
+        (r"\boxed 4, or \boxed{5}", "5"),
+        (r"It is \boxed{5}. I used \boxed as asked, not \fbox or \boxedx.", "5"),
+        (r"\boxed", None),
         (r"\boxed{" + "1" * (MAX_LENGTH + 1) + "}", None),
         ("", None),
     ],
@@ -56,6 +68,18 @@ def test_last_boxed(text: str, content: str | None) -> None:
         ("### The final answer is: \\(\\frac12\\)", r"\frac12"),
         ("Answer: \\boxed{34}", "34"),
         ("Answer: 1\nAnswer: 2\nthat is all", "2"),
+        ("Answer:\n\\[\n34\n\\]", "34"),
+        ("Answer:\n\n$$\n34\n$$\nDone.", "34"),
+        ("Answer: $$\n34\n$$", "34"),
+        ("Answer: \\[\n34\n\\]", "34"),
+        ("**Answer:**\n\\[ 34 \\]", "34"),
+        ("Answer:\n$$ \\boxed{34} $$", "34"),
+        ("Answer:\n```\n34\n```", "34"),
+        ("Answer:\n```text\n34\n```\n", "34"),
+        ("Answer:\n\\begin{equation*}\n34\n\\end{equation*}", "34"),
+        ("Answer:\n\n34\n\n35", "34"),
+        ("Answer:\n```\n34", None),
+        ("Answer:\n\\[\n34", None),
         ("My answer: 34", None),
         ("the answer: 34 is wrong\nno", "34 is wrong"),
         ("answer 34", None),
@@ -95,6 +119,14 @@ def test_last_statement(text: str, value: str | None) -> None:
         ("\u22127", "-7"),
         ("$ 12 $", "12"),
         ("007", "7"),
+        ("1 234 567.5", "1234567.5"),
+        ("1\u202f234", "1234"),
+        (r"1\ 234", "1234"),
+        ("1e-05", "0.00001"),
+        ("-2.5E+3", "-2500"),
+        ("1e9999", None),
+        ("1 23", None),
+        ("e5", None),
         ("1,23", None),
         ("12 cm", None),
         ("50%", None),
@@ -120,6 +152,21 @@ def test_a_canonical_number_keeps_its_value_and_stays_as_it_is(value: Decimal) -
     text = canonical(f"{value:,f}")
     assert Decimal(text) == value
     assert canonical(text) == text
+
+
+@pytest.mark.parametrize(("one", "other"), [("x\u00b2", "x2"), ("1\u00bd", "11/2"), ("1\u00bd", "11\u20442")])
+def test_compatibility_forms_that_mean_something_else_are_not_the_same(one: str, other: str) -> None:
+    assert normalised(one) != normalised(other) and not same(one, other)
+    assert same("x\u00b2", "x^2") and same("\u00bd", "1/2")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*map(WrittenFloat, ("1e400", "nan", "-inf", "1e-99999")), *map(Decimal, ("NaN", "-Infinity", "1e99999"))],
+)
+def test_a_number_without_decimal_digits_is_an_error(value: float | Decimal) -> None:
+    with pytest.raises(ValueError, match=r"(?i)nan|inf|1e"):
+        decimal_text(value)
 
 
 def test_same() -> None:

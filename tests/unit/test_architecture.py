@@ -170,6 +170,11 @@ def test_reads_rope_of_both_generations(tmp_path: Path) -> None:
     assert old.rope_scaling == 8.0
 
 
+def test_scales_of_one_are_no_scales(tmp_path: Path) -> None:
+    changes = {"logits_scaling": 1.0, "logit_scale": None, "final_logit_softcapping": None, "scale_emb": 1}
+    assert read_architecture(write(tmp_path, **changes)) == read_architecture(write(tmp_path))
+
+
 def test_defaults_of_old_files(tmp_path: Path) -> None:
     arch = read_architecture(write(tmp_path, rope_scaling=None))
     assert (arch.head_dim, arch.rope_theta, arch.rope_scaling) == (8, 10000.0, None)
@@ -189,6 +194,11 @@ def test_defaults_of_old_files(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"logit_scale": 0.0625}, "logit_scale"),
+        ({"scale_emb": 12}, "scale_emb"),
+        ({"logit_bias": [0.5]}, "logit_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}}, "original_max_position_embeddings"),

@@ -16,7 +16,8 @@ LENGTHS = (3, 3, 1, 7, 2, 2, 2)
 
 
 def core(kind: AttnMaskType = AttnMaskType.causal, **options: Any) -> CausalAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, **options)
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    config = TransformerConfig(**{"attention_dropout": 0.0, **sizes, **options})
     return CausalAttention(config, 1, kind)
 
 
@@ -71,6 +72,8 @@ def test_what_it_cannot_do_is_said() -> None:
         core(context_parallel_size=2)(query, key, value)
     with pytest.raises(NotImplementedError, match="causal"):
         core(kind=AttnMaskType.padding)
+    with pytest.raises(NotImplementedError, match=r"attention_dropout=0\.1"):
+        core(attention_dropout=0.1)
 
 
 @pytest.mark.parametrize("length", [*range(1, 70), 1000, 4097])

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section
 from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.field_values import plain_data
 from sdpg_megatron.settings import apply_override, dump, load, parse
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
@@ -47,7 +48,7 @@ def test_defaults_are_the_papers(minimal: Path) -> None:
 
 
 def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) -> None:
-    assert len(sections()) == 17
+    assert len(sections()) == 18
     for section in sections():
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):
@@ -65,7 +66,7 @@ def test_the_shipped_example_is_valid() -> None:
 
 
 def test_the_example_asks_for_the_model() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.path: found None, expected a value\. Fix: set model\.path"):
+    with pytest.raises(ConfigError, match=r"^model\.path: found None, expected a path\. Fix: set model\.path"):
         load(EXAMPLE)
 
 
@@ -98,18 +99,18 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("objective.betta=1", ["objective.betta", "'betta'", "did you mean 'beta'", "Fix"]),
         ("rollout.groupsize=8", ["rollout.groupsize", "did you mean 'group_size'"]),
         ("optimizer.zzzzzz=1", ["optimizer.zzzzzz", "known here: lr, min_lr"]),
-        ("learning_rate=1", ["learning_rate", "known here: run_dir, steps"]),
+        ("nonsense=1", ["nonsense", "known here: run_dir, steps"]),
         # wrong form
         ("objective.beta", ["command line", "'objective.beta'", "key=value", "for example"]),
         ("=3", ["command line", "'=3'", "key=value"]),
         ("steps.more=3", ["steps.more", "'steps'", "a section"]),
         ("data.train=[a", ["data.train", "'[a'", "a YAML value", "quote it"]),
         # wrong type or range
-        ("steps=0", ["steps: found 0", "greater than or equal to 1"]),
-        ("steps=many", ["steps: found 'many'", "integer"]),
-        ("rollout.group_size=1", ["rollout.group_size: found 1", "greater than or equal to 2"]),
-        ("parallel.virtual_pipeline=1", ["parallel.virtual_pipeline: found 1", "greater than or equal to 2"]),
-        ("rollout.temperature=0", ["rollout.temperature: found 0", "greater than 0"]),
+        ("steps=0", ["steps: found 0", "a whole number, at least 1"]),
+        ("steps=many", ["steps: found 'many'", "a whole number"]),
+        ("rollout.group_size=1", ["rollout.group_size: found 1", "at least 2"]),
+        ("parallel.virtual_pipeline=1", ["parallel.virtual_pipeline: found 1", "at least 2"]),
+        ("rollout.temperature=0", ["rollout.temperature: found 0", "over 0"]),
         ("rollout.sglang.ports=[30000, 30001]", ["rollout.sglang.ports", "1 different ones"]),
         ("rollout.sglang={servers: 2, ports: [30000, 30000]}", ["rollout.sglang.ports", "2 different ones"]),
         ("rollout.sglang.router=http://a", ["rollout.sglang.router: found 'http://a'", "rollout.sglang.ports"]),
@@ -121,9 +122,9 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("rollout.sglang.colocated=true", ["rollout.sglang.sink: found 'broadcast'", "Fix: use shared"]),
         ("rollout.sglang={colocated: true, urls: [http://a]}", ["rollout.sglang.colocated: found True", "urls"]),
         ("rollout.sglang.data=2", ["rollout.sglang.sink: found 'broadcast'", "expected disk"]),
-        ("objective.clip_low=1", ["objective.clip_low: found 1", "less than 1"]),
-        ("objective.contrast=1.5", ["objective.contrast: found 1.5", "less than or equal to 1"]),
-        ("objective.dual_clip=1", ["objective.dual_clip: found 1", "greater than 1"]),
+        ("objective.clip_low=1", ["objective.clip_low: found 1", "below 1"]),
+        ("objective.contrast=1.5", ["objective.contrast: found 1.5", "at most 1"]),
+        ("objective.dual_clip=1", ["objective.dual_clip: found 1", "over 1"]),
         ("objective.reference=kl", ["objective.reference: found 'kl'", "'urkl'", "'rkl'"]),
         ("objective=sdpg", ["objective: found 'sdpg'", "Fix"]),
         ("data.reasoning_gym.held_out=4", ["data.reasoning_gym.held_out: found 4", "use data.eval"]),
@@ -147,6 +148,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ),
         ("eval.k=[1, 5]", ["eval.k: found 5", "1 to eval.samples (4)", "draw more"]),
         ("eval.k=[0]", ["eval.k: found 0", "1 to eval.samples (4)"]),
+        ("data.duplicates=merge", ["data.duplicates: found 'merge'", "'drop' or 'keep'"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline: found 2", "pipeline is 1", "remove it"]),
         ("parallel.sequence=true", ["parallel.sequence: found True", "tensor is 1", "remove it"]),
         ("parallel={tensor: 2, expert: 3, expert_tensor: 1}", ["expert_tensor: found 3", "parallel.tensor (2)"]),
@@ -222,6 +224,22 @@ def test_peers_make_teacher_prompts_longer(minimal: Path) -> None:
     assert load(minimal, [*lengths, "objective.name=sdpo", "data.max_peer_tokens=120"]).max_teacher_tokens == 120
 
 
+@pytest.mark.parametrize("name", ["sdpg", "opcd", "sdpo", "rlsd", "grpo"])
+def test_the_clipped_ratio_distils_in_opsd_alone(minimal: Path, name: str) -> None:
+    expected = rf"objective\.distill_loss: found 'clipped_ratio', expected divergence with {name}"
+    with pytest.raises(ConfigError, match=expected):
+        load(minimal, [f"objective.name={name}", "objective.distill_loss=clipped_ratio"])
+    opsd = ["objective.name=opsd", "objective.distill_loss=clipped_ratio"]
+    assert load(minimal, opsd).objective.distill_loss == "clipped_ratio"
+    for field, value in (("top_k", "5"), ("divergence_clip", "0.1"), ("divergence", "reverse_kl")):
+        with pytest.raises(
+            ConfigError, match=rf"^objective\.{field}: found .*{value}.*with objective\.distill_loss clip"
+        ):
+            load(minimal, [*opsd, f"objective.{field}={value}"])
+    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with objective\.distill_loss"):
+        load(minimal, [*opsd, "objective.contrast=0.5"])
+
+
 def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.divergence: found 'jsd', expected sampled_token with rlsd"):
         load(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
@@ -230,13 +248,62 @@ def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
 METHODS: dict[str, dict[str, Any]] = {
     "sdpg": {"clip_high": 0.28, "dual_clip": 10.0, "alpha": 1e-3, "reference": "urkl", "aggregation": "token-mean"},
     "rpg": {"beta": 0, "clip_high": 0.28, "alpha": 1e-3, "reference": "urkl"},
-    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "alpha": 0, "aggregation": "sequence-mean"},
+    "grpo": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "alpha": 0,
+        "reference": "ufkl",
+        "ratio_weighted_regularizers": False,
+        "aggregation": "sequence-mean",
+    },
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "alpha": 0, "aggregation": "token-mean"},
-    "rlsd": {"clip_high": 0.2, "credit": 0.5, "credit_decay_steps": 50, "credit_clip": 0.2, "alpha": 0},
+    "rlsd": {
+        "clip_high": 0.2,
+        "dual_clip": 3.0,
+        "credit": 0.5,
+        "credit_decay_steps": 50,
+        "credit_clip": 0.2,
+        "credit_ratio": "rollout",
+        "alpha": 0,
+        "aggregation": "token-mean",
+    },
     "opsd": {"teacher": "initial", "divergence": "jsd", "jsd_beta": 0.5, "top_k": None, "gate": False, "beta": 1},
     "opcd": {"teacher": "current", "divergence": "reverse_kl", "top_k": None, "gate": False, "beta": 1, "alpha": 0},
-    "sdpo": {"teacher": "ema", "teacher_ema": 0.05, "context": "peer", "divergence": "jsd", "top_k": 100, "beta": 1},
+    "sdpo": {
+        "teacher": "ema",
+        "teacher_ema": 0.05,
+        "context": "peer",
+        "peer_reward": 0.5,
+        "strip_peer_thinking": True,
+        "divergence": "jsd",
+        "top_k": 100,
+        "beta": 1,
+        "regularizer_ratio_bound": 2.0,
+        "correction": "truncate",
+        "correction_level": "token",
+        "correction_bound": 2.0,
+        "advantage_deviation": "none",
+        "aggregation": "token-mean",
+    },
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("sdpg", {"advantage_deviation": "sample", "ratio_weighted_regularizers": False, "gate": False}),
+        ("sdpg", {"policy": "clipped_reinforce"}),
+        ("rlsd", {"credit_ratio": "current", "dual_clip": None, "aggregation": "group-token-mean", "alpha": 1e-3}),
+        ("opsd", {"distill_loss": "clipped_ratio", "gate": True, "clip_high": 0.2, "distill_average": "gated"}),
+        ("opcd", {"teacher": "initial", "top_k": 256, "aggregation": "token-mean"}),
+    ],
+)
+def test_published_variants_are_settings(minimal: Path, name: str, fields: dict[str, Any]) -> None:
+    """docs/methods.md has them."""
+    overrides = [f"objective.{field}={yaml.safe_dump(value).split()[0]}" for field, value in fields.items()]
+    objective = load(minimal, [f"objective.name={name}", "optimizer.minibatches=8", *overrides]).objective
+    assert {field: getattr(objective, field) for field in fields} == fields
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -297,10 +364,27 @@ def test_an_unusable_file_is_named(tmp_path: Path, text: str | None, match: str)
     assert str(path) in str(caught.value)
 
 
-def test_a_null_section_takes_overrides_or_is_refused_by_name(minimal: Path) -> None:
-    minimal.write_text(minimal.read_text() + "objective:\n")
-    with pytest.raises(ConfigError, match=r"^objective"):
-        load(minimal)
+@pytest.mark.parametrize("section", ["objective", "head", "rollout", "data"])
+def test_a_section_without_fields_is_an_empty_one(minimal: Path, section: str) -> None:
+    """As when all its lines are commented out."""
+    tree = {name: value for name, value in MINIMAL.items() if name != section}
+    minimal.write_text(yaml.safe_dump(tree) + f"{section}:\n  # beta: 0.5\n")
+    assert load(minimal) == parse({**tree, section: {}})
+    assert load(minimal, ["objective.beta=0.5"]).objective.beta == 0.5
+
+
+@pytest.mark.parametrize(
+    ("lines", "read"),
+    [
+        ("data: {train: [a.jsonl], eval:}", lambda c: c.data.eval == ()),
+        ("data: {reasoning_gym: {tasks: {gcd:}}}", lambda c: c.data.reasoning_gym.tasks["gcd"].weight == 1),
+        ("data: {train: [a.jsonl], reasoning_gym: {tasks:}}", lambda c: c.data.reasoning_gym.tasks == {}),
+        ("data: {train: [a.jsonl], template_options:}", lambda c: c.data.template_options == {}),
+    ],
+)
+def test_so_are_lists_and_mappings(minimal: Path, lines: str, read: Any) -> None:
+    minimal.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "data"}) + lines)
+    assert read(load(minimal))
 
 
 @given(
@@ -322,7 +406,7 @@ def test_dump_and_parse_are_inverse(beta: float, lr: float, template: str, warmu
 
 
 def test_apply_override_makes_missing_sections() -> None:
-    tree: dict[str, Any] = {}
-    apply_override(tree, "a.b.c=[1, 2]")
-    apply_override(tree, "a.d=x")
-    assert tree == {"a": {"b": {"c": [1, 2]}, "d": "x"}}
+    tree: dict[str, Any] = {"b": None}
+    for override in ("a.b.c=[1, 2]", "a.d=x", "b.c=0"):
+        apply_override(tree, override)
+    assert plain_data(tree) == {"a": {"b": {"c": [1, 2]}, "d": "x"}, "b": {"c": 0}}

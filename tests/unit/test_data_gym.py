@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'sdpg-megatron[gym]'")
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -e '.[gym]'")
 
 TASKS: dict[str, Any] = {
     "gcd": {"weight": 3},
@@ -102,6 +103,41 @@ def test_training_never_shows_what_is_held_out(tokenizer: Any) -> None:
     assert all(prompt.teacher_tokens == prompt.student_tokens for prompt in held_out.prompts)
     with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.tasks\.gcd: found '100 problems that are held out"):
         load_prompts(config(FEW, held_out=26), tokenizer, 0)
+
+
+def test_more_held_out_problems_than_there_are_are_refused_in_a_bounded_search(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are a few hundred words of three letters; each draw used to make a data set of its own."""
+    made = 0
+    create = reasoning_gym.create_dataset
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal made
+        made += 1
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(reasoning_gym, "create_dataset", counted)
+    words: dict[str, Any] = {"spell_backward": {"parameters": {"min_word_len": 3, "max_word_len": 3}}}
+    with pytest.raises(
+        ConfigError, match=r"spell_backward: found '100 problems .* \([0-9]+ were found to be held out\)"
+    ):
+        load_prompts(config(words, held_out=4000), tokenizer, 0)
+    assert made < 60
+    prompts, held_out = load_prompts(config(words, held_out=300), tokenizer, 0)
+    assert held_out is not None and len({prompt.question for prompt in held_out.prompts}) == 300
+    made = 0
+    assert {prompts[index].question for index in range(100)}.isdisjoint(p.question for p in held_out.prompts)
+    assert made < 40, "blocks that are drawn from again are kept"
+
+
+def test_held_out_problems_keep_the_tasks_shares(tokenizer: Any) -> None:
+    """A task that has few problems is drawn from again rather than passed over."""
+    _, held_out = load_prompts(config({**FEW, "word_sorting": {}}, held_out=40), tokenizer, 0)
+    assert held_out is not None and len({prompt.question for prompt in held_out.prompts}) == 40
+    counts = Counter(prompt.uid.partition(":")[0] for prompt in held_out.prompts)
+    drawn = Counter(random.Random(f"0/held out/{index}").choices(["gcd", "word_sorting"])[0] for index in range(40))
+    assert counts == drawn and counts["gcd"] > 10
 
 
 def test_long_problems_are_passed_over_or_cut(tokenizer: Any) -> None:
@@ -189,5 +225,5 @@ def test_a_task_that_cannot_be_used_is_refused(tasks: dict[str, Any], names: str
 def test_without_the_package_its_extra_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.delitem(sys.modules, "sdpg_megatron.data.gym", raising=False)
-    with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.tasks: .*pip install 'sdpg-megatron\[gym\]'"):
+    with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.tasks: .*pip install -e '\.\[gym\]'"):
         load_prompts(config(), tokenizer, 0)

@@ -9,8 +9,9 @@ import pytest
 
 from sdpg_megatron.answers import same
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.data.chats import CONTEXT_MARK as MARK
 from sdpg_megatron.data.dataset import PromptDataset
-from sdpg_megatron.data.examples import MARK, Example
+from sdpg_megatron.data.examples import Example
 from sdpg_megatron.data.render import Renderer, context_template
 from sdpg_megatron.errors import ConfigError, DataError
 from tests.tiny import tiny_tokenizer
@@ -46,6 +47,14 @@ def test_answer_template_appends_the_answer(tokenizer: Any) -> None:
     student, teacher = rendered(tokenizer, Example(question="1 + 1?", answer="2", context="long"))
     assert student == turn("1 + 1?")
     assert teacher == turn("1 + 1?\nThe correct answer to this problem is: 2")
+
+
+def test_verify_template_is_the_public_data_s(tokenizer: Any) -> None:
+    _, teacher = rendered(tokenizer, Example(question="1 + 1?", answer="2"), context_template="verify")
+    assert teacher == turn(
+        "1 + 1?\nThe correct answer to this problem is: 2\n"
+        "Use this to verify your reasoning, but show your full solution process."
+    )
 
 
 def test_solution_template_carries_answer_and_solution(tokenizer: Any) -> None:
@@ -211,7 +220,8 @@ def test_a_digest_tells_prompts_apart(tmp_path: Path, tokenizer: Any, changed: d
 
 
 def test_uids_stay_distinct_where_file_names_do_not(tmp_path: Path, tokenizer: Any) -> None:
-    files = (write(tmp_path / "x" / "a.jsonl"), write(tmp_path / "y" / "a.jsonl"))
+    others = [{**row, "question": f"{row['question']} Say it."} for row in ROWS]
+    files = (write(tmp_path / "x" / "a.jsonl"), write(tmp_path / "y" / "a.jsonl", others))
     dataset = PromptDataset.load(config(), files, tokenizer)
     assert len({p.uid for p in dataset.prompts}) == 4
     with pytest.raises(DataError, match="twice"):

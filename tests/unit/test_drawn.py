@@ -32,7 +32,9 @@ def responses(index: int, routed: bool) -> ScoredGroup:
         Completion((7,), (-2.5,), "length", 5, "", None),
     )
     rewards = (1.0, 1 / 7)
-    return ScoredGroup(Group(Source()[index], completions), rewards, group_advantages(rewards), failures=index)
+    group = Group(Source()[index], completions)
+    errors = (None, "KeyError: 'é' (a.py:3)") if index == 8 else ()
+    return ScoredGroup(group, rewards, group_advantages(rewards), failures=index, errors=errors)
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -47,6 +49,12 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
                 assert after.experts is None
             else:
                 np.testing.assert_array_equal(before.experts, after.experts, strict=True)
+
+
+def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
+    """Those whose responses are to be generated again."""
+    write_drawn(tmp_path / "drawn", Drawn((8, 2, 8), ()))
+    assert read_drawn(tmp_path / "drawn", Source()) == Drawn((8, 2, 8), ())
 
 
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from sdpg_megatron.errors import VerifierError
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.settings import load, parse
 from sdpg_megatron.train.evaluate import evaluate, metrics
+from sdpg_megatron.train.held_out import evaluations_after
 from tests.e2e.runs import ROOT
 
 SEED = 2001423527554960999
@@ -31,6 +34,24 @@ class Recorder:
 
 def prompts(file: str, count: int) -> list[Prompt]:
     return [Prompt(f"{file}.jsonl:{row}", (1,), (1,), answer="5") for row in range(1, count + 1)]
+
+
+class Failing(Recorder):
+    """The verifier fails on every response."""
+
+    def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
+        groups = super().run(prompts, sampling, extract=extract)
+        n = sampling.n
+        return [replace(group, failures=n, errors=("KeyError: 'k' (v.py:3)",) * n) for group in groups]
+
+
+def test_an_evaluation_whose_verifier_fails_is_an_error_that_names_the_file() -> None:
+    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
+    rollouts = Failing()
+    said = r"evaluation on sums: found 8 of 8 calls that failed, the first on eval\.jsonl:1: KeyError: 'k' \(v\.py:3\)"
+    with pytest.raises(VerifierError, match=said):
+        evaluate(config, rollouts, prompts("eval", 2), 0, "sums")  # type: ignore[arg-type]
+    assert len(rollouts.asked) == 1, "the greedy responses are not asked for"
 
 
 def test_the_examples_draws_stay_what_they_are() -> None:
@@ -62,3 +83,12 @@ def test_metrics_by_data_file_where_there_are_several() -> None:
     assert alone["eval/pass_at_2"].value == pytest.approx(0.5)
     both = metrics(config, {"a": one, "b": one})
     assert set(both) == {f"{prefix}/{name}" for prefix in ("eval", "eval/a", "eval/b") for name in names}
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 20])
+def test_evaluations_to_come_are_those_that_are_due(every: int) -> None:
+    tree = {"run_dir": "x", "steps": 12, "model": {"path": "m"}, "data": {"eval": ["x"]}, "eval": {"every": every}}
+    config = parse({**tree, "optimizer": {"warmup_steps": 0}})
+    due = [step for step in range(1, 13) if step == 12 or (every and step % every == 0)]
+    for step in range(13):
+        assert evaluations_after(step, config) == len([other for other in due if other > step])

@@ -112,3 +112,10 @@ def test_the_interval_follows_from_the_seed_and_not_from_other_columns() -> None
     (alone,) = bootstrap(values_PM[:, 1:2], seed=2)
     assert (alone.low, alone.high) == pytest.approx((together[1].low, together[1].high), abs=1e-12)
     assert bootstrap(values_PM, seed=3)[0].low != together[0].low
+
+
+def test_a_run_of_any_seed_can_be_resampled() -> None:
+    """NumPy's seeds have 32 bits, a run's 63."""
+    values_PM = np.geomspace(1, 1000, 40)[:, None]
+    found = [bootstrap(values_PM, seed=seed)[0] for seed in (2**63 - 1, 2**32 - 1, 5, 2**32 + 5)]
+    assert found[0] == found[1] != found[2] == found[3]

@@ -15,7 +15,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import EvaluationError, WriteError
 from sdpg_megatron.evaluation.compare import compare
 from sdpg_megatron.evaluation.problems import Draws, Problem, as_lines, by_file, read_problems
-from sdpg_megatron.evaluation.results import Evaluation, Request, Results
+from sdpg_megatron.evaluation.results import Evaluation, Request, Results, limit_responses, read_request
 from sdpg_megatron.evaluation.scores import per_problem, score
 from sdpg_megatron.evaluation.table import scores_table, show
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
@@ -97,7 +97,47 @@ def test_what_is_kept_of_a_group() -> None:
         responses=("7 8", "9"),
     )  # fmt: skip
     assert found.greedy.answers is None
+    assert (found.question, found.reference_answer) == ("1 + 0?", "1")
     assert Problem.of(sampled, greedy, responses=False).sampled.responses is None
+
+
+def test_older_results_without_the_question_are_read(tmp_path: Path) -> None:
+    fields = dataclasses.asdict(PROBLEMS[0])
+    del fields["question"], fields["reference_answer"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
+    assert read_problems(tmp_path / "a.jsonl") == PROBLEMS[:1]
+
+
+TALKATIVE = [
+    dataclasses.replace(found, sampled=dataclasses.replace(found.sampled, responses=("é" * 500,) * 4), question="1?")
+    for found in PROBLEMS
+]
+
+
+def test_the_oldest_evaluations_lose_their_responses_and_nothing_else(tmp_path: Path) -> None:
+    folders = [tmp_path / f"step_{step}" for step in (1, 2, 3)]
+    before = [finished(folder, TALKATIVE) for folder in folders]
+    size = sum(file.stat().st_size for file in folders[0].iterdir())
+    limit_responses(tmp_path, 3 * size)
+    assert [Evaluation.read(folder) for folder in folders] == before
+    limit_responses(tmp_path, 5 * size // 2)
+    first, *others = [Evaluation.read(folder) for folder in folders]
+    assert others == before[1:]
+    assert first.scores == before[0].scores
+    assert first.request.settings == {**before[0].request.settings, "eval.responses": False}
+    assert read_request(folders[0] / "evaluation.json") == first.request
+    assert first.problems("sums") == [dataclasses.replace(p, question="1?") for p in PROBLEMS]
+    limit_responses(tmp_path, 0)
+    assert [found.sampled.responses for found in Evaluation.read(folders[1]).problems("sums")] == [None] * 3
+    assert Evaluation.read(folders[2]) == before[2]
+
+
+def test_a_damaged_evaluation_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2):
+        finished(tmp_path / f"step_{step}", TALKATIVE)
+    (tmp_path / "step_1" / "sums.jsonl").unlink()
+    limit_responses(tmp_path, 0)
+    assert "responses are not removed: " in caplog.text and "step_1/sums.jsonl" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -107,6 +147,7 @@ def test_what_is_kept_of_a_group() -> None:
         (["a.jsonl", "a.parquet"], ["a.jsonl", "a.parquet"]),
         (["/x/a.jsonl", "/y/a.jsonl", "b.jsonl"], ["x-a.jsonl", "y-a.jsonl", "b"]),
         (["odd:name.jsonl"], ["odd:name"]),
+        (["aime.jsonl.gz", "amc.csv"], ["aime", "amc"]),
     ],
 )
 def test_data_files_have_names_of_their_own(labels: list[str], names: list[str]) -> None:
@@ -176,7 +217,7 @@ def test_another_evaluation_is_not_mixed_in(tmp_path: Path, changes: dict[str, A
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"uid": "x", "sampled": {}, "greedy": {}}'])
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "sums.jsonl"
-    path.write_text(as_lines(PROBLEMS[:1]) + damage + "\n")
+    path.write_bytes(as_lines(PROBLEMS[:1]) + damage.encode() + b"\n")
     with pytest.raises(EvaluationError, match=r"sums\.jsonl:2: found .* Fix: remove the file"):
         read_problems(path)
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
-from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.errors import SdpgError, WeightError
 from sdpg_megatron.weights import load_shards, read_folder, weight_map
 from tests.tiny import write_tiny_model
 
@@ -58,6 +59,9 @@ def flip(at: int) -> Callable[[Path], None]:
     return damage
 
 
+def void(_: object) -> None: ...
+
+
 def remove(folder: Path) -> None:
     shard(folder).unlink()
 
@@ -70,12 +74,29 @@ def configure(**changes: object) -> Callable[[Path], None]:
     return damage
 
 
+def store(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Store one tensor otherwise."""
+
+    def damage(folder: Path) -> None:
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path)
+            if name in tensors:
+                save_file(tensors | {name: change(tensors[name])}, path)
+
+    return damage
+
+
+NORM = "model.norm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated shard": (cut, r"model-00002-of-00002\.safetensors: .*Fix: "),
     "truncated header": (cut_in_header, r"model-00002-of-00002\.safetensors: .*Fix: "),
     "length of the header": (flip(3), r"model-00002-of-00002\.safetensors: .*Fix: "),
     "brace of the header": (flip(8), r"model-00002-of-00002\.safetensors: .*Fix: "),
     "missing file": (remove, r"model-00002-of-00002\.safetensors: No such file"),
+    "LFS pointer": (
+        lambda folder: void(shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
+        r"model-00002-of-00002\.safetensors: a Git LFS pointer.*Fix: git lfs pull",
+    ),
     "heads": (
         configure(num_attention_heads=8),
         r"model-0000\d-of-00002\.safetensors: tensor 'model\.layers\.0\.self_attn\.q_proj\.weight' has shape \[64, 64\]"
@@ -93,6 +114,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "hidden size": (configure(hidden_size=128), r"embed_tokens\.weight.* from hidden_size = 128 in .*config\.json"),
     "feed-forward": (configure(intermediate_size=64), r"gate_proj\.weight.* from intermediate_size = 64 in"),
     "layers": (configure(num_hidden_layers=1), r"index\.json: tensor 'model\.layers\.1\..*' is not in the map"),
+    "integers": (
+        store(NORM, lambda tensor: (tensor * 100).to(torch.int8)),
+        r"model-0000\d-of-00002\.safetensors: tensor 'model\.norm\.weight' has type I8, expected one of F64, .*Fix: ",
+    ),
+    "eight bits": (store(NORM, lambda tensor: tensor.to(torch.float8_e4m3fn)), "has type F8_E4M3, expected one of F64"),
     "no number": (configure(vocab_size="many"), r"config\.json: vocab_size: found 'many', expected a positive integer"),
 }
 
@@ -126,6 +152,27 @@ def test_one_typed_error_everywhere(folder: Path, tmp_path: Path, name: str) -> 
             way()
     assert not (tmp_path / "target").exists()
     assert any(_matches(message, found) for found in inspect(folder).damage)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.index_fill(0, torch.tensor([3]), float("nan")),
+        lambda tensor: tensor.bfloat16().index_fill(0, torch.tensor([3]), float("-inf")),
+        lambda tensor: tensor.double().index_fill(0, torch.tensor([3]), 1e300),
+    ],
+    ids=["nan", "inf", "beyond float32"],
+)
+def test_values_that_are_not_finite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    store(NORM, change)(folder)
+    message = (
+        r"model-0000\d-of-00002\.safetensors: tensor 'model\.norm\.weight': found 1 of 64 values that are not finite "
+        r"in float32, expected finite numbers\. Fix: "
+    )
+    with pytest.raises(WeightError, match=message):
+        _load(folder)
+    with pytest.raises(WeightError, match=message):
+        list(read_folder(folder, bucket_bytes=1 << 20, dtype=torch.float32))
 
 
 def _load(folder: Path) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from sdpg_megatron.config import RolloutLogConfig
 from sdpg_megatron.errors import WriteError
 from sdpg_megatron.evaluation.results import Request, Results
 from sdpg_megatron.observe.cut import beyond, cut_lines
 from sdpg_megatron.observe.files import Appender, free_mib, write_whole
 from sdpg_megatron.observe.report import plot_learning_curve
+from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import Summary, write_summary
 from sdpg_megatron.observe.writers import JsonlWriter, TensorBoardWriter, open_writers, read_metrics
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.weights import write_folder
 from tests.disk import files_end_at
@@ -35,9 +38,13 @@ def evaluate(run: Path) -> None:
     Results.start(run / "eval", Request(model="m", fingerprint=None, settings={}, data={}))
 
 
+GROUPS = [
+    ScoredGroup(Group(Prompt("a:1", (1,), (1,), "2"), (Completion((3,), (-1.0,), "stop", 0, "2"),)), (1.0,), (0.0,))
+]
 ACTS: dict[str, Act] = {
     "metrics.jsonl": lambda run: JsonlWriter(run / "metrics.jsonl").write(1, {"a": 0.5}),
     "prompts.jsonl": lambda run: JsonlWriter(run / "prompts.jsonl").append(1, {"prompts": ["a:1"]}),
+    "rollouts/step_00000001.jsonl": lambda run: RolloutLog(run / "rollouts", RolloutLogConfig()).write(1, GROUPS, []),
     "tensorboard/events": lambda run: TensorBoardWriter(run / "tensorboard"),
     "config.yaml": lambda run: write_whole(run / "config.yaml", "steps: 3\n"),
     "learning_curve.png": lambda run: plot_learning_curve(run),

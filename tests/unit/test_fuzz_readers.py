@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import resource
 import shutil
@@ -145,10 +146,23 @@ def test_jsonl(tmp_path: Path, content: bytes) -> None:
     answers(lambda: [parse_row(row, DataConfig(train=())) for row in read_rows(tmp_path / "rows.jsonl")])
 
 
+@FUZZ_CHECKPOINTS
+@given(
+    name=st.sampled_from(["rows.json", "rows.csv", "rows.jsonl.gz", "rows.csv.gz"]),
+    content=st.binary(max_size=60)
+    | damaged(b'[{"question": "1 + 1", "answer": 2},\n{"prompt": []}]\n')
+    | damaged(b'question,answer\n"a\nb",2\n')
+    | damaged(gzip.compress(b'question,answer\n"a, b",2\n')),
+)
+def test_other_text_formats(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    answers(lambda: [parse_row(row, DataConfig(train=())) for row in read_rows(tmp_path / name)])
+
+
 @FUZZ
 @given(
     row=st.dictionaries(
-        st.sampled_from(["question", "answer", "context", "prompt", "reward_model"]),
+        st.sampled_from(["question", "answer", "context", "prompt", "messages", "reward_model"]),
         values | st.lists(st.fixed_dictionaries({"role": values, "content": values}), max_size=2),
     )
 )

@@ -16,18 +16,21 @@ PACKAGE = "sdpg_megatron"
 FLOORS = (
     ("__main__", "launch"),
     ("cli",),
-    ("train", "convert", "plan", "plugins"),
+    ("train", "convert", "plan"),
     ("checkpoint",),
     ("mcore", "rollout"),
     ("data", "rewards", "objectives", "head", "weights", "evaluation"),
     ("observe",),
     ("architecture", "settings"),
-    ("config", "records", "answers"),
-    ("errors", "methods", "__init__"),
+    ("config_errors", "server_settings"),
+    ("config", "records", "answers", "hf_files", "process"),
+    ("field_values",),
+    ("yaml_reader",),
+    ("errors", "methods", "config_names", "__init__"),
 )
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-CONFINED = {"megatron": ("mcore", "checkpoint", "plugins"), "sglang": ("rollout/sglang",)}
+CONFINED = {"megatron": ("mcore", "checkpoint"), "sglang": ("rollout/sglang",)}
 """Third-party packages, and the only places that import them."""
 
 

@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 import pytest
 
 from sdpg_megatron.errors import LaunchError
-from sdpg_megatron.launch import __main__ as entry
 from sdpg_megatron.launch import circle, machine, meeting, torchrun
+from sdpg_megatron.launch import command as entry
 from sdpg_megatron.launch.circle import Circle
 from sdpg_megatron.launch.line import Line
-from sdpg_megatron.launch.machine import Machine, Place
+from sdpg_megatron.launch.machine import Machine, Place, _card
 from sdpg_megatron.launch.meeting import Card, Plan
 from sdpg_megatron.launch.ranks import Ranks
 from sdpg_megatron.launch.servers import Servers
@@ -192,6 +192,20 @@ def test_machine_0_leaves_its_exit_code(
     assert (path.read_text() if path.exists() else None) == left
     assert entry.main([*line.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
     assert (path.read_text() if path.exists() else None) == (left and "2\n")
+
+
+def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Machine] = []
+    monkeypatch.setattr(entry, "run", lambda machine: started.append(machine) or 0)
+    line = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    config = str(write_config(tmp_path))
+    assert entry.main([*line.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
+    (machine,) = started
+    assert machine._arguments == [config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]
+    found = _card(machine._place, machine._config, machine._options).config
+    assert found["command line"] == "--branch-from runs/a@2 --new-reference"
 
 
 def test_a_place_that_cannot_be_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

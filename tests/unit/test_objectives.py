@@ -20,8 +20,8 @@ from tests.objective_samples import Sample
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ROWS, COLUMNS, HIDDEN = 12, 17, 5
 TOTAL = 40
-CONTEXT = StepContext(step=20, total_steps=TOTAL)
-"""With warm-up 5 and decay 35 of 40, beta(20) = 20/35 of the peak."""
+CONTEXT = StepContext(step=19, total_steps=TOTAL)
+"""The schedules' k = 20: with warm-up 5 and decay 35 of 40, beta(20) = 20/35 of the peak."""
 DECAYED = 20 / 35
 
 
@@ -192,8 +192,9 @@ def test_sdpg_without_beta_is_rpg() -> None:
 
 def test_rlsd_without_credit_is_grpo() -> None:
     """And at the end of the credit's decay; then it needs no teacher either."""
-    same_loss(ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="grpo"))
-    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=CONTEXT.step), ObjectiveConfig(name="grpo"))
+    grpo = ObjectiveConfig(name="grpo")
+    same_loss(ObjectiveConfig(name="rlsd", credit=0.0, dual_clip=None), grpo)
+    same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20, dual_clip=None), grpo)
     for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
         assert build(config, TOTAL).needs(CONTEXT) == Needs()
 
@@ -209,12 +210,26 @@ def test_dapo_with_equal_clips_is_grpo_with_a_token_mean() -> None:
 def test_on_policy_clips_have_the_gradient_of_reinforce(name: Any) -> None:
     sample = make_sample(near_policy=False)
     gradients = []
-    for policy in ("ratio", "reinforce"):
+    for policy in ("ratio", "reinforce", "clipped_reinforce"):
         objective = build(ObjectiveConfig(name=name, policy=policy), TOTAL)
         hidden_TH = sample.hidden_TH.clone().requires_grad_()
         loss_T = package_loss(sample, hidden_TH, sample.weight_VH, objective).loss_T
         gradients.append(torch.autograd.grad(loss_T.sum(), hidden_TH)[0])
     assert_close(gradients[0], gradients[1], **EXACT)
+    assert_close(gradients[2], gradients[1], **EXACT)
+
+
+def test_a_clipped_token_keeps_a_gradient_where_the_clipped_loss_is_a_constant() -> None:
+    """Rows 1 and 5 of the sample are beyond the upper clip and the dual clip."""
+    sample = make_sample()
+    logprob_T = (sample.hidden_TH @ sample.weight_VH.T).log_softmax(-1)[torch.arange(ROWS), sample.labels_T]
+    found = []
+    for policy in ("ratio", "clipped_reinforce"):
+        leaf_T = logprob_T.clone().requires_grad_()
+        objective = build(ObjectiveConfig(name="rpg", policy=policy, alpha=0.0), TOTAL)
+        loss_T = objective.loss(token_terms(sample, leaf_T, None), CONTEXT).loss_T
+        found.append(torch.autograd.grad(loss_T.sum(), leaf_T)[0][[1, 5]].tolist())
+    assert found[0] == [0, 0] and found[1] == pytest.approx([-1.28 * 1.3, 10 * 0.4])
 
 
 @pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
@@ -226,6 +241,25 @@ def test_methods_without_a_verifier_do_not_read_rewards(name: Any) -> None:
     assert torch.equal(objective.loss(replace(terms, advantage_T=-terms.advantage_T), CONTEXT).loss_T, loss_T)
     assert_close(loss_T, terms.gate_T)
     assert not objective.needs(CONTEXT).outcome
+
+
+def test_opsd_by_clipped_ratio_leaves_tokens_alone_that_the_teacher_finds_less_likely() -> None:
+    sample = make_sample(near_policy=False)
+    gap_T = torch.tensor([0.5, -0.5, 30.0, 0.5], dtype=torch.float64).repeat(3)
+    terms = replace(
+        token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), None),
+        teacher_logprob_T=sample.old_logprob_T + gap_T,
+    )
+    config = ObjectiveConfig(name="opsd", distill_loss="clipped_ratio", gate=True, distill_average="gated")
+    loss = build(config, TOTAL).loss(terms, replace(CONTEXT, distill_scale=3.0))
+    expected_T = -3.0 * terms.gate_T * gap_T.clamp(0, 20)
+    assert_close(loss.loss_T, expected_T)
+    assert_close(torch.autograd.grad(loss.loss_T.sum(), terms.logprob_T)[0], expected_T)
+    advantage = loss.metrics["distill/token_advantage"]
+    assert advantage.mask_T is not None
+    assert advantage.values_T[advantage.mask_T].tolist() == pytest.approx([0.5, 0, 20, 0.5])
+    with pytest.raises(ValueError, match="teacher's log-probs"):
+        build(config, TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
 
 
 @pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
@@ -247,6 +281,21 @@ def test_the_ratio_of_a_regulariser_can_be_bounded() -> None:
     )
     assert_close(free, math.exp(3) * terms.gate_T)
     assert_close(bound, 1.5 * terms.gate_T)
+
+
+@pytest.mark.parametrize(("ratio", "student"), [("rollout", "old_logprob_T"), ("current", "logprob_T")])
+def test_rlsd_divides_the_teachers_probability_by_the_students_of_the_same_moment(ratio: Any, student: str) -> None:
+    sample = make_sample()
+    current_T = sample.old_logprob_T - 0.15
+    terms = replace(
+        token_terms(sample, current_T, None),
+        gate_T=torch.ones(ROWS, dtype=torch.float64),
+        teacher_logprob_T=sample.old_logprob_T - 0.05,
+    )
+    config = ObjectiveConfig(name="rlsd", credit_ratio=ratio, credit=1.0, credit_decay_steps=0)
+    weight_T = build(config, TOTAL).loss(terms, CONTEXT).metrics["credit/weight"].values_T
+    scale_T = (terms.teacher_logprob_T - getattr(terms, student)) * sample.advantage_T.sign()  # type: ignore[operator]
+    assert_close(weight_T, scale_T.exp(), **EXACT)
 
 
 def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
@@ -276,14 +325,18 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
     [
         (ObjectiveConfig(beta=0.1, alpha=0.1), 20, Needs(teacher=True, reference=True)),
         (ObjectiveConfig(beta=0.1, alpha=0.0), 20, Needs(teacher=True, reference=False)),
-        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=False, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=True, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 39, Needs(teacher=False, reference=False)),
         (ObjectiveConfig(beta=0.0, alpha=0.1), 20, Needs(teacher=False, reference=True)),
         (ObjectiveConfig(name="grpo", alpha=0.0), 20, Needs()),
         (ObjectiveConfig(name="grpo", alpha=0.1), 20, Needs(reference=True)),
         (ObjectiveConfig(name="dapo"), 20, Needs()),
         (ObjectiveConfig(name="rpg"), 20, Needs(reference=True)),
-        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher=True)),
+        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher_logprob=True)),
+        (ObjectiveConfig(name="rlsd", credit_ratio="current"), 0, Needs(teacher=True)),
+        (ObjectiveConfig(name="rlsd", credit_decay_steps=40), 39, Needs()),
         (ObjectiveConfig(name="opsd"), 0, Needs(teacher=True, outcome=False)),
+        (ObjectiveConfig(name="opsd", distill_loss="clipped_ratio"), 0, Needs(teacher_logprob=True, outcome=False)),
         (ObjectiveConfig(name="opcd"), 39, Needs(teacher=True, outcome=False)),
         (ObjectiveConfig(name="sdpo", alpha=0.1), 0, Needs(teacher=True, reference=True, outcome=False)),
     ],
@@ -294,8 +347,9 @@ def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: 
     assert objective.needs(context) == expected
     # What is not needed is not read either.
     sample = make_sample()
-    divergence_T = torch.ones(ROWS, dtype=torch.float64) if expected.teacher else None
-    terms = replace(token_terms(sample, sample.old_logprob_T, divergence_T), teacher_logprob_T=divergence_T)
+    ones_T = torch.ones(ROWS, dtype=torch.float64)
+    terms = token_terms(sample, sample.old_logprob_T, ones_T if expected.teacher else None)
+    terms = replace(terms, teacher_logprob_T=ones_T if expected.privileged else None)
     if not expected.reference:
         terms = replace(terms, reference_logprob_T=None)
     assert objective.loss(terms, context).loss_T.isfinite().all()

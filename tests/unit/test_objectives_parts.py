@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.base import Needs, StepContext
 from sdpg_megatron.objectives.distillation import clip
 from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.reference import reference_term, reference_value
+from sdpg_megatron.objectives.registry import SCHEDULED, UNSCHEDULED, build, needs_of_run
 from sdpg_megatron.objectives.schedules import BetaSchedule
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
@@ -28,15 +32,25 @@ def test_advantages_are_relative_to_the_group() -> None:
     assert group_advantages(torch.tensor([2.0, 4.0])) == pytest.approx([-1 / (1 + 1e-6), 1 / (1 + 1e-6)], rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("deviation", "scale"), [("population", 0.1875**0.5 + 1e-6), ("sample", 0.25**0.5 + 1e-6), ("none", 1.0)]
+)
+def test_the_deviation_of_a_group_is_a_choice(deviation: Any, scale: float) -> None:
+    expected = [0.75 / scale, *3 * [-0.25 / scale]]
+    assert group_advantages([1.0, 0.0, 0.0, 0.0], deviation) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("deviation", ["population", "sample", "none"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0, -3.3])
-def test_equal_rewards_open_no_gate(reward: float) -> None:
-    assert group_advantages([reward] * 7) == (0.0,) * 7
+def test_equal_rewards_open_no_gate(reward: float, deviation: Any) -> None:
+    assert group_advantages([reward] * 7, deviation) == (0.0,) * 7
 
 
 def test_beta_rises_and_falls_as_in_the_paper() -> None:
     schedule = BetaSchedule.build(2.0, None, None, 400)
     assert (schedule.warmup_steps, schedule.decay_steps) == (50, 350)
-    assert [schedule.at(k) for k in (0, 25, 50, 225, 399, 400, 401)] == pytest.approx([0, 1, 2, 1, 2 / 350, 0, 0])
+    expected = {1: 2 / 50, 25: 1, 50: 2, 225: 1, 399: 2 / 350, 400: 0, 401: 0}
+    assert {k: schedule.at(k - 1) for k in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +71,12 @@ def test_ramps_left_open_are_scaled_to_the_run(warmup: Any, decay: Any, total: i
 
 
 def test_zero_steps_turn_a_side_off() -> None:
-    assert [BetaSchedule(1.0, 0, 0, 9).at(k) for k in (0, 4, 8)] == [1.0, 1.0, 1.0]
-    assert [BetaSchedule(1.0, 4, 0, 9).at(k) for k in (0, 2, 8)] == [0.0, 0.5, 1.0]
-    assert [BetaSchedule(1.0, 0, 4, 9).at(k) for k in (0, 7, 8)] == [1.0, 0.5, 0.25]
+    def betas(warmup: int, decay: int) -> list[float]:
+        return [BetaSchedule(1.0, warmup, decay, 9).at(step) for step in (0, 1, 7, 8)]
+
+    assert betas(0, 0) == [1.0, 1.0, 1.0, 1.0]
+    assert betas(4, 0) == [0.25, 0.5, 1.0, 1.0]
+    assert betas(0, 4) == [1.0, 1.0, 0.25, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +128,7 @@ def test_ratio_loss_does_not_overflow_without_a_dual_clip() -> None:
     (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), logprob_T)
     assert loss.loss_T.isfinite().all() and gradient_T.isfinite().all()
     assert gradient_T[0] == 0 and gradient_T[1] > 0 and gradient_T[2] == 0
+    assert loss.metrics["policy/ratio_bounded_fraction"].values_T.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_a_clipped_divergence_keeps_the_sign_and_direction_of_its_gradient() -> None:
@@ -176,3 +194,36 @@ def test_weights_sum_to_the_number_of_tokens_in_any_order(pairs: Any, aggregatio
     random.shuffle(order)
     shuffled = sequence_weights([lengths[i] for i in order], [groups[i] for i in order], aggregation)
     assert shuffled == tuple(weights[i] for i in order)
+
+
+@given(
+    name=st.sampled_from([*UNSCHEDULED, *SCHEDULED]),
+    total=st.integers(1, 40),
+    warmup=st.none() | st.integers(0, 40),
+    decay=st.none() | st.integers(0, 40),
+    fields=st.fixed_dictionaries(
+        {},
+        optional={"alpha": st.just(0.1), "credit_decay_steps": st.integers(0, 40), "entropy_coefficient": st.just(0.1)},
+    ),
+)
+def test_a_few_steps_say_what_a_whole_run_needs(
+    name: str, total: int, warmup: int | None, decay: int | None, fields: dict[str, Any]
+) -> None:
+    ramps = {"beta_warmup_steps": warmup, "beta_decay_steps": decay}
+    objective = build(ObjectiveConfig(name=name, **ramps, **fields), total)
+    needs = [objective.needs(StepContext(step, total)) for step in range(total)]
+    names = [field.name for field in dataclasses.fields(Needs)]
+    assert needs_of_run(objective, total) == Needs(**{n: any(getattr(one, n) for one in needs) for n in names})
+
+
+def test_what_a_run_needs_does_not_take_longer_for_a_longer_run() -> None:
+    class Counting:
+        calls = 0
+
+        def needs(self, context: StepContext) -> Needs:
+            self.calls += 1
+            return Needs()
+
+    objective: Any = Counting()
+    needs_of_run(objective, 10**9)
+    assert objective.calls <= 4

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -200,13 +201,16 @@ def test_closing_one_writer_may_fail_but_all_are_closed() -> None:
 
 # --- progress
 
+NOON = datetime(2026, 11, 24, 12)
 
-def show(steps: range, *, terminal: bool = False, enabled: bool = True, done: int = 0) -> str:
-    """What a run of 30 steps, 10 s each, prints for `steps`."""
+
+def show(steps: range, *, terminal: bool = False, enabled: bool = True, done: int = 0, width: int = 60) -> str:
+    """What a run of 30 steps, 10 s each, prints for `steps`. It took 100 s to start."""
     output = io.StringIO()
     now = [0.0]
-    console = Console(file=output, force_terminal=terminal, width=60)
-    progress = Progress(30, done=done, enabled=enabled, console=console, clock=lambda: now[0])
+    console = Console(file=output, force_terminal=terminal, width=width)
+    progress = Progress(30, done=done, enabled=enabled, console=console, clock=lambda: now[0], now=lambda: NOON)
+    now[0] += 100.0
     for step in steps:
         progress.phase("rollout")
         progress.count(3, 8)
@@ -219,12 +223,12 @@ def show(steps: range, *, terminal: bool = False, enabled: bool = True, done: in
 
 def test_a_log_gets_one_plain_unwrapped_line_per_step() -> None:
     header, first, *rest, last = show(range(1, 11)).splitlines()
-    assert " ".join(header.split()) == "step reward accuracy greedy KL entropy gate length tok/s left"
-    assert " ".join(first.split()) == "1/30 0.406 - - 0.0831 1.250 0.38 7.9 1,234 4:50"
-    assert " ".join(rest[-1].split()) == "10/30 0.406 - 0.650 0.0831 1.250 0.38 7.9 1,234 3:20"
-    assert {len(line) for line in (header, first, *rest)} == {79}
+    assert " ".join(header.split()) == "time step reward accuracy greedy KL entropy gate length tok/s left"
+    assert " ".join(first.split()) == "2026-11-24 12:00:00 1/30 0.406 - - 0.0831 1.250 0.38 7.9 1,234 4:50"
+    assert " ".join(rest[-1].split()[2:]) == "10/30 0.406 - 0.650 0.0831 1.250 0.38 7.9 1,234 3:20"
+    assert {len(line) for line in (header, first, *rest)} == {100}
     assert len(rest) == 9
-    assert last == "[saved]"
+    assert last == "2026-11-24 12:00:00 [saved]"
 
 
 def test_the_header_returns() -> None:
@@ -236,6 +240,46 @@ def test_a_terminal_gets_the_rows_and_a_bar() -> None:
     shown = show(range(1, 4), terminal=True)
     assert "rollout, 3/8 groups" in shown and "3/30" in shown and "4:30 left" in shown
     assert "\x1b[" in shown
+
+
+@pytest.mark.parametrize(("width", "stamped"), [(99, False), (100, True)])
+def test_a_narrow_terminal_gets_rows_without_the_time(width: int, stamped: bool) -> None:
+    assert ("2026-11-24 12:00:00   1/30" in show(range(1, 2), terminal=True, width=width)) == stamped
+
+
+def left(*parts: tuple[str, float], done: int = 0, recalled: float | None = None) -> list[str]:
+    """The times left of a run of 10 steps with an evaluation after every fourth and the last, as it goes on.
+
+    Parts are what takes seconds: "step", or the "eval" after one, which is told with it.
+    """
+    output, now, step = io.StringIO(), [0.0], done
+    progress = Progress(
+        10,
+        done=done,
+        evaluations=lambda step: len([s for s in (4, 8, 10) if s > step]),
+        console=Console(file=output),
+        clock=lambda: now[0],
+    )
+    progress.recall([{"step": 0, "time/eval": recalled}] if recalled is not None else [{"step": 0}])
+    for number, (name, seconds) in enumerate(parts):
+        progress.phase(name)
+        now[0] += seconds
+        step += name == "step"
+        evaluated = name == "eval"
+        if evaluated or number + 1 == len(parts) or parts[number + 1][0] == "step":
+            progress.step(step, {"time/eval": seconds} if evaluated else {})
+    progress.close()
+    return [line.split()[-1] for line in output.getvalue().splitlines()[1:]]
+
+
+def test_time_left_has_the_evaluations_to_come() -> None:
+    steps = [("step", 10.0)] * 3
+    assert left(("eval", 60.0), *steps, ("step", 10.0), ("eval", 60.0), ("step", 10.0)) == [
+        "-", "4:30", "4:20", "4:10", "3:00", "2:50",
+    ]  # fmt: skip
+    assert left(*steps) == ["1:30", "1:20", "1:10"], "nothing is known of evaluations"
+    assert left(("step", 10.0), done=8, recalled=30.0) == ["0:40"]
+    assert left(("step", 10.0), ("step", 10.0), ("eval", 50.0), done=8, recalled=30.0) == ["0:40", "0:00"]
 
 
 def test_time_left_counts_this_sessions_steps_only() -> None:
@@ -289,7 +333,13 @@ def test_no_metrics_no_curve(tmp_path: Path) -> None:
 def test_the_summary_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_summary(tmp_path) is None
     first = Summary(
-        accuracy_before=0.05, accuracy_after=0.7, greedy_before=0.4, greedy_after=0.83, steps=25, seconds=312.5
+        accuracy_before=0.05,
+        accuracy_after=0.7,
+        greedy_before=0.4,
+        greedy_after=0.83,
+        reward=0.5,
+        steps=25,
+        seconds=312.5,
     )
     path = write_summary(tmp_path, first)
     assert json.loads(path.read_text()) == {
@@ -297,6 +347,7 @@ def test_the_summary_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
         "accuracy_after": 0.7,
         "greedy_before": 0.4,
         "greedy_after": 0.83,
+        "reward": 0.5,
         "steps": 25,
         "seconds": 312.5,
     }
@@ -319,9 +370,10 @@ def test_a_transfer_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch, 
     """In a log by lines; on a terminal there is a bar."""
     monkeypatch.setattr(transfers, "EVERY", 0.0)
     file = io.StringIO()
-    with transfers.transfer("a -> b", 4_000_000, Console(file=file, force_terminal=terminal, width=200)) as moved:
-        moved(1_000_000)
-        moved(3_000_000)
+    console = Console(file=file, force_terminal=terminal, width=200)
+    with transfers.transfer("a -> b", 4_000_000, console, passes=2) as moved:  # written, and read back
+        moved(2_000_000)
+        moved(6_000_000)
     lines = file.getvalue().splitlines()
     assert re.search(r"a -> b: 4 MB in \d+\.\d s", lines[-1])
     if not terminal:

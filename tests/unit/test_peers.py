@@ -12,7 +12,7 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.train.collate import Layout, collate
-from sdpg_megatron.train.peers import describe_contexts, with_peers
+from sdpg_megatron.train.peers import describe_contexts, with_peers, without_thinking
 from sdpg_megatron.train.sample import make_samples
 from tests.tiny import tiny_tokenizer
 
@@ -39,9 +39,11 @@ def group(*rewards: float, texts: tuple[str, ...] = ("zero", "one", "two", "thre
     return ScoredGroup(Group(prompt, completions), rewards, tuple(r - 0.5 for r in rewards))
 
 
-def read(scored: ScoredGroup, renderer: Renderer, tokenizer: Any, least: float = 1.0, longest: int = 999) -> list[Any]:
+def read(
+    scored: ScoredGroup, renderer: Renderer, tokenizer: Any, least: float = 1.0, longest: int = 999, **how: bool
+) -> list[Any]:
     """The response that the teacher reads before each of a group's own."""
-    (found,) = with_peers([scored], renderer, least, longest)
+    (found,) = with_peers([scored], renderer, least, longest, **how)
     assert found.teacher_prompts is not None
     texts = [None if tokens is None else tokenizer.decode(tokens) for tokens in found.teacher_prompts]
     return [None if text is None else text.split("|46")[0].split("?|")[1] for text in texts]
@@ -64,6 +66,27 @@ def test_each_response_gets_the_first_success_of_another(
 
 def test_a_success_has_the_least_reward_or_more(renderer: Renderer, tokenizer: Any) -> None:
     assert read(group(0.4, 0.5, 0.9), renderer, tokenizer, least=0.5) == ["one", "two", "one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no tags", "no tags"),
+        ("<think>a\nb</think>\n\n46", "46"),
+        ("<think>a</think>so <think>b</think> 46", "so 46"),
+        ("the template opened it</think>\n46", "46"),
+        ("<think>cut off", "<think>cut off"),
+        ("<think>only this</think>\n", ""),
+    ],
+)
+def test_thoughts_are_removed(text: str, expected: str) -> None:
+    assert without_thinking(text) == expected
+
+
+def test_a_response_is_shown_without_its_thoughts_where_that_is_asked_for(renderer: Renderer, tokenizer: Any) -> None:
+    scored = group(1, 1, 1, texts=("<think>all</think>", "<think>some</think>one", "two"))
+    assert read(scored, renderer, tokenizer, strip_thinking=True) == ["one", "two", "one"]
+    assert read(scored, renderer, tokenizer)[1] == "<think>all</think>"
 
 
 def test_the_whole_prompt_is_rendered_with_its_history(renderer: Renderer, tokenizer: Any) -> None:

@@ -12,19 +12,50 @@ import pyarrow.parquet
 import pytest
 
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.data.chats import CONTEXT_MARK as MARK
 from sdpg_megatron.data.dataset import PromptDataset
 from tests.tiny import tiny_tokenizer
 from tools import prepare_data
 
 Rows = list[dict[str, Any]]
 
+BOXED = (
+    "Solve the following math problem step by step. Present your final answer inside \\boxed{{}}, for example "
+    "\\boxed{{42}}.\n{}\nRemember to put your final answer inside \\boxed{{}}."
+)
+"""The student's prompt in figure 4 of SDPG's paper."""
+ANSWER = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n{}\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+ONE_LINE = "Solve the following math problem step by step. {}"
+VERL = "{} Let's think step by step and output the final answer within \\boxed{{}}."
+CONTEXTS = {
+    "\nThe correct answer to this problem is: 34\n"
+    "Use this to verify your reasoning, but show your full solution process.": None,
+    "The correct answer to this problem is: 34": None,
+    "\n[Hint] The correct answer is 34. A common way to solve this is:\nCount\nthem.\n"
+    "[Instruction] If possible, derive the answer 34 using an alternative.": "Count\nthem.",
+    "\nThe correct answer to this problem is: 34\nAs counting shows.": (
+        "The correct answer to this problem is: 34\nAs counting shows."
+    ),
+}
+"""What stands after the mark, and the worked solution in it: the first as the public README states it, the third as
+the paper's figure 4."""
+
 
 def dapo(question: str, answer: str, index: str = "0") -> dict[str, Any]:
     text = (
-        "Solve the following math problem step by step. More instructions.\n\n"
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
         f"{question}\n\n"
         'Remember to put your answer on its own line after "Answer:".'
     )
+    return chat(text, answer, index)
+
+
+def chat(text: str, answer: Any, index: str = "0") -> dict[str, Any]:
     return {
         "data_source": "math_dapo",
         "prompt": [{"content": text, "role": "user"}],
@@ -105,6 +136,52 @@ def test_each_published_layout_is_read(
     run(tmp_path / "out", "--train", source, "--instruction", "none")
     expected = {"question": "How many?", "answer": answer, "source": "set"}
     assert rows_of(tmp_path / "out" / "train.jsonl") == [expected | ({"context": context} if context else {})]
+
+
+@pytest.mark.parametrize("text", [BOXED, BOXED.replace("\n", " "), BOXED.replace("\n", "\n\n"), ANSWER, ONE_LINE, VERL])
+@pytest.mark.parametrize("context", [None, "", *CONTEXTS], ids=["unmarked", "empty", *map(str, range(len(CONTEXTS)))])
+@pytest.mark.parametrize("column", ["chat", "text"])
+def test_the_student_reads_the_question_and_nothing_else(
+    tmp_path: Path, text: str, context: str | None, column: str
+) -> None:
+    """The published wrappers, in any layout of lines; the context of the public SDPG files goes to the teacher."""
+    content = text.format("How many\napples?") + ("" if context is None else f"{MARK}{context}")
+    row = chat(content, "34") if column == "chat" else {"question": content, "answer": "34"}
+    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", [row]), "--instruction", "none")
+    (written,) = rows_of(tmp_path / "out" / "train.jsonl")
+    assert written["question"].split() == ["How", "many", "apples?"]
+    assert written.get("context") == (CONTEXTS[context] if context else None)
+
+
+@pytest.mark.parametrize("instruction", prepare_data.INSTRUCTIONS)
+def test_what_was_written_is_read_back_without_its_instruction(tmp_path: Path, instruction: str) -> None:
+    source = write(tmp_path / "train.jsonl", [math("How many?", "4"), aime_2024("How much?", "5")])
+    run(tmp_path / "once", "--train", source, "--instruction", instruction)
+    run(tmp_path / "twice", "--train", tmp_path / "once" / "train.jsonl", "--instruction", instruction)
+    assert rows_of(tmp_path / "twice" / "train.jsonl") == rows_of(tmp_path / "once" / "train.jsonl")
+
+
+def test_a_question_that_contains_its_solution_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solution = "Count the apples one by one, which gives \\boxed{4}."
+    rows = [{"problem": f"How many?\n{solution}", "solution": solution}, math("How much?", "5")]
+    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", rows), "--instruction", "none")
+    assert [row["question"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == ["How much?"]
+    assert "1 of 2 rows, 1 with the solution in the question" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        ({"question": "q", "answer": 1e-5}, "0.00001"),
+        ({"question": "q", "answer": 1e16}, "10000000000000000"),
+        ({"question": "q", "answer": "1e-05"}, "0.00001"),
+        ({"question": 7, "answer": 27.0}, "27"),
+        (chat("q", 0.5), "0.5"),
+    ],
+)
+def test_numbers_are_written_in_decimal_digits(tmp_path: Path, values: dict[str, Any], answer: str) -> None:
+    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", [values]), "--instruction", "none")
+    assert [row["answer"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == [answer]
 
 
 @pytest.mark.parametrize(("instruction", "asks"), [("boxed", "\\boxed{}"), ("answer", '"Answer: "'), ("none", None)])
@@ -200,8 +277,25 @@ def test_a_hub_that_does_not_answer_is_a_plain_message(
     [
         ([{"text": "x", "label": "y"}], r"set.jsonl:1: found the columns text, label, expected one of problem"),
         ([aime_2025("a?", "1"), {"question": "b?"}], "set.jsonl:2: found the columns question"),
-        ([{"prompt": [], "reward_model": {}}], "set.jsonl:1: found [] in column 'prompt'"),
+        ([{"prompt": [], "reward_model": {}}], "set.jsonl:1: found the roles [] in column 'prompt'"),
         ([dapo("a?", "1") | {"reward_model": {"style": "rule"}}], "in column 'reward_model', expected a mapping"),
+        ([chat(BOXED.format(" "), "4")], "set.jsonl:1: found instructions without a question"),
+        ([chat(f"{MARK}The answer is 4.", "4")], f"set.jsonl:1: found no question before {MARK}"),
+        ([chat(f"a{MARK}b{MARK}c", "4")], f"set.jsonl:1: found {MARK} twice"),
+        (
+            [
+                {
+                    "prompt": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "b"},
+                        {"role": "user", "content": "c"},
+                    ],
+                    "reward_model": {"ground_truth": "4"},
+                }
+            ],
+            "in column 'prompt', expected one question, after at most a system message",
+        ),
+        ([aime_2025("a?", float("nan"))], "set.jsonl:1: found nan in column 'answer', expected text or a finite"),
         ([math("a?", "")], "found nothing left: 0 of 1 rows, 1 without an answer, expected problems to train on"),
     ],
 )
@@ -241,3 +335,14 @@ def test_two_sets_of_one_name_and_a_source_that_is_not_there(
     assert "the name set.jsonl a second time" in capsys.readouterr().err
     assert prepare_data.main([str(tmp_path / "out"), "--eval", "aime-2042"]) == 1
     assert "one of dapo-math-17k, aime-2024" in capsys.readouterr().err
+
+
+def test_the_papers_instruction_stands_around_the_question(tmp_path: Path) -> None:
+    """As in figure 4 of arXiv 2606.04036, whatever stood around it before."""
+    source = write(tmp_path / "set.parquet", [dapo("How many in {1, 2}?", "2")])
+    run(tmp_path, "--train", source, "--instruction", "paper")
+    (row,) = rows_of(tmp_path / "train.jsonl")
+    assert row["question"] == (
+        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
+        "\\boxed{42}.\n\nHow many in {1, 2}?\n\nRemember to put your final answer inside \\boxed{}."
+    )

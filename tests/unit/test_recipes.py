@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from sdpg_megatron.objectives.sdpg import SDPG
 from sdpg_megatron.plan.gpus import find_gpu
 from sdpg_megatron.plan.plan import make_plan
 from sdpg_megatron.settings import dump, load
-from tests.tiny import EOS, TURN_END, tiny_tokenizer
+from tests.tiny import EOS, TURN_END, tiny_tokenizer, write_hollow_weights
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
-METHODS = ("sdpg-urkl", "sdpg-ufkl", "grpo", "dapo", "rlsd", "opsd")
+METHODS = ("sdpg-urkl", "sdpg-ufkl", "grpo", "rlsd", "opcd", "dapo", "opsd")
 PAPERS = ("qwen3-1.7b", "qwen3-4b")
 DENSE = (*PAPERS, "qwen3-8b", "qwen2.5-7b", "llama-3.1-8b")
 CALLS = [f"{name} {method}" for name in PAPERS for method in METHODS] + list(DENSE[2:])
@@ -190,13 +191,18 @@ def test_a_recipe_walks_its_model_before_it_trains(
         "eval",
         "tools/convert_hf_to_megatron.py",
     ]
-    world, _, _, *dry = calls[3]
+    _, _, _, *dry = calls[3]
     assert "--dry-run" in dry
+    world = int(dry[dry.index("--ranks") + 1])
     monkeypatch.chdir(sandbox.root)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    assert main(dry) == 0
+    monkeypatch.setenv("SDPG_SGLANG_PYTHON", "true")  # as an interpreter that has sglang
     config = load(Path(dry[1]), [argument for argument in dry if "=" in argument])
-    plan = make_plan(config, find_gpu("H200"), int(world))
+    write_hollow_weights(config.model.path)
+    monkeypatch.setattr(
+        "sdpg_megatron.train.dry_run.check_values", lambda folder, arch: None
+    )  # tens of gigabytes of zeros
+    assert main(dry) == 0
+    plan = make_plan(config, find_gpu("H200"), world)
     columns = plan.arch.padded_vocab(config.parallel.tensor) // config.parallel.tensor
     shapes = f"{config.rollout.max_response_tokens}x{columns}"
     expected = f"stage 0: {plan.stages[0].numel:,} parameters a rank; forward and back: {shapes}"
@@ -217,12 +223,14 @@ PAPER = {
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sdpg-urkl": {"clip": (0.2, 0.28, 10.0), "beta": 1e-3, "alpha": 1e-3, "reference": "urkl", "gate": True},
     "sdpg-ufkl": {"clip": (0.2, 0.28, 10.0), "beta": 1e-3, "alpha": 1e-3, "reference": "ufkl", "gate": True},
-    "grpo": {"clip": (0.2, 0.2, None), "beta": 0, "alpha": 0},
+    "grpo": {"clip": (0.2, 0.2, None), "beta": 0, "alpha": 1e-3, "reference": "ufkl"},
+    "rlsd": {"clip": (0.2, 0.2, 3.0), "beta": 0, "alpha": 1e-3, "reference": "ufkl", "credit_ratio": "rollout"},
+    "opcd": {"beta": 1, "alpha": 0, "divergence": "reverse_kl", "top_k": None, "teacher": "current", "gate": False},
     "dapo": {"clip": (0.2, 0.28, None), "beta": 0, "alpha": 0},
-    "rlsd": {"clip": (0.2, 0.2, None), "beta": 0, "alpha": 0},
     "opsd": {"beta": 1, "alpha": 0, "divergence": "jsd", "jsd_beta": 0.5, "teacher": "initial", "gate": False},
 }
-AGGREGATION = {"sdpg": "group-token-mean", "dapo": "token-mean"}
+AGGREGATION = {"dapo": "token-mean", "opsd": "sequence-mean"}
+"""Of methods that the paper does not have; its own mean is over each prompt's tokens."""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -256,19 +264,49 @@ def test_a_paper_s_recipe_has_the_paper_s_settings(sandbox: Sandbox, name: str, 
     objective = config.objective.model_dump()
     objective["clip"] = tuple(objective[part] for part in ("clip_low", "clip_high", "dual_clip"))
     assert {field: objective[field] for field in OBJECTIVES[method]} == OBJECTIVES[method]
-    assert config.objective.aggregation == AGGREGATION.get(config.objective.name, "sequence-mean")
+    assert config.objective.aggregation == AGGREGATION.get(method, "group-token-mean")
     assert config.selection.drop_dead == (method == "dapo")
     built = objectives.build(config.objective, config.total_optimizer_steps)
     if isinstance(built, SDPG):
         schedule = built.schedule
         assert (schedule.warmup_steps, schedule.decay_steps, schedule.total_steps) == (8 * 50, 8 * 350, 8 * 400)
     if isinstance(built, RLSD):
-        assert [built.schedule.at(8 * step) for step in (0, 25, 50)] == [0.5, 0.25, 0.0]
+        ends = [built.schedule.at(8 * rollout - 1) for rollout in (1, 25, 50)]  # at a rollout's last mini-batch
+        assert ends == pytest.approx([0.49, 0.25, 0.0])
         assert config.objective.credit_clip == 0.2
 
 
+def test_the_papers_recipes_have_its_prompts_and_the_others_do_not(sandbox: Sandbox) -> None:
+    paper = ("data/sdpg", "dapo-math-17k-en", "paper", "verify", True)
+    found = {}
+    for call in ("qwen3-4b grpo", "qwen3-1.7b opcd", "qwen3-8b"):
+        assert sandbox.run(call)[0] == 0
+        calls = sandbox.calls()
+        prepare = next(words for words in calls if words[1] == "tools/prepare_data.py")
+        named = dict(pairwise(prepare))
+        plan = next(words for words in calls if words[3] == "plan")
+        config = load(sandbox.root / plan[4])
+        assert {str(path.parent) for path in (*config.data.train, *config.data.eval)} == {prepare[2]}
+        shutil.rmtree(sandbox.root / "runs" / "data")
+        thinks = config.data.template_options["enable_thinking"]
+        folder = prepare[2].removeprefix("runs/")
+        found[call] = (folder, named["--train"], named["--instruction"], config.data.context_template, thinks)
+    assert found == {
+        "qwen3-4b grpo": paper,
+        "qwen3-1.7b opcd": paper,
+        "qwen3-8b": ("data/math", "dapo-math-17k", "boxed", "answer", False),
+    }
+
+
+def test_a_method_that_a_recipe_does_not_have_is_refused(sandbox: Sandbox) -> None:
+    code, said = sandbox.run("qwen3-4b ppo")
+    assert code == 2 and "method: found ppo, expected sdpg-urkl" in said and not sandbox.calls()
+    code, said = sandbox.run("qwen3-4b")
+    assert code and all(method in said for method in METHODS)
+
+
 def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: Sandbox) -> None:
-    from sdpg_megatron.train.evaluator import _for_evaluation
+    from sdpg_megatron.train.evaluator import for_evaluation
     from sdpg_megatron.train.subject import find_subject
 
     machines = {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
@@ -285,7 +323,7 @@ def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: S
     (run_dir / "config.yaml").write_text(dump(load(sandbox.root / config, [*changes, lost])))
     assert evaluate[3] == "eval"
     subject = find_subject(run_dir, 0, [argument for argument in evaluate if "=" in argument])
-    served = _for_evaluation(subject.config, run_dir, run_dir).rollout.sglang
+    served = for_evaluation(subject.config, run_dir, run_dir).rollout.sglang
     assert not served.urls and served.first_gpu == 0
     assert (served.servers, served.tensor) == (2, 2), "on machine 0"
 

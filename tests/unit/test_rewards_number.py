@@ -39,6 +39,9 @@ def prompt(answer: str) -> Prompt:
         ("-.5", "-0.5"),
         (r"$\boxed{-46}$", "-46"),
         ("007", "7"),
+        ("about 1e-05", "0.00001"),
+        ("it is 2.5E+3.", "2500"),
+        ("1e16", "10000000000000000"),
         ("9" * 40, "9" * 40),
     ],
 )
@@ -66,9 +69,24 @@ def test_comparison_is_exact() -> None:
     assert number(prompt("-46"), "46") == 0.0
 
 
-def test_an_answer_without_a_number_is_not_simply_wrong() -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl:1"):
-        number(prompt("Paris"), "1")
+@pytest.mark.parametrize("answer", ["Paris", "1/2", "(3, 4)", "46 or 47"])
+def test_an_answer_that_is_not_one_number_is_not_simply_wrong(answer: str) -> None:
+    with pytest.raises(ValueError, match=r"of a\.jsonl:1 holds (no|2) numbers, not one"):
+        number(prompt(answer), "2")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("0.00001", ["0.00001", "1e-05", "It is 1e-5."], ["5", "-5", "05", "1"]),
+        ("1e16", ["10000000000000000", "1E16"], ["16", "1"]),
+        ("7.3", ["7.3", "7.30"], ["7.300000190734863", "7"]),
+        ("$18", ["18", "$18.00", "18 dollars"], ["1", "8"]),
+    ],
+)
+def test_right_and_wrong_numbers(answer: str, right: list[str], wrong: list[str]) -> None:
+    assert [number(prompt(answer), text) for text in right] == [1.0] * len(right)
+    assert [number(prompt(answer), text) for text in wrong] == [0.0] * len(wrong)
 
 
 def test_load_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

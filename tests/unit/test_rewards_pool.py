@@ -1,6 +1,7 @@
 """The pool: whatever a verifier does costs its own sample and nothing else."""
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sdpg_megatron.config import RewardConfig
-from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.errors import ConfigError, VerifierError
+from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
 
 FAILURE_REWARD = -0.5
@@ -89,6 +91,44 @@ def test_a_failure_costs_its_own_sample(pool: VerifierPool, caplog: pytest.LogCa
     assert scored == [GroupRewards((FAILURE_REWARD, 1.0) * len(faults), len(faults)), GroupRewards((1.0, 1.0), 0)]
     assert "8 of 18 verifier calls failed; the first, on bad: RuntimeError: refused" in caplog.text
     assert pool.score([group("after", "x")]) == [GroupRewards((1.0,), 0)]
+
+
+def test_errors_are_told_completion_by_completion(pool: VerifierPool) -> None:
+    (scored,) = pool.score([group("a", "x", "raise", "nan")])
+    assert scored.errors[0] is None
+    assert re.fullmatch(r"RuntimeError: refused \(.*/faulty_verifier\.py:\d+\)", str(scored.errors[1]))
+    assert str(scored.errors[2]).startswith("ValueError: returned nan, not a finite number")
+    assert pool.score([group("a", "x")])[0].errors == ()
+
+
+def scored(uid: str, *errors: str | None) -> ScoredGroup:
+    zeros = (0.0,) * len(errors)
+    failures = sum(error is not None for error in errors)
+    return ScoredGroup(group(uid, *["x"] * len(errors)), zeros, zeros, failures, errors=errors if failures else ())
+
+
+@pytest.mark.parametrize(
+    ("errors", "limit", "refused"),
+    [
+        ([("a", "b"), ("c", "d")], 0.5, True),
+        ([("a", "b"), ("c", "d")], 1.0, True),
+        ([("a", "b"), ("c", "d")], None, False),
+        ([(None, "b"), ("c", "d")], 0.5, True),
+        ([(None, "b"), ("c", "d")], 0.75, False),
+        ([(None, None), (None, None)], 0.1, False),
+        ([(None, "b"), (None, None)], 0.2, True),
+    ],
+)
+def test_too_many_failures_are_an_error(
+    errors: list[tuple[str | None, ...]], limit: float | None, refused: bool
+) -> None:
+    groups = [scored(f"f:{number}", *found) for number, found in enumerate(errors)]
+    if not refused:
+        check_failures("step 3", groups, limit)
+        return
+    first = next(f"the first on f:{n}: {error};" for n, found in enumerate(errors) for error in found if error)
+    with pytest.raises(VerifierError, match=rf"reward\.verifier: step 3: found \d of 4 calls that failed, {first}"):
+        check_failures("step 3", groups, limit)
 
 
 def test_answers_are_extracted_where_asked_for(pool: VerifierPool) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
+from sdpg_megatron.checkpoint.drawn import Drawn
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping, overlong_penalty
+from sdpg_megatron.settings import parse
+from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.rollouts import describe, with_shaping
 
 LIMIT = 20
@@ -48,11 +53,21 @@ def test_a_buffer_as_long_as_the_limit_and_one_of_a_token() -> None:
 )
 def test_advantages_are_those_of_shaped_rewards(config: dict[str, object], expected: tuple[float, ...]) -> None:
     given = group((3.0, -2.0, 0.5), (10, 18, 20))
-    shaping = Shaping.build(RewardConfig.model_validate(config), LIMIT)
+    shaping = Shaping.build(RewardConfig.model_validate(config), LIMIT, "sample")
     assert shaping.shape(given.rewards, given.group.completions) == pytest.approx(expected)
     (shaped,) = with_shaping([given], shaping)
-    assert shaped.advantages == pytest.approx(group_advantages(expected))
+    assert shaped.advantages == pytest.approx(group_advantages(expected, "sample"))
     assert (shaped.group, shaped.rewards) == (given.group, given.rewards)
+
+
+@pytest.mark.parametrize("deviation", ["population", "sample", "none"])
+def test_a_step_has_the_advantages_that_the_run_asks_for(deviation: Any) -> None:
+    objective = {"advantage_deviation": deviation}
+    tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {}, "rollout": {"prompts_per_step": 1}}
+    given, unread = group((1.0, 0.0, 0.0), (10, 11, 12)), cast(Any, None)
+    collector = Collector(parse({**tree, "objective": objective}), unread, unread, unread)
+    (kept,) = collector.collect(0, unread, Drawn((0,), (given,))).kept
+    assert kept.advantages == group_advantages(given.rewards, deviation)
 
 
 def test_what_was_done_is_reported() -> None:

@@ -106,6 +106,12 @@ def fair(group): return numpy.mean(group.rewards) > 0.4
 def broken(group): return group.reward > 0
 def silent(group): len(group.rewards)
 def counts(group): return len(group.rewards)
+def slimes(args, samples, **kwargs): return True
+async def later(group): return True
+class Built:
+    def __call__(self, group): return True
+class Pair:
+    def __call__(self, group, other): return True
 """
 
 
@@ -118,6 +124,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
 
 def test_filters_say_what_is_kept(module: Callable[[str], str]) -> None:
     filters = load_filters([module("short"), module("fair")])
+    assert is_kept("", *load_filters([module("Built")]).values(), group(0, LIVE))
     said = {
         spec: [is_kept(spec, keeps, group(0, rewards)) for rewards in (LIVE, WRONG, (1.0, 1.0, 1.0))]
         for spec, keeps in filters.items()
@@ -149,6 +156,9 @@ def test_a_filter_that_does_not_say_is_an_error_that_names_it(
         ("fair", r"selection\.filters: found 'fair', expected module:function"),
         ("nowhere_at_all:fair", "a module that imports"),
         ("my_filters:fare", "did you mean 'fair'"),
+        ("my_filters:slimes", r"slimes\(args, samples, \*\*kwargs\)', expected f\(group\) -> bool"),
+        ("my_filters:later", r"later\(group\)', expected f\(group\) -> bool"),
+        ("my_filters:Pair", r"Pair\(group, other\)', expected f\(group\) -> bool"),
     ],
 )
 def test_a_filter_that_cannot_be_loaded_is_named(module: Callable[[str], str], spec: str, message: str) -> None:

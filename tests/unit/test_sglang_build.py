@@ -1,7 +1,9 @@
-"""From a configuration to servers."""
+"""From a configuration to servers, and what these get of the environment."""
 
 from __future__ import annotations
 
+import asyncio
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import pytest
 
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes
+from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.server import Launch, environment
+from tests.sglang_fakes import Misbehaving, good
 
 
 @pytest.mark.parametrize(
@@ -46,3 +51,51 @@ def test_no_two_started_servers_share_a_device(
     assert len({process.launch.seed for process in processes}) == 2
     for process in processes:
         process.stop()  # it holds a port
+
+
+PROXIES = dict.fromkeys(("http_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), "http://10.9.9.9:3128")
+
+
+def server_environment(base: dict[str, str], host: str = "10.0.0.2") -> dict[str, str]:
+    launch = Launch(model=Path("m"), log=Path("log"), host=host, dtype="float32", device="cpu", python="python")
+    return environment(launch, base)
+
+
+@pytest.mark.parametrize(
+    "users",
+    [{}, {"no_proxy": "corp.example, 10.1.0.0/16"}, {"NO_PROXY": "corp.example,10.1.0.0/16"}, {"no_proxy": ""}],
+)
+def test_a_server_reaches_the_runs_hosts_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, users: dict[str, str]
+) -> None:
+    found = server_environment({**PROXIES, **users, "MASTER_ADDR": "node-0"})
+    assert {name: found[name] for name in PROXIES} == PROXIES, "other hosts still go through it"
+    assert found["no_proxy"] == found["NO_PROXY"]
+    assert set(users.get("no_proxy", users.get("NO_PROXY", "")).replace(" ", "").split(",")) - {""} <= set(
+        found["no_proxy"].split(",")
+    )
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, found[name])
+    direct = ("127.0.0.1:30000", "localhost:30000", "10.0.0.2:30000", "node-0")
+    assert all(urllib.request.proxy_bypass_environment(host) for host in direct)  # type: ignore[attr-defined]
+    assert not urllib.request.proxy_bypass_environment("huggingface.co")  # type: ignore[attr-defined]
+
+
+def test_a_wildcard_stays_alone() -> None:
+    """Programs take it for one only then."""
+    assert server_environment({"NO_PROXY": "*", "no_proxy": "corp.example"})["no_proxy"] == "*"
+
+
+def test_requests_to_servers_go_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def ask() -> None:
+        async with Misbehaving(good).started() as server:
+            client = Client(server.url)
+            assert await client.alive() and await client.weight_version()
+            await client.close()
+
+    asyncio.run(ask())

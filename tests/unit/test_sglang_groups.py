@@ -371,3 +371,21 @@ def test_experts_are_asked_for_where_they_are_wanted() -> None:
         assert len(group.completions) == SAMPLING.n
 
     run(test)
+
+
+def test_no_default_of_a_server_is_left_to_apply() -> None:
+    """SGLang overlays a request's parameters on its preferred ones: every one that shapes the samples is stated."""
+    preferred = {"top_k": 20, "top_p": 0.8, "min_p": 0.1, "temperature": 0.6, "repetition_penalty": 1.1}
+    preferred |= {"frequency_penalty": 0.5, "presence_penalty": 1.5, "logit_bias": {"5": -100.0}, "min_new_tokens": 2}
+    preferred |= {"stop": ["\n"], "regex": "[0-9]+", "json_schema": "{}", "ebnf": "x", "ignore_eos": True}
+
+    async def test() -> None:
+        server = Misbehaving(good)
+        async with opened(server) as pool:
+            await collect(pool, 1)
+        stated = server.bodies[0]["sampling_params"]
+        applied = preferred | stated
+        assert applied == stated
+        assert (stated["top_k"], stated["min_p"], stated["repetition_penalty"], stated["top_p"]) == (-1, 0.0, 1.0, 1.0)
+
+    run(test)

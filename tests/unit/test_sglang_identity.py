@@ -65,6 +65,7 @@ def check(folder: Path, model: dict[str, Any], server: dict[str, Any], **changes
         ({}, {}, {}),
         ({}, {"enable_memory_saver": True}, {"memory_saver": True}),
         ({}, {"device": "cpu"}, {"memory_saver": True}),
+        ({}, {"speculative_accept_threshold_single": 1.0, "preferred_sampling_params": None}, {}),
         ({}, {}, {"prompt_tokens": 505, "response_tokens": 5}),
     ],
 )
@@ -81,6 +82,9 @@ def test_what_fits(folder: Path, model: dict[str, Any], server: dict[str, Any], 
         ({}, {}, {"memory_saver": True}, "--enable-memory-saver"),
         ({}, {"enable_deterministic_inference": True}, {}, "would be the same"),
         ({"preferred_sampling_params": {"top_k": 3}}, {}, {}, "--preferred-sampling-params"),
+        ({}, {"preferred_sampling_params": {"min_p": 0.1}}, {}, "--preferred-sampling-params"),
+        ({}, {"speculative_accept_threshold_acc": 0.8}, {}, "speculative_accept_threshold_acc is 0.8, .*with .* 1.0"),
+        ({}, {"watermark_default_enabled": True}, {}, "watermark_default_enabled is True, which changes"),
     ],
 )
 def test_what_does_not_fit_is_named(

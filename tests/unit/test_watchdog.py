@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sdpg_megatron.config import WatchdogConfig
+from sdpg_megatron.process.ranks import name_ranks
 from sdpg_megatron.train.board import Clock
 from sdpg_megatron.train.watchdog import BETWEEN
-from sdpg_megatron.train.whereabouts import State, describe, find_missing, name, place_of_main_thread
+from sdpg_megatron.train.whereabouts import State, describe, find_missing, place_of_main_thread
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,8 +52,8 @@ def test_a_description_has_a_line_for_each_place() -> None:
 
 
 def test_ranks_are_named_in_spans() -> None:
-    assert name([3]) == "rank 3"
-    assert name([5, 0, 1, 2, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks([5, 0, 1, 2, 7, 8]) == "ranks 0-2, 5, 7-8"
 
 
 def test_the_place_of_this_thread() -> None:

@@ -51,6 +51,18 @@ def test_transformers_loads_it(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+def test_values_that_are_not_finite_are_not_written(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_folder(buckets(source), target, source_folder=source)
+    before = (target / "model.safetensors").read_bytes()
+    with pytest.raises(
+        WeightError, match=r"tensor 'model\..*': found \d+ of \d+ values .* not finite in float32, .*Fix: export"
+    ):
+        write_folder(buckets(source, scale=float("inf")), target, source_folder=source)
+    assert (target / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_several_files_of_bounded_size(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "model"
     write_folder(buckets(source), target, source_folder=source, shard_bytes=100_000)

@@ -13,6 +13,7 @@ import torch
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
+from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.identity import Wanted
 from sdpg_megatron.rollout.sglang.member import Member
@@ -100,21 +101,36 @@ def make_processes(
         admin_key=keys.admin,
     )
     ports = config.ports or (None,) * config.servers
-    first_gpu = config.first_gpu
-    if first_gpu is None:
-        first_gpu = 0 if config.colocated else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = first_gpu(config, RankEnvironment.read())
     return [
         ServerProcess(
             replace(
                 common,
                 log=run_dir / "logs" / f"{name}-{number}.log",
                 port=port,
-                seed=seed + number,  # servers that share one would give the same responses to the same prompts
-                base_gpu=first_gpu + number * config.tensor * config.data,
+                seed=(seed + number) % 2**32,  # for NumPy; servers that share one would draw the same responses
+                base_gpu=first + number * config.tensor * config.data,
             )
         )
         for number, port in enumerate(ports)
     ]
+
+
+def first_gpu(config: SGLangConfig, environment: RankEnvironment) -> int:
+    """Device number of the first started server.
+
+    Raises:
+        ConfigError: it follows the trainer's ranks on this machine, and their number is unknown.
+    """
+    if config.first_gpu is not None:
+        return config.first_gpu
+    if config.colocated:
+        return 0
+    ranks_here = environment.local_world_size or (1 if environment.world_size == 1 else None)
+    if ranks_here is None:
+        expected = "a device number where LOCAL_WORLD_SIZE, the number of ranks on this machine, is not set"
+        raise ConfigError("rollout.sglang.first_gpu", None, expected, "set it, or export LOCAL_WORLD_SIZE")
+    return ranks_here
 
 
 async def make_pool(

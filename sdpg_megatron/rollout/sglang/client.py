@@ -25,6 +25,22 @@ QUOTED = 300
 """Characters of a server's answer that an error repeats."""
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 """SGLang's finish types; everything else counts as aborted."""
+UNCONSTRAINED: Mapping[str, object] = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "ignore_eos": False,
+    "stop": None,
+    "regex": None,
+    "json_schema": None,
+    "ebnf": None,
+    "logit_bias": None,
+}
+"""Sampling parameters that leave the model's distribution as it is. Every request states them, so that no default of
+the server applies. Source: sglang.srt.sampling.sampling_params of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +98,9 @@ class Client:
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
         self._keys = {False: api_key, True: admin_key or api_key}
-        # No bound on connections: whoever sends requests bounds them.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        # No bound on connections: whoever sends requests bounds them. No proxy, which trust_env would take from the
+        # environment: these are the run's own hosts.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
         self._paths: frozenset[str] | None = None
 
     async def close(self) -> None:
@@ -100,6 +117,7 @@ class Client:
             ServerError: see `_call`; also where the answer is not what was asked for.
         """
         params: dict[str, Any] = {
+            **UNCONSTRAINED,
             "n": sampling.n,
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,

@@ -19,6 +19,15 @@ less 2; a response that would go beyond is cut without a word.
 Source: sglang.srt.managers.tp_worker and scheduler (init_req_max_new_tokens) of SGLang 0.5.23.
 """
 
+NEUTRAL_SAMPLING: Mapping[str, object] = {
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+    "watermark_default_enabled": False,
+    "watermark_enforce_all": False,
+}
+"""Server arguments that change the sampled distribution where they have another value. Source: sglang.srt.arg_groups
+of SGLang 0.5.23."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -75,6 +84,11 @@ def _sampling(model: Mapping[str, Any], server: Mapping[str, Any]) -> str | None
     if server.get("enable_deterministic_inference"):
         # Its random numbers are a function of seed and position, which all responses of a group share.
         return "all responses of a group would be the same. Fix: start it without --enable-deterministic-inference"
-    if preferred := model.get("preferred_sampling_params"):
-        return f"it samples with {preferred} unless told otherwise. Fix: start it without --preferred-sampling-params"
+    for info in (model, server):
+        if preferred := info.get("preferred_sampling_params"):
+            fix = "Fix: start it without --preferred-sampling-params"
+            return f"it samples with {preferred} unless told otherwise. {fix}"
+    for name, neutral in NEUTRAL_SAMPLING.items():
+        if (found := server.get(name, neutral)) != neutral:
+            return f"{name} is {found}, which changes what it samples. Fix: start it with {name} {neutral}"
     return None

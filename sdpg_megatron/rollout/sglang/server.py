@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,9 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
 """Beginnings of what torchrun tells its ranks. The server's ranks are a job of their own: with
 TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
+NO_PROXY = "no_proxy", "NO_PROXY"
+"""Both spellings: programs differ in which they read, and in which of the two wins."""
+LOOPBACK = "localhost", "127.0.0.1", "::1"
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For glibc: a bucket of weights is received into memory that the one before it had. Blocks of that size would be fresh
 memory otherwise, which is several times as slow to fill. The price: a server keeps the most that it ever held."""
@@ -109,9 +112,9 @@ class ServerProcess:
         if self.alive():
             raise RolloutError(f"{self.url}: the server is running already. Fix: stop it first")
         self._end(0.0)
-        _check_interpreter(self.launch.python)
+        check_interpreter(self.launch.python)
         if self._held is None:
-            self._held = _hold(self.launch.host, self.port)
+            self._held = hold_port(self.launch.host, self.port)
         job: guard.Job = {
             "command": command(self.launch, self.port),
             "parent": os.getpid(),
@@ -202,7 +205,8 @@ def command(launch: Launch, port: int) -> list[str]:
 
 
 def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` for a server: without torchrun's variables, and without those that hold one of the keys."""
+    """`base` for a server: without torchrun's variables, without those that hold one of the keys, and with no proxy for
+    the run's own hosts: a server that starts asks itself whether it is well, and sends its API key."""
     secrets = _secrets(launch)
     found = {
         name: value
@@ -210,6 +214,7 @@ def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
         if not name.startswith(LAUNCHER_VARIABLES) and name not in RANK_VARIABLES and value not in secrets
     }
     found["PYTHONUNBUFFERED"] = "1"
+    found |= dict.fromkeys(NO_PROXY, _no_proxy(base, [launch.host, base.get("MASTER_ADDR", ""), socket.gethostname()]))
     if launch.device == "cpu":
         found["SGLANG_USE_CPU_ENGINE"] = "1"
         for name, value in KEEP_FREED_MEMORY.items():
@@ -217,6 +222,14 @@ def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
         if (ranks := launch.tensor * launch.data) > 1:
             found.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _share_cores(ranks))
     return found
+
+
+def _no_proxy(base: Mapping[str, str], hosts: Sequence[str]) -> str:
+    """The user's list, which may be in either spelling, with the loopback and `hosts`."""
+    listed = [entry.strip() for name in NO_PROXY for entry in base.get(name, "").split(",")]
+    if "*" in listed:
+        return "*"  # taken for a wildcard only where it stands alone
+    return ",".join(dict.fromkeys(entry for entry in (*listed, *LOOPBACK, *hosts) if entry))
 
 
 def _share_cores(ranks: int) -> str:
@@ -235,15 +248,15 @@ def _key_arguments(launch: Launch) -> dict[str, str]:
     return {name: key for name, key in keys.items() if key}
 
 
-def _check_interpreter(python: str) -> None:
-    """That it runs and has sglang, from its installed packages' records: importing it would take seconds."""
+def check_interpreter(python: str) -> None:
+    """Raise `RolloutError` unless it runs and has sglang. Reads its packages' records: an import would take seconds."""
     fix = (
         "Fix: install sglang there, or name an interpreter that has it in rollout.sglang.python or "
         f"${PYTHON_VARIABLE}. scripts/install_sglang_cpu.sh makes one for machines without a GPU"
     )
     code = "import importlib.metadata as m; m.version('sglang')"
     try:
-        found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+        found = subprocess.run([python, "-I", "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RolloutError(f"{python}: the interpreter for SGLang servers does not run ({error}). {fix}") from error
     if found.returncode != 0:
@@ -283,7 +296,8 @@ def _bind(host: str, port: int, *, alone: bool) -> socket.socket:
     return held
 
 
-def _hold(host: str, port: int) -> socket.socket:
+def hold_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port until it is closed. Raises `RolloutError`."""
     try:
         return _bind(host, port, alone=False)
     except OSError as error:

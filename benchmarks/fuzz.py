@@ -1,0 +1,271 @@
+"""Call the command line with drawn faults, and count the calls that end without an error of the package.
+
+    python benchmarks/fuzz.py --cases 10000 --seed 0 --jobs 2
+    python benchmarks/fuzz.py --seed 0 --only 137          one case again: its files stay, its output is shown
+
+A case is a command of ``sdpg-megatron`` over a drawn configuration, data file, model folder, checkpoint or environment
+(benchmarks/fuzz_cases.py), most of them with one to three faults. It runs in a fork of a process that has everything
+imported, in a session and a folder of its own, with a bound on its memory. Cases may succeed: a fault may lie where
+nothing reads it.
+
+    cases    calls made
+    untyped  calls that ended by a traceback, a death by a signal that was not sent, or an exit code that is not
+             documented; or with an exit code for errors and no message
+    hangs    calls that did not end within their limit
+
+The last line of standard output is the JSON of these three; standard error names each faulty case. The exit code is 1
+where one of the last two is not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script, whose folder is then the first place to look for modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.fuzz_cases import CHECKPOINT, MODELS, RUN, VERIFIER, VERIFIER_CODE, Case, draw_case
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTED = (0, 2, 70, 75, 130, 141)
+"""Exit codes of `sdpg_megatron.cli.main`; 2 is the one of an error."""
+MEMORY = 8 << 30
+"""Bytes of address space that a call may take beyond those of the imports."""
+IMPORTED = (
+    *(f"sdpg_megatron.train.{name}" for name in ("loop", "evaluator", "subject")),
+    *(f"sdpg_megatron.plan.{name}" for name in ("plan", "report", "advice")),
+    *(
+        "sdpg_megatron.cli",
+        "sdpg_megatron.mcore.shapes",
+        "sdpg_megatron.convert.command",
+        "sdpg_megatron.convert.inspect",
+    ),
+    *(f"transformers.models.{name}.modeling_{name}" for name in MODELS),
+    *("sdpg_megatron.evaluation.compare", "pyarrow.parquet", "matplotlib.pyplot"),
+    "tensorboard.summary.writer.record_writer",
+)
+TOLD = 1200
+"""Characters of standard error that are shown of a faulty case."""
+
+
+@dataclass(slots=True)
+class Result:
+    """The output; the JSON has these keys and no others."""
+
+    cases: int = 0
+    untyped: int = 0
+    hangs: int = 0
+
+
+def prepare(folder: Path) -> None:
+    """Write tiny models, a Megatron checkpoint and a finished run of two steps, with an evaluation.
+
+    Runs in a process of its own: a process that has computed with several threads cannot fork.
+    """
+    from sdpg_megatron.cli import main
+    from tests.tiny import write_tiny_model
+
+    for family in MODELS:
+        write_tiny_model(folder / family, family, tied=False, seed=1, layers=2, hidden=32, heads=2, kv_heads=1)
+    case = folder / "case"
+    case.mkdir()
+    config = draw_case_of_run(case, folder)
+    assert main(["train", config, "steps=2", f"run_dir={folder / RUN}"]) == 0
+    assert main(["convert", str(folder / MODELS[0]), str(folder / CHECKPOINT)]) == 0
+
+
+def draw_case_of_run(case: Path, folder: Path) -> str:
+    """The configuration that damaged runs are continued with, beside its data."""
+    import yaml
+
+    from benchmarks.fuzz_cases import base
+
+    (case / f"{VERIFIER}.py").write_text(VERIFIER_CODE)
+    tree = base(random.Random(0), folder, case)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**tree, "reward": {"verifier": "number"}}))
+    return str(path)
+
+
+def import_everything() -> None:
+    """Import what the commands import, in one thread."""
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    import importlib
+
+    for name in IMPORTED:
+        importlib.import_module(name)
+    import psutil
+
+    assert psutil.Process().num_threads() == 1, "an import started threads, which forks do not have"
+
+
+def attempt(case: Case, folder: Path) -> tuple[int | None, str]:
+    """Exit code, negative for a signal, None for a hang; and what was written to standard error."""
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        os._exit(call(case, folder))
+    pending, code = list(case.signals), None
+    while time.monotonic() - started < case.limit:
+        while pending and time.monotonic() - started >= pending[0][0]:
+            os.kill(child, pending.pop(0)[1])
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            break
+        time.sleep(0.005)
+    with suppress(ProcessLookupError):  # what it started, and the call itself where it hangs
+        os.killpg(child, signal.SIGKILL)
+    if code is None:
+        os.waitpid(child, 0)
+    return code, (folder / "stderr").read_text(errors="replace")
+
+
+def call(case: Case, folder: Path) -> int:
+    """Be the process of one call; returns its exit code."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update({"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **case.environment})
+    sys.path[:0] = [str(folder)]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    replace_streams(case, folder)
+    from tests.e2e.preloaded import run_as_main
+
+    return run_as_main("sdpg_megatron", *case.arguments)
+
+
+def replace_streams(case: Case, folder: Path) -> None:
+    """Standard input is empty, standard error a file; standard output a file, closed, full or a broken pipe."""
+    match case.stdout:
+        case "full":
+            out = os.open("/dev/full", os.O_WRONLY)
+        case "gone":
+            reader, out = os.pipe()
+            os.close(reader)
+        case _:
+            out = os.open(folder / "stdout", os.O_WRONLY | os.O_CREAT)
+    for descriptor, number in (
+        (os.open(os.devnull, os.O_RDONLY), 0),
+        (out, 1),
+        (os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2),
+    ):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if case.stdout == "closed":
+        os.close(1)
+        sys.stdout = None  # type: ignore[assignment]  # as Python starts with a closed one
+
+
+def verdict(case: Case, code: int | None, said: str) -> str | None:
+    """Why a call counts as untyped; None where it does not."""
+    if code is None or "Traceback (most recent call last)" in said:
+        return None if code is None else "a traceback"
+    if code < 0:
+        return None if -code in (number for _, number in case.signals) else f"killed by signal {-code}"
+    if code not in DOCUMENTED:
+        return f"exit code {code}"
+    if code == 2 and "plan" not in case.arguments and "inspect" not in case.arguments and not said.strip():
+        return "exit code 2 without a message"
+    return None
+
+
+def fuzz(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, keep: bool) -> tuple[Result, Counter[str]]:
+    """Make the calls of some cases, one after another; returns the counts, and the exit codes by kind of case."""
+    result, codes = Result(), Counter[str]()
+    for number in numbers:
+        folder = scratch / str(number)
+        folder.mkdir(parents=True)
+        case = draw_case(random.Random(f"{seed}/{number}"), prepared, folder)
+        code, said = attempt(case, folder)
+        result.cases += 1
+        codes[f"{case.kind}: {code}"] += 1
+        why = "hangs" if code is None else verdict(case, code, said)
+        result.hangs += code is None
+        result.untyped += code is not None and why is not None
+        if why or keep:
+            show(number, case, why, code, said)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    return result, codes
+
+
+def share(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, jobs: int) -> tuple[Result, Counter[str]]:
+    """`fuzz` in several forks, each with every n-th case. `multiprocessing` would have the cases be its children."""
+    result, codes = Result(), Counter[str]()
+    readers = []
+    for job in range(jobs):
+        reader, writer = os.pipe()
+        if not os.fork():
+            found, by_kind = fuzz(seed, numbers[job::jobs], prepared, scratch, keep=False)
+            os.write(writer, json.dumps([asdict(found), by_kind]).encode())
+            os._exit(0)
+        os.close(writer)
+        readers.append(reader)
+    for reader in readers:
+        with open(reader, encoding="utf-8") as stream:
+            found, by_kind = json.load(stream)
+        for name, count in found.items():
+            setattr(result, name, getattr(result, name) + count)
+        codes.update(by_kind)
+    return result, codes
+
+
+def show(number: int, case: Case, why: str | None, code: int | None, said: str) -> None:
+    environment = " ".join(f"{name}={text!r}" for name, text in case.environment.items())
+    sent = f" signals {case.signals}" if case.signals else ""
+    lines = (
+        f"--- case {number} ({case.kind}): {why or f'exit code {code}'}",
+        f"{environment} sdpg-megatron {' '.join(map(repr, case.arguments))}; stdout {case.stdout}{sent}",
+        said[-TOLD:],
+    )
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, metavar="NUMBER")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at once (default: %(default)s)")
+    options = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="sdpg-fuzz-"))
+    script = "import sys, pathlib; from benchmarks.fuzz import prepare; prepare(pathlib.Path(sys.argv[1]))"
+    prepared = scratch / "prepared"
+    prepared.mkdir()
+    made = subprocess.run([sys.executable, "-c", script, str(prepared)], cwd=ROOT, capture_output=True, text=True)
+    if made.returncode:
+        raise SystemExit(made.stderr)
+    import_everything()
+    if options.only is not None:
+        result, codes = fuzz(options.seed, [options.only], prepared, scratch, keep=True)
+    else:
+        result, codes = share(options.seed, range(options.cases), prepared, scratch, options.jobs)
+    for line, count in sorted(codes.items()):
+        sys.stderr.write(f"{line}: {count}\n")
+    if options.only is None:
+        shutil.rmtree(scratch, ignore_errors=True)
+    else:
+        sys.stderr.write(f"files: {scratch}\n")
+    sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    return int(result.untyped + result.hangs > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Rows that repeat a problem: within files, between training and evaluation, and with another answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+
+from sdpg_megatron.answers import canonical
+from sdpg_megatron.data.examples import Example
+
+ProblemIndex = Mapping[int, str]
+"""Digest of a problem, which is its question and the messages before it -> name of its first row."""
+
+
+class Repeats:
+    """Recognizes rows by 64-bit digests, of which a million take about 200 MB while files are read."""
+
+    def __init__(self, held_out: ProblemIndex | None, *, taught: bool) -> None:
+        """
+        Args:
+            held_out: problems that these rows should not have; None for none.
+            taught: Whether the same question with another context is another row; otherwise the same in another file.
+        """
+        self._held_out, self._taught = held_out or {}, taught
+        self._rows: set[int] = set()
+        self._answers: dict[int, int] = {}
+        self._conflicts: list[str] = []
+        self._shared: list[str] = []
+        self.problems: dict[int, str] = {}
+        """The first row of each problem."""
+        self.first = ""
+        """Name of the first row that repeated one."""
+
+    def seen(self, uid: str, example: Example) -> bool:
+        """Take note of a row, and say whether it repeats an earlier one."""
+        more = (example.context, example.teacher_question) if self._taught else uid.rpartition(":")[0]
+        row = _digest(example.question, example.history, example.answer_text, more)
+        if row in self._rows:
+            self.first = self.first or uid
+            return True
+        self._rows.add(row)
+        problem = _digest(" ".join(example.question.casefold().split()), example.history)
+        answer = _digest(canonical(example.answer_text).casefold())
+        self.problems.setdefault(problem, uid)
+        if self._answers.setdefault(problem, answer) != answer:
+            self._conflicts.append(f"{self.problems[problem]} and {uid}")
+        if problem in self._held_out:
+            self._shared.append(f"{uid} is {self._held_out[problem]}")
+        return False
+
+    def warnings(self) -> Iterator[str]:
+        if self._conflicts:
+            yield f"{len(self._conflicts)} rows ask an earlier question with another answer: {self._conflicts[0]}"
+        if self._shared:
+            yield f"{len(self._shared)} training problems are also evaluated on: {self._shared[0]}"
+
+
+def _digest(*parts: object) -> int:
+    text = json.dumps(parts, ensure_ascii=False)
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

@@ -1,0 +1,186 @@
+"""The tokenizer of a Hugging Face folder and its stop tokens, checked against the model before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import transformers
+from transformers import AutoTokenizer
+
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.hf_files import read_config, read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these has the vocabulary."""
+SAMPLE = "What is 12 + 34?\n  Reply with\tonly the number."
+"""Text that has to come back from its tokens: blanks, a line break, a tab."""
+_SAID = "81925"
+"""What the assistant says where the end of its turn is looked for."""
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """Load a folder's transformers tokenizer, and check that it keeps text and fits the embedding.
+
+    Code of the folder's own is never run.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ConfigError: no tokenizer that transformers can load; text that does not come back from its tokens; a token with
+            an id that the embedding has no row for.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError("model.path", str(folder), "a folder with a tokenizer", "copy the model's tokenizer there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds, bare Exception among them
+        raise _unloadable(folder, error) from error
+    _check_text_is_kept(folder, tokenizer)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        raise ConfigError(
+            f"{folder}: tokenizer",
+            f"{len(beyond)} tokens beyond the embedding, the first {token!r} = {number}",
+            f"ids below config.json's vocab_size = {vocab_size}",
+            "resize the model's embedding for its tokenizer (resize_token_embeddings), or remove the tokens",
+        )
+    return tokenizer
+
+
+def _unloadable(folder: Path, error: Exception) -> ConfigError:
+    config = folder / "tokenizer_config.json"
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    own = read_json(config).get("auto_map") if config.is_file() else None
+    if own:
+        return ConfigError(
+            f"{config}: auto_map",
+            own,
+            "a tokenizer that transformers has; code of the folder's own is never run",
+            "save it as a tokenizer.json, with tokenizer_class PreTrainedTokenizerFast and no auto_map",
+        )
+    file = next(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    expected = f"a tokenizer that transformers {transformers.__version__} can load"
+    return ConfigError("model.path", f"{file}: {said}", expected, "download the model's tokenizer files again")
+
+
+def _check_text_is_kept(folder: Path, tokenizer: Any) -> None:
+    tokens = tokenizer(SAMPLE, add_special_tokens=False).input_ids
+    found = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    if found != SAMPLE:
+        version, kind = transformers.__version__, type(tokenizer).__name__
+        raise ConfigError(
+            f"{folder}: tokenizer",
+            found,
+            f"{SAMPLE!r}, which transformers {version} encoded and decoded by {kind}",
+            'install another transformers, or set "tokenizer_class": "PreTrainedTokenizerFast" in '
+            "tokenizer_config.json, which takes tokenizer.json as it is",
+        )
+
+
+def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Every token that ends a response: generation_config.json's, or where there is no such file, config.json's.
+
+    The other special tokens in both files are checked, too.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ConfigError: neither file names one, or an id is no row of the embedding.
+    """
+    files = {"config.json": read_config(folder)}
+    if (folder / "generation_config.json").exists():
+        files["generation_config.json"] = read_json(folder / "generation_config.json")
+    for name, content in files.items():
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            # padding of -1 stands for none in older files
+            least = -1 if key == "pad_token_id" else 0
+            wrong = [number for number in _ids(content, key) if not _is_row(number, least, vocab_size)]
+            if wrong:
+                expected = f"ids below config.json's vocab_size = {vocab_size}"
+                raise ConfigError(f"{folder / name}: {key}", content[key], expected, f"correct {key}")
+    found = _ids(list(files.values())[-1], "eos_token_id")
+    if not found:
+        expected = "eos_token_id in generation_config.json or config.json"
+        raise ConfigError("model.path", str(folder), expected, "add it to generation_config.json")
+    return tuple(dict.fromkeys(found))
+
+
+def _ids(content: Mapping[str, Any], key: str) -> list[Any]:
+    found = content.get(key)
+    if found is None:
+        return []
+    return found if isinstance(found, list) else [found]
+
+
+def _is_row(number: object, least: int, vocab_size: int) -> bool:
+    return type(number) is int and least <= number < vocab_size
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The text of a tokenizer's chat template.
+
+    Raises:
+        ConfigError: there is none; or there are several, and none of them is the default.
+    """
+    found = tokenizer.chat_template
+    if isinstance(found, dict) and found and "default" not in found:
+        expected = "one chat template, or one that is named 'default'"
+        fix = "write the one to use to chat_template.jinja, or name it 'default' in tokenizer_config.json"
+        raise ConfigError("model.path", f"chat templates {', '.join(map(repr, sorted(found)))}", expected, fix)
+    if not found:
+        raise ConfigError("model.path", None, "a tokenizer with a chat template", "use an instruction-tuned model")
+    template: str = found["default"] if isinstance(found, dict) else found
+    return template
+
+
+def check_stops(tokenizer: Any, stops: Iterable[int], options: Mapping[str, Any]) -> None:
+    """Check that responses end where the tokenizer and the chat template end a turn.
+
+    A turn's end that is not among the stop tokens would go on to the length limit, or end a response at a server only.
+
+    Args:
+        stops: ids of the stop tokens.
+        options: variables of the chat template.
+
+    Raises:
+        ConfigError: the tokenizer's end token, or the one that the chat template ends an assistant's turn with, is no
+            stop token; or the chat template cannot be rendered.
+    """
+    known = tuple(stops)
+    for what, number in (
+        ("the tokenizer's end token", tokenizer.eos_token_id),
+        ("the token that the chat template ends a turn with", turn_end(tokenizer, options)),
+    ):
+        if number is not None and number not in known:
+            found = f"{number} ({tokenizer.convert_ids_to_tokens(number)})"
+            fix = "add it to eos_token_id in the model's generation_config.json"
+            raise ConfigError("model.path", found, f"{what} among the stop tokens {known}", fix)
+
+
+def turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
+    """The special token that a chat template ends an assistant's turn with; None where it is plain text.
+
+    Raises:
+        ConfigError: the chat template has a fault.
+    """
+    chat_template(tokenizer)
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": _SAID}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (jinja2.TemplateSyntaxError, TypeError, ValueError, LookupError, AttributeError) as error:
+        said = f"a chat template with a fault: {' '.join(str(error).split())}"
+        raise ConfigError("model.path", said, "one that renders a question and an answer", "correct it") from error
+    except jinja2.TemplateError:  # it refuses these messages, and may take those of the data
+        return None
+    _, found, rest = str(text).rpartition(_SAID)
+    if not found:
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    tokens = tokenizer(rest, add_special_tokens=False).input_ids
+    return next((number for number in tokens if number in special), None)

@@ -1,0 +1,108 @@
+"""Files of a Hugging Face folder, and the faults that downloads leave in them: each one is an error with its fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from sdpg_megatron.errors import ConfigError
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that a Hugging Face folder may have beside config.json and the weights."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_AGAIN = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
+
+
+def check_files(folder: Path) -> None:
+    """Check that configuration, tokenizer and weight files are the files themselves, and the JSON among them valid.
+
+    Weights are not read.
+
+    Raises:
+        ConfigError: the folder has no config.json; a file is empty, a link to nothing, a Git LFS pointer or no JSON.
+    """
+    read_config(folder)
+    for path in sorted(folder.iterdir()):
+        known = path.name in COMPANIONS or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        if known and path.suffix == ".json":
+            read_json(path)
+        elif known:
+            check_file(path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ConfigError: as `check_file` and `read_json`; or there is no such folder or file.
+    """
+    path = folder / "config.json"
+    if path.exists() or path.is_symlink():
+        return read_json(path)
+    fix = fix_for_missing(folder, "No such file or directory: check the path")
+    raise ConfigError("model.path", str(path), "a Hugging Face folder with a config.json, on this machine", fix)
+
+
+def fix_for_missing(path: Path, otherwise: str) -> str:
+    """How to get a folder that is not there: by a download, where its name is like a hub's id; else `otherwise`."""
+    if path.exists() or not _HUB_ID.fullmatch(str(path)):
+        return otherwise
+    return f"a folder is needed, download it: hf download {path} --local-dir {path.name}, and name {path.name}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: as `check_file`; or the file is not JSON, or not an object.
+    """
+    check_file(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", "check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _AGAIN) from error
+    if not isinstance(content, dict):
+        raise ConfigError("model.path", f"{path}: a {type(content).__name__}", "a JSON object", "check the file")
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Check that a path is a file with content of its own.
+
+    Raises:
+        ConfigError: it is a link to nothing, no file, empty, or a Git LFS pointer.
+    """
+    if path.is_symlink() and not path.exists():
+        found, fix = f"{path}: a link to {os.readlink(path)}, which is not there", _AGAIN
+    elif not path.is_file():
+        found, fix = f"{path}: no file", _AGAIN
+    else:
+        try:
+            with path.open("rb") as file:
+                head = file.read(len(_LFS_POINTER))
+        except OSError as error:
+            raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", "check it") from error
+        if head and head != _LFS_POINTER:
+            return
+        found, fix = f"{path}: an empty file", _AGAIN
+        if head:
+            found, fix = f"{path}: a Git LFS pointer", f"git lfs pull in {path.parent}, or {_AGAIN}"
+    raise ConfigError("model.path", found, "the file itself", fix)

@@ -1,0 +1,1 @@
+"""Process-level concerns: rank environment, signals, standard streams. Imports nothing heavy."""

@@ -1,0 +1,93 @@
+"""Checks of this machine before servers are started on it, or attached to. Nothing is started."""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import urlsplit
+
+import torch
+
+from sdpg_megatron.config import RunConfig, SGLangConfig
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
+from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
+
+
+def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
+    """Check all that a run with servers needs of this machine, which is that of its first rank.
+
+    Takes about a second: the interpreter for the servers is run once. GPUs are not counted where the number of ranks on
+    this machine is unknown.
+
+    Raises:
+        ConfigError: a key's variable is not set, a host cannot be resolved, or there are too few GPUs.
+        RolloutError: a port or host cannot be used, or the interpreter has no sglang.
+    """
+    sglang = config.rollout.sglang
+    Keys.read(sglang)
+    check_hosts(sglang)
+    if sglang.urls:
+        return
+    if environment.world_size == 1 or environment.local_world_size is not None:
+        check_devices(sglang, torch.cuda.device_count(), environment)
+    check_ports(sglang)
+    check_interpreter(sglang.python or default_python())
+
+
+def check_colocated(config: RunConfig, kind: str) -> None:
+    """Check that the trainer can leave the memory of its GPUs to colocated servers. Raises `ConfigError`.
+
+    Args:
+        kind: "cuda" or "cpu", where the trainer runs.
+    """
+    if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
+        # The optimizer's parameters are then the model's own, which have to stay for the next publish.
+        raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")
+
+
+def check_hosts(sglang: SGLangConfig) -> None:
+    """Resolve every host that the configuration names. Raises `ConfigError`."""
+    urls = [("urls", url) for url in sglang.urls] + [("router", sglang.router or "")]
+    hosts = [(field, urlsplit(url).hostname) for field, url in urls] + [("address", sglang.address)]
+    for field, host in hosts:
+        if not host:
+            continue
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            expected = f"a host that this machine can resolve ({error.strerror})"
+            raise ConfigError(
+                f"rollout.sglang.{field}", host, expected, "correct it, or write its IP address"
+            ) from error
+
+
+def check_ports(sglang: SGLangConfig) -> None:
+    """Bind every port that started servers are to have, or any free one. Raises `RolloutError`."""
+    if not sglang.ports:
+        hold_free_port(sglang.host).close()
+    for port in sglang.ports:
+        hold_port(sglang.host, port).close()
+
+
+def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | None = None) -> None:
+    """Compare the GPUs that started servers take with those of this machine. Nothing on a machine without any.
+
+    Args:
+        gpus: that this process sees.
+        environment: tells how many ranks of the trainer are on this machine; None for this process's own.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    if sglang.urls or not gpus:
+        return
+    first = first_gpu(sglang, environment or RankEnvironment.read())
+    each = sglang.tensor * sglang.data
+    if first + sglang.servers * each > gpus:
+        found = f"{sglang.servers}, of {each} GPUs each, from GPU {first} on"
+        fix = (
+            "lower rollout.sglang.servers, tensor or data; start fewer ranks; set rollout.sglang.first_gpu; or start "
+            "servers elsewhere and name them in rollout.sglang.urls"
+        )
+        raise ConfigError("rollout.sglang.servers", found, f"no more than this machine's {gpus} GPUs hold", fix)

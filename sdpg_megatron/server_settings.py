@@ -1,0 +1,126 @@
+"""Checks of `rollout.sglang` that need nothing but the configuration."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.errors import ConfigError
+
+SAMPLING_ARGUMENTS = (
+    "--preferred-sampling-params", "--sampling-defaults", "--enable-deterministic-inference", "--enable-watermark",
+    "--speculative-accept-threshold-single", "--speculative-accept-threshold-acc",
+)  # fmt: skip
+"""Arguments of sglang.launch_server (0.5.23) that change which tokens are sampled, or how requests default."""
+OWNED_ARGUMENTS: Mapping[str, str] = {
+    "--host": "rollout.sglang.host",
+    "--port": "rollout.sglang.ports",
+    "--model-path": "model.path",
+    "--model": "model.path",
+    "--tp-size": "rollout.sglang.tensor",
+    "--tensor-parallel-size": "rollout.sglang.tensor",
+    "--dp-size": "rollout.sglang.data",
+    "--data-parallel-size": "rollout.sglang.data",
+    "--dtype": "rollout.sglang.dtype",
+    "--base-gpu-id": "rollout.sglang.first_gpu",
+    "--random-seed": "seed",
+    "--api-key": "rollout.sglang.api_key_variable",
+    "--admin-api-key": "rollout.sglang.admin_key_variable",
+}
+"""Arguments that the launcher sets itself, and the configuration key of each."""
+HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+URL_FIX = "write scheme, host and port, for example http://10.0.0.2:30000"
+
+
+def server_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    """Errors of the fields that cannot work."""
+    yield from _address_faults(sglang)
+    yield from _argument_faults(sglang.arguments)
+    yield from _combination_faults(sglang)
+
+
+def _address_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    for url in sglang.urls:
+        yield from _url_faults("rollout.sglang.urls", url)
+    bases = [url.rstrip("/") for url in sglang.urls]
+    if repeated := [url for url in bases if bases.count(url) > 1]:
+        yield ConfigError("rollout.sglang.urls", repeated[0], "each server once", "remove the repetition")
+    if sglang.router is not None:
+        yield from _url_faults("rollout.sglang.router", sglang.router)
+    for name, host in (("host", sglang.host), ("address", sglang.address)):
+        if host is not None and not is_host(host):
+            fix = "write the host alone, without scheme and port, for example 10.0.0.2"
+            yield ConfigError(f"rollout.sglang.{name}", host, "a host name or an IP address", fix)
+
+
+def _url_faults(field: str, url: str) -> Iterator[ConfigError]:
+    """At most one error: a URL is scheme, host and, optionally, a port."""
+    shown = f"***@{url.rpartition('@')[2]}" if "@" in url else url
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # a port that is no number or too large, brackets without an IPv6 address
+        yield ConfigError(field, shown, f"a URL ({error})", URL_FIX)
+        return
+    if parts.scheme not in ("http", "https") or "://" not in url:
+        yield ConfigError(field, shown, "a URL that begins with http:// or https://", URL_FIX)
+    elif parts.username is not None or parts.password is not None:
+        fix = "remove them; name the key's environment variable in rollout.sglang.api_key_variable"
+        yield ConfigError(field, shown, "a URL without credentials", fix)
+    elif not parts.hostname or not is_host(parts.hostname):
+        yield ConfigError(field, shown, "a URL with a host name or an IP address", URL_FIX)
+    elif port == 0 or parts.netloc.endswith(":"):
+        yield ConfigError(field, shown, "a port from 1 to 65535", URL_FIX)
+    elif parts.path not in ("", "/") or parts.query or parts.fragment:
+        fix = f"{URL_FIX}; endpoints such as /generate are added to it"
+        yield ConfigError(field, shown, "a URL without a path or query", fix)
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` is an IP address or a syntactically valid host name. Nothing is resolved."""
+    try:
+        ipaddress.ip_address(text.partition("%")[0])
+        return True
+    except ValueError:
+        labels = text.removesuffix(".").split(".")
+        # Four numbers that are no address are not a name either.
+        return all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+
+
+def _argument_faults(arguments: Sequence[str]) -> Iterator[ConfigError]:
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in SAMPLING_ARGUMENTS:
+            expected = "none that changes the sampling: training needs samples of the model's own distribution"
+            fix = "remove it; eval.temperature and eval.top_p are for evaluations"
+            yield ConfigError("rollout.sglang.arguments", name, expected, fix)
+        if name in OWNED_ARGUMENTS:
+            expected = "arguments that no field of the configuration sets"
+            yield ConfigError("rollout.sglang.arguments", name, expected, f"remove it; set {OWNED_ARGUMENTS[name]}")
+
+
+def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    if sglang.router and not (sglang.urls or sglang.ports):
+        fix = (
+            "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
+        )
+        yield ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
+    if sglang.colocated and sglang.urls:
+        fix = "have the run start its servers, or give them devices of their own"
+        yield ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
+    if sglang.colocated and sglang.sink == "broadcast":
+        # NCCL has no two ranks of a group on one device.
+        yield ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
+    if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
+        expected = f"{sglang.servers} different ones, one for each server"
+        yield ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
+    if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
+        yield ConfigError(
+            "rollout.sglang.sink",
+            sglang.sink,
+            "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
+            "use several servers, or the disk sink",
+        )
