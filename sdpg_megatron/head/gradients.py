@@ -56,8 +56,8 @@ class Gradients:
         self._group_RV: Tensor | None = None
         if options.group_rows and deferred:
             assert options.chunk_rows is not None
-            rows = max(options.group_rows if wanted[1] else 0, 2 * options.chunk_rows)
-            size, columns = min(rows, hidden_TH.shape[0]), self.weight_VH.shape[0]
+            columns = self.weight_VH.shape[0]
+            size = group_size(hidden_TH.shape[0], options.chunk_rows, options.group_rows if wanted[1] else 0)
             self._group_RV = self.weight_VH.new_empty(size, aligned(columns))[:, :columns]
         self._group = slice(0, 0)
         """Rows whose gradients are in `_group_RV`."""
@@ -142,6 +142,18 @@ class Gradients:
         if self.hidden_grad_TH is not None and self.process_group is not None:
             work = dist.all_reduce(self.hidden_grad_TH[rows], group=self.process_group, async_op=True)
             self._reductions.append(work)
+
+
+def group_size(rows: int, chunk_rows: int, most: int) -> int:
+    """Rows of a group, where `rows` are split evenly into as few groups of at most `most` rows as will do.
+
+    A group holds at least the largest chunk: that of rows without a teacher.
+    """
+    least = 2 * chunk_rows
+    most = max(most, least)
+    groups = -(-rows // most) or 1
+    even = -(-rows // groups)
+    return min(max(-(-even // chunk_rows) * chunk_rows, least), most, rows)
 
 
 def restore(ordered: Tensor, order_T: Tensor | None) -> Tensor:

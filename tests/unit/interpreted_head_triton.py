@@ -178,9 +178,10 @@ def test_columns_barred_by_the_least_number_weigh_nothing(gap: Gap) -> None:
     assert measure_one(student_V, teacher_V, gap).isfinite()[4:].all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [0, 20, 36])
-def test_a_broken_logit_is_not_hidden(bad: float, column: int) -> None:
+def test_a_broken_logit_is_not_hidden(bad: float, column: int, masked: bool) -> None:
     tiles = fixed(1)
     clean_V = tiles.student_CV[0]
     broken_V = clean_V.clone()
@@ -188,9 +189,22 @@ def test_a_broken_logit_is_not_hidden(bad: float, column: int) -> None:
     for gap in Gap:
         for student_V, teacher_V, total in ((broken_V, clean_V, 1), (clean_V, broken_V, 5)):
             found_8C = tile_triton.measure(
-                student_V[None], teacher_V[None], tiles.labels_C, gap, masked=True, block=BLOCK
+                student_V[None], teacher_V[None], tiles.labels_C, gap, masked=masked, block=BLOCK
             )
             assert found_8C[total].isnan().all()
+
+
+@pytest.mark.parametrize("column", [0, 20, 36])
+def test_a_logit_of_minus_infinity_is_broken_where_none_is_looked_for(column: int) -> None:
+    """It comes of a broken weight there. The student's makes B not a number, the teacher's D."""
+    tiles = fixed(1)
+    broken_V = tiles.student_CV[0].clone()
+    broken_V[column] = -torch.inf
+    for student_V, teacher_V, number in ((broken_V, tiles.teacher_CV[0], 2), (tiles.student_CV[0], broken_V, 6)):
+        found_8C = tile_triton.measure(
+            student_V[None], teacher_V[None], tiles.labels_C, Gap.STUDENT, masked=False, block=BLOCK
+        )
+        assert not found_8C[number].isfinite().any()
 
 
 def test_types_that_are_not_taken() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpg_megatron.head import VocabShard, gradients
 from sdpg_megatron.head.autograd import head_of_rows
-from sdpg_megatron.head.gradients import Gradients, WeightGradient
+from sdpg_megatron.head.gradients import Gradients, WeightGradient, group_size
 from sdpg_megatron.head.products import multiply, wide
 from tests.head_twin import Problem, ask, dense, make_problem, options_of
 
@@ -183,6 +183,17 @@ def test_a_sum_is_written_once_a_product_and_once_at_the_end(group_rows: int, dt
     assert [name for name in forward if name in PRODUCTS] == ["mm", "addmm"]
     assert set(forward) <= {*PRODUCTS, "_to_copy"}
     assert passes.found[len(forward) :] == (["addcmul"] if fused else ["mul"])
+
+
+SIZES = [
+    *[(8192, 1024, 8192, 8192), (9000, 1024, 8192, 5120), (20000, 1024, 8192, 7168), (100, 1024, 8192, 100)],
+    *[(0, 4, 64, 0), (100, 4, 0, 8), (100, 4, 60, 52), (100, 4, 4, 8)],
+]
+
+
+@pytest.mark.parametrize(("rows", "chunk", "most", "expected"), SIZES)
+def test_groups_are_of_even_size(rows: int, chunk: int, most: int, expected: int) -> None:
+    assert group_size(rows, chunk, most) == expected
 
 
 def test_memory_for_the_sum_is_taken_by_its_first_product() -> None:
