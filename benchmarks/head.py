@@ -3,6 +3,8 @@
     python benchmarks/head.py                                       CPU: T 1024, H 1024, V 151936, float32, tp 1 and 2
     python benchmarks/head.py --device cuda --rows 8192 --hidden 2560 --dtype bfloat16 --out head.json
 
+    python benchmarks/head.py --launches
+
 What is computed, and by whom, is in `head_baselines.py`.
 
 Time. One process for each rank holds all contestants and runs them in turn, round after round, so that whatever slows
@@ -337,6 +339,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--names", type=_names, default=list(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}")
     parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed rounds, after one that is not")
     parser.add_argument("--scaling", action="store_true", help="also measure ours at 2T rows")
+    parser.add_argument("--launches", action="store_true", help="only count torch calls a chunk (needs triton, no GPU)")
     return parser.parse_args(argv)
 
 
@@ -361,6 +364,8 @@ def _names(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    if options.launches:
+        return print_launches()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("--device cuda: torch finds no CUDA device. Fix: run on a machine with one, or --device cpu\n")
         return 2
@@ -390,6 +395,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         write_json(options.out, [asdict(result) for result in results])
         write_json(options.out.with_name(options.out.name + ".meta.json"), meta)
+    return 0
+
+
+def print_launches() -> int:
+    """Torch calls of ours for each chunk, as a GPU's host makes them."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    from benchmarks.launches import report as launch_report
+
+    try:
+        sys.stdout.write(launch_report())
+    except ImportError as error:
+        sys.stderr.write(f"--launches: {error}\n")
+        return 2
     return 0
 
 

@@ -26,7 +26,6 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from sdpg_megatron.head import HeadOptions, HeadTerms, TeacherRows, VocabShard, head_loss
-from sdpg_megatron.head.options import Schedule
 
 KL_WEIGHT = 0.1
 NEMO_RL_CHUNK = 1024
@@ -136,8 +135,8 @@ def gradients(problem: Problem, loss: Tensor, logprob_T: Tensor | None, divergen
 # --- this project
 
 
-def ours(problem: Problem, schedule: Schedule) -> Outcome:
-    """`sdpg_megatron.head`, with one of its two schedules."""
+def ours(problem: Problem, options: HeadOptions) -> Outcome:
+    """`sdpg_megatron.head`."""
 
     def loss(terms: HeadTerms, rows_C: Tensor) -> Tensor:
         assert terms.divergence_T is not None, "a teacher was given"
@@ -152,7 +151,7 @@ def ours(problem: Problem, schedule: Schedule) -> Outcome:
         loss=loss,
         vocab=problem.vocab,
         teacher=TeacherRows(problem.teacher_TH, rows_T),
-        options=HeadOptions(schedule=schedule),
+        options=options,
     )
     return gradients(problem, loss_sum, terms.logprob_T, terms.divergence_T)
 
@@ -358,7 +357,7 @@ def nemo_rl(problem: Problem) -> Outcome:
     return differentiate(problem, logprob_T, divergence_T)
 
 
-# --- Liger, and the floor
+# --- Liger, and the products alone
 
 
 def liger(problem: Problem) -> Outcome:
@@ -375,6 +374,19 @@ def liger(problem: Problem) -> Outcome:
         problem.hidden_TH, matrix_VH, problem.teacher_TH, matrix_VH.detach(), None, 1.0, -100, 1.0
     )
     return gradients(problem, KL_WEIGHT * mean, None, None)
+
+
+def liger_chunked(problem: Problem) -> Outcome:
+    """Liger-Kernel's chunked distillation loss with JSD: plain torch for chunks of 1024 rows, compiled.
+
+    `beta` as in `liger`. Without weight its cross-entropy is not computed.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found,unused-ignore]
+
+    matrix_VH = problem.weight_VH
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=KL_WEIGHT, beta=1.0)
+    mean = loss(problem.hidden_TH, matrix_VH, problem.teacher_TH, matrix_VH.detach(), problem.labels_T)
+    return gradients(problem, mean, None, None)
 
 
 def prepare_floor(problem: Problem, buffer_bytes: int = FLOOR_BYTES) -> Step:
@@ -405,6 +417,10 @@ def _repeat(step: Callable[[Problem], Outcome]) -> Callable[[Problem], Step]:
     return lambda problem: partial(step, problem)
 
 
+def _one_stream(device: torch.device, tp: int) -> str | None:
+    return "a CPU has no second stream: it is ours/grad_in_forward" if device.type == "cpu" else None
+
+
 def _no_tp(project: str) -> Callable[[torch.device, int], str | None]:
     return lambda device, tp: f"{project} splits no vocabulary over ranks" if tp > 1 else None
 
@@ -419,15 +435,21 @@ def _no_liger(device: torch.device, tp: int) -> str | None:
     return None
 
 
+DIVERGENCE_ALONE = "the divergence alone: it has no log-prob of labels, nor KL by row"
+
 CONTESTANTS = {
-    "ours/recompute": Contestant(_repeat(partial(ours, schedule="recompute"))),
-    "ours/grad_in_forward": Contestant(_repeat(partial(ours, schedule="grad_in_forward"))),
+    "ours/recompute": Contestant(_repeat(partial(ours, options=HeadOptions(schedule="recompute")))),
+    "ours/grad_in_forward": Contestant(_repeat(partial(ours, options=HeadOptions(schedule="grad_in_forward")))),
+    "ours/one_stream": Contestant(
+        _repeat(partial(ours, options=HeadOptions(schedule="grad_in_forward", overlap=False))), _one_stream
+    ),
     "naive": Contestant(_repeat(naive)),
     "public_sdpg": Contestant(
         _repeat(public_sdpg), _no_tp("public SDPG (FSDP)"), "log-softmax in bfloat16 whatever the dtype, as there"
     ),
     "nemo_rl": Contestant(_repeat(nemo_rl)),
-    "liger": Contestant(_repeat(liger), _no_liger, "the divergence alone: it has no log-prob of labels, nor KL by row"),
+    "liger": Contestant(_repeat(liger), _no_liger, DIVERGENCE_ALONE),
+    "liger_chunked": Contestant(_repeat(liger_chunked), _no_liger, DIVERGENCE_ALONE + "; logits in the inputs' type"),
     "matmul_floor": Contestant(prepare_floor, note="the four products alone; its logits buffer is its peak"),
 }
 """In the order of the table."""

@@ -377,11 +377,13 @@ class ObjectiveConfig(Section):
 class HeadConfig(Section):
     """How the output head is computed. None of this changes what is computed, beyond rounding."""
 
-    schedule: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
-    """Make the logits once and keep the gradients of hidden rows and vocabulary matrix until the backward pass; or keep
-    next to nothing and make the logits again in it."""
+    schedule: Literal["auto", "grad_in_forward", "recompute"] = "auto"
+    """grad_in_forward makes the logits once and keeps the gradients of hidden rows and vocabulary matrix until the
+    backward pass. recompute keeps next to nothing and makes the logits again in it. auto is grad_in_forward, which is
+    faster, unless its memory does not fit what is free when the model is built."""
     chunk_rows: int | None = Field(None, ge=1)
-    """Rows whose logits are held at a time; null for what fits the free memory."""
+    """Rows whose logits are held at a time where they have a teacher, twice as many where they have none; null for what
+    fits the free memory."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Elementwise work; auto is Triton where there is a GPU and Triton, else plain torch."""
     main_grad: bool = True

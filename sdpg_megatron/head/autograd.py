@@ -13,10 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdpg_megatron.head.chunked import ChunkedHead, Given, Products, Upstream
+from sdpg_megatron.head.chunked import ChunkedHead
+from sdpg_megatron.head.gradients import Gradients, restore
+from sdpg_megatron.head.logits import Given, Products
 from sdpg_megatron.head.options import HeadOptions
-from sdpg_megatron.head.products import WeightGradient, multiply, wide
+from sdpg_megatron.head.products import wide
+from sdpg_megatron.head.rows import Upstream
 from sdpg_megatron.head.shard import VocabShard
+from sdpg_megatron.head.streams import Streams
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 """log p(y), H, divergence and log q(y), each [T] in a `products.wide` type."""
@@ -42,7 +46,16 @@ def head_of_rows(
     teacher_tau = tau if options.teacher_temperature is None else options.teacher_temperature
     tokens_VH = vocab.tokens(weight_VH)
     teacher_VH = tokens_VH if teacher_weight_VH is None else vocab.tokens(teacher_weight_VH)
-    logits = Products(ordered_TH, tokens_VH, teacher_GH, teacher_VH, (tau, teacher_tau), held=held)
+    logits = Products(
+        ordered_TH,
+        tokens_VH,
+        teacher_GH,
+        teacher_VH,
+        (tau, teacher_tau),
+        held=held,
+        shared=hidden_TH.is_cuda or bool(options.group_rows),
+        buffers=2 if held and options.overlap else 1,
+    )
     labels_T = labels_T if order_T is None else labels_T[order_T]
     return ChunkedHead(logits, labels_T, teacher_GH.shape[0], tokens_VH.shape[0], vocab, options), ordered_TH
 
@@ -70,76 +83,20 @@ def measure_squares(inputs: Sequence[Any], upstreams: Sequence[Upstream]) -> Ten
                 squares_KT[number, rows] += torch.linalg.vecdot(gradient_CV, gradient_CV)
     if vocab.ranks > 1 and squares_KT.numel():
         dist.all_reduce(squares_KT, group=vocab.group)
-    return torch.stack([_restore(squares_T, order_T) for squares_T in squares_KT])
+    return torch.stack([restore(squares_T, order_T) for squares_T in squares_KT])
 
 
 def _terms(head: ChunkedHead, kept: Sequence[Tensor], order_T: Tensor | None, dtype: torch.dtype) -> Terms:
-    if not kept:
-        none_T = head.labels_T.new_zeros(0, dtype=dtype)
-        return none_T, none_T.clone(), none_T.clone(), none_T.clone()
-    ordered = [torch.cat(parts).to(dtype) for parts in zip(*map(head.terms, kept), strict=True)]
-    logprob_T, entropy_T, divergence_T, teacher_T = (_restore(term_T, order_T) for term_T in ordered)
+    terms_4T = head.labels_T.new_empty(4, len(head.labels_T), dtype=dtype)
+    for rows, sums_NC in zip(head.chunks(), kept, strict=True):
+        head.terms(sums_NC, terms_4T[:, rows])
+    return _in_callers_order(terms_4T, order_T)
+
+
+def _in_callers_order(terms_4T: Tensor, order_T: Tensor | None) -> Terms:
+    ordered_4T = terms_4T if order_T is None else torch.empty_like(terms_4T).index_copy_(1, order_T, terms_4T)
+    logprob_T, entropy_T, divergence_T, teacher_T = (term_T.clone() for term_T in ordered_4T)
     return logprob_T, entropy_T, divergence_T, teacher_T
-
-
-def _restore(ordered: Tensor, order_T: Tensor | None) -> Tensor:
-    """From the head's order of rows to the caller's."""
-    return ordered if order_T is None else torch.empty_like(ordered).index_copy_(0, order_T, ordered)
-
-
-class Gradients:
-    """Gradients of the hidden rows, in the head's order, and of the vocabulary matrix, summed up tile by tile."""
-
-    def __init__(
-        self,
-        hidden_TH: Tensor,
-        weight_VH: Tensor,
-        vocab: VocabShard,
-        options: HeadOptions,
-        wanted: tuple[bool, bool],
-        *,
-        deferred: bool,
-    ) -> None:
-        """`wanted`: of hidden rows, of the matrix. `deferred`: nothing outside is written before `finish`."""
-        self.hidden_TH = hidden_TH
-        self.weight_VH = vocab.tokens(weight_VH)
-        self.group = vocab.group if options.reduce_hidden_grad and vocab.ranks > 1 else None
-        self.hidden_grad_TH = torch.zeros_like(hidden_TH, dtype=wide(hidden_TH.dtype)) if wanted[0] else None
-        self.weight = WeightGradient(weight_VH, fused=options.main_grad, deferred=deferred) if wanted[1] else None
-        # On CUDA the products that follow take the inputs' type; on a CPU widening those is what is faster.
-        self.narrow = weight_VH.dtype if weight_VH.is_cuda and weight_VH.dtype != wide(weight_VH.dtype) else None
-        self._reductions: list[Any] = []
-
-    def add_chunk(self, head: ChunkedHead, rows: slice, sums_NC: Tensor, upstream: Upstream) -> None:
-        coefficients = head.coefficients(sums_NC, upstream)
-        for number, columns in enumerate(head.tiles):
-            out = None
-            if self.narrow is not None:
-                size = rows.stop - rows.start, columns.stop - columns.start
-                out = self.hidden_TH.new_empty(size, dtype=self.narrow)
-            gradient_CV = head.gradient(rows, columns, coefficients, out)
-            if self.hidden_grad_TH is not None:
-                multiply(gradient_CV, self.weight_VH[columns], self.hidden_grad_TH[rows], add=number > 0)
-            if self.weight is not None:
-                self.weight.add(columns, gradient_CV, self.hidden_TH[rows])
-        if self.hidden_grad_TH is not None and self.group is not None:
-            # Overlaps with the products of the chunks that follow.
-            self._reductions.append(dist.all_reduce(self.hidden_grad_TH[rows], group=self.group, async_op=True))
-
-    def finish(self, order_T: Tensor | None, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """What autograd is to be given for hidden rows and matrix; `scale`, a scalar tensor, multiplies both."""
-        self.wait()
-        hidden_grad_TH = self.hidden_grad_TH
-        if hidden_grad_TH is not None:
-            scaled_TH = hidden_grad_TH if scale is None else hidden_grad_TH.mul_(scale)
-            hidden_grad_TH = _restore(scaled_TH.to(self.hidden_TH.dtype), order_T)
-        return hidden_grad_TH, None if self.weight is None else self.weight.finish(scale)
-
-    def wait(self) -> None:
-        """For the reductions of hidden rows' gradients."""
-        for work in self._reductions:
-            work.wait()
-        self._reductions.clear()
 
 
 class Recompute(torch.autograd.Function):
@@ -178,7 +135,7 @@ class Recompute(torch.autograd.Function):
         for rows, sums_NC in zip(head.chunks(), kept, strict=True):
             head.logits.begin(rows)
             gradients.add_chunk(head, rows, sums_NC, _of_rows(upstream, rows, order_T))
-        return *gradients.finish(order_T), None, None, None, None, None, None
+        return *gradients.result(order_T), None, None, None, None, None, None
 
 
 def _of_rows(upstream: Sequence[Tensor | None], rows: slice, order_T: Tensor | None) -> Upstream:
@@ -210,19 +167,28 @@ class GradInForward(torch.autograd.Function):
         head, ordered_TH = head_of_rows(*tensors, vocab, options, held=True)
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         gradients = Gradients(ordered_TH, weight_VH, vocab, options, wanted, deferred=True)
-        dtype = wide(hidden_TH.dtype)
-        loss_sum = hidden_TH.new_zeros((), dtype=dtype)
-        kept = []
-        for rows in head.chunks():
-            sums_NC = head.measure(rows)
-            at_C = _numbers(rows, order_T, labels_T)
-            part, upstream = _differentiate(loss, [term_C.to(dtype) for term_C in head.terms(sums_NC)], at_C)
-            loss_sum += part
-            gradients.add_chunk(head, rows, sums_NC, upstream)
-            kept.append(sums_NC)
+        loss_sum = hidden_TH.new_zeros((), dtype=wide(hidden_TH.dtype))
+        terms_4T = loss_sum.new_empty(4, len(labels_T))
+        streams = Streams.of(hidden_TH.device, overlap=bool(options.overlap))
+        chunks = head.chunks()
+        head.ahead(chunks[0] if chunks else None)
+        for rows, following in zip(chunks, [*chunks[1:], None], strict=False):
+            gradients.reserve(rows)
+            with streams.fork():
+                sums_NC = head.measure(rows)
+                head.terms(sums_NC, terms_4T[:, rows])
+                part, upstream = _differentiate(loss, terms_4T[:, rows], _numbers(rows, order_T, labels_T))
+                loss_sum += part
+                gradients.add_chunk(head, rows, sums_NC, upstream)
+            gradients.multiply()  # of the chunk before this one
+            head.ahead(following)
+            streams.join()
+            gradients.finished(rows)
+        del head  # the logits' memory, before the matrix's gradient takes its own
+        gradients.flush()
         gradients.wait()
         ctx.gradients, ctx.order_T = gradients, order_T
-        terms = _terms(head, kept, order_T, dtype)
+        terms = _in_callers_order(terms_4T, order_T)
         ctx.mark_non_differentiable(*terms)
         return loss_sum, *terms
 
@@ -235,7 +201,7 @@ class GradInForward(torch.autograd.Function):
                 "where a graph is to be kept"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *gradients.finish(ctx.order_T, scale), None, None, None, None, None, None, None
+        return *gradients.result(ctx.order_T, scale), None, None, None, None, None, None, None
 
 
 def _numbers(rows: slice, order_T: Tensor | None, labels_T: Tensor) -> Tensor:
@@ -243,15 +209,16 @@ def _numbers(rows: slice, order_T: Tensor | None, labels_T: Tensor) -> Tensor:
     return torch.arange(rows.start, rows.stop, device=labels_T.device) if order_T is None else order_T[rows]
 
 
-def _differentiate(loss: ChunkLoss, terms: Sequence[Tensor], at_C: Tensor) -> tuple[Tensor, Upstream]:
+def _differentiate(loss: ChunkLoss, terms_4C: Tensor, at_C: Tensor) -> tuple[Tensor, Upstream]:
     """A chunk's loss, and its gradients in log-prob, entropy and divergence."""
     with torch.enable_grad():
-        leaves = [term_C.detach().requires_grad_() for term_C in terms[:3]]
-        total = loss((leaves[0], leaves[1], leaves[2], terms[3]), at_C).sum()
+        logprob_C, entropy_C, divergence_C, teacher_C = (term_C.detach() for term_C in terms_4C)
+        leaves = [term_C.requires_grad_() for term_C in (logprob_C, entropy_C, divergence_C)]
+        total = loss((logprob_C, entropy_C, divergence_C, teacher_C), at_C).sum()
         if not total.requires_grad:
             return total, (None, None, None)
-        logprob_C, entropy_C, divergence_C = torch.autograd.grad(total, leaves, allow_unused=True)
-    return total.detach(), (logprob_C, entropy_C, divergence_C)
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return total.detach(), (grads[0], grads[1], grads[2])
 
 
 class OfLogits(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -16,6 +17,17 @@ from torch import Tensor
 
 from sdpg_megatron.head.statistics import StudentSums, TeacherSums
 from sdpg_megatron.head.tile import Gap
+
+
+class Form(Enum):
+    """Formula by which `rows_triton` computes a divergence's value and `Pull` in one kernel."""
+
+    NONE = 0
+    """No such formula: `value` and `pull` are called."""
+    REVERSE_KL = 1
+    FORWARD_KL = 2
+    JENSEN_SHANNON = 3
+    SAMPLED_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,11 @@ class Pull:
 
 class Divergence(Protocol):
     """One number a row, from sums over the whole vocabulary."""
+
+    @property
+    def form(self) -> Form:
+        """The formula of `value` and `pull`, where `rows_triton` has it."""
+        ...
 
     @property
     def gap(self) -> Gap:
@@ -67,18 +84,28 @@ class TopTokens:
     teacher_Ck: Tensor
     token_Ck: Tensor
 
-    def best(self, k: int) -> TopTokens:
-        """The k largest of them, the first among equals, in their present order; or all where there are fewer."""
-        if self.student_Ck.shape[1] <= k:
+    def best(self, k: int, *, padded: bool = False) -> TopTokens:
+        """The k largest of them, the first among equals, in their present order; or all where there are fewer.
+
+        `padded`: some may be the padding of `packed`, which comes after a token that cannot be produced.
+
+        Nothing waits for the device: each row keeps k columns, whose places are counted rather than looked up.
+        """
+        columns = self.student_Ck.shape[1]
+        if columns <= k:
             return TopTokens(*(part_Cn.clone() for part_Cn in self._parts()))  # they may be views of a tile
-        found_Cn = self.student_Ck.nan_to_num(nan=torch.inf)  # what is broken is reported later, from the sums
+        lowest = torch.finfo(self.student_Ck.dtype).min
+        found_Cn = self.student_Ck.nan_to_num(nan=torch.inf, neginf=lowest)  # NaN is reported later, from the sums
+        if padded:
+            found_Cn.masked_fill_(self.token_Ck < 0, -torch.inf)
         least_C1 = found_Cn.topk(k, 1).values[:, -1:]
         above_Cn, equal_Cn = found_Cn > least_C1, found_Cn == least_C1
         room_C1 = k - above_Cn.sum(1, keepdim=True)
-        index_Ck = (above_Cn | (equal_Cn & (equal_Cn.cumsum(1) <= room_C1))).nonzero()[:, 1].view(-1, k)
-        return TopTokens(
-            self.student_Ck.gather(1, index_Ck), self.teacher_Ck.gather(1, index_Ck), self.token_Ck.gather(1, index_Ck)
-        )
+        kept_Cn = above_Cn | (equal_Cn & (equal_Cn.cumsum(1, dtype=torch.int32) <= room_C1))
+        place_Cn = torch.where(kept_Cn, kept_Cn.cumsum(1) - 1, k)  # place k collects what is dropped
+        column_Cn = torch.arange(columns, device=place_Cn.device).expand_as(place_Cn)
+        index_Ck = place_Cn.new_empty(place_Cn.shape[0], k + 1).scatter_(1, place_Cn, column_Cn)[:, :k]
+        return TopTokens(*(part_Cn.gather(1, index_Ck) for part_Cn in self._parts()))
 
     def beside(self, other: TopTokens) -> TopTokens:
         pairs = zip(self._parts(), other._parts(), strict=True)
@@ -98,10 +125,12 @@ class TopTokens:
     def unpacked(cls, packed_NC: Tensor) -> TopTokens:
         return cls(*(part_kC.T for part_kC in packed_NC.chunk(3)))
 
-    def real(self) -> TopTokens:
-        """Without what `packed` filled up with, which is the same number for every row."""
-        real_n = self.token_Ck[0] >= 0
-        return TopTokens(*(part_Cn[:, real_n] for part_Cn in self._parts()))
+    @classmethod
+    def of_ranks(cls, packed_RNC: Tensor) -> TopTokens:
+        """Those of all ranks side by side, in rank order, `packed` padding included."""
+        ranks, numbers, size = packed_RNC.shape
+        parts_3CRk = packed_RNC.reshape(ranks, 3, numbers // 3, size).permute(1, 3, 0, 2)
+        return cls(*parts_3CRk.flatten(2))
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.student_Ck, self.teacher_Ck, self.token_Ck
@@ -111,6 +140,7 @@ class TopTokens:
 class ReverseKL:
     """KL(p || q) = D/S - ln S + ln U, with phi = log p - log q."""
 
+    form = Form.REVERSE_KL
     gap = Gap.STUDENT
     top = 0
     keep = None
@@ -132,6 +162,7 @@ class ReverseKL:
 class ForwardKL:
     """KL(q || p) = D/U - ln U + ln S, with phi = -q / p: its gradient is p - q."""
 
+    form = Form.FORWARD_KL
     gap = Gap.TEACHER
     top = 0
     keep = None
@@ -158,6 +189,7 @@ class JensenShannon:
 
     beta: float = 0.5
 
+    form = Form.JENSEN_SHANNON
     gap = Gap.NONE
     top = 0
 
@@ -199,6 +231,7 @@ class SampledToken:
     value itself would be 0 in expectation.
     """
 
+    form = Form.SAMPLED_TOKEN
     gap = Gap.NONE
     top = 0
     keep = None
@@ -222,6 +255,7 @@ class TopK:
     k: int = 100
     over: ReverseKL | ForwardKL | JensenShannon = JensenShannon()
 
+    form = Form.NONE
     gap = Gap.NONE
     keep = None
 

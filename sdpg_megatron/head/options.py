@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Literal
 
 import psutil
@@ -12,21 +13,9 @@ from torch import Tensor
 
 from sdpg_megatron.head.divergences import Divergence, ReverseKL
 from sdpg_megatron.head.shard import VocabShard
+from sdpg_megatron.head.sizes import FREE_SHARE, HeadShape, Schedule
 
-Schedule = Literal["recompute", "grad_in_forward"]
 Kernels = Literal["auto", "torch", "triton"]
-
-CPU_BYTES, CUDA_BYTES = 320 << 20, 1600 << 20
-"""Logits that are held at a time where memory is no concern. On CPUs more makes nothing faster (benchmarks/head.py);
-that for CUDA is a choice that no GPU has tried."""
-FREE_SHARE = 0.25
-"""Share of the free memory that the logits may take where it is."""
-CPU_TILE = 2048
-"""Columns whose elementwise work is done at a time: a tile of some hundred rows then stays in the processor's cache."""
-LEAST_ROWS, MOST_ROWS = 16, 8192
-CPU_ROWS = 256
-"""Most rows of a chunk on a CPU: reading and writing the matrix's gradient for each chunk then costs a small part of
-the chunk's products, however few columns a rank has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +28,23 @@ class HeadOptions:
     """Divides the student's logits."""
     teacher_temperature: float | None = None
     """Divides the teacher's logits; the student's where None."""
-    schedule: Schedule = "grad_in_forward"
-    """`head_loss` alone: "recompute" keeps hidden rows and some floats a row and makes the logits again in the backward
-    pass, 12 T H V flops. "grad_in_forward" makes them once, 8 T H V flops, and keeps the gradients instead: [T, H] and
-    [V, H] in float32 until the backward pass."""
+    schedule: Literal["auto"] | Schedule = "auto"
+    """`head_loss` alone. "grad_in_forward" makes the logits once, 8 T H V flops, and keeps the gradients, [T, H] and
+    [V, H] in float32, until the backward pass. "recompute" keeps hidden rows and some floats a row and makes the logits
+    again in the backward pass, 12 T H V flops. "auto" is "grad_in_forward" unless `fitted` finds that its memory does
+    not fit."""
     chunk_rows: int | None = None
-    """Rows whose logits are held at a time; None for as many as fit `CPU_BYTES` or `CUDA_BYTES`."""
+    """Rows whose logits are held at a time where they have a teacher; twice as many where they have none, which is as
+    many logits. None for what fits `sizes.CPU_BYTES` or `sizes.CUDA_BYTES`."""
     tile_columns: int | None = None
     """Columns worked on at a time; None for a choice by device and schedule."""
+    group_rows: int | None = None
+    """With "grad_in_forward": rows whose logit gradients are kept, in the weight's type, for one product that makes the
+    weight's gradient. 0 replaces the logits by their gradients and multiplies tile by tile. None for 0 on a CPU, and
+    for what the logits leave of `sizes.CUDA_BYTES` on a GPU."""
+    overlap: bool | None = None
+    """With `group_rows`: make the next chunk's logits while elementwise work runs on a second CUDA stream, for twice
+    the memory of logits. None for yes on a GPU."""
     kernels: Kernels = "auto"
     """Elementwise work by Triton on CUDA where it is installed, or as stated."""
     reduce_hidden_grad: bool = True
@@ -56,59 +54,79 @@ class HeadOptions:
     """Raise `NumericsError` where a term is not finite. Otherwise it is returned as it is: the ranks that have it stay
     with the others, and the caller looks at the terms."""
     main_grad: bool = False
-    """Add the matrix's gradient to ``weight.main_grad``, see `products.WeightGradient`."""
+    """Add the matrix's gradient to ``weight.main_grad``, see `gradients.WeightGradient`."""
 
     def fitted(self, weight_VH: Tensor, vocab: VocabShard, free_bytes: int | None = None) -> HeadOptions:
-        """Options whose `chunk_rows` fit the memory that is free now, the same on all ranks of `vocab.group`.
+        """Options whose schedule and sizes fit the memory that is free now, the same on all ranks of `vocab.group`.
 
-        A collective over that group, unless `chunk_rows` was given. `free_bytes` stands in for what is free.
+        "auto" becomes "grad_in_forward" where a chunk of `sizes.AUTO_ROWS` fits beside the weight's float32 gradient,
+        else "recompute". A collective over the group, unless schedule and `chunk_rows` were given.
+
+        Args:
+            free_bytes: stands in for what is free.
         """
-        if self.chunk_rows is not None:
+        if self.chunk_rows is not None and self.schedule != "auto":
             return self
-        free = _free_bytes(weight_VH.device) if free_bytes is None else free_bytes
-        budget = min(int(free * FREE_SHARE), default_bytes(weight_VH.device))
-        rows = torch.tensor(_rows(self.schedule, weight_VH, budget), device=weight_VH.device)
+        shape = self.shape(weight_VH)
+        share = int((_free_bytes(weight_VH.device) if free_bytes is None else free_bytes) * FREE_SHARE)
+        budgets: dict[Schedule, int] = {
+            "grad_in_forward": min(share - shape.matrix_bytes, shape.default_bytes()),
+            "recompute": min(share, shape.default_bytes()),
+        }
+        rows = {schedule: shape.chunk_rows(schedule, budget) for schedule, budget in budgets.items()}
+        held = self.chunk_rows or rows["grad_in_forward"]
+        group = shape.group_rows("grad_in_forward", budgets["grad_in_forward"], held)
+        agreed = torch.tensor([*rows.values(), group], device=weight_VH.device)
         if vocab.ranks > 1:
-            dist.all_reduce(rows, dist.ReduceOp.MIN, group=vocab.group)
-        return replace(self, chunk_rows=int(rows))
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=vocab.group)
+        in_forward, recomputed, group = agreed.tolist()
+        fits = in_forward >= shape.auto_rows()
+        schedule = ("grad_in_forward" if fits else "recompute") if self.schedule == "auto" else self.schedule
+        chosen = in_forward if schedule == "grad_in_forward" else recomputed
+        group = group if self.group_rows is None else self.group_rows
+        return replace(self, schedule=schedule, chunk_rows=self.chunk_rows or chosen, group_rows=group)
 
     def sized(self, weight_VH: Tensor) -> HeadOptions:
-        """Options with all sizes chosen, by device and columns alone. Not a collective."""
-        columns, device = weight_VH.shape[0], weight_VH.device
-        rows = self.chunk_rows or _rows(self.schedule, weight_VH, default_bytes(device))
-        tile = self.tile_columns or tile_columns(self.schedule, columns, cuda=device.type == "cuda")
-        return replace(self, chunk_rows=rows, tile_columns=max(tile, 1))
+        """Options with schedule and sizes chosen, by device and columns alone. Not a collective."""
+        shape = self.shape(weight_VH)
+        schedule = "grad_in_forward" if self.schedule == "auto" else self.schedule
+        rows = self.chunk_rows or shape.chunk_rows(schedule, shape.default_bytes())
+        group = self.group_rows
+        if group is None or schedule == "recompute":
+            group = shape.group_rows(schedule, shape.default_bytes(), rows)
+        return replace(
+            self,
+            schedule=schedule,
+            chunk_rows=rows,
+            tile_columns=self.tile_columns or shape.tile_columns(schedule),
+            group_rows=group,
+            overlap=bool(group) and shape.buffers == 2,
+        )
 
+    def shape(self, weight_VH: Tensor) -> HeadShape:
+        """Shape by which sizes for this weight are chosen."""
+        cuda = weight_VH.is_cuda
+        return HeadShape(
+            columns=weight_VH.shape[0],
+            hidden=weight_VH.shape[1],
+            cuda=cuda,
+            logit_bytes=8 if weight_VH.dtype == torch.float64 else 4,
+            gradient_bytes=weight_VH.element_size(),
+            fused=self.uses_triton(weight_VH.device),
+            top_k=self.divergence.top > 0,
+            buffers=2 if (cuda if self.overlap is None else self.overlap) else 1,
+        )
 
-def default_bytes(device: torch.device) -> int:
-    return CUDA_BYTES if device.type == "cuda" else CPU_BYTES
-
-
-def tile_columns(schedule: Schedule, columns: int, *, cuda: bool) -> int:
-    """Columns of a tile. On CUDA a tile is all columns, where these are held anyway: fewer, larger kernels."""
-    if not cuda:
-        return CPU_TILE
-    return columns if schedule == "grad_in_forward" else 16384
-
-
-def chunk_rows(schedule: Schedule, columns: int, budget: int, *, cuda: bool, width: int = 4) -> int:
-    """Rows, a power of two, whose logits of student and teacher fit `budget` bytes, with a tile's scratch beside.
-
-    `width`: bytes of a logit.
-    """
-    tile = min(columns, tile_columns(schedule, columns, cuda=cuda))
-    held = 2 * columns if schedule == "grad_in_forward" else 0
-    rows = budget // (width * (held + 5 * tile) or 1)
-    most = MOST_ROWS if cuda else CPU_ROWS
-    return max(LEAST_ROWS, min(most, 1 << max(rows, 1).bit_length() - 1))
-
-
-def _rows(schedule: Schedule, weight_VH: Tensor, budget: int) -> int:
-    width = 8 if weight_VH.dtype == torch.float64 else 4
-    return chunk_rows(schedule, weight_VH.shape[0], budget, cuda=weight_VH.is_cuda, width=width)
+    def uses_triton(self, device: torch.device) -> bool:
+        """True if the elementwise work is to be Triton's; with "triton" even if it is not installed."""
+        return self.kernels == "triton" or (
+            self.kernels == "auto" and device.type == "cuda" and find_spec("triton") is not None
+        )
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated now; on a GPU including the free blocks that torch's allocator caches."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
 """Statistics of rows over several sets of columns become one: tiles of a shard, then shards of the vocabulary.
 
-The symbols are those of `tile`. Shapes: C rows, R disjoint sets of columns, K = 4 statistics (m, S, B, y), or 8 with a
-teacher (n, U, x, D).
+The symbols are those of `tile`. Shapes: C rows, R disjoint sets of columns, P distributions (student, or student and
+teacher), K = 4 P statistics: (m, S, B, y) of the student, (n, U, D, x) of the teacher.
 """
 
 from __future__ import annotations
@@ -23,77 +23,73 @@ STUDENT, TAUGHT = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class StudentSums:
-    """m, S, B and y of some rows over the whole vocabulary, each float64 [C], and what follows from them at once."""
+    """m, S, B and y of some rows over the whole vocabulary, and ln S, each float64 [C]."""
 
     max: Tensor
     sum: Tensor
     spread: Tensor
     label: Tensor
+    log_sum: Tensor
 
     @classmethod
     def of(cls, sums_KC: Tensor) -> StudentSums:
-        return cls(*sums_KC[:STUDENT].unbind(0))
+        return cls(*sums_KC[:STUDENT].unbind(0), *sums_KC[1:2].log())
 
     @property
     def logprob(self) -> Tensor:
         """log p(y) = y - m - ln S."""
-        return self.label - self.max - self.sum.log()
+        return self.label - self.max - self.log_sum
 
     @property
     def entropy(self) -> Tensor:
         """H = ln S - B / S."""
-        return self.sum.log() - self.spread / self.sum
+        return self.log_sum - self.spread / self.sum
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSums:
-    """n, U, x and D, likewise."""
+    """n, U, D and x, and ln U, likewise."""
 
     max: Tensor
     sum: Tensor
-    label: Tensor
     gap: Tensor
+    label: Tensor
+    log_sum: Tensor
 
     @classmethod
     def of(cls, sums_KC: Tensor) -> TeacherSums:
-        return cls(*sums_KC[STUDENT:TAUGHT].unbind(0))
+        return cls(*sums_KC[STUDENT:TAUGHT].unbind(0), *sums_KC[STUDENT + 1 : STUDENT + 2].log())
 
     @property
     def logprob(self) -> Tensor:
         """log q(y) = x - n - ln U."""
-        return self.label - self.max - self.sum.log()
+        return self.label - self.max - self.log_sum
 
 
 def join(parts_RKC: Tensor, gap: Gap) -> Tensor:
-    """Bring statistics to their common maxima and add them up: [K, C]."""
-    max_RC, sum_RC, spread_RC, label_RC = parts_RKC[:, :STUDENT].unbind(1)
-    max_C = max_RC.amax(0)
-    shift_RC = max_RC - max_C
-    scale_RC = shift_RC.exp()
-    joined = [
-        max_C,
-        (scale_RC * sum_RC).sum(0),
-        (scale_RC * (spread_RC + sum_RC * shift_RC)).sum(0),
-        label_RC.amax(0),
-    ]
-    if parts_RKC.shape[1] > STUDENT:
-        top_RC, drawn_RC, chosen_RC, gap_RC = parts_RKC[:, STUDENT:].unbind(1)
-        top_C = top_RC.amax(0)
-        lower_RC = top_RC - top_C
-        joined += [top_C, (lower_RC.exp() * drawn_RC).sum(0), chosen_RC.amax(0)]
-        match gap:
-            case Gap.STUDENT:
-                joined.append(_moved(gap_RC + sum_RC * (shift_RC - lower_RC), scale_RC))
-            case Gap.TEACHER:
-                joined.append(_moved(gap_RC + drawn_RC * (lower_RC - shift_RC), lower_RC.exp()))
-            case Gap.NONE:
-                joined.append(gap_RC.sum(0))
-    return torch.stack(joined)
+    """Bring statistics to their common maxima and add them up: [K, C]. One set of columns is returned as it is."""
+    if parts_RKC.shape[0] == 1:
+        return parts_RKC[0]
+    ranks, kinds, size = parts_RKC.shape
+    max_RPC, sum_RPC, moment_RPC, label_RPC = parts_RKC.reshape(ranks, kinds // STUDENT, STUDENT, size).unbind(2)
+    max_PC = max_RPC.amax(0)
+    shift_RPC = max_RPC - max_PC
+    scale_RPC = shift_RPC.exp()
+    joined_4PC = [max_PC, (scale_RPC * sum_RPC).sum(0), torch.empty_like(max_PC), label_RPC.amax(0)]
+    joined_4PC[2][0] = (scale_RPC[:, 0] * (moment_RPC[:, 0] + sum_RPC[:, 0] * shift_RPC[:, 0])).sum(0)
+    if max_RPC.shape[1] == 2:
+        joined_4PC[2][1] = _join_gap(sum_RPC, moment_RPC[:, 1], shift_RPC, scale_RPC, gap)
+    return torch.stack(joined_4PC, 1).flatten(0, 1)
 
 
-def _moved(gap_RC: Tensor, scale_RC: Tensor) -> Tensor:
-    # A set of columns whose weights all vanish beside another's adds 0, even if its own gap is infinite.
-    return (scale_RC * gap_RC).masked_fill(scale_RC == 0, 0).sum(0)
+def _join_gap(sum_RPC: Tensor, gap_RC: Tensor, shift_RPC: Tensor, scale_RPC: Tensor, gap: Gap) -> Tensor:
+    """D over all sets of columns. A set whose weights all vanish adds 0, even if its own D is infinite."""
+    if gap is Gap.NONE:
+        return gap_RC.sum(0)
+    weighs, other = (0, 1) if gap is Gap.STUDENT else (1, 0)
+    apart_RC = shift_RPC[:, weighs] - shift_RPC[:, other]
+    moved_RC = scale_RPC[:, weighs] * (gap_RC + sum_RPC[:, weighs] * apart_RC)
+    return moved_RC.masked_fill(scale_RPC[:, weighs] == 0, 0).sum(0)
 
 
 def gather(packed_NC: Tensor, group: ProcessGroup | None) -> Tensor:

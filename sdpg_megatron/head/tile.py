@@ -3,8 +3,9 @@
 With z the student's and u the teacher's logits of a tile's columns, both already over temperature, a row's sums are
 
     m = max z    S = sum e^(z-m)    B = sum e^(z-m) (z-m)    y = z[label], -inf where the label is not among the columns
-    n = max u    U = sum e^(u-n)    x = u[label], likewise   D = sum e^(z-m) [(z-m) - (u-n)]  (`Gap.STUDENT`)
-                                                             D = sum e^(u-n) [(u-n) - (z-m)]  (`Gap.TEACHER`)
+    n = max u    U = sum e^(u-n)    D, see below             x = u[label], likewise
+
+with D = sum e^(z-m) [(z-m) - (u-n)] (`Gap.STUDENT`) or sum e^(u-n) [(u-n) - (z-m)] (`Gap.TEACHER`).
 
 Shapes: C rows, V columns of a tile. Sums over a tile are made in the logits' type (float32 or float64) and handed on in
 float64, being but a few numbers a row: beside a logit of 1e4, float32 has no digits left for ln S.
@@ -33,7 +34,7 @@ class Gap(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RowCoefficients:
-    """What turns a tile of logits into its gradient, each [C] in float64:
+    """What turns a tile of logits into its gradient, each [C]:
 
         e^(z-m) [constant + student (z-m) + teacher (u-n) + mixture (log p - log M)] - drawn e^(u-n) + label 1[v = y]
 
@@ -65,8 +66,8 @@ def measure(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap
         masked: the logits may hold -inf.
 
     Returns:
-        float64: (m, S, B, y) [4, C], or with a teacher (m, S, B, y, n, U, x, D) [8, C]. D is +inf where a token has
-        e^(z-m) > 0 and u = -inf (`Gap.STUDENT`), or the other way round (`Gap.TEACHER`).
+        float64: (m, S, B, y) [4, C], or with a teacher (m, S, B, y, n, U, D, x) [8, C]. D is +inf where a token has
+        e^(z-m) > 0 and u = -inf (`Gap.STUDENT`), or the other way round (`Gap.TEACHER`), and 0 with `Gap.NONE`.
     """
     max_C = _row_max(student_CV)
     shifted_CV = _shift(student_CV, max_C, masked)
@@ -85,7 +86,7 @@ def measure(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap
                 gap_C = _weighted_gap(drawn_CV, lower_CV, shifted_CV, masked)
             case Gap.NONE:
                 gap_C = torch.zeros_like(top_C)
-        found += [top_C, drawn_CV.sum(1), _at(teacher_CV, labels_C), gap_C]
+        found += [top_C, drawn_CV.sum(1), gap_C, _at(teacher_CV, labels_C)]
     return torch.stack(found).double()
 
 

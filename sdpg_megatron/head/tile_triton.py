@@ -23,11 +23,19 @@ from sdpg_megatron.head import tile
 from sdpg_megatron.head.tile import LEAST, Gap, RowCoefficients
 
 BLOCK = 4096
-"""Columns that a program takes up at a time: a power of two."""
+"""Columns of a program of the gradient's kernel: a power of two, 16 for each thread."""
+LOOP_BLOCK = 2048
+"""Columns that the kernels with a loop take up at a time: 8 for each thread, whose sums stay in registers."""
+STAGES = 3
+"""Blocks in flight in those: two are loaded while one is worked on."""
 WARPS = 8
-"""Warps of a program: 16 columns of a block for each of their threads."""
+"""Warps of a program."""
+REGISTERS = {False: 80, True: 96}
+"""Most registers of a thread of `_measure_row`, by `masked`. Three or two programs then share a multiprocessor, and
+none is spilled."""
 
 _LEAST = tl.constexpr(LEAST)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 _STUDENT = tl.constexpr(Gap.STUDENT.value)
 _TEACHER = tl.constexpr(Gap.TEACHER.value)
 
@@ -38,12 +46,11 @@ def available(device: torch.device) -> bool:
 
 
 def measure(
-    student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap: Gap, *, masked: bool, block: int = BLOCK
+    student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap: Gap, *, masked: bool, block: int = LOOP_BLOCK
 ) -> Tensor:
     """`tile.measure`, reading each logit once (the label's twice).
 
     Args:
-        masked: of no effect: -inf costs nothing here.
         block: columns a program takes up at a time, a power of two.
 
     Raises:
@@ -54,7 +61,7 @@ def measure(
     if not student_CV.numel():
         return tile.measure(student_CV, teacher_CV, labels_C, gap, masked=masked)
     found_KC = student_CV.new_empty((4 if teacher_CV is None else 8, rows), dtype=torch.float64)
-    with _device_of(student_CV):
+    with device_of(student_CV):
         _measure_row[(rows,)](
             student_CV,
             teacher_CV,
@@ -65,23 +72,26 @@ def measure(
             student_CV.stride(0),
             _stride(teacher_CV),
             LOWEST=torch.finfo(student_CV.dtype).min,
+            MASKED=masked,
             GAP=gap.value,
             BLOCK=block,
+            STAGES=STAGES,
             num_warps=WARPS,
+            maxnreg=REGISTERS[masked],
         )
     return found_KC
 
 
 def measure_mixture(
-    student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, *, masked: bool, block: int = BLOCK
+    student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, *, masked: bool, block: int = LOOP_BLOCK
 ) -> Tensor:
-    """`tile.measure_mixture`, reading each logit once. `masked`, `block` and what is raised: as in `measure`."""
+    """`tile.measure_mixture`, reading each logit once. `block` and what is raised: as in `measure`."""
     _check(student_CV, teacher_CV)
     rows, columns = student_CV.shape
     if not student_CV.numel():
         return tile.measure_mixture(student_CV, teacher_CV, row, masked=masked)
     found_2C = student_CV.new_empty((2, rows), dtype=torch.float64)
-    with _device_of(student_CV):
+    with device_of(student_CV):
         _measure_mixture_row[(rows,)](
             student_CV,
             teacher_CV,
@@ -94,6 +104,7 @@ def measure_mixture(
             LOG_KEEP=math.log(row.keep),
             LOG_REST=math.log1p(-row.keep),
             BLOCK=block,
+            STAGES=STAGES,
             num_warps=WARPS,
         )
     return found_2C
@@ -116,7 +127,7 @@ def gradient_(
             too.
 
     Returns:
-        `out`, or the student's tile. `masked`, `block` and what is raised: as in `measure`.
+        `out`, or the student's tile. `block` and what is raised: as in `measure`.
     """
     _check(student_CV, teacher_CV)
     out_CV = student_CV if out is None else out
@@ -128,7 +139,7 @@ def gradient_(
         teacher_CV = None  # not read in vain
     else:
         assert teacher_CV is not None, "coefficients of the teacher come with its logits"
-    with _device_of(student_CV):
+    with device_of(student_CV):
         _gradient_block[(rows * triton.cdiv(columns, block),)](
             student_CV,
             teacher_CV,
@@ -140,6 +151,7 @@ def gradient_(
             out_CV.stride(0),
             *_each_row(row.max, row.constant, row.label, row.student, row.teacher_max, row.teacher, row.drawn),
             *_each_row(row.mixture, row.log_sum, row.teacher_log_sum),
+            MASKED=masked,
             LOG_KEEP=math.log(row.keep),
             LOG_REST=math.log1p(-row.keep),
             BLOCK=block,
@@ -164,7 +176,7 @@ def _check_out(student_CV: Tensor, out_CV: Tensor) -> None:
     assert out_CV.shape == student_CV.shape and _adjacent(out_CV), "one gradient for each logit, a row's side by side"
 
 
-def _device_of(tile_CV: Tensor) -> AbstractContextManager[None]:
+def device_of(tile_CV: Tensor) -> AbstractContextManager[None]:
     """Where Triton is to launch: on the tile's GPU, be it the current one or not."""
     return torch.cuda.device_of(tile_CV)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -186,15 +198,21 @@ def _each_row(*coefficients_C: Tensor | None) -> list[Tensor | None]:
 
 
 @triton.jit
-def _load_block(tile_CV, row, stride, start, columns, BLOCK: tl.constexpr):
-    """Columns from `start` on, in a row's tile: -inf past its end, which weighs nothing."""
+def _load_block(tile_CV, row, stride, start, columns, BLOCK: tl.constexpr, past: tl.constexpr):
+    """Columns from `start` on, in a row's tile; past its end a number that weighs nothing."""
     column_V = start + tl.arange(0, BLOCK)
-    return tl.load(tile_CV + row * stride + column_V, mask=column_V < columns, other=float("-inf"))
+    return tl.load(tile_CV + row * stride + column_V, mask=column_V < columns, other=past)
 
 
 @triton.jit
 def _load_row(values_C, row, kind: tl.constexpr):
     return tl.load(values_C + row).to(kind)
+
+
+@triton.jit
+def _exp(value):
+    """e^x, subnormal results flushed to 0: `tl.exp` spends three more instructions on them."""
+    return tl.exp2(value * _LOG2_E)
 
 
 @triton.jit
@@ -204,36 +222,48 @@ def _product(weight, value):
 
 
 @triton.jit
-def _rise(highest, logits_V):
-    """A running maximum taken over one block more.
-
-    Returns the maximum; what to add to older log-weights (<= 0) and the exponential of that; the block's log-weights
-    and their exponentials.
-    """
-    higher = tl.maximum(highest, tl.max(logits_V, axis=0))
-    shift = highest - higher
-    lower_V = logits_V - higher
-    return higher, shift, tl.exp(shift), lower_V, tl.exp(lower_V)
+def _carry(sum_V, mass_V, scale, shift):
+    """Sums of ``w x``, with `mass_V` those of ``w``, once every w has become ``scale w`` and every x ``x + shift``."""
+    return _product(scale, sum_V + mass_V * shift)
 
 
 @triton.jit
-def _carry(total, mass, scale, shift):
-    """A sum of ``w x``, with `mass` that of ``w``, once every w has become ``scale w`` and every x ``x + shift``."""
-    return _product(scale, total + mass * shift)
+def _move(total_V, spread_V, teacher_total_V, gap_V, lost_V, shift, teacher_shift, GAP: tl.constexpr):
+    """A row's sums, relative to larger maxima: these are `shift` and `teacher_shift` (<= 0) below the new ones."""
+    scale, teacher_scale = _exp(shift), _exp(teacher_shift)
+    spread_V = _carry(spread_V, total_V, scale, shift)
+    if GAP == _STUDENT:
+        gap_V, lost_V = _carry(gap_V, total_V, scale, shift - teacher_shift), lost_V * scale
+    if GAP == _TEACHER:
+        gap_V = _carry(gap_V, teacher_total_V, teacher_scale, teacher_shift - shift)
+        lost_V = lost_V * teacher_scale
+    return total_V * scale, spread_V, teacher_total_V * teacher_scale, gap_V, lost_V
 
 
 @triton.jit
-def _join_gap(gap, shared, lost, scale, shift, weight_V, over_V, under_V):
-    """The sum of ``weight (over - under)`` taken over one block more, where both are finite.
+def _without_infinity(lower_V, MASKED: tl.constexpr):
+    """Log-weights with 0 for -inf: times a weight of 0 this is no NaN. Without `MASKED`, NaN is right there."""
+    return tl.where(lower_V == float("-inf"), 0.0, lower_V) if MASKED else lower_V
 
-    Weights are told apart by whether `under` is finite: the sum of those where it is, `shared`, moves with the shift;
-    the sum of the others, `lost`, makes the gap infinite unless it vanishes beside weights that are yet to come.
+
+@triton.jit
+def _add_gap(gap_V, lost_V, weight_V, over_V, under_V, MASKED: tl.constexpr):
+    """D with one block more, and the weight where `under_V` is -inf.
+
+    That weight makes D infinite unless it vanishes beside weights that are yet to come, so that it is kept apart.
     """
-    shared_V = tl.where(under_V == float("-inf"), 0.0, weight_V)
-    gap = _carry(gap, shared, scale, shift) + tl.sum(_product(shared_V, over_V - under_V), axis=0)
-    shared = scale * shared + tl.sum(shared_V, axis=0)
-    lost = scale * lost + tl.sum(weight_V - shared_V, axis=0)
-    return gap, shared, lost
+    gap_V += weight_V * (_without_infinity(over_V, MASKED) - _without_infinity(under_V, MASKED))
+    if MASKED:
+        lost_V += tl.where(under_V == float("-inf"), weight_V, 0.0)
+    return gap_V, lost_V
+
+
+@triton.jit
+def _label_logit(tile_CV, labels_C, row, stride, columns):
+    """The logit at the row's label, -inf where that is not among the columns."""
+    label = tl.load(labels_C + row)
+    owned = (label >= 0) & (label < columns)
+    return tl.load(tile_CV + row * stride + label, mask=owned, other=float("-inf"))
 
 
 @triton.jit
@@ -242,7 +272,7 @@ def _mixture(lower_V, log_sum, teacher_lower_V, teacher_log_sum, LOG_KEEP: tl.co
     logp_V = tl.where(lower_V < _LEAST, _LEAST, lower_V) - log_sum
     logq_V = tl.where(teacher_lower_V < _LEAST, _LEAST, teacher_lower_V) - teacher_log_sum
     kept_V, rest_V = logp_V + LOG_KEEP, logq_V + LOG_REST
-    logm_V = tl.maximum(kept_V, rest_V) + tl.log(1.0 + tl.exp(-tl.abs(kept_V - rest_V)))
+    logm_V = tl.maximum(kept_V, rest_V) + tl.log(1.0 + _exp(-tl.abs(kept_V - rest_V)))
     return logp_V, logq_V, logm_V
 
 
@@ -260,44 +290,58 @@ def _measure_row(
     student_stride,
     teacher_stride,
     LOWEST: tl.constexpr,
+    MASKED: tl.constexpr,
     GAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One row's statistics: a program for each, joining its blocks as shards are joined."""
+    """One row's statistics: a program for each.
+
+    Each column of a block has sums of its own, which are added up once at the end. All of them are over weights
+    relative to the largest logit so far; a block with a larger one moves them, as shards are moved when joined.
+    """
     kind: tl.constexpr = student_CV.dtype.element_ty
+    past: tl.constexpr = float("-inf") if MASKED else LOWEST
     row = tl.program_id(0).to(tl.int64)
-    nothing = tl.zeros((), kind)
     highest = tl.full((), LOWEST, kind)
     teacher_highest = highest
-    total, spread, teacher_total, gap, shared, lost = nothing, nothing, nothing, nothing, nothing, nothing
-    for start in range(0, columns, BLOCK):
-        student_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK)
-        if teacher_CV is not None:  # here, because a sum is a barrier that loads do not pass
-            teacher_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK)
-        highest, shift, scale, lower_V, weight_V = _rise(highest, student_V)
-        spread = _carry(spread, total, scale, shift) + tl.sum(_product(weight_V, lower_V), axis=0)
-        total = scale * total + tl.sum(weight_V, axis=0)
+    total_V = tl.zeros((BLOCK,), kind)
+    spread_V, teacher_total_V, gap_V, lost_V = total_V, total_V, total_V, total_V
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        student_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK, past)
+        higher, teacher_higher = tl.maximum(highest, tl.max(student_V, axis=0)), teacher_highest
         if teacher_CV is not None:
-            teacher_highest, teacher_shift, teacher_scale, under_V, drawn_V = _rise(teacher_highest, teacher_V)
-            teacher_total = teacher_scale * teacher_total + tl.sum(drawn_V, axis=0)
-            apart = shift - teacher_shift
+            teacher_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK, past)
+            teacher_higher = tl.maximum(teacher_highest, tl.max(teacher_V, axis=0))
+        if (higher > highest) | (teacher_higher > teacher_highest):
+            shift, teacher_shift = highest - higher, teacher_highest - teacher_higher
+            total_V, spread_V, teacher_total_V, gap_V, lost_V = _move(
+                total_V, spread_V, teacher_total_V, gap_V, lost_V, shift, teacher_shift, GAP
+            )
+            highest, teacher_highest = higher, teacher_higher
+        lower_V = student_V - highest
+        weight_V = _exp(lower_V)
+        total_V += weight_V
+        spread_V += weight_V * _without_infinity(lower_V, MASKED)
+        if teacher_CV is not None:
+            under_V = teacher_V - teacher_highest
+            drawn_V = _exp(under_V)
+            teacher_total_V += drawn_V
             if GAP == _STUDENT:
-                gap, shared, lost = _join_gap(gap, shared, lost, scale, apart, weight_V, lower_V, under_V)
+                gap_V, lost_V = _add_gap(gap_V, lost_V, weight_V, lower_V, under_V, MASKED)
             if GAP == _TEACHER:
-                gap, shared, lost = _join_gap(gap, shared, lost, teacher_scale, -apart, drawn_V, under_V, lower_V)
-    label = tl.load(labels_C + row)
-    owned = (label >= 0) & (label < columns)
+                gap_V, lost_V = _add_gap(gap_V, lost_V, drawn_V, under_V, lower_V, MASKED)
     found_C = found_KC + row
     tl.store(found_C, highest)
-    tl.store(found_C + rows, total)
-    tl.store(found_C + 2 * rows, spread)
-    tl.store(found_C + 3 * rows, tl.load(student_CV + row * student_stride + label, mask=owned, other=float("-inf")))
+    tl.store(found_C + rows, tl.sum(total_V, axis=0))
+    tl.store(found_C + 2 * rows, tl.sum(spread_V, axis=0))
+    tl.store(found_C + 3 * rows, _label_logit(student_CV, labels_C, row, student_stride, columns))
     if teacher_CV is not None:
-        teacher_label = tl.load(teacher_CV + row * teacher_stride + label, mask=owned, other=float("-inf"))
+        lost = tl.sum(lost_V, axis=0)
         tl.store(found_C + 4 * rows, teacher_highest)
-        tl.store(found_C + 5 * rows, teacher_total)
-        tl.store(found_C + 6 * rows, teacher_label)
-        tl.store(found_C + 7 * rows, tl.where(lost > 0, float("inf"), gap))
+        tl.store(found_C + 5 * rows, tl.sum(teacher_total_V, axis=0))
+        tl.store(found_C + 6 * rows, tl.where(lost > 0, float("inf"), tl.sum(gap_V, axis=0)))
+        tl.store(found_C + 7 * rows, _label_logit(teacher_CV, labels_C, row, teacher_stride, columns))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -316,21 +360,24 @@ def _measure_mixture_row(
     LOG_KEEP: tl.constexpr,
     LOG_REST: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row's two sums of the mixture: a program for each."""
     kind: tl.constexpr = student_CV.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     highest, log_sum = _load_row(max_C, row, kind), _load_row(log_sum_C, row, kind)
     teacher_highest, teacher_log_sum = _load_row(teacher_max_C, row, kind), _load_row(teacher_log_sum_C, row, kind)
-    student_sum, teacher_sum = tl.zeros((), kind), tl.zeros((), kind)
-    for start in range(0, columns, BLOCK):
-        lower_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK) - highest
-        teacher_lower_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK) - teacher_highest
+    student_sum_V = tl.zeros((BLOCK,), kind)
+    teacher_sum_V = student_sum_V
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        student_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK, float("-inf"))
+        teacher_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK, float("-inf"))
+        lower_V, teacher_lower_V = student_V - highest, teacher_V - teacher_highest
         logp_V, logq_V, logm_V = _mixture(lower_V, log_sum, teacher_lower_V, teacher_log_sum, LOG_KEEP, LOG_REST)
-        student_sum += tl.sum(tl.exp(logp_V) * (logp_V - logm_V), axis=0)
-        teacher_sum += tl.sum(tl.exp(logq_V) * (logq_V - logm_V), axis=0)
-    tl.store(found_2C + row, student_sum)
-    tl.store(found_2C + rows + row, teacher_sum)
+        student_sum_V += _exp(logp_V) * (logp_V - logm_V)
+        teacher_sum_V += _exp(logq_V) * (logq_V - logm_V)
+    tl.store(found_2C + row, tl.sum(student_sum_V, axis=0))
+    tl.store(found_2C + rows + row, tl.sum(teacher_sum_V, axis=0))
 
 
 @triton.jit
@@ -353,6 +400,7 @@ def _gradient_block(
     mixture_C,
     log_sum_C,
     teacher_log_sum_C,
+    MASKED: tl.constexpr,
     LOG_KEEP: tl.constexpr,
     LOG_REST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -362,13 +410,14 @@ def _gradient_block(
     blocks = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK
-    lower_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK) - _load_row(max_C, row, kind)
-    weight_V = tl.exp(lower_V)
+    student_V = _load_block(student_CV, row, student_stride, start, columns, BLOCK, float("-inf"))
+    lower_V = student_V - _load_row(max_C, row, kind)
+    weight_V = _exp(lower_V)
     factor_V = tl.zeros((BLOCK,), kind) + _load_row(constant_C, row, kind)
     if student_C is not None:
         factor_V += _load_row(student_C, row, kind) * lower_V
     if teacher_CV is not None:
-        teacher_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK)
+        teacher_V = _load_block(teacher_CV, row, teacher_stride, start, columns, BLOCK, float("-inf"))
         teacher_lower_V = teacher_V - _load_row(teacher_max_C, row, kind)
     if teacher_C is not None:
         factor_V += _load_row(teacher_C, row, kind) * teacher_lower_V
@@ -376,9 +425,9 @@ def _gradient_block(
         log_sum, teacher_log_sum = _load_row(log_sum_C, row, kind), _load_row(teacher_log_sum_C, row, kind)
         logp_V, _, logm_V = _mixture(lower_V, log_sum, teacher_lower_V, teacher_log_sum, LOG_KEEP, LOG_REST)
         factor_V += _load_row(mixture_C, row, kind) * (logp_V - logm_V)
-    gradient_V = _product(weight_V, factor_V)
+    gradient_V = _product(weight_V, factor_V) if MASKED else weight_V * factor_V
     if drawn_C is not None:
-        gradient_V -= _load_row(drawn_C, row, kind) * tl.exp(teacher_lower_V)
+        gradient_V -= _load_row(drawn_C, row, kind) * _exp(teacher_lower_V)
     column_V = start + tl.arange(0, BLOCK)
     if label_C is not None:
         gradient_V += tl.where(column_V == tl.load(labels_C + row), _load_row(label_C, row, kind), 0.0)

@@ -215,6 +215,7 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
         entropy_T=head.entropy_T,
         teacher_logprob_T=head.teacher_logprob_T if teacher_T is None else teacher_T[at],
         contrast_T=None if contrast_T is None else contrast_T[at],
+        any_open_gate=len(batch.gated_rows_G) > 0,
     )
 
 

@@ -58,6 +58,8 @@ class TokenTerms:
     gradient nor depends on `divergence_T`. None where nobody reads such a hint."""
     entropy_T: Tensor | None = None
     """Of the policy, in nats; carries the gradient. None where the caller has no use for it."""
+    any_open_gate: bool = True
+    """The micro-batch has a token with an open gate. The host knows, so that no objective has to ask the device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,6 @@ def _present(divergence_T: Tensor | None, terms: TokenTerms, message: str) -> Te
     """A divergence, which a micro-batch without an open gate may lack."""
     if divergence_T is not None:
         return divergence_T
-    if bool(terms.gate_T.any()):
+    if terms.any_open_gate:
         raise ValueError(message)
     return torch.zeros_like(terms.gate_T)

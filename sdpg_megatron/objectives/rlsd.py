@@ -62,6 +62,6 @@ class RLSD:
         if terms.teacher_logprob_T is not None:
             student_T = terms.old_logprob_T if self._once else terms.logprob_T.detach()
             return bounded_exp((terms.teacher_logprob_T - student_T) * terms.advantage_T.sign())
-        if bool(terms.gate_T.any()):
+        if terms.any_open_gate:
             raise ValueError("credit > 0 and an open gate need the teacher's log-probs")
         return torch.ones_like(terms.gate_T)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import HeadConfig, ModelConfig, ParallelConfig
-from sdpg_megatron.head.options import CPU_BYTES, CUDA_BYTES, chunk_rows, tile_columns
+from sdpg_megatron.head.sizes import HeadShape, Schedule
 from sdpg_megatron.plan.shards import Grid
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,7 +109,7 @@ class HeadBytes:
     """What the head holds beside its inputs."""
 
     chunk: int
-    """Logits and scratch."""
+    """Logits, scratch and kept logit gradients."""
     rows: int
     """Hidden rows and their gradients."""
     matrix: int
@@ -123,19 +123,24 @@ class HeadBytes:
 def head_bytes(
     arch: Architecture, head: HeadConfig, grid: Grid, dtype: str, rows: int, *, taught: bool, cuda: bool, train: bool
 ) -> HeadBytes:
-    """`rows`: response tokens of a micro-batch on this rank. `train`: with gradients; otherwise log-probs alone."""
+    """`rows`: response tokens of a micro-batch on this rank. `train`: with gradients; otherwise log-probs alone.
+
+    The schedule "auto" counts as "grad_in_forward", which it is where that fits.
+    """
     columns, w = arch.padded_vocab(grid.tensor) // grid.tensor, BYTES[dtype]
-    held = train and head.schedule == "grad_in_forward"
-    schedule = head.schedule if train else "recompute"
-    budget = CUDA_BYTES if cuda else CPU_BYTES
+    shape = HeadShape(
+        columns=columns, hidden=arch.hidden_size, cuda=cuda, gradient_bytes=w, fused=cuda, buffers=2 if cuda else 1
+    )
+    of_run: Schedule = "recompute" if head.schedule == "recompute" else "grad_in_forward"
+    schedule: Schedule = of_run if train else "recompute"
     # A run chooses its chunk once, by the schedule of its updates.
-    most = head.chunk_rows or chunk_rows(head.schedule, columns, budget, cuda=cuda)
-    tile = min(columns, tile_columns(schedule, columns, cuda=cuda))
+    chunk = head.chunk_rows or shape.chunk_rows(of_run, shape.default_bytes())
     distributions = 2 if taught and train else 1
-    width = distributions * (columns if held else tile) + 5 * tile
     ordered = w if taught else 0
+    held = min(rows, chunk * 2 // distributions)
+    kept = w * columns * min(rows, shape.group_rows(schedule, shape.default_bytes(), chunk))
     return HeadBytes(
-        chunk=4 * min(most, rows) * width,
+        chunk=held * shape.logits_bytes(schedule, distributions) + kept,
         rows=rows * arch.hidden_size * ((4 + w + ordered) if train else w),
-        matrix=4 * columns * arch.hidden_size if held else 0,
+        matrix=shape.matrix_bytes if schedule == "grad_in_forward" else 0,
     )

@@ -59,7 +59,7 @@ def _proposals(plan: Plan) -> Iterator[tuple[tuple[str, ...], int]]:
         yield ("optimizer.distributed=true",), world
     if config.model.dtype == "float32":
         yield ("model.dtype=bfloat16",), world
-    if config.head.schedule == "grad_in_forward":
+    if config.head.schedule != "recompute":
         yield ("head.schedule=recompute",), world
     yield from ((changes, ranks) for ranks in (world, 2 * world) for changes in _layouts(plan))
     yield (), 2 * world

@@ -114,6 +114,20 @@ def test_sizes_of_chunks_and_tiles_change_nothing(ranks: RankPool, sizes: tuple[
             assert_shards(list(parts), dense(problem), partial=way == "logits")
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_one_product_of_several_chunks_changes_nothing(ranks: RankPool, world_size: int) -> None:
+    """The order of work on a GPU. With 5 tokens among 24 columns, some ranks hold padding alone."""
+    questions = [
+        make_problem(valid=valid, divergence=DIVERGENCES[name], temperature=0.6).padded(torch.nan)
+        for name in ("reverse_kl", "jsd", "top3_jsd")
+        for valid in (21, 5)
+    ]
+    options = {"chunk_rows": 2, "tile_columns": 24, "group_rows": 5, "overlap": True}
+    found = list(zip(*ranks.run(answers, world_size, questions, ["grad_in_forward"], **options), strict=True))
+    for problem, parts in zip(questions, found, strict=True):
+        assert_shards(list(parts), dense(problem), partial=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_ranks_get_the_same_bits(ranks: RankPool, dtype: torch.dtype) -> None:
     questions = [

@@ -1,4 +1,7 @@
-"""`tile_triton` against `tile`, in Triton's interpreter. `test_head_triton` runs this in a process of its own."""
+"""`tile_triton` and `rows_triton` against their twins, and the head with them, in Triton's interpreter.
+
+`test_head_triton` runs this in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdpg_megatron.head import tile, tile_triton
+from sdpg_megatron.head import rows, rows_triton, tile, tile_triton
+from sdpg_megatron.head.divergences import Form
+from sdpg_megatron.head.rows import Upstream
 from sdpg_megatron.head.tile import Gap
 from tests.head_tiles import MARGIN, PARTS, Tiles, check_gradient, check_measure, check_mixture, make_tiles
+from tests.head_twin import DIVERGENCES, assert_answers, dense, make_problem, package
 
 settings.register_profile("interpreter", deadline=None, derandomize=True)
 settings.load_profile("interpreter")
@@ -91,20 +97,20 @@ def fixed(rows: int = 3, columns: int = 37, dtype: torch.dtype = torch.float32) 
 
 
 @pytest.mark.parametrize("gap", GAPS)
-@settings(max_examples=30)
+@settings(max_examples=14)
 @given(case=CASES)
 def test_measure(gap: Gap | None, case: Case) -> None:
     check_measure(tile_triton, case.tiles(), gap, block=BLOCK)
 
 
-@settings(max_examples=30)
+@settings(max_examples=14)
 @given(CASES)
 def test_mixture(case: Case) -> None:
     check_mixture(tile_triton, case.tiles(), block=BLOCK)
 
 
 @pytest.mark.parametrize("name", PARTS)
-@settings(max_examples=12)
+@settings(max_examples=7)
 @given(case=CASES, out=st.sampled_from([None, torch.bfloat16, torch.float32]))
 def test_gradient(name: str, case: Case, out: torch.dtype | None) -> None:
     through_teacher = "teacher" in PARTS[name]
@@ -161,7 +167,7 @@ def test_a_token_of_one_alone_counts_only_beside_the_largest_weights(gap: Gap, r
     under_V[:BLOCK] = -torch.inf
     over_V[BLOCK:32], over_V[32:] = rest / 2, rest
     student_V, teacher_V = (over_V, under_V) if gap is Gap.STUDENT else (under_V, over_V)
-    assert bool(measure_one(student_V, teacher_V, gap)[7].isinf()) == infinite
+    assert bool(measure_one(student_V, teacher_V, gap)[6].isinf()) == infinite
 
 
 @pytest.mark.parametrize("gap", [Gap.STUDENT, Gap.TEACHER])
@@ -172,9 +178,10 @@ def test_columns_barred_by_the_least_number_weigh_nothing(gap: Gap) -> None:
     assert measure_one(student_V, teacher_V, gap).isfinite()[4:].all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [0, 20, 36])
-def test_a_broken_logit_is_not_hidden(bad: float, column: int) -> None:
+def test_a_broken_logit_is_not_hidden(bad: float, column: int, masked: bool) -> None:
     tiles = fixed(1)
     clean_V = tiles.student_CV[0]
     broken_V = clean_V.clone()
@@ -182,9 +189,22 @@ def test_a_broken_logit_is_not_hidden(bad: float, column: int) -> None:
     for gap in Gap:
         for student_V, teacher_V, total in ((broken_V, clean_V, 1), (clean_V, broken_V, 5)):
             found_8C = tile_triton.measure(
-                student_V[None], teacher_V[None], tiles.labels_C, gap, masked=True, block=BLOCK
+                student_V[None], teacher_V[None], tiles.labels_C, gap, masked=masked, block=BLOCK
             )
             assert found_8C[total].isnan().all()
+
+
+@pytest.mark.parametrize("column", [0, 20, 36])
+def test_a_logit_of_minus_infinity_is_broken_where_none_is_looked_for(column: int) -> None:
+    """It comes of a broken weight there. The student's makes B not a number, the teacher's D."""
+    tiles = fixed(1)
+    broken_V = tiles.student_CV[0].clone()
+    broken_V[column] = -torch.inf
+    for student_V, teacher_V, number in ((broken_V, tiles.teacher_CV[0], 2), (tiles.student_CV[0], broken_V, 6)):
+        found_8C = tile_triton.measure(
+            student_V[None], teacher_V[None], tiles.labels_C, Gap.STUDENT, masked=False, block=BLOCK
+        )
+        assert not found_8C[number].isfinite().any()
 
 
 def test_types_that_are_not_taken() -> None:
@@ -202,3 +222,104 @@ def test_types_that_are_not_taken() -> None:
 
 def test_available_to_any_device_here() -> None:
     assert tile_triton.available(torch.device("cpu"))
+
+
+# --- numbers of rows
+
+CLOSED = [name for name, divergence in DIVERGENCES.items() if divergence.form is not Form.NONE]
+EXACT = {"rtol": 1e-13, "atol": 1e-13}
+
+
+def statistics(ranks: int, size: int, gap: Gap, *, taught: bool = True, seed: int = 0) -> Tensor:
+    """Of so many shards of random logits, float64 [R, K, C]; some shards hold nothing but -inf on some rows."""
+    generator = torch.Generator().manual_seed(seed)
+    student_CV, teacher_CV = 5 * torch.randn(2, size, 7 * ranks, generator=generator, dtype=torch.float64)
+    student_CV[::3, :7] = teacher_CV[::3, :7] = -torch.inf
+    student_CV[1::3, -7:] -= 2000
+    labels_C = torch.randint(7 if ranks > 1 else 0, 7 * ranks, (size,), generator=generator)
+    parts = [
+        tile.measure(
+            student_CV[:, at : at + 7], teacher_CV[:, at : at + 7] if taught else None, labels_C - at, gap, masked=True
+        )
+        for at in range(0, 7 * ranks, 7)
+    ]
+    return torch.stack(parts)
+
+
+def numbers(name: str, size: int, *, taught: bool = True) -> Tensor:
+    """What is kept of rows, float64 [N, C]: statistics, and two positive numbers for a mixture."""
+    divergence = DIVERGENCES[name]
+    sums_KC = rows.join(statistics(2, size, divergence.gap, taught=taught), divergence.gap)
+    if divergence.keep is None or not taught:
+        return sums_KC
+    return torch.cat((sums_KC, torch.rand(2, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("size", [0, 1, 200])
+def test_join(gap: Gap | None, ranks: int, size: int) -> None:
+    """Also as a gather hands them over: with numbers of the divergence behind those of each rank."""
+    parts_RKC = statistics(ranks, size, gap or Gap.NONE, taught=gap is not None)
+    wide_RNC = torch.cat((parts_RKC, torch.full_like(parts_RKC[:, :3], torch.nan)), 1)
+    for given_RKC in (parts_RKC, wide_RNC[:, : parts_RKC.shape[1]]):
+        found_KC = rows_triton.join(given_RKC, gap or Gap.NONE)
+        torch.testing.assert_close(found_KC, rows.join(parts_RKC, gap or Gap.NONE), **EXACT)
+
+
+def test_join_of_shards_that_the_other_side_lacks() -> None:
+    """D of one shard is infinite, and its weights vanish in the whole; then they do not."""
+    parts_RKC = statistics(2, 4, Gap.STUDENT)
+    parts_RKC[0, 6] = torch.inf
+    parts_RKC[0, 0] = parts_RKC[1, 0] - torch.tensor([2000, 2000, 0, 1])
+    found_KC = rows_triton.join(parts_RKC, Gap.STUDENT)
+    assert found_KC[6].isinf().tolist() == [False, False, True, True]
+    torch.testing.assert_close(found_KC, rows.join(parts_RKC, Gap.STUDENT), **EXACT)
+
+
+@pytest.mark.parametrize("name", [None, *CLOSED])
+@pytest.mark.parametrize("size", [1, 200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_terms(name: str | None, size: int, dtype: torch.dtype) -> None:
+    divergence = DIVERGENCES[name or "reverse_kl"]
+    sums_NC = numbers(name or "reverse_kl", size, taught=name is not None)
+    found_4T, expected_4T = (torch.full((4, size + 20), 7.0, dtype=dtype) for _ in range(2))
+    for functions, terms_4T in ((rows_triton, found_4T), (rows, expected_4T)):
+        functions.terms(sums_NC, divergence, terms_4T[:, 3 : 3 + size])
+    torch.testing.assert_close(found_4T, expected_4T, rtol=1e-13 if dtype == torch.float64 else 1e-6, atol=1e-13)
+    assert found_4T[:, :3].eq(7).all() and found_4T[:, 3 + size :].eq(7).all()
+
+
+@pytest.mark.parametrize("name", [None, *CLOSED])
+@pytest.mark.parametrize("given", [(0, 1, 2), (0,), (1,), (2,), (0, 2), ()])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_coefficients(name: str | None, given: tuple[int, ...], temperature: float) -> None:
+    """`given`: the terms with an upstream gradient, one of them expanded from a single number."""
+    size, divergence = 200, DIVERGENCES[name or "reverse_kl"]
+    sums_NC = numbers(name or "reverse_kl", size, taught=name is not None)
+    random_3C = torch.randn(3, size, generator=torch.Generator().manual_seed(2))
+    every = (random_3C[0], random_3C[1], torch.tensor(0.3).expand(size))
+    upstream: Upstream = tuple(every[term] if term in given else None for term in range(3))  # type: ignore[assignment]
+    found, expected = (
+        functions.coefficients(sums_NC, divergence, upstream, temperature, torch.float64).row
+        for functions in (rows_triton, rows)
+    )
+    for part in rows_triton.PARTS:
+        found_C, expected_C = getattr(found, part), getattr(expected, part)
+        assert (found_C is None) == (expected_C is None), part
+        if expected_C is not None:
+            torch.testing.assert_close(found_C, expected_C, rtol=1e-12, atol=1e-12, msg=part)
+    assert found.keep == expected.keep
+
+
+# --- the whole head
+
+
+@pytest.mark.parametrize("way", ["logits", "recompute", "grad_in_forward"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_answers_are_the_twins(way: str, name: str) -> None:
+    """As on a GPU: gradients of several chunks in one product, and the next chunk's logits made ahead."""
+    problem = make_problem(divergence=DIVERGENCES[name], temperature=0.6)
+    sizes: dict[str, int | None] = {"tile_columns": None, "group_rows": 9}
+    found = package(way, problem, kernels="triton", overlap=True, **sizes)
+    assert_answers(found, dense(problem), rtol=1e-11, atol=1e-11)

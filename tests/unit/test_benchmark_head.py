@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,8 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
 def test_those_who_cannot_run_say_why() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert "GPU" in str(CONTESTANTS["liger"].missing(cpu, 1))
+    assert "second stream" in str(CONTESTANTS["ours/one_stream"].missing(cpu, 1))
+    assert CONTESTANTS["ours/one_stream"].missing(cuda, 1) is None
     assert "ranks" in str(CONTESTANTS["liger"].missing(cuda, 2))
     assert "ranks" in str(CONTESTANTS["public_sdpg"].missing(cpu, 2))
     assert CONTESTANTS["naive"].missing(cpu, 2) is None
@@ -196,9 +199,24 @@ def test_the_script_writes_its_results(tmp_path: Path) -> None:
             assert result["max_error_vs_float64"] < 1e-5
     meta = json.loads((tmp_path / "head.json.meta.json").read_text())
     assert meta["command"].startswith("python benchmarks/head.py --rows=64") and meta["machine"] and meta["date"]
-    assert set(meta["left_out"]) == {"liger, tp 1", "public_sdpg, tp 2", "liger, tp 2"}
+    gpu = ("ours/one_stream", "liger", "liger_chunked")
+    assert set(meta["left_out"]) == {"public_sdpg, tp 2", *(f"{name}, tp {tp}" for name in gpu for tp in (1, 2))}
     assert "naive" in run.stdout and "left out: liger, tp 1" in run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head.json", "head.json.meta.json"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_a_chunk_takes_few_calls() -> None:
+    """On the path of a GPU, where each costs the host some microseconds; 126 before kernels did the work of rows."""
+    run = run_script("--launches")
+    assert run.returncode == 0, run.stderr
+    total, *calls = run.stdout.splitlines()
+    counts = {name: float(count) for count, name in (line.split() for line in calls)}
+    assert float(total.split()[0]) == pytest.approx(sum(counts.values())) and sum(counts.values()) <= 30
+    for kernel in ("_measure_row", "_terms", "_coefficients", "_gradient_block"):
+        assert counts[f"triton.{kernel}"] == 1
+    # Student's and teacher's logits, and the gradient of hidden rows; that of the matrix for several chunks at a time.
+    assert counts["aten.mm.out"] == 2 and counts["aten.addmm.out"] < 1
 
 
 def test_the_script_refuses_an_unknown_name() -> None:

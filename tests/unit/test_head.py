@@ -21,6 +21,7 @@ from tests.head_twin import (
     assert_answers,
     dense,
     dense_of_logits,
+    dense_terms,
     logits_problem,
     make_problem,
     options_of,
@@ -65,6 +66,50 @@ def test_sizes_of_chunks_and_tiles_change_nothing(way: str, name: str) -> None:
     expected = dense(problem)
     for rows, columns in ((1, 1), (4, 21), (3, 8), (11, 2), (256, 7), (2, 4096), (None, None)):
         assert_answers(package(way, problem, chunk_rows=rows, tile_columns=columns), expected, **EXACT)
+
+
+@names
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_product_of_several_chunks_changes_nothing(name: str, overlap: bool) -> None:
+    """As on a GPU. Groups hold one chunk, some, or all of them; shared products and those of two temperatures."""
+    for temperatures in ({"temperature": 0.6}, {"temperature": 0.6, "teacher_temperature": 1.5}):
+        problem = make_problem(divergence=DIVERGENCES[name], **temperatures)
+        expected = dense(problem)
+        for rows, columns, group in ((1, 24, 1), (2, 5, 4), (2, 24, 7), (4, 24, 100), (100, 24, 100), (None, None, 8)):
+            sizes = {"chunk_rows": rows, "tile_columns": columns, "group_rows": group}
+            assert_answers(package("grad_in_forward", problem, overlap=overlap, **sizes), expected, **EXACT)
+    own = make_problem(teacher_hidden=4, divergence=DIVERGENCES[name])
+    assert_answers(package("grad_in_forward", own, overlap=overlap, group_rows=6), dense(own), **EXACT)
+
+
+@pytest.mark.parametrize("wanted", ["hidden_TH", "weight_VH"])
+def test_only_wanted_gradients_of_several_chunks_are_made(wanted: str) -> None:
+    problem = make_problem()
+    leaf = getattr(problem, wanted).clone().requires_grad_()
+    _, loss = ask("grad_in_forward", replace(problem, **{wanted: leaf}), group_rows=8)
+    loss.backward()
+    expected = dense(problem)
+    answers = {"hidden_TH": expected.hidden_grad_TH, "weight_VH": expected.weight_grad_VH}
+    assert_close(leaf.grad, answers[wanted], **EXACT)
+
+
+def test_kept_gradients_are_rounded_to_the_weights_type_alone() -> None:
+    """bfloat16 weights: each logit's gradient is off by half a unit, and no sum of them by more than that."""
+    problem = make_problem(rows=40, columns=300, valid=290, hidden=64, gated=30).to(torch.bfloat16)
+    found = package("grad_in_forward", problem, chunk_rows=8, tile_columns=290, group_rows=20)
+    exact = problem.to(torch.float64)
+    logits_TV = (exact.hidden_TH @ exact.weight_VH[:290].T).requires_grad_()
+    loss = exact.loss(dense_terms(exact, logits_TV), torch.arange(40)).sum()
+    (gradient_TV,) = torch.autograd.grad(loss, logits_TV)
+    half = torch.finfo(torch.bfloat16).eps / 2
+    hidden_bound_TH = half * (gradient_TV.abs() @ exact.weight_VH[:290].abs())
+    weight_bound_VH = half * (gradient_TV.abs().T @ exact.hidden_TH.abs())
+    expected = dense(problem)
+    assert_close(found.terms_4T.double(), expected.terms_4T, **SINGLE)
+    off_TH = (found.hidden_grad_TH.double() - expected.hidden_grad_TH).abs()
+    off_VH = (found.weight_grad_VH.double() - expected.weight_grad_VH).abs()[:290]
+    assert (off_TH <= hidden_bound_TH + half * expected.hidden_grad_TH.abs() + 1e-5).all()
+    assert (off_VH <= weight_bound_VH + half * expected.weight_grad_VH[:290].abs() + 1e-5).all()
 
 
 # --- finite differences: the teacher has a matrix of its own, so that nudging the student's leaves it alone

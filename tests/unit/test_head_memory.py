@@ -76,8 +76,8 @@ def loss(terms: HeadTerms, at_C: torch.Tensor) -> torch.Tensor:
     return terms.divergence_T - terms.logprob_T - terms.entropy_T
 
 
-def both_passes(schedule: Any, columns: int, divergence: Divergence) -> Callable[[int], Callable[[], Any]]:
-    options = HeadOptions(schedule=schedule, divergence=divergence, **SIZES)
+def both_passes(schedule: Any, columns: int, divergence: Divergence, **more: Any) -> Callable[[int], Callable[[], Any]]:
+    options = HeadOptions(schedule=schedule, divergence=divergence, **SIZES, **more)
 
     def make(rows: int) -> Callable[[], Any]:
         hidden_TH, weight_VH, labels_T, teacher_TH = leaves(rows, columns)
@@ -135,6 +135,18 @@ def test_what_waits_for_the_backward_pass(columns: int) -> None:
     kept = usage(forward("grad_in_forward", 96)).left - 96 * (2 * HIDDEN * FLOAT + NUMBERS)
     assert kept <= columns * HIDDEN * FLOAT
     assert usage(forward("recompute", 96)).left <= 96 * NUMBERS
+
+
+def test_logits_are_gone_before_the_matrix_gradient_takes_memory() -> None:
+    """With one group of all rows, the logits of two chunks and the gradients of all rows are the peak."""
+    rows, columns = 96, 2048
+    call = both_passes("grad_in_forward", columns, DIVERGENCES["reverse_kl"], group_rows=rows, overlap=True)(rows)
+    call()
+    logits, kept = 2 * 2 * SIZES["chunk_rows"] * columns * FLOAT, rows * columns * FLOAT
+    matrix = columns * HIDDEN * FLOAT
+    beside = rows * (8 * HIDDEN * FLOAT + NUMBERS) + 16 * SIZES["chunk_rows"] * SIZES["tile_columns"] * FLOAT
+    assert beside < matrix, "or the test could not tell"
+    assert logits + kept <= usage(call).peak <= logits + kept + beside
 
 
 def test_terms_without_a_graph_need_some_numbers_a_row() -> None:

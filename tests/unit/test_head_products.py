@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdpg_megatron.head import VocabShard, gradients
+from sdpg_megatron.head.autograd import head_of_rows
+from sdpg_megatron.head.gradients import Gradients, WeightGradient, group_size
 from sdpg_megatron.head.products import multiply, wide
-from tests.head_twin import Problem, ask, dense, make_problem
+from tests.head_twin import Problem, ask, dense, make_problem, options_of
 
 HIDDEN_WAYS = ("terms", "recompute", "grad_in_forward")
 ways = pytest.mark.parametrize("way", HIDDEN_WAYS)
@@ -109,11 +113,106 @@ def test_only_tokens_of_a_padded_matrix_get_a_gradient(way: str) -> None:
 
 
 @pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_products_are_summed_in_a_wide_type(narrow: torch.dtype, add: bool) -> None:
+def test_products_are_summed_in_a_wide_type(narrow: torch.dtype, factor: float, add: bool) -> None:
+    """What is not added to is not read: it may be NaN."""
     generator = torch.Generator().manual_seed(0)
     left_MK, right_KN = (torch.randn(size, generator=generator).to(narrow) for size in ((5, 300), (300, 7)))
-    out_MN = torch.ones(5, 7, dtype=wide(narrow))
-    expected_MN = left_MK.double() @ right_KN.double() + (1 if add else 0)
-    assert multiply(left_MK, right_KN, out_MN, add=add) is out_MN
+    out_MN = torch.full((5, 7), 1 if add else torch.nan, dtype=wide(narrow))
+    expected_MN = factor * (left_MK.double() @ right_KN.double()) + (1 if add else 0)
+    assert multiply(left_MK, right_KN, out_MN, add=add, factor=factor) is out_MN
     assert_close(out_MN.double(), expected_MN, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_rows", [0, 8])
+def test_rows_of_logits_and_gradients_start_where_cublas_is_fast(group_rows: int) -> None:
+    """21 columns: 64 numbers from one row to the next. Of numbers of 2 bytes, 16 bytes are 8."""
+    problem = make_problem(gated=11)
+    options = options_of(problem, schedule="grad_in_forward", tile_columns=21, group_rows=group_rows).sized(
+        problem.weight_VH
+    )
+    inputs = problem.hidden_TH, problem.weight_VH, problem.teacher_GH, None, problem.labels_T, problem.rows_G
+    vocab = VocabShard(0, problem.valid, None)
+    head, ordered_TH = head_of_rows(*inputs, vocab, options, held=True)
+    kept = Gradients(ordered_TH, problem.weight_VH, vocab, options, (True, True), deferred=True)
+    kept.narrow = True  # as with bfloat16 weights on a GPU
+    rows = head.chunks()[0]
+    head.logits.begin(rows)
+    for made in (*head.logits.tile(slice(0, 21)), kept._room(rows, slice(0, 21))):
+        assert made is not None and made.shape == (4, 21) and made.stride() == (64, 1)
+
+
+# --- how often the matrix's gradient, the largest tensor of all, is read and written
+
+
+class Passes(TorchDispatchMode):
+    """Names of the operators that write so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        view = any(found.alias_info is not None and not found.alias_info.is_write for found in func._schema.returns)
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if isinstance(result, Tensor) and result.numel() == self.numbers and not view and "empty" not in name:
+            self.found.append(name)
+        return result
+
+
+PRODUCTS = ("mm", "addmm")
+
+
+@pytest.mark.parametrize("group_rows", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_sum_is_written_once_a_product_and_once_at_the_end(group_rows: int, dtype: torch.dtype, fused: bool) -> None:
+    """11 rows without a teacher: in place two chunks, of 8 rows and of 3, and so in groups of up to 8 rows."""
+    problem = make_problem(valid=24, gated=0).to(dtype)
+    weight_VH: Any = torch.nn.Parameter(problem.weight_VH.clone())
+    if fused:
+        weight_VH.main_grad = torch.zeros(24, 6, dtype=wide(dtype))
+    leaf = replace(problem, weight_VH=weight_VH)
+    with Passes(24 * 6) as passes:
+        _, loss = ask("grad_in_forward", leaf, main_grad=fused, tile_columns=24, group_rows=group_rows)
+        forward = list(passes.found)
+        loss.backward()
+    assert [name for name in forward if name in PRODUCTS] == ["mm", "addmm"]
+    assert set(forward) <= {*PRODUCTS, "_to_copy"}
+    assert passes.found[len(forward) :] == (["addcmul"] if fused else ["mul"])
+
+
+SIZES = [
+    *[(8192, 1024, 8192, 8192), (9000, 1024, 8192, 5120), (20000, 1024, 8192, 7168), (100, 1024, 8192, 100)],
+    *[(0, 4, 64, 0), (100, 4, 0, 8), (100, 4, 60, 52), (100, 4, 4, 8)],
+]
+
+
+@pytest.mark.parametrize(("rows", "chunk", "most", "expected"), SIZES)
+def test_groups_are_of_even_size(rows: int, chunk: int, most: int, expected: int) -> None:
+    assert group_size(rows, chunk, most) == expected
+
+
+def test_memory_for_the_sum_is_taken_by_its_first_product() -> None:
+    weight = WeightGradient(torch.ones(24, 6), fused=False, deferred=True)
+    assert weight.own_VH is None
+    weight.add(slice(0, 24), torch.ones(2, 24), torch.ones(2, 6))
+    assert weight.own_VH is not None and weight.own_VH.eq(2).all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_sum_is_rounded_once(monkeypatch: pytest.MonkeyPatch, scale: float | None, dtype: torch.dtype) -> None:
+    """Also where it is worked on in parts."""
+    monkeypatch.setattr(gradients, "SCALED_ROWS", 7)
+    hidden_CH = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    gradient_CV = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    weight = WeightGradient(torch.ones(24, 6, dtype=dtype), fused=False, deferred=True)
+    weight.add(slice(0, 24), gradient_CV, hidden_CH)
+    found_VH = weight.result(None if scale is None else torch.tensor(scale))
+    expected_VH = (gradient_CV.T @ hidden_CH * (1.0 if scale is None else scale)).to(dtype)
+    assert found_VH is not None and found_VH.dtype == dtype
+    assert_close(found_VH, expected_VH, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)

@@ -1,17 +1,20 @@
-"""`tile_triton` without a GPU: run in Triton's interpreter, and compiled for a GPU that need not be there."""
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled for a GPU that need not be there."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
 import torch
 
+from sdpg_megatron.head.divergences import Form
 from sdpg_megatron.head.tile import Gap
 from tests.head_tiles import PARTS
 
@@ -30,28 +33,46 @@ def test_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
 
-def compiled(kernel: str, constants: dict[str, Any], out: str = "*fp32") -> str:
-    """PTX of a kernel, as made for float32 logits; `constants` are its constexprs and the arguments that are None."""
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    usage: str
+    """Registers and memory of a thread, as NVIDIA's cuobjdump says."""
+
+    @property
+    def reads(self) -> int:
+        """Reads and copies of four numbers at once. Nothing but tiles is read that way."""
+        lines = self.ptx.splitlines()
+        return sum(("ld.global" in line and ".v4" in line) or "cp.async.cg.shared.global" in line for line in lines)
+
+    @property
+    def spills(self) -> bool:
+        return not ("STACK:0 " in self.usage and "LOCAL:0 " in self.usage)
+
+
+POINTERS = {"labels_C": "*i64", "found_KC": "*fp64", "found_2C": "*fp64", "sums_NC": "*fp64", "parts_RKC": "*fp64"}
+POINTERS |= {"joined_KC": "*fp64"}
+"""All others are of float32."""
+
+
+def compiled(function: Any, constants: dict[str, Any], out: str = "*fp32", **options: int) -> Compiled:
+    """A kernel as made for float32 logits; `constants` are its constexprs and the arguments that are None."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdpg_megatron.head import tile_triton
-
-    function = getattr(tile_triton, kernel)
-    constants = {"BLOCK": tile_triton.BLOCK, **constants}
-
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        known = {"labels_C": "*i64", "student_CV": "*fp32", "teacher_CV": "*fp32", "out_CV": out}
-        return known.get(name) or ("*fp64" if name.endswith("C") else "i32")
+        if name == "out_CV":
+            return out
+        return POINTERS.get(name) or ("*fp32" if name.endswith(("C", "V")) else "i32")
 
     names = function.arg_names
     source = ASTSource(
@@ -60,10 +81,18 @@ def compiled(kernel: str, constants: dict[str, Any], out: str = "*fp32") -> str:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if kind(name) != "constexpr"},
     )
-    options = {"num_warps": tile_triton.WARPS}
     made = triton.compile(source, target=GPUTarget("cuda", COMPUTE_CAPABILITY, 32), options=options)
-    assert made.asm["cubin"]
-    return str(made.asm["ptx"])
+    return Compiled(str(made.asm["ptx"]), resource_usage(made.asm["cubin"]))
+
+
+def resource_usage(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -76,31 +105,67 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return compiled
 
 
-def reads(ptx: str) -> int:
-    """Reads of four numbers at once. Nothing but tiles is read that way."""
-    return sum("ld.global" in line and ".v4" in line for line in ptx.splitlines())
-
-
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gap", [None, *Gap])
-def test_measure_compiles_and_reads_each_logit_once(compiler: Any, gap: Gap | None) -> None:
-    constants = {"GAP": (gap or Gap.NONE).value, "LOWEST": torch.finfo(torch.float32).min}
+def test_measure_compiles_and_reads_each_logit_once(compiler: Any, gap: Gap | None, masked: bool) -> None:
+    """8 columns a thread and block, copied to shared memory while `STAGES` - 1 blocks before it are worked on."""
+    from sdpg_megatron.head import tile_triton
+
+    constants = {"GAP": (gap or Gap.NONE).value, "LOWEST": torch.finfo(torch.float32).min, "MASKED": masked}
+    constants |= {"BLOCK": tile_triton.LOOP_BLOCK, "STAGES": tile_triton.STAGES}
     if gap is None:
         constants["teacher_CV"] = None
-    assert reads(compiler("_measure_row", constants)) == (8 if gap else 4)  # of 16 columns a thread and block
+    found = compiler(
+        tile_triton._measure_row,
+        constants,
+        num_warps=tile_triton.WARPS,
+        maxnreg=tile_triton.REGISTERS[masked],
+    )
+    assert found.reads == 2 * tile_triton.STAGES * (2 if gap else 1) and "cp.async" in found.ptx
+    assert not found.spills
 
 
 def test_mixture_compiles_and_reads_each_logit_once(compiler: Any) -> None:
-    assert reads(compiler("_measure_mixture_row", {"LOG_KEEP": -0.7, "LOG_REST": -0.7})) == 8
+    from sdpg_megatron.head import tile_triton
+
+    constants = {"LOG_KEEP": -0.7, "LOG_REST": -0.7, "BLOCK": tile_triton.LOOP_BLOCK, "STAGES": tile_triton.STAGES}
+    found = compiler(tile_triton._measure_mixture_row, constants, num_warps=tile_triton.WARPS)
+    assert found.reads == 2 * tile_triton.STAGES * 2 and "cp.async" in found.ptx
+    assert not found.spills
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_gradient_compiles_and_reads_each_logit_once(compiler: Any, name: str) -> None:
-    constants: dict[str, Any] = {"LOG_KEEP": -0.7, "LOG_REST": -0.7}
+    from sdpg_megatron.head import tile_triton
+
+    constants: dict[str, Any] = {"LOG_KEEP": -0.7, "LOG_REST": -0.7, "MASKED": False, "BLOCK": tile_triton.BLOCK}
     constants |= {f"{part}_C": None for parts in PARTS.values() for part in parts if part not in PARTS[name]}
     taught = {"teacher", "drawn", "mixture"} & set(PARTS[name])
     if not taught:
         constants |= dict.fromkeys(("teacher_CV", "teacher_max_C", "log_sum_C", "teacher_log_sum_C"))
-    in_place = compiler("_gradient_block", constants)
-    narrow = compiler("_gradient_block", constants, out="*bf16")
-    assert reads(in_place) == reads(narrow) == (8 if taught else 4)
-    assert "cvt.rn.bf16" in narrow and "cvt.rn.bf16" not in in_place
+    in_place, narrow = (
+        compiler(tile_triton._gradient_block, constants, out=out, num_warps=tile_triton.WARPS)
+        for out in ("*fp32", "*bf16")
+    )
+    assert in_place.reads == narrow.reads == (8 if taught else 4)  # of 16 columns a thread
+    assert "cvt.rn.bf16" in narrow.ptx and "cvt.rn.bf16" not in in_place.ptx
+    assert not in_place.spills and not narrow.spills
+
+
+@pytest.mark.parametrize("form", Form)
+def test_functions_of_rows_compile(compiler: Any, form: Form) -> None:
+    from sdpg_megatron.head import rows_triton
+
+    taught = form is not Form.NONE
+    constants: dict[str, Any] = {"FORM": form.value if taught else None, "KEEP": 0.3, "BLOCK": rows_triton.BLOCK}
+    assert not compiler(rows_triton._terms, constants).spills
+    constants |= {"FORM": form.value, "SHARE": 1.7} | ({} if taught else {"divergence_C": None})
+    assert not compiler(rows_triton._coefficients, constants).spills
+
+
+@pytest.mark.parametrize("gap", [None, *Gap])
+def test_join_compiles(compiler: Any, gap: Gap | None) -> None:
+    from sdpg_megatron.head import rows_triton
+
+    constants = {"TAUGHT": gap is not None, "GAP": (gap or Gap.NONE).value, "BLOCK": rows_triton.BLOCK}
+    assert not compiler(rows_triton._join, constants).spills

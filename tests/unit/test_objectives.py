@@ -16,6 +16,7 @@ from sdpg_megatron.head import HeadOptions, TeacherRows, VocabShard, head_terms
 from sdpg_megatron.objectives import build
 from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
 from tests.objective_samples import Sample
+from tests.waits import Waits
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 ROWS, COLUMNS, HIDDEN = 12, 17, 5
@@ -267,7 +268,8 @@ def test_a_micro_batch_without_a_teacher_still_has_a_graph(name: Any) -> None:
     """The schedule runs backward through it."""
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), None)
-    loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(replace(terms, gate_T=0 * terms.gate_T), CONTEXT).loss_T
+    closed = replace(terms, gate_T=0 * terms.gate_T, any_open_gate=False)
+    loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(closed, CONTEXT).loss_T
     (gradient_T,) = torch.autograd.grad(loss_T.sum(), terms.logprob_T)
     assert not loss_T.any() and not gradient_T.any()
 
@@ -401,7 +403,7 @@ def test_a_contrast_takes_the_divergence_under_a_wrong_hint_each_bounded_by_itse
     lacking, objective = replace(terms, contrast_T=None), build(ObjectiveConfig(**fields), TOTAL)
     with pytest.raises(ValueError, match="wrong hint"):
         objective.loss(lacking, CONTEXT)
-    closed = replace(lacking, gate_T=torch.zeros_like(terms.gate_T))
+    closed = replace(lacking, gate_T=torch.zeros_like(terms.gate_T), any_open_gate=False)
     assert not objective.loss(closed, CONTEXT).loss_T.any()
 
 
@@ -422,7 +424,26 @@ def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:
         objective.loss(terms, CONTEXT)
     with pytest.raises(ValueError, match="reference"):
         objective.loss(replace(terms, reference_logprob_T=None), CONTEXT)
-    assert objective.loss(replace(terms, gate_T=torch.zeros_like(terms.gate_T)), CONTEXT).loss_T.isfinite().all()
+    closed = replace(terms, gate_T=torch.zeros_like(terms.gate_T), any_open_gate=False)
+    assert objective.loss(closed, CONTEXT).loss_T.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sdpg", "rlsd", "opcd", "opsd", "sdpo"])
+@pytest.mark.parametrize("taught", [False, True])
+def test_no_objective_waits_for_the_device(name: Any, taught: bool) -> None:
+    """It is called for each chunk of the head's rows, also where no gate of the micro-batch is open."""
+    sample = make_sample()
+    divergence_T = torch.ones(ROWS, dtype=torch.float64) if taught else None
+    terms = replace(
+        token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), divergence_T),
+        gate_T=sample.gate_T if taught else torch.zeros_like(sample.gate_T),
+        teacher_logprob_T=divergence_T,
+        any_open_gate=taught,
+    )
+    with Waits() as waits:
+        loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(terms, CONTEXT).loss_T
+        torch.autograd.grad(loss_T.sum(), terms.logprob_T)
+    assert not waits.found
 
 
 def test_metrics() -> None:

@@ -1,0 +1,100 @@
+"""Torch calls of the head for each chunk of rows, counted without a GPU on the path that a GPU takes.
+
+Each call costs the host some microseconds, and a GPU waits for them where they take longer than its work. Counted are
+calls of torch's dispatcher that are not views, and launches of Triton kernels, which run in Triton's interpreter:
+TRITON_INTERPRET=1 has to be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.head_baselines import make_problem, ours
+from sdpg_megatron.head import HeadOptions, VocabShard
+
+ROWS, HIDDEN, VOCAB = 8, 16, 64
+"""Of a chunk; the numbers of calls depend on none of them."""
+GROUP = 4
+"""Chunks whose gradients make one product for the weight's gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Numbers of calls by name."""
+
+    chunk: dict[str, float]
+    """Of a further chunk. A product that several chunks share counts for each of them in part."""
+    step: float
+    """Beside those of the chunks: once a step, forward and backward."""
+
+    @property
+    def total(self) -> float:
+        """Of a chunk."""
+        return sum(self.chunk.values())
+
+
+@dataclass(slots=True)
+class _Calls:
+    counter: Counter[str] = field(default_factory=Counter)
+    paused: bool = False
+
+
+class _CountCalls(TorchDispatchMode):
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(found.alias_info is not None and not found.alias_info.is_write for found in func._schema.returns)
+        if not view and not self.calls.paused:
+            self.calls.counter[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _counting() -> Iterator[Counter[str]]:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    calls, run = _Calls(), InterpretedFunction.run
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.counter[f"triton.{kernel.fn.__name__}"] += 1
+        calls.paused = True  # what the interpreter calls is its own
+        try:
+            return run(kernel, *args, **kwargs)
+        finally:
+            calls.paused = False
+
+    with mock.patch.object(InterpretedFunction, "run", counted), _CountCalls(calls):
+        yield calls.counter
+
+
+def count_launches() -> Launches:
+    """Of a step with reverse KL and the benchmark's loss, all columns in one tile, on one rank."""
+    few, many = (_step_calls(chunks) for chunks in (GROUP, 3 * GROUP))
+    chunk = {name: (many[name] - few[name]) / (2 * GROUP) for name in many if many[name] != few[name]}
+    return Launches(chunk, sum(few.values()) - GROUP * sum(chunk.values()))
+
+
+def _step_calls(chunks: int) -> Counter[str]:
+    vocab = VocabShard(0, VOCAB, None)
+    problem = make_problem(ROWS * chunks, HIDDEN, vocab, VOCAB, torch.float32, torch.device("cpu"))
+    options = HeadOptions(kernels="triton", chunk_rows=ROWS, tile_columns=VOCAB, group_rows=GROUP * ROWS, overlap=True)
+    with _counting() as counter:
+        ours(problem, options)
+    return counter
+
+
+def report() -> str:
+    """Lines of a table, most calls first."""
+    found = count_launches()
+    lines = [f"{count:6.2f}  {name}" for name, count in sorted(found.chunk.items(), key=lambda item: -item[1])]
+    return "\n".join([f"{found.total:6.2f}  calls a chunk, and {found.step:.0f} a step", *lines]) + "\n"
