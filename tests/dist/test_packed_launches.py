@@ -43,6 +43,7 @@ def count_operations(folder: Path, sequences: list[int], context: int) -> Counte
     config = ParallelConfig(context=context)
     ranks = parallel.initialize(config, 0)
     (chunk,) = build_chunks(read_architecture(folder), ModelConfig(path=folder), config, ranks)
+    last_hidden(chunk, torch.zeros(1, 8 // context, dtype=torch.int64), [8])  # checks the model's output, once
     tokens_BS = torch.zeros(1, sum(sequences) // context, dtype=torch.int64)
     packed = attention.PackedSequences.of(sequences, tokens_BS.device, cumulative=False)
     _ = packed.positions_P, packed.key_places_M, packed.ends  # on the host, where numbers are known
