@@ -20,8 +20,8 @@ from sdpg_megatron.rollout.sglang.server import check_interpreter, default_pytho
 def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     """Check all that a run with servers needs of this machine, which is that of its first rank.
 
-    Takes seconds: the interpreter for the servers imports transformers. GPUs are not counted where the number of ranks on
-    this machine is unknown.
+    Takes seconds: the interpreter for the servers imports transformers. GPUs are not counted where the number of ranks
+    on this machine is unknown.
 
     Raises:
         ConfigError: a key's variable is not set, a host cannot be resolved, there are too few GPUs, or the servers'
