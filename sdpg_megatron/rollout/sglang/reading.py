@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.architecture import Architecture
-from sdpg_megatron.errors import RolloutError
+from sdpg_megatron.errors import RolloutError, reason_of
 from sdpg_megatron.rollout.reading import differs, expected_settings
 from sdpg_megatron.rollout.sglang import read_config
 
@@ -53,5 +53,5 @@ def _read(python: str, folder: Path, names: dict[str, Any]) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         reason = f"no answer in {SECONDS:g} s"
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = reason_of(error)
     raise RolloutError(f"{python}: its transformers cannot read {folder / 'config.json'} ({reason}). {fix}")
