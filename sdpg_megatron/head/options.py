@@ -18,7 +18,7 @@ Kernels = Literal["auto", "torch", "triton"]
 
 CPU_BYTES, CUDA_BYTES = 320 << 20, 1600 << 20
 """Logits that are held at a time where memory is no concern. On CPUs more makes nothing faster (benchmarks/head.py);
-that for CUDA is a choice that no GPU has tried."""
+that for CUDA is not tuned to any GPU."""
 FREE_SHARE = 0.25
 """Share of the free memory that the logits may take where it is."""
 CPU_TILE = 2048
