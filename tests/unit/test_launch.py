@@ -356,6 +356,8 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
         tasks = [asyncio.create_task(one.run()) for one in machines]
         await soon(lambda: bool(SavingRanks.made) and all(one._circle is not None for one in machines))
         os.kill(os.getpid(), signal.SIGHUP)  # the terminal is closed
+        await asyncio.sleep(2 * machine.LOOK)
+        assert not SavingRanks.made[0].signals
         for node in signalled:
             machines[node]._on_signal(signal.SIGTERM, tasks[node])
             await asyncio.sleep(2 * machine.LOOK)  # until machine 0 has passed it on
