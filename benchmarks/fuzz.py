@@ -20,6 +20,7 @@ where one of the last two is not 0.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import random
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,10 @@ def call(case: Case, folder: Path) -> int:
 
 
 def replace_streams(case: Case, folder: Path) -> None:
-    """Standard input is empty, standard error a file; standard output a file, closed, full or a broken pipe."""
+    """Standard input is empty, standard error a file; standard output a file, closed, full or a broken pipe.
+
+    The last two have the encoding that Python gives them where it starts with the case's environment.
+    """
     match case.stdout:
         case "full":
             out = os.open("/dev/full", os.O_WRONLY)
@@ -168,9 +172,25 @@ def replace_streams(case: Case, folder: Path) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    encoding, errors = encoding_of(os.environ)
+    sys.stdout = open(1, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if case.stdout == "closed":
         os.close(1)
         sys.stdout = None  # type: ignore[assignment]  # as Python starts with a closed one
+
+
+def encoding_of(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Encoding and error handler that Python gives standard output; UTF-8 for every locale that is drawn.
+
+    An encoding that Python does not know is passed over: Python would not start.
+    """
+    encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
+    try:
+        return codecs.lookup(encoding).name, errors or "strict"
+    except LookupError:
+        plain = any(environment.get(name) for name in ("LC_ALL", "LANG"))
+        return "utf-8", "surrogateescape" if plain else "strict"
 
 
 def verdict(case: Case, code: int | None, said: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -147,6 +148,7 @@ VALUES = (
     "0.0.0.0",
     "dumb",
     "\u00e9",
+    *("ascii", "latin-1", "utf-16", "ascii:strict", "utf-8:strict"),
 )
 ROWS = ("question", "answer", "context", "prompt", "messages", "conversations", "reward_model", "extra_info", "level")
 CONTENT = (
@@ -289,9 +291,14 @@ def command_line(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 def environment(draw: random.Random, prepared: Path, folder: Path) -> Case:
     """Variables of launchers and locales, standard output that is closed, full or gone, and signals."""
-    path = write_config(draw, folder, base(draw, prepared, folder))
-    call = draw.choice([["train", path, "--dry-run"], ["plan", path], ["inspect", str(prepared / draw.choice(MODELS))]])
-    chosen = draw.sample(VARIABLES, draw.randint(0, 3))
+    tree = base(draw, prepared, folder)
+    model = folder / draw.choice(["model", "mod\u00e8le \u4e16", os.fsdecode(b"m\xff")])
+    model.symlink_to(tree["model"]["path"])
+    if model.name.isprintable():
+        tree["model"]["path"] = str(model)
+    path = write_config(draw, folder, tree)
+    call = draw.choice([["train", path, "--dry-run"], ["plan", path], ["inspect", str(model)]])
+    chosen = draw.sample([*VARIABLES, *["PYTHONIOENCODING"] * 3], draw.randint(0, 3))
     stdout = draw.choice(typing.get_args(Stdout))
     return Case("environment", call, {name: draw.choice(VALUES) for name in chosen}, stdout, signals(draw, 0.2))
 

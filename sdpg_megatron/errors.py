@@ -205,6 +205,11 @@ _FIXES = {
 }
 
 
+def reason_of(error: Exception) -> str:
+    """An error's own words on one line; of one of the system's, its reason without number and path."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
 def fix_of(error: OSError, path: Path, *, reading: bool = False) -> str:
     """Fix for an `OSError` raised while writing, or reading, a path."""
     match error.errno:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.errors import ConfigError, fix_of
 
 COMPANIONS = (
     "generation_config.json",
@@ -55,15 +56,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.exists() or path.is_symlink():
         return read_json(path)
-    fix = fix_for_missing(folder, "No such file or directory: check the path")
+    fix = fix_for_missing(folder)
     raise ConfigError("model.path", str(path), "a Hugging Face folder with a config.json, on this machine", fix)
 
 
-def fix_for_missing(path: Path, otherwise: str) -> str:
-    """How to get a folder that is not there: by a download, where its name is like a hub's id; else `otherwise`."""
-    if path.exists() or not _HUB_ID.fullmatch(str(path)):
-        return otherwise
-    return f"a folder is needed, download it: hf download {path} --local-dir {path.name}, and name {path.name}"
+def fix_for_missing(path: Path) -> str:
+    """How to get a folder that is not there, or does not hold what is looked for.
+
+    By a download where its name is like a hub's id, and no folder of the owner's name is there.
+    """
+    if path.is_file():
+        return f"name its folder, {path.parent}" if path.parent.name else "name a folder"
+    if path.exists():
+        return "check the path, or complete the folder"
+    if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
+        return f"a folder is needed, download it: hf download {path} --local-dir {path.name}, and name {path.name}"
+    return fix_of(FileNotFoundError(errno.ENOENT, ""), path, reading=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,7 +84,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", "check the path") from error
+        fix = fix_of(error, path, reading=True)
+        raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _AGAIN) from error
     if not isinstance(content, dict):
@@ -99,7 +108,8 @@ def check_file(path: Path) -> None:
             with path.open("rb") as file:
                 head = file.read(len(_LFS_POINTER))
         except OSError as error:
-            raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", "check it") from error
+            fix = fix_of(error, path, reading=True)
+            raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
         if head and head != _LFS_POINTER:
             return
         found, fix = f"{path}: an empty file", _AGAIN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from sdpg_megatron.config import SGLangConfig
@@ -29,8 +29,9 @@ OWNED_ARGUMENTS: Mapping[str, str] = {
     "--random-seed": "seed",
     "--api-key": "rollout.sglang.api_key_variable",
     "--admin-api-key": "rollout.sglang.admin_key_variable",
+    "--config": "the arguments of that file in rollout.sglang.arguments",
 }
-"""Arguments that the launcher sets itself, and the configuration key of each."""
+"""Arguments that the launcher sets itself, and the configuration key of each; and the file that could hold any."""
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 URL_FIX = "write scheme, host and port, for example http://10.0.0.2:30000"
 
@@ -92,14 +93,26 @@ def is_host(text: str) -> bool:
 
 def _argument_faults(arguments: Sequence[str]) -> Iterator[ConfigError]:
     for argument in arguments:
-        name = argument.partition("=")[0].replace("_", "-")
-        if name in SAMPLING_ARGUMENTS:
+        name = re.split(r"[=\s]", argument, maxsplit=1)[0].replace("_", "-")
+        if len(name) < 3 or not name.startswith("--"):
+            continue
+        if meant := _meant(name, SAMPLING_ARGUMENTS):
             expected = "none that changes the sampling: training needs samples of the model's own distribution"
             fix = "remove it; eval.temperature and eval.top_p are for evaluations"
-            yield ConfigError("rollout.sglang.arguments", name, expected, fix)
-        if name in OWNED_ARGUMENTS:
+            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
+        elif meant := _meant(name, OWNED_ARGUMENTS):
             expected = "arguments that no field of the configuration sets"
-            yield ConfigError("rollout.sglang.arguments", name, expected, f"remove it; set {OWNED_ARGUMENTS[name]}")
+            fix = f"remove it; set {OWNED_ARGUMENTS[meant]}"
+            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
+
+
+def _meant(name: str, listed: Iterable[str]) -> str | None:
+    """The argument that a name is, or may abbreviate: SGLang's parser takes every unambiguous beginning of a name."""
+    return name if name in listed else next((full for full in listed if full.startswith(name)), None)
+
+
+def _shown(name: str, meant: str) -> str:
+    return name if name == meant else f"{name} ({meant})"
 
 
 def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sdpg_megatron.data.source import PromptSource
-from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.errors import CheckpointError, reason_of
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, ScoredGroup
 
@@ -83,7 +83,7 @@ def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
         return Drawn(tuple(indices), tuple(groups))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         expected = "the responses that a run has generated ahead"
-        raise CheckpointError(f"{path}: found {' '.join(str(error).split())}, expected {expected}") from error
+        raise CheckpointError(f"{path}: found {reason_of(error)}, expected {expected}") from error
 
 
 def _completions(arrays: dict[str, Any], words: Sequence[tuple[Any, str]]) -> Iterator[Completion]:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
-from sdpg_megatron.errors import CheckpointError, ConfigError
+from sdpg_megatron.errors import CheckpointError, ConfigError, reason_of
 from sdpg_megatron.hf_files import COMPANIONS
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
@@ -126,8 +126,7 @@ class RunState:
                 raise ValueError("a configuration that is not what its digest was made of")
             return _STATE.validate_python(fields)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            found = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            found = (error.strerror or found) if isinstance(error, OSError) else found
+            found = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
             raise CheckpointError(f"{path}: found {found}, expected a whole manifest") from error
 
 

@@ -33,7 +33,7 @@ from sdpg_megatron.checkpoint.state import (
 )
 from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
-from sdpg_megatron.errors import CheckpointError, fix_of
+from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
 from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
@@ -198,7 +198,7 @@ class CheckpointStore:
                 try:
                     self._remove(old)
                 except OSError as error:
-                    logger.warning("%s: could not be removed: %s", old, error)
+                    logger.warning("%s: could not be removed: %s", old, reason_of(error))
 
     def _remove(self, path: Path) -> None:
         """First out of sight, for good, so that no half of it passes for a checkpoint."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
-from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.errors import CheckpointError, reason_of
 from sdpg_megatron.mcore.trusted import trusted_globals
 
 BACKEND_FILE = "metadata.json"
@@ -212,9 +212,8 @@ def check_backend(folder: Path) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: found {error!r}, expected a Megatron checkpoint. Fix: check the path"
-        ) from error
+        found = reason_of(error) if isinstance(error, OSError) else repr(error)
+        raise CheckpointError(f"{path}: found {found}, expected a Megatron checkpoint. Fix: check the path") from error
     if found != BACKEND:
         raise CheckpointError(f"{path}: found the format {found!r}, expected {BACKEND!r}. Fix: save it as {BACKEND}")
 

@@ -58,7 +58,7 @@ def find_source(path: Path) -> Source:
         "nothing that is known" if path.exists() else "no such path",
         f"a Hugging Face folder (config.json), a run's folder or checkpoint ({MANIFEST}), or a Megatron checkpoint "
         f"({TRACKER_FILE} or {BACKEND_FILE})",
-        fix_for_missing(path, "check the path"),
+        fix_for_missing(path),
     )
 
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from sdpg_megatron.answers import WrittenFloat
-from sdpg_megatron.errors import DataError
+from sdpg_megatron.errors import DataError, fix_of, reason_of
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 """File formats by suffix; all but Parquet may also end in ``.gz``."""
@@ -257,5 +257,6 @@ def _each(fix: Callable[[Any], Any] | None, apply: Callable[[Any, Any], Any]) ->
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    found = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return DataError(str(path), found, "a readable file", "check the path and the file")
+    system = isinstance(error, OSError) and error.errno is not None  # others are gzip's and Arrow's, of damaged files
+    fix = fix_of(cast(OSError, error), path, reading=True) if system else "copy or write the file again"
+    return DataError(str(path), reason_of(error), "a readable file", fix)

@@ -27,8 +27,9 @@ from sdpg_megatron.settings import flatten, load
 
 LOOK = 0.2
 """Seconds between looks at the ranks, the servers and the other machines."""
-SIGNALS = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-"""What is passed on, and as what. The third of them ends this machine's part at once."""
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+"""What is passed on; the third signal ends this machine's part at once. SIGHUP counts until the machines have met: a
+lost terminal does not end a run."""
 PATIENCE = 2
 PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
@@ -128,6 +129,8 @@ class Machine:
     async def _work(self, plan: Plan, address: str) -> int:
         place, circle = self._place, self._circle
         assert circle is not None
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         environment = _environment(place, address)
         os.environ.update(environment)  # servers take theirs from there
         self._servers.start()
@@ -185,12 +188,12 @@ class Machine:
         elif self._ranks is None:
             if self._signals == 1:
                 _say(f"{number.name} is passed on to machine 0; the ranks save, and the same command continues")
-                self._circle.stop(SIGNALS[number])
+                self._circle.stop(number)
         elif self._signals > 1:
             _say(f"a second {number.name} ends the ranks")
-            self._ranks.signal(SIGNALS[number])
+            self._ranks.signal(number)
         elif not self._asked:  # by another machine
-            self._ask(SIGNALS[number], number.name, self._ranks)
+            self._ask(number, number.name, self._ranks)
 
     def _ask(self, number: int, what: str, ranks: Ranks) -> None:
         _say(f"{what} is passed on to the ranks; they save, and the same command continues")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpg_megatron.errors import LaunchError, SdpgError
+from sdpg_megatron.errors import LaunchError, SdpgError, reason_of
 from sdpg_megatron.launch.line import LIMIT, Line
 from sdpg_megatron.rollout.sglang.server import hold_free_port
 
@@ -143,7 +143,7 @@ def resolve(address: str, port: int) -> socket.AddressFamily:
         return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     except OSError as error:
         fix = "set it to an address of machine 0 that all machines reach"
-        raise LaunchError("MASTER_ADDR", f"{address} ({error})", "a known address", fix) from error
+        raise LaunchError("MASTER_ADDR", f"{address} ({reason_of(error)})", "a known address", fix) from error
 
 
 def check_port(port: int, family: socket.AddressFamily = socket.AF_INET) -> int:

@@ -72,14 +72,14 @@ def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: st
 
     Raises:
         ConfigError: the configuration, the model or the keys do not fit.
-        RolloutError: there is no port.
+        RolloutError: there is no port, or the interpreter for servers has no sglang or cannot read config.json.
     """
     if not count:
         return Servers()
     import torch  # takes seconds, as does what the next lines import: only where there are servers
 
     from sdpg_megatron.rollout.sglang.build import Keys, make_processes
-    from sdpg_megatron.rollout.sglang.preflight import check_devices
+    from sdpg_megatron.rollout.sglang.preflight import check_devices, check_python
     from sdpg_megatron.train.engines import served_model
     from sdpg_megatron.train.inputs import load_model_inputs
 
@@ -95,6 +95,7 @@ def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: st
         }
     )
     check_devices(sglang, torch.cuda.device_count())
+    check_python(sglang, config.model.path)
     model = served_model(config, load_model_inputs(config), "cuda" if torch.cuda.is_available() else "cpu")
     seed, name = config.seed + SEEDS * node, f"sglang-{node}"
     processes = make_processes(sglang, model, Keys.read(sglang), run_dir=config.run_dir, seed=seed, name=name)

@@ -27,7 +27,7 @@ class RunLog:
         with suppress(OSError):
             if path.stat().st_size > LIMIT:
                 path.replace(run_dir / OLDER_LOG_FILE)
-        self._handler = _QuietHandler(path, encoding="utf-8", delay=True)
+        self._handler = _QuietHandler(path, encoding="utf-8", delay=True, errors="backslashreplace")
         self._handler.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
 
     def __enter__(self) -> RunLog:

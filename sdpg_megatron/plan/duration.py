@@ -17,7 +17,7 @@ from sdpg_megatron.plan.traffic import Flow
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Assumed shares of the theoretical rates. No GPU has been measured."""
+    """Assumed shares of the theoretical rates, not fitted to any measurement on a GPU."""
 
     products: float = 0.4
     """Of the trainer's operations, attention and elementwise work included."""

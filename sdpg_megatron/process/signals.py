@@ -36,7 +36,7 @@ def leave(code: int, told: str) -> NoReturn:
 def tell(text: str) -> None:
     """Write a line to standard error past Python's stream, which a signal may have interrupted."""
     with suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class SignalListener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -16,13 +17,16 @@ from sdpg_megatron.errors import OutputError
 logger = logging.getLogger(__name__)
 
 NAMES = {1: "standard output", 2: "standard error"}
+ESCAPED = "backslashreplace"
+"""Error handler of the streams, as Python has it for standard error: names of models and folders may be any text."""
 
 
 class OutputStream:
     """A text stream that outlives its file descriptor's reader.
 
     When a write fails, the descriptor is replaced by /dev/null, or by the file that `keep_going` names: also for C
-    libraries, child processes, and what is still buffered.
+    libraries, child processes, and what is still buffered. Characters that the stream's encoding lacks are written as
+    escapes such as ``\\xef``.
     """
 
     def __init__(self, stream: TextIO | None, descriptor: int, *, strict: bool) -> None:
@@ -33,6 +37,8 @@ class OutputStream:
             strict: raise `OutputError` when a write fails, once.
         """
         self._stream: TextIO = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors=ESCAPED)
         self._descriptor, self._strict = descriptor, strict
         self._closed_at_start = stream is None
         self._fallback: Path | None = None
@@ -44,8 +50,6 @@ class OutputStream:
             if self._closed_at_start:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             return self._stream.write(text)
-        except UnicodeError:
-            raise
         except (OSError, ValueError) as error:  # the latter: it has been closed since
             self._lose(error)
             return len(text)
@@ -93,7 +97,7 @@ class OutputStream:
             os.dup2(new, own)
             os.close(new)
         else:
-            self._stream = os.fdopen(new, "w", encoding="utf-8")
+            self._stream = os.fdopen(new, "w", encoding="utf-8", errors=ESCAPED)
 
 
 def open_missing() -> None:

@@ -30,20 +30,20 @@ def check_reading(folder: Path, arch: Architecture) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise _differs(folder, "config.json", " ".join(str(error).split()), "a configuration it can read") from error
-    for key, expected in _expected(arch).items():
+        raise differs(folder, "config.json", " ".join(str(error).split()), "a configuration it can read") from error
+    for key, expected in expected_settings(arch).items():
         if (found := getattr(config, key, expected)) != expected:
-            raise _differs(folder, key, found, expected)
+            raise differs(folder, key, found, expected)
     rotary = _rotary_class(config)(config=config)
     if rotary.attention_scaling != 1:
-        raise _differs(folder, "attention scaling of the rotary embedding", rotary.attention_scaling, 1)
+        raise differs(folder, "attention scaling of the rotary embedding", rotary.attention_scaling, 1)
     expected_F = inverse_frequencies(arch)
     found_F = rotary.inv_freq.double()
     if found_F.shape != expected_F.shape or not torch.allclose(found_F, expected_F, rtol=1e-5, atol=0):
         found = f"base {_base(found_F):.6g} (slowest frequency {float(found_F[-1]):.6g})"
         scaling = f", factor {arch.rope_scaling:g}" if arch.rope_scaling else ""
         expected = f"base {arch.rope_theta:.6g}{scaling} (slowest frequency {float(expected_F[-1]):.6g})"
-        raise _differs(folder, "rotary embedding", found, expected)
+        raise differs(folder, "rotary embedding", found, expected)
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
@@ -58,7 +58,7 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     return plain_F * (kept_F + (1 - kept_F) / arch.rope_scaling)
 
 
-def _expected(arch: Architecture) -> dict[str, Any]:
+def expected_settings(arch: Architecture) -> dict[str, Any]:
     """Attributes of a transformers configuration that change what is computed."""
     found: dict[str, Any] = {
         "model_type": arch.family,
@@ -88,10 +88,13 @@ def _base(frequencies_F: Tensor) -> float:
     return float(frequencies_F[1] ** -len(frequencies_F)) if len(frequencies_F) > 1 else math.nan
 
 
-def _differs(folder: Path, what: str, found: object, expected: object) -> ConfigError:
+def differs(
+    folder: Path, what: str, found: object, expected: object, version: str = transformers.__version__
+) -> ConfigError:
+    """The error where a transformers of that version takes another setting from config.json than the trainer."""
     return ConfigError(
         f"{folder / 'config.json'}: {what}",
         found,
-        f"{expected}; transformers {transformers.__version__} does not read the file as the trainer does",
+        f"{expected}; transformers {version} does not read the file as the trainer does",
         "install a transformers that does (version 5 reads files of 4 and 5)",
     )

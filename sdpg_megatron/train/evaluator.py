@@ -69,7 +69,8 @@ def evaluate_subject(
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
-    alone = ParallelConfig(timeout=subject.config.parallel.timeout)
+    parallel_config = subject.config.parallel
+    alone = ParallelConfig(timeout=parallel_config.timeout, rendezvous_timeout=parallel_config.rendezvous_timeout)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         ranks = parallel.initialize(alone, subject.config.seed)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP stop a run, which saves first; before the ranks have met they end it at once."""
+"""Ctrl-C and SIGTERM stop a run, which saves first; before the ranks have met they, and SIGHUP, end it at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupt:
     """While entered, the first of `SIGNALS` asks the run to stop; a second one, of any kind, ends the process at once.
 
-    Until `defer` is called there is nothing to save: the first one ends the process, with exit code `STOPPED`. SIGHUP
-    stays ignored where it was, as under nohup.
+    Until `defer` is called there is nothing to save: the first one ends the process, with exit code `STOPPED`. From
+    then on a run outlives its terminal: SIGHUP is ignored, as it is from the start under nohup. Under torchrun it asks
+    the run to stop: torchrun passes it on only when it ends itself.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,8 @@ class Interrupt:
     def defer(self) -> None:
         """From now on the first signal only sets `requested`: ranks agree on the step after which they stop."""
         self._deferring = True
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # processes that are started later inherit it
 
     def _request(self) -> None:
         self.requested = self._deferring

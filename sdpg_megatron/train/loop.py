@@ -22,7 +22,7 @@ from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.metrics import Metric, values
 from sdpg_megatron.observe.progress import EVAL_SECONDS, Progress
 from sdpg_megatron.observe.report import plot_learning_curve
-from sdpg_megatron.observe.run_log import LOG_FILE, RunLog
+from sdpg_megatron.observe.run_log import RunLog
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.observe.writers import METRICS_FILE, last_value
 from sdpg_megatron.process import streams
@@ -103,7 +103,7 @@ def _claim(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
         stack.enter_context(RunLog(run_dir))
 
     on_main(ranks, claim)
-    streams.keep_going(run_dir / LOG_FILE if ranks.is_main else run_dir / LOG_FOLDER / f"rank-{ranks.rank}.log")
+    streams.keep_going(run_dir / LOG_FOLDER / f"rank-{ranks.rank}.log")
 
 
 class Trainer:

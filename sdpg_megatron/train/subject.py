@@ -60,7 +60,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
         "TARGET",
         str(target),
         f"a run's YAML file, a run's folder (with {CONFIG_FILE}) or a Hugging Face folder (with config.json)",
-        fix_for_missing(target, "check the path"),
+        fix_for_missing(target),
     )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
-from sdpg_megatron.errors import WeightError
+from sdpg_megatron.errors import WeightError, reason_of
 from sdpg_megatron.hf_files import check_file
 from sdpg_megatron.weights.check import check_finite, check_stored_shapes
 from sdpg_megatron.weights.map import (
@@ -100,7 +100,7 @@ class SafetensorsFolder:
                 "safetensors weights"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WeightError(f"{self.folder / INDEX_FILE}: not a safetensors index ({error})") from error
+            raise WeightError(f"{self.folder / INDEX_FILE}: not a safetensors index ({reason_of(error)})") from error
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
@@ -109,7 +109,7 @@ class SafetensorsFolder:
             except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch cannot map the file
                 if os.path.lexists(self.folder / file):
                     check_file(self.folder / file)
-                raise WeightError(f"{self.folder / file}: {error}. Fix: download the file again") from error
+                raise WeightError(f"{self.folder / file}: {reason_of(error)}. Fix: download the file again") from error
         return self._handles[file]
 
     def _slice(self, name: str) -> Any:

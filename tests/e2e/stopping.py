@@ -41,6 +41,5 @@ def stop_in(generation: int, number: int) -> None:
 
 if __name__ == "__main__":
     generation, name = os.environ[VARIABLE].split(":")
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
     stop_in(int(generation), signal.Signals[name])
     sys.exit(main())

@@ -365,3 +365,17 @@ def test_a_structured_answer_stays_as_it_is(answer: object) -> None:
         example = parse_row(row(question="q", **values), config())
         assert example.answer == answer
         assert example.answer_text == json.dumps(answer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet"])
+def test_a_file_that_is_not_there_is_told_by_its_folder(suffix: str, tmp_path: Path) -> None:
+    message = rf"^{tmp_path}/a/b{suffix}: found .*\. Fix: check the path: there is no a in {tmp_path}$"
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / "a" / f"b{suffix}"))
+
+
+def test_a_damaged_file_is_to_be_copied_again(tmp_path: Path) -> None:
+    for name in ("x.jsonl.gz", "x.parquet"):
+        (tmp_path / name).write_bytes(b"damaged")
+        with pytest.raises(DataError, match=r"Fix: copy or write the file again$"):
+            list(read_rows(tmp_path / name))

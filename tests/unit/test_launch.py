@@ -336,6 +336,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
     monkeypatch.setattr(machine, "prepare", lambda *_, **__: Servers())
     monkeypatch.setattr(SavingRanks, "made", [])
     config, port = write_config(tmp_path), two_free_ports()
+    before = signal.getsignal(signal.SIGHUP)
 
     async def scene() -> list[int]:
         places = [
@@ -354,12 +355,18 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
         machines = [Machine(place, config, []) for place in places]
         tasks = [asyncio.create_task(one.run()) for one in machines]
         await soon(lambda: bool(SavingRanks.made) and all(one._circle is not None for one in machines))
+        os.kill(os.getpid(), signal.SIGHUP)  # the terminal is closed
+        await asyncio.sleep(2 * machine.LOOK)
+        assert not SavingRanks.made[0].signals
         for node in signalled:
             machines[node]._on_signal(signal.SIGTERM, tasks[node])
             await asyncio.sleep(2 * machine.LOOK)  # until machine 0 has passed it on
         return await asyncio.wait_for(asyncio.gather(*tasks), 20.0)
 
-    assert asyncio.run(scene()) == [code] * 3
+    try:
+        assert asyncio.run(scene()) == [code] * 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert SavingRanks.made[0].signals == ([15] if code == 75 else [15, 15])
 
 

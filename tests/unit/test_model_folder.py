@@ -350,8 +350,11 @@ def test_the_id_of_a_hub_is_told_how_to_become_a_folder(
     with pytest.raises(SdpgError, match=r"found .*Fix: .*: hf download Qwen/Qwen3-4B --local-dir Qwen3-4B, and name"):
         read(Path("Qwen/Qwen3-4B"))
     os.makedirs("Qwen/Qwen3-4B")
-    with pytest.raises(SdpgError, match=r"found .*Fix: .*check the path"):
+    with pytest.raises(SdpgError, match=r"found .*Fix: check the path, or complete the folder"):
         read(Path("Qwen/Qwen3-4B"))
+    for path in (Path("Qwen/Qwen"), tmp_path / "Qwen" / "Qwen"):  # beside a folder that is there
+        with pytest.raises(SdpgError, match=rf"found .*Fix: check the path: there is no Qwen in {tmp_path}/Qwen$"):
+            read(path)
 
 
 def test_transformer_engine_that_is_not_there_is_refused(whole: Path) -> None:

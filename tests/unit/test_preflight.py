@@ -77,8 +77,10 @@ def test_ports_that_are_taken_and_hosts_that_are_elsewhere_are_named() -> None:
             check_ports(SGLangConfig(ports=(port,)))
     check_ports(SGLangConfig(ports=(port,)))
     for ports in ((), (port,)):
-        with pytest.raises(RolloutError, match=r"192\.0\.2\.1.*Fix: "):
+        with pytest.raises(RolloutError, match=r"192\.0\.2\.1.*\(Cannot assign requested address\)\. Fix: "):
             check_ports(SGLangConfig(host="192.0.2.1", ports=ports))
+    with pytest.raises(RolloutError, match=r"nowhere\.invalid: not an address \([^\[]+\)\. Fix: "):
+        check_ports(SGLangConfig(host="nowhere.invalid"))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,6 @@ def test_everything_is_checked_together(tmp_path: Path, monkeypatch: pytest.Monk
     bare.chmod(0o755)
     with pytest.raises(RolloutError, match=r"has no sglang \(no such package\)"):
         check_servers(config(python=str(bare)), ALONE)
-    with pytest.raises(RolloutError, match="does not run"):
+    with pytest.raises(RolloutError, match=r"does not run \(No such file or directory\)"):
         check_servers(config(python="/no/such/python"), ALONE)
     check_servers(config(python="/no/such/python", urls=["http://127.0.0.1:1"]), ALONE)

@@ -25,7 +25,7 @@ def check_server_settings(sglang: SGLangConfig) -> None:
         {"urls": ("http://10.0.0.2:30000", "https://server-1.example.org:443/", "http://[fd00::2]:30000", "http://s")},
         {"urls": ("http://10.0.0.2:30000",), "router": "http://router_1:3000", "address": "10.0.0.1"},
         {"host": "::", "address": "fe80::1%eth0", "ports": (65535,)},
-        {"arguments": ("--attention-backend", "triton", "--max-total-tokens=20000")},
+        {"arguments": ("--attention-backend", "triton", "--max-total-tokens=20000", "--ep", "2", "-1", "--")},
     ],
 )
 def test_what_can_work_passes(changes: dict[str, Any]) -> None:
@@ -79,6 +79,11 @@ def test_credentials_in_a_url_are_refused_and_not_shown(scheme: str, message: st
         ({"address": "10.0.0.2:30000"}, "address: found '10.0.0.2:30000', expected a host name"),
         ({"address": ""}, "address: found '', expected a host name"),
         ({"arguments": ("--api-key=s3cret",)}, "arguments: found '--api-key', .*rollout.sglang.api_key_variable"),
+        ({"arguments": ("--api-k", "s3cret")}, "arguments: found '--api-k \\(--api-key\\)', .*api_key_variable"),
+        ({"arguments": ("--api-key s3cret",)}, "arguments: found '--api-key', .*rollout.sglang.api_key_variable"),
+        ({"arguments": ("--tp", "2")}, "arguments: found '--tp \\(--tp-size\\)', .*rollout.sglang.tensor"),
+        ({"arguments": ("--dp=2",)}, "arguments: found '--dp \\(--dp-size\\)', .*rollout.sglang.data"),
+        ({"arguments": ("--config", "s3cret.yaml")}, "arguments: found '--config', .*rollout.sglang.arguments"),
         ({"arguments": ("--port", "1")}, "arguments: found '--port', .*rollout.sglang.ports"),
     ],
 )
@@ -94,6 +99,8 @@ def test_arguments_that_change_the_sampling_are_refused(name: str) -> None:
         with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.arguments: found '{name}'.*own distribution"):
             check_server_settings(SGLangConfig(arguments=("--log-level", "error", spelled, "1")))
     assert name not in OWNED_ARGUMENTS
+    with pytest.raises(ConfigError, match=r"^rollout\.sglang\.arguments: found .*own distribution"):
+        check_server_settings(SGLangConfig(arguments=(name[:-3],)))
 
 
 @pytest.mark.parametrize("top_p", [0.9, 0.0, 1.5])

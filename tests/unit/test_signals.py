@@ -84,7 +84,7 @@ def test_before_the_ranks_have_met_a_signal_ends_the_run_at_once(number: Signal)
     assert (code, errors) == (75, f"{number.name}: stopped before the run began; the same command starts it\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_afterwards_the_second_one_does_also_in_a_collective(number: Signal) -> None:
     code, _, errors = run(RUN.format(defer="interrupt.defer()"), signal.SIGTERM, number)
     assert code == 128 + number
@@ -92,6 +92,18 @@ def test_afterwards_the_second_one_does_also_in_a_collective(number: Signal) -> 
         "SIGTERM: the run stops and saves; a second signal ends it at once",
         f"{number.name}: ended at once; the same command continues from what is saved",
     ]
+
+
+def test_afterwards_a_hangup_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But under torchrun, which passes it on when it ends."""
+    program = RUN.format(defer="interrupt.defer()")
+    code, _, errors = run(program, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert [line.partition(":")[0] for line in errors.splitlines()] == ["SIGTERM", "SIGTERM"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    code, _, errors = run(program, signal.SIGHUP, signal.SIGHUP)
+    assert code == 128 + signal.SIGHUP
+    assert errors.startswith("SIGHUP: the run stops and saves")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:

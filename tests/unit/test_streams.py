@@ -51,6 +51,24 @@ def test_a_strict_stream_raises_once(pipe: Pipe) -> None:
     assert stream.lost == "Broken pipe"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", "\\xef\\u4e16\\udcff"), ("latin-1", "\xef\\u4e16\\udcff"), ("utf-8", "\xef\u4e16\\udcff")],
+)
+def test_characters_that_the_encoding_lacks_are_escaped(encoding: str, shown: str) -> None:
+    written = io.BytesIO()
+    stream = OutputStream(io.TextIOWrapper(written, encoding=encoding), 2, strict=False)
+    stream.write("\xef\u4e16\udcff")
+    stream.flush()
+    assert written.getvalue().decode(encoding) == shown
+
+
+def test_an_encoding_that_takes_nothing_is_lost_output() -> None:
+    stream = OutputStream(io.TextIOWrapper(io.BytesIO(), encoding="undefined"), 1, strict=True)
+    with pytest.raises(OutputError, match="undefined encoding"):
+        stream.write("x")
+
+
 def test_what_is_lost_goes_to_the_fallback(pipe: Pipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was buffered, what is written later, and what others write to the descriptor, such as C libraries."""
     stream = OutputStream(pipe.file, pipe.descriptor, strict=True)
@@ -124,3 +142,12 @@ def test_a_reader_that_has_ended_is_no_error(tmp_path: Path) -> None:
 def test_without_any_stream_the_exit_code_tells(tmp_path: Path) -> None:
     found = shell("SDPG train nothing.yaml 0<&- >&- 2>&-", tmp_path)
     assert (found.returncode, found.stdout, found.stderr) == (2, "", "")
+
+
+def test_a_name_that_the_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode("\u4e16".encode() + b"\xff")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    found = shell(f"PYTHONIOENCODING=ascii SDPG inspect {tmp_path}/*; echo $?", tmp_path)
+    assert "\\u4e16\\udcff" in found.stdout and found.stdout.endswith("\n2\n"), found
+    assert "Traceback" not in found.stderr

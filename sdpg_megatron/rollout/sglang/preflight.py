@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 
+from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
+from sdpg_megatron.rollout.sglang.reading import check_server_reading
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
 
 
 def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     """Check all that a run with servers needs of this machine, which is that of its first rank.
 
-    Takes about a second: the interpreter for the servers is run once. GPUs are not counted where the number of ranks on
-    this machine is unknown.
+    Takes seconds: the interpreter for the servers imports transformers. GPUs are not counted where the number of ranks
+    on this machine is unknown.
 
     Raises:
-        ConfigError: a key's variable is not set, a host cannot be resolved, or there are too few GPUs.
+        ConfigError: a key's variable is not set, a host cannot be resolved, there are too few GPUs, or the servers'
+            transformers reads another model from config.json.
         RolloutError: a port or host cannot be used, or the interpreter has no sglang.
     """
     sglang = config.rollout.sglang
@@ -32,7 +36,20 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     if environment.world_size == 1 or environment.local_world_size is not None:
         check_devices(sglang, torch.cuda.device_count(), environment)
     check_ports(sglang)
-    check_interpreter(sglang.python or default_python())
+    check_python(sglang, config.model.path)
+
+
+def check_python(sglang: SGLangConfig, folder: Path) -> None:
+    """Check that the interpreter for started servers has sglang, and that its transformers reads a model's config.json.
+
+    Raises:
+        ConfigError: it reads another model than the trainer.
+        RolloutError: it does not run, has no sglang, or cannot read the file.
+    """
+    if not sglang.urls:
+        python = sglang.python or default_python()
+        check_interpreter(python)
+        check_server_reading(python, folder, read_architecture(folder))
 
 
 def check_colocated(config: RunConfig, kind: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sdpg_megatron.errors import RolloutError
+from sdpg_megatron.errors import RolloutError, fix_of, reason_of
 from sdpg_megatron.rollout.sglang import guard, serve
 
 PYTHON_VARIABLE = "SDPG_SGLANG_PYTHON"
@@ -137,7 +137,8 @@ class ServerProcess:
                 )
         except OSError as error:
             raise RolloutError(
-                f"{self.launch.log}: the server's log cannot be written ({error}). Fix: choose another run_dir"
+                f"{self.launch.log}: the server's log cannot be written ({reason_of(error)}). "
+                f"Fix: {fix_of(error, self.launch.log)}"
             ) from error
         _tell(process, json.dumps(job))
         return process
@@ -158,7 +159,7 @@ class ServerProcess:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError as error:
-            return f"(the log cannot be read: {error})"
+            return f"(the log cannot be read: {reason_of(error)})"
         return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.splitlines()[-lines:])
 
     def stop(self, grace: float = 10.0) -> None:
@@ -258,7 +259,9 @@ def check_interpreter(python: str) -> None:
     try:
         found = subprocess.run([python, "-I", "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RolloutError(f"{python}: the interpreter for SGLang servers does not run ({error}). {fix}") from error
+        raise RolloutError(
+            f"{python}: the interpreter for SGLang servers does not run ({reason_of(error)}). {fix}"
+        ) from error
     if found.returncode != 0:
         reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
         raise RolloutError(f"{python}: the interpreter for SGLang servers has no sglang ({reason}). {fix}")
@@ -271,7 +274,7 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, 
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise RolloutError(f"{host}: not an address ({error}). Fix: set rollout.sglang.host") from error
+        raise RolloutError(f"{host}: not an address ({reason_of(error)}). Fix: set rollout.sglang.host") from error
     return family, address
 
 
@@ -316,8 +319,9 @@ def hold_free_port(host: str) -> socket.socket:
             return _bind(host, port, alone=True)
         except OSError as found:
             error = found
+    reason = "all that were tried are taken" if error is None else reason_of(error)
     raise RolloutError(
-        f"{host}: no port can be used ({error}). Fix: set rollout.sglang.host to an address of this machine"
+        f"{host}: no port can be used ({reason}). Fix: set rollout.sglang.host to an address of this machine"
     )
 
 

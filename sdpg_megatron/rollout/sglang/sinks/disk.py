@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sdpg_megatron.errors import RolloutError, ServerError
+from sdpg_megatron.errors import RolloutError, ServerError, reason_of
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
 from sdpg_megatron.weights import Bucket, new_room, write_folder
@@ -103,8 +103,8 @@ class DiskSink:
                 write_folder(feed, self._target, source_folder=self._source_folder, shard_bytes=self._shard_bytes)
         except OSError as error:
             raise RolloutError(
-                f"{self._folder}: cannot write weights for servers ({error}). Fix: set rollout.sglang.folder, or use "
-                "another rollout.sglang.sink"
+                f"{self._folder}: cannot write weights for servers ({reason_of(error)}). Fix: set "
+                "rollout.sglang.folder, or use another rollout.sglang.sink"
             ) from error
 
     def _clear(self) -> None:

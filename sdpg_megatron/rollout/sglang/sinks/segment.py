@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from sdpg_megatron.errors import RolloutError
+from sdpg_megatron.errors import RolloutError, reason_of
 
 FOLDER = Path("/dev/shm")
 PREFIX = "sdpg-weights-"
@@ -46,7 +46,7 @@ class Segment:
         except OSError as error:
             self.release()
             raise RolloutError(
-                f"{FOLDER} has no room for a bucket of {size >> 20} MiB ({error}). Fix: enlarge it (Docker: "
+                f"{FOLDER} has no room for a bucket of {size >> 20} MiB ({reason_of(error)}). Fix: enlarge it (Docker: "
                 "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
             ) from error
 

@@ -1,0 +1,33 @@
+"""Prints what the installed transformers makes of a config.json, as one line of JSON.
+
+Run by path, by the interpreter that has sglang; everything else imports nothing from here:
+
+    python -I read_config.py FOLDER ATTRIBUTE...
+
+SGLang takes a model's settings from this object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(folder: str, *names: str) -> None:
+    """Print the version of transformers, the rotary base and scaling factor, and the named attributes."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    found = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        rotary = config.rope_parameters
+        base = rotary["rope_theta"]
+    else:  # which keeps keys that it does not know, as it does not use them
+        base, rotary = config.rope_theta, config.rope_scaling or {}
+    found |= {"rotary base": base, "rotary scaling factor": rotary.get("factor")}
+    sys.stdout.write(json.dumps({"version": transformers.__version__, "settings": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
