@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import Example, parse_row, reveals
+from sdpg_megatron.data.examples import Example, parse_row
 from sdpg_megatron.data.hints import others, wish
 from sdpg_megatron.data.packed import PackedPrompts, open_packed, pack
 from sdpg_megatron.data.readers import find_files, read_rows
@@ -148,7 +148,7 @@ class _Builder:
                 if self._repeats.seen(uid, example) and not keep:
                     self._repeated += 1
                     continue
-                if reveals(example.question, example.context):
+                if example.is_revealed:
                     self._revealed.append(row.where)
                 if self._structured is None and not isinstance(example.answer, str):
                     self._structured = row.where
@@ -199,7 +199,7 @@ class _Builder:
     def _warnings(self) -> Iterator[str]:
         if self._revealed:
             first = f"the first at {self._revealed[0]}: the student reads it, too"
-            yield f"{len(self._revealed)} questions contain the whole of their context, {first}"
+            yield f"{len(self._revealed)} questions contain their context or state their answer, {first}"
         if self._repeated and not self._taught:
             found = f"{self._repeated} rows of the evaluation repeat a problem"
             yield f"{found} and are left out, the first: {self._repeats.first}"

@@ -98,7 +98,7 @@ def test_a_question_with_two_answers_and_one_with_its_context_are_told(tmp_path:
     rows.append(row("Four? It is four.", "4", context="four"))  # too short to be more than chance
     dataset = PromptDataset.load(DataConfig(), (write(tmp_path / "a.jsonl", rows),), tokenizer)
     revealed, conflict = dataset.warnings
-    assert revealed.startswith("1 questions contain the whole of their context, the first at ")
+    assert revealed.startswith("1 questions contain their context or state their answer, the first at ")
     assert "a.jsonl:4: the student reads it, too" in revealed
     assert conflict == "1 rows ask an earlier question with another answer: a.jsonl:1 and a.jsonl:3"
 
