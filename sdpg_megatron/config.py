@@ -138,8 +138,9 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to training rows with the question, answer and context of an earlier row: left out and counted, or
-    kept. An evaluation takes a problem once either way."""
+    """What happens to training rows with the question, answer and context of an earlier row, and the same other columns
+    where the verifier is a module:function: left out and counted, or kept. An evaluation takes a problem once either
+    way."""
     shuffle: bool = True
     """Shuffle every epoch, seeded by `seed`."""
 

@@ -88,6 +88,7 @@ class PromptDataset:
         taught: bool = True,
         contrast: float = 0.0,
         held_out: PromptDataset | None = None,
+        scored_by_metadata: bool = False,
         on_rows: OnRows = lambda rows: None,
     ) -> PromptDataset:
         """Read, render and length-check every row of `files`.
@@ -100,13 +101,17 @@ class PromptDataset:
                 once whatever `data.duplicates` says.
             contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
             held_out: an evaluation's prompts, to warn where these rows have the same problems.
+            scored_by_metadata: Whether the verifier may read the other columns: then training rows that differ in them
+                are no repeats.
+            on_rows: called with the number of rows read so far.
 
         Raises:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
             ConfigError: the context template, its options or the tokenizer cannot be used.
         """
         files = find_files(files)
-        builder = _Builder(config, Renderer(config, tokenizer), taught=taught, contrast=contrast, held_out=held_out)
+        repeats = Repeats(held_out.problems if held_out else None, taught=taught, scored_by_metadata=scored_by_metadata)
+        builder = _Builder(config, Renderer(config, tokenizer), repeats, taught=taught, contrast=contrast)
         builder.add(builder.rows(files, on_rows), seed)
         if not len(builder.prompts):
             found = f"{builder.dropped} rows, all longer than {config.max_prompt_tokens} tokens"
@@ -120,10 +125,10 @@ class _Builder:
     """A data set that grows by chunks of rows."""
 
     def __init__(
-        self, config: DataConfig, renderer: Renderer, *, taught: bool, contrast: float, held_out: PromptDataset | None
+        self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, taught: bool, contrast: float
     ) -> None:
         self._config, self._renderer, self._taught, self._contrast = config, renderer, taught, contrast
-        self._repeats = Repeats(held_out.problems if held_out else None, taught=taught)
+        self._repeats = repeats
         self._batches: list[Any] = []
         self._digest = hashlib.sha256()
         self._revealed: list[str] = []
