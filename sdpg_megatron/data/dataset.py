@@ -40,6 +40,8 @@ class PromptDataset:
     """Rows of which the student's or a teacher's prompt was cut on its left."""
     repeated: int = 0
     """Rows left out because an earlier one has the same problem."""
+    overlong: str = ""
+    """Name of the first of the rows that were left out or cut for their length."""
     digest: str = ""
     """`digest_of` the prompts."""
     warnings: tuple[str, ...] = ()
@@ -133,6 +135,7 @@ class _Builder:
         self._digest = hashlib.sha256()
         self._revealed: list[str] = []
         self._structured: str | None = None
+        self._overlong = ""
         self.dropped = self._truncated = self._repeated = 0
 
     @property
@@ -179,6 +182,7 @@ class _Builder:
         prompts = []
         for (uid, example), *tokens in zip(chunk, students, teachers, misled, strict=True):
             if max(map(len, tokens)) > limit:
+                self._overlong = self._overlong or uid
                 if self._config.overlong == "drop":
                     self.dropped += 1
                     continue
@@ -195,6 +199,7 @@ class _Builder:
             dropped=self.dropped,
             truncated=self._truncated,
             repeated=self._repeated,
+            overlong=self._overlong,
             digest=self._digest.hexdigest()[:16],
             warnings=tuple(self._warnings()),
             structured=self._structured,
