@@ -214,6 +214,8 @@ def _first(row: Row, names: Sequence[str], values: Mapping[str, object] | None =
                 raise DataError(row.where, f"{error} in column {name!r}", expected, "correct the row") from error
         if isinstance(value, str) and value.strip():
             return value
+        if isinstance(value, bool) and name in (*ANSWERS, "ground_truth"):
+            return str(value)
     return None
 
 

@@ -127,6 +127,8 @@ def _answer(row: Row, config: DataConfig) -> Answer:
     if row.values.get(column) is None and isinstance(reward_model, dict):
         row, column = Row(row.where, row.number, reward_model), "ground_truth"
     value = row.values.get(column)
+    if isinstance(value, bool):
+        return str(value)
     if not isinstance(value, dict | list):
         return _text(row, column, "data.answer_key")
     if not value:

@@ -14,6 +14,7 @@ from numbers import Real
 from reprlib import repr as short
 from typing import Any
 
+from sdpg_megatron.config import MAX_REWARD
 from sdpg_megatron.records import Answer, Prompt
 
 EXPECTED = (
@@ -24,8 +25,7 @@ EXPECTED = (
 RETURNED = 'a number, a bool, a scalar of NumPy or PyTorch, or a dict with one of them as "score" or "reward"'
 SCORES = ("score", "reward")
 """Keys of a dict's reward, the first one that is there."""
-LARGEST = 1e100
-"""Bound of a reward's magnitude: sums of rewards stay finite."""
+LARGEST = MAX_REWARD
 BATCHES = {"samples", "prompts", "responses", "completions", "solution_strs"}
 """Parameters of functions that score several responses at a time."""
 RESPONSE_WORDS = {"response", "completion", "prediction", "predicted", "pred", "output", "generated", "generation"}

@@ -247,10 +247,17 @@ def test_a_question_that_contains_its_solution_is_left_out(tmp_path: Path, capsy
         ({"question": "q", "answer": "1e-05"}, "0.00001"),
         ({"question": 7, "answer": 27.0}, "27"),
         (chat("q", 0.5), "0.5"),
+        (aime_2025("q", True), "True"),  # type: ignore[arg-type]
+        (chat("q", False), "False"),
     ],
 )
-def test_numbers_are_written_in_decimal_digits(tmp_path: Path, values: dict[str, Any], answer: str) -> None:
-    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", [values]), "--instruction", "none")
+def test_numbers_are_written_in_digits_and_booleans_in_words(
+    tmp_path: Path, values: dict[str, Any], answer: str
+) -> None:
+    source = write(tmp_path / "set.jsonl", [values])
+    run(tmp_path / "out", "--train", source, "--instruction", "none")
+    if isinstance(values.get("question"), str) and isinstance(values["answer"], bool):
+        assert PromptDataset.load(DataConfig(), (source,), tiny_tokenizer())[0].answer == answer
     assert [row["answer"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == [answer]
 
 
