@@ -16,6 +16,8 @@ from sdpg_megatron.methods import Method, dapo_sections, defaults
 
 MAX_SECONDS = 2_000_000.0
 """Bound on a time, 23 days: poll(2) takes milliseconds in 32 bits."""
+MAX_REWARD = 1e100
+"""Bound of a reward's magnitude: sums of rewards stay finite."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -138,8 +140,9 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to training rows with the question, answer and context of an earlier row: left out and counted, or
-    kept. An evaluation takes a problem once either way."""
+    """What happens to training rows with the question, answer and context of an earlier row, and the same other columns
+    where the verifier is a module:function: left out and counted, or kept. An evaluation takes a problem once either
+    way."""
     shuffle: bool = True
     """Shuffle every epoch, seeded by `seed`."""
 
@@ -151,7 +154,7 @@ class RewardConfig(Section):
     scorer), or "module:function" of your own. docs/data.md says what each accepts."""
     timeout: float = Field(10.0, gt=0, le=MAX_SECONDS)
     """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
-    failure_reward: float = 0.0
+    failure_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
     failure_limit: float | None = Field(0.5, gt=0, le=1)
     """Largest share of a step's or an evaluation's verifier calls that may fail; beyond, or where all fail, the run
     ends. Null for no limit."""

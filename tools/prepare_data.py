@@ -29,6 +29,7 @@ from pathlib import Path
 from sdpg_megatron.answers import canonical, decimal_text, last_boxed, same
 from sdpg_megatron.data.chats import read_chat, split_context
 from sdpg_megatron.data.examples import reveals
+from sdpg_megatron.data.instructions import INSTRUCTIONS, bare, either, without_closing
 from sdpg_megatron.data.readers import Row, file_format, read_rows
 from sdpg_megatron.errors import DataError, SdpgError
 from sdpg_megatron.observe.loading import RowProgress
@@ -36,17 +37,6 @@ from sdpg_megatron.observe.loading import RowProgress
 FOLDER_FORMATS = (".parquet", ".jsonl", ".csv")
 """Of a folder's files, those that are read: a .json file there often describes the data set."""
 TRAIN = "train.jsonl"
-INSTRUCTIONS = {
-    "boxed": "\n\nReason step by step and put the final answer in \\boxed{}.",
-    "answer": '\n\nReason step by step. The last line of the reply must be "Answer: " and the final answer.',
-    "paper": (
-        "Solve the following math problem step by step. Present your final answer inside \\boxed{}, for example "
-        "\\boxed{42}.\n\n{question}\n\nRemember to put your final answer inside \\boxed{}."
-    ),
-    "none": "",
-}
-"""What is appended to every question or, with {question}, put around it: for the verifiers math and answer, for math as
-in the SDPG paper (arXiv 2606.04036, figure 4), and for others."""
 
 
 @dataclass(frozen=True)
@@ -76,44 +66,14 @@ ANSWERS = ("answer", "Answer")
 SOLUTIONS = ("solution", "Solution", "context")
 GSM8K_MARK = "####"
 GSM8K_CALCULATION = re.compile(r"<<[^<>]*>>")
-
-
-def _either(*texts: str) -> str:
-    """A pattern that matches any of the texts, whatever blanks and line ends they are broken with."""
-    return "|".join(r"\s+".join(map(re.escape, text.split())) for text in texts)
-
-
-OPENING = re.compile(
-    rf"\s*(?:{_either('Solve the following math problem step by step.')})(?:\s+(?:"
-    + _either(
-        "The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is the "
-        "answer to the problem.",
-        "Present your final answer inside \\boxed{}, for example \\boxed{42}.",
-    )
-    + r"))?"
-)
-"""How the questions of DAPO-Math-17k begin, and of its copies that ask for a box (SDPG's paper, figure 4)."""
-CLOSING = re.compile(
-    "(?:"
-    + _either(
-        'Remember to put your answer on its own line after "Answer:".',
-        "Remember to put your final answer inside \\boxed{}.",
-        "Let's think step by step and output the final answer within \\boxed{}.",
-        'Let\'s think step by step and output the final answer after "####".',
-        "Please reason step by step, and put your final answer within \\boxed{}.",
-        *filter(str.strip, INSTRUCTIONS.values()),
-    )
-    + ")$"
-)
-"""How questions end in the same sets, in verl's copies of GSM8K and MATH, in Qwen's evaluations, and in files that this
-tool has written."""
 ANSWER_CONTEXT = re.compile(
-    rf"\s*(?:{_either('The correct answer to this problem is:')})[^\n]*"
-    rf"(?:\s*{_either('Use this to verify your reasoning, but show your full solution process.')})?\s*"
+    rf"\s*(?:{either('The correct answer to this problem is:')})\s*(?P<answer>.*?)\s*"
+    rf"(?:{either('Use this to verify your reasoning, but show your full solution process.')})?\s*",
+    re.DOTALL | re.IGNORECASE,
 )
-"""The context of the public SDPG files: nothing but the answer."""
+"""The context of the public SDPG files: the answer, and nothing else where that is one line or the row's answer."""
 SOLUTION_CONTEXT = re.compile(
-    rf"\s*\[Hint\].*?(?:{_either('A common way to solve this is:')})(?P<solution>.*)\[Instruction\].*", re.DOTALL
+    rf"\s*\[Hint\].*?(?:{either('A common way to solve this is:')})(?P<solution>.*)\[Instruction\].*", re.DOTALL
 )
 """The context of SDPG's paper (figure 4): answer, worked solution and an instruction."""
 
@@ -152,8 +112,8 @@ class Kept:
         first = self.problems.get(key)
         if not problem.answer:
             self.counts["without an answer"] += 1
-        elif reveals(problem.question, problem.context):
-            self.counts["with the solution in the question"] += 1
+        elif reveals(problem.question, problem.context, problem.answer):
+            self.counts["with solution or answer in the question"] += 1
         elif key in self.conflicts:
             self.counts["with conflicting answers"] += 1
         elif first is None:
@@ -191,10 +151,10 @@ def parse(row: Row, source: str) -> Problem:
         DataError: the row has none of the columns that they have, no question, or more than one turn.
     """
     question, answer, context = _chat(row) if isinstance(row.values.get("prompt"), list) else _columns(row)
-    bare = _bare(question)
-    if not bare:
+    text = bare(question)
+    if not text:
         raise DataError(row.where, f"instructions without a question: {question!r}", "a question", "remove the row")
-    return Problem(bare, canonical(answer), context, source)
+    return Problem(text, canonical(answer), context, source)
 
 
 def _chat(row: Row) -> tuple[str, str, str | None]:
@@ -207,7 +167,7 @@ def _chat(row: Row) -> tuple[str, str, str | None]:
     answer = _first(row, ["ground_truth"], reward) if isinstance(reward, Mapping) else None
     if answer is None:
         raise _unusable(row, "reward_model", "a mapping with ground_truth, text or a number")
-    return chat.question, answer, _worked(chat.context) or chat.reply
+    return chat.question, answer, _worked(chat.context, answer) or chat.reply
 
 
 def _columns(row: Row) -> tuple[str, str, str | None]:
@@ -219,19 +179,25 @@ def _columns(row: Row) -> tuple[str, str, str | None]:
     question, context = split_context(row.where, "of the question", question)
     if answer is None and solution is not None:
         if "prompt" in row.values:  # a processed DAPO-Math-17k: its solution is the answer alone
-            return question, solution, _worked(context)
-        return question, last_boxed(solution) or "", _worked(context) or solution
+            return question, solution, _worked(context, solution)
+        boxed = last_boxed(solution) or ""
+        return question, boxed, _worked(context, boxed) or solution
     assert answer is not None
     worked, mark, final = answer.rpartition(GSM8K_MARK)
     if mark:
         return question, final, GSM8K_CALCULATION.sub("", worked).strip()
-    return question, answer, _worked(context) or solution
+    return question, answer, _worked(context, answer) or solution
 
 
-def _worked(context: str | None) -> str | None:
+def _worked(context: str | None, answer: str) -> str | None:
     """The worked solution in the context of a public SDPG file; None where there is only the answer."""
-    if context is None or ANSWER_CONTEXT.fullmatch(context):
+    if context is None:
         return None
+    context = without_closing(context)
+    if found := ANSWER_CONTEXT.fullmatch(context):
+        stated = found["answer"]
+        if "\n" not in stated or stated.split() == answer.split():
+            return None
     found = SOLUTION_CONTEXT.fullmatch(context)
     return (found["solution"] if found else context).strip() or None
 
@@ -248,17 +214,9 @@ def _first(row: Row, names: Sequence[str], values: Mapping[str, object] | None =
                 raise DataError(row.where, f"{error} in column {name!r}", expected, "correct the row") from error
         if isinstance(value, str) and value.strip():
             return value
+        if isinstance(value, bool) and name in (*ANSWERS, "ground_truth"):
+            return str(value)
     return None
-
-
-def _bare(question: str) -> str:
-    """`question` without the instructions of published files around it."""
-    if found := OPENING.match(question):
-        question = question[found.end() :]
-    question = question.strip()
-    while found := CLOSING.search(question):
-        question = question[: found.start()].rstrip()
-    return question
 
 
 def _unusable(row: Row, column: str, expected: str) -> DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ CHAT_COLUMNS = ("prompt", "messages", "conversations")
 """Columns that hold a chat, in order of preference."""
 CONTEXT_MARK = "[TEACHER_CONTEXT_TOKEN]"
 """Stands between question and privileged context in the public SDPG format."""
+_MARKS = re.compile(r"\[?\s*teacher[\s_-]*context[\s_-]*token\s*\]?", re.IGNORECASE)
+"""The mark in any spelling."""
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names of roles."""
 
@@ -48,7 +51,7 @@ def read_chat(where: str, column: str, value: Sequence[object]) -> Chat:
     *history, last = messages
     question, context = split_context(where, column, last["content"])
     for text in (*(message["content"] for message in history), reply or ""):
-        if CONTEXT_MARK in text:
+        if _MARKS.search(text):
             expected = f"{CONTEXT_MARK} in the user's last message"
             raise DataError(where, f"{CONTEXT_MARK} in another message of {column!r}", expected, "move the context")
     return Chat(question, context, tuple(history), reply)
@@ -58,8 +61,11 @@ def split_context(where: str, column: str, text: str) -> tuple[str, str | None]:
     """The question in `text`, and the privileged context after `CONTEXT_MARK`; None without a mark.
 
     Raises:
-        DataError: at `where`: nothing but blanks before the mark, or a second mark.
+        DataError: at `where`: nothing but blanks before the mark, a second mark, or one in another spelling.
     """
+    for found in _MARKS.findall(text):
+        if found != CONTEXT_MARK:
+            raise DataError(where, f"{found!r} in column {column!r}", CONTEXT_MARK, "correct its spelling")
     question, mark, context = text.partition(CONTEXT_MARK)
     if not question.strip():
         found = f"no question before {CONTEXT_MARK}" if mark else "an empty question"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.data.examples import Example, parse_row, reveals
+from sdpg_megatron.data.examples import Example, parse_row
 from sdpg_megatron.data.hints import others, wish
 from sdpg_megatron.data.packed import PackedPrompts, open_packed, pack
 from sdpg_megatron.data.readers import find_files, read_rows
@@ -40,6 +40,8 @@ class PromptDataset:
     """Rows of which the student's or a teacher's prompt was cut on its left."""
     repeated: int = 0
     """Rows left out because an earlier one has the same problem."""
+    overlong: str = ""
+    """Name of the first of the rows that were left out or cut for their length."""
     digest: str = ""
     """`digest_of` the prompts."""
     warnings: tuple[str, ...] = ()
@@ -88,6 +90,7 @@ class PromptDataset:
         taught: bool = True,
         contrast: float = 0.0,
         held_out: PromptDataset | None = None,
+        scored_by_metadata: bool = False,
         on_rows: OnRows = lambda rows: None,
     ) -> PromptDataset:
         """Read, render and length-check every row of `files`.
@@ -100,13 +103,17 @@ class PromptDataset:
                 once whatever `data.duplicates` says.
             contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
             held_out: an evaluation's prompts, to warn where these rows have the same problems.
+            scored_by_metadata: Whether the verifier may read the other columns: then training rows that differ in them
+                are no repeats.
+            on_rows: called with the number of rows read so far.
 
         Raises:
             DataError: a row cannot be used, a file is listed twice, or no row is left.
             ConfigError: the context template, its options or the tokenizer cannot be used.
         """
         files = find_files(files)
-        builder = _Builder(config, Renderer(config, tokenizer), taught=taught, contrast=contrast, held_out=held_out)
+        repeats = Repeats(held_out.problems if held_out else None, taught=taught, scored_by_metadata=scored_by_metadata)
+        builder = _Builder(config, Renderer(config, tokenizer), repeats, taught=taught, contrast=contrast)
         builder.add(builder.rows(files, on_rows), seed)
         if not len(builder.prompts):
             found = f"{builder.dropped} rows, all longer than {config.max_prompt_tokens} tokens"
@@ -120,14 +127,15 @@ class _Builder:
     """A data set that grows by chunks of rows."""
 
     def __init__(
-        self, config: DataConfig, renderer: Renderer, *, taught: bool, contrast: float, held_out: PromptDataset | None
+        self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, taught: bool, contrast: float
     ) -> None:
         self._config, self._renderer, self._taught, self._contrast = config, renderer, taught, contrast
-        self._repeats = Repeats(held_out.problems if held_out else None, taught=taught)
+        self._repeats = repeats
         self._batches: list[Any] = []
         self._digest = hashlib.sha256()
         self._revealed: list[str] = []
         self._structured: str | None = None
+        self._overlong = ""
         self.dropped = self._truncated = self._repeated = 0
 
     @property
@@ -148,7 +156,7 @@ class _Builder:
                 if self._repeats.seen(uid, example) and not keep:
                     self._repeated += 1
                     continue
-                if reveals(example.question, example.context):
+                if example.is_revealed:
                     self._revealed.append(row.where)
                 if self._structured is None and not isinstance(example.answer, str):
                     self._structured = row.where
@@ -174,6 +182,7 @@ class _Builder:
         prompts = []
         for (uid, example), *tokens in zip(chunk, students, teachers, misled, strict=True):
             if max(map(len, tokens)) > limit:
+                self._overlong = self._overlong or uid
                 if self._config.overlong == "drop":
                     self.dropped += 1
                     continue
@@ -190,6 +199,7 @@ class _Builder:
             dropped=self.dropped,
             truncated=self._truncated,
             repeated=self._repeated,
+            overlong=self._overlong,
             digest=self._digest.hexdigest()[:16],
             warnings=tuple(self._warnings()),
             structured=self._structured,
@@ -199,7 +209,7 @@ class _Builder:
     def _warnings(self) -> Iterator[str]:
         if self._revealed:
             first = f"the first at {self._revealed[0]}: the student reads it, too"
-            yield f"{len(self._revealed)} questions contain the whole of their context, {first}"
+            yield f"{len(self._revealed)} questions contain their context or state their answer, {first}"
         if self._repeated and not self._taught:
             found = f"{self._repeated} rows of the evaluation repeat a problem"
             yield f"{found} and are left out, the first: {self._repeats.first}"

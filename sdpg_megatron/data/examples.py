@@ -8,6 +8,7 @@ in a plain column is read the same way, so the student never sees what stands af
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -15,6 +16,7 @@ from decimal import Decimal
 from sdpg_megatron.answers import decimal_text
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.chats import CHAT_COLUMNS, CONTEXT_MARK, Chat, Message, read_chat, split_context
+from sdpg_megatron.data.instructions import is_bare_instruction
 from sdpg_megatron.data.readers import Row
 from sdpg_megatron.errors import DataError, did_you_mean
 from sdpg_megatron.records import Answer, answer_text
@@ -22,6 +24,10 @@ from sdpg_megatron.records import Answer, answer_text
 REWARD_COLUMN = "reward_model"
 LONG_CONTEXT = 30
 """Characters of a context that no question contains unless it reveals it."""
+
+
+_STATED = re.compile(r"the correct answer( to this problem)? is\b[\s:*$]*")
+"""How contexts of the public SDPG files begin; the shorter form may also be part of a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,12 @@ class Example:
     """The question as the row itself has it for the teacher; None leaves that to the context template."""
     metadata: Mapping[str, object] = field(default_factory=dict)
     """The row's other columns."""
+
+    @property
+    def is_revealed(self) -> bool:
+        """Whether the student reads the context or the answer; see `reveals`."""
+        shown = " ".join([*(message["content"] for message in self.history), self.question])
+        return reveals(shown, self.context, self.answer_text)
 
     @property
     def answer_text(self) -> str:
@@ -59,9 +71,21 @@ def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> 
     return example
 
 
-def reveals(question: str, context: str | None) -> bool:
-    """Whether `question` contains the whole of a context that is too long to be there by chance."""
-    return context is not None and len(context.strip()) >= LONG_CONTEXT and context.strip() in question
+def reveals(question: str, context: str | None, answer: str) -> bool:
+    """Tell whether `question` contains a context, which is too long to be there by chance, or states the answer.
+
+    An answer is stated in the words of the public SDPG files' contexts. Case and blanks do not count.
+    """
+    question = _plain(question)
+    whole = _plain(context or "")
+    if len(whole) >= LONG_CONTEXT and whole in question:
+        return True
+    stated = _STATED.search(question)
+    return stated is not None and (stated[1] is not None or question[stated.end() :].startswith(_plain(answer)))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _parse(row: Row, config: DataConfig) -> Example:
@@ -74,6 +98,9 @@ def _parse(row: Row, config: DataConfig) -> Example:
     else:
         text = _text(row, config.question_key, "data.question_key")
         chat = Chat(*split_context(row.where, config.question_key, text), history=(), reply=None)
+    if is_bare_instruction(chat.question):
+        found = f"instructions without a question: {chat.question!r}"
+        raise DataError(row.where, found, "a question", "fill it or remove the row")
     marked = bool(chat.context and chat.context.strip())
     return Example(
         question=chat.question,
@@ -100,6 +127,8 @@ def _answer(row: Row, config: DataConfig) -> Answer:
     if row.values.get(column) is None and isinstance(reward_model, dict):
         row, column = Row(row.where, row.number, reward_model), "ground_truth"
     value = row.values.get(column)
+    if isinstance(value, bool):
+        return str(value)
     if not isinstance(value, dict | list):
         return _text(row, column, "data.answer_key")
     if not value:

@@ -16,12 +16,14 @@ ProblemIndex = Mapping[int, str]
 class Repeats:
     """Recognizes rows by 64-bit digests, of which a million take about 200 MB while files are read."""
 
-    def __init__(self, held_out: ProblemIndex | None, *, taught: bool) -> None:
+    def __init__(self, held_out: ProblemIndex | None, *, taught: bool, scored_by_metadata: bool = False) -> None:
         """
         Args:
             held_out: problems that these rows should not have; None for none.
             taught: Whether the same question with another context is another row; otherwise the same in another file.
+            scored_by_metadata: Whether a row with other metadata is another one, too; only where `taught`.
         """
+        self._scored_by_metadata = scored_by_metadata
         self._held_out, self._taught = held_out or {}, taught
         self._rows: set[int] = set()
         self._answers: dict[int, int] = {}
@@ -35,7 +37,8 @@ class Repeats:
     def seen(self, uid: str, example: Example) -> bool:
         """Take note of a row, and say whether it repeats an earlier one."""
         more = (example.context, example.teacher_question) if self._taught else uid.rpartition(":")[0]
-        row = _digest(example.question, example.history, example.answer_text, more)
+        metadata = dict(example.metadata) if self._taught and self._scored_by_metadata else None
+        row = _digest(example.question, example.history, example.answer_text, more, metadata)
         if row in self._rows:
             self.first = self.first or uid
             return True
@@ -57,5 +60,5 @@ class Repeats:
 
 
 def _digest(*parts: object) -> int:
-    text = json.dumps(parts, ensure_ascii=False)
+    text = json.dumps(parts, ensure_ascii=False, default=str)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

@@ -31,7 +31,13 @@ class PromptSource(Protocol):
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0, on_rows: OnRows = lambda rows: None
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    contrast: float = 0.0,
+    *,
+    scored_by_metadata: bool = False,
+    on_rows: OnRows = lambda rows: None,
 ) -> tuple[PromptSource, PromptDataset | None]:
     """The prompts to train on and, if there are any, the held-out ones.
 
@@ -39,7 +45,8 @@ def load_prompts(
         tokenizer: transformers tokenizer with a chat template.
         seed: the run's.
         contrast: `ObjectiveConfig.contrast`; over 0 the prompts to train on have `contrast_tokens`.
-        on_rows: called with the number of training rows read so far.
+        scored_by_metadata: Whether the verifier may read the other columns; see `PromptDataset.load`.
+        on_rows: called with the number of rows read so far, of the held-out files first.
 
     Raises:
         ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used;
@@ -58,8 +65,17 @@ def load_prompts(
         return source, source.held_out
     if not config.train:
         raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
-    held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False) if config.eval else None
+    held_out = None
+    if config.eval:
+        held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False, on_rows=on_rows)
     prompts = PromptDataset.load(
-        config, config.train, tokenizer, seed=seed, contrast=contrast, held_out=held_out, on_rows=on_rows
+        config,
+        config.train,
+        tokenizer,
+        seed=seed,
+        contrast=contrast,
+        held_out=held_out,
+        scored_by_metadata=scored_by_metadata,
+        on_rows=on_rows,
     )
     return prompts, held_out

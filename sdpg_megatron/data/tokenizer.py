@@ -17,6 +17,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these has the vocabulary."""
 SAMPLE = "What is 12 + 34?\n  Reply with\tonly the number."
 """Text that has to come back from its tokens: blanks, a line break, a tab."""
+SERVED_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
+"""Tokens that an SGLang server stops at wherever the tokenizer has them, named as end tokens or not."""
 _SAID = "81925"
 """What the assistant says where the end of its turn is looked for."""
 
@@ -83,9 +85,10 @@ def _check_text_is_kept(folder: Path, tokenizer: Any) -> None:
 
 
 def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """Every token that ends a response: generation_config.json's, or where there is no such file, config.json's.
+    """Every token that ends a response: those of generation_config.json and of config.json, as SGLang takes them.
 
-    The other special tokens in both files are checked, too.
+    transformers takes the former alone; the embedded engine is told all. The other special tokens in both files are
+    checked, too.
 
     Args:
         vocab_size: rows of the model's embedding.
@@ -104,7 +107,7 @@ def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
             if wrong:
                 expected = f"ids below config.json's vocab_size = {vocab_size}"
                 raise ConfigError(f"{folder / name}: {key}", content[key], expected, f"correct {key}")
-    found = _ids(list(files.values())[-1], "eos_token_id")
+    found = [number for content in reversed(files.values()) for number in _ids(content, "eos_token_id")]
     if not found:
         expected = "eos_token_id in generation_config.json or config.json"
         raise ConfigError("model.path", str(folder), expected, "add it to generation_config.json")
@@ -149,13 +152,14 @@ def check_stops(tokenizer: Any, stops: Iterable[int], options: Mapping[str, Any]
         options: variables of the chat template.
 
     Raises:
-        ConfigError: the tokenizer's end token, or the one that the chat template ends an assistant's turn with, is no
-            stop token; or the chat template cannot be rendered.
+        ConfigError: the tokenizer's end token, one of `SERVED_STOPS`, or the one that the chat template ends an
+            assistant's turn with, is no stop token; or the chat template cannot be rendered.
     """
-    known = tuple(stops)
+    known, added = tuple(stops), tokenizer.get_added_vocab()
     for what, number in (
         ("the tokenizer's end token", tokenizer.eos_token_id),
         ("the token that the chat template ends a turn with", turn_end(tokenizer, options)),
+        *(("a token that SGLang stops at", added.get(token)) for token in SERVED_STOPS),
     ):
         if number is not None and number not in known:
             found = f"{number} ({tokenizer.convert_ids_to_tokens(number)})"

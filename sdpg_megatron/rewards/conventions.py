@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
@@ -14,19 +14,31 @@ from numbers import Real
 from reprlib import repr as short
 from typing import Any
 
+from sdpg_megatron.config import MAX_REWARD
 from sdpg_megatron.records import Answer, Prompt
 
 EXPECTED = (
-    "f(prompt, response), verl's f(data_source, solution_str, ground_truth, extra_info=None) or slime's "
-    "f(args, sample, **kwargs); a function, an async function, or a class with such a __call__"
+    "f(prompt, response), f(response, ground_truth), verl's f(data_source, solution_str, ground_truth, "
+    "extra_info=None) or slime's f(args, sample, **kwargs); a function, an async function, or a class with such a "
+    "__call__"
 )
 RETURNED = 'a number, a bool, a scalar of NumPy or PyTorch, or a dict with one of them as "score" or "reward"'
 SCORES = ("score", "reward")
 """Keys of a dict's reward, the first one that is there."""
-LARGEST = 1e100
-"""Bound of a reward's magnitude: sums of rewards stay finite."""
+LARGEST = MAX_REWARD
 BATCHES = {"samples", "prompts", "responses", "completions", "solution_strs"}
 """Parameters of functions that score several responses at a time."""
+RESPONSE_WORDS = {"response", "completion", "prediction", "predicted", "pred", "output", "generated", "generation"}
+"""Words in the name of a parameter that takes the response's text."""
+ANSWER_WORDS = {
+    *("answer", "truth", "gt", "label", "target", "gold", "golden", "reference", "ref", "expected", "correct"),
+    "solution",
+}
+"""Words in the name of a parameter that takes the prompt's answer."""
+
+VERL = {"data_source": "data_source", "solution_str": "response", "ground_truth": "answer", "extra_info": "extra_info"}
+"""verl's keywords -> what each takes."""
+AMBIGUOUS = "ambiguous"
 
 Arguments = tuple[tuple[object, ...], dict[str, object]]
 Convention = Callable[[Prompt, str], Arguments]
@@ -53,25 +65,29 @@ def positional(prompt: Prompt, response: str) -> Arguments:
     return (prompt, response), {}
 
 
-def by_name(prompt: Prompt, response: str) -> Arguments:
-    return (), {"prompt": prompt, "response": response}
-
-
-def verl(signature: inspect.Signature) -> Convention:
-    """verl's keywords, as far as the function takes them.
+def named(signature: inspect.Signature) -> Convention:
+    """Pass what the parameters' names ask for, and verl's keywords as far as the function takes them.
 
     `data_source` and `extra_info` are the row's columns; without them, the data file's name and all other columns.
     """
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    parameters = signature.parameters
+    wanted = {parameter.name: _role(parameter.name) for parameter in _asked(signature)}
+    wanted |= {name: role for name, role in VERL.items() if name in parameters}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if open_ended and "solution_str" in parameters:
+        wanted |= VERL
+    by_position = [name for name in wanted if name in parameters and _is_positional_only(parameters[name])]
 
     def arguments(prompt: Prompt, response: str) -> Arguments:
-        keywords = {
+        values = {
+            "prompt": prompt,
+            "response": response,
+            "answer": prompt.answer,
             "data_source": prompt.metadata.get("data_source", prompt.uid.rpartition(":")[0]),
-            "solution_str": response,
-            "ground_truth": prompt.answer,
             "extra_info": prompt.metadata.get("extra_info", dict(prompt.metadata)),
         }
-        return (), {name: value for name, value in keywords.items() if open_ended or name in signature.parameters}
+        keywords = {name: values[role] for name, role in wanted.items() if role}
+        return tuple(keywords.pop(name) for name in by_position), keywords
 
     return arguments
 
@@ -84,23 +100,25 @@ def slime(prompt: Prompt, response: str) -> Arguments:
 def find_convention(target: Callable[..., object]) -> Convention | None:
     """Return the convention that the signature of a function or class fits; None where it fits none.
 
-    A callable without a signature, such as one of an extension module, is called as ``f(prompt, response)``.
+    Names decide where they say what a parameter takes, the position where they say nothing. A callable without a
+    signature, such as one of an extension module, is called as ``f(prompt, response)``.
     """
     try:
         signature = _signature(target)
     except ValueError:
         return positional
-    names = set(signature.parameters)
-    if names & BATCHES:
+    names, asked = list(signature.parameters), [parameter.name for parameter in _asked(signature)]
+    roles = [_role(name) for name in asked]
+    convention: Convention | None = None
+    if not BATCHES.isdisjoint(names):
         return None
-    candidates: tuple[Convention, ...] = (positional,)
-    if "solution_str" in names:
-        candidates = (verl(signature),)
-    elif "sample" in names and "prompt" not in names:
-        candidates = (slime,)
-    elif {"prompt", "response"} <= names:
-        candidates = (by_name, positional)
-    return next((convention for convention in candidates if _fits(signature, convention)), None)
+    if names[1:2] == ["sample"] and _role(names[0]) is None:
+        convention = slime
+    elif _are_clear(roles) and (len(asked) > 1 or "solution_str" in names):
+        convention = named(signature)
+    elif {"answer", AMBIGUOUS}.isdisjoint(roles) and "response" not in roles[:1] and "prompt" not in roles[1:]:
+        convention = positional
+    return convention if convention is not None and _fits(signature, convention) else None
 
 
 def describe_signature(target: Callable[..., object]) -> str:
@@ -177,6 +195,43 @@ def takes(target: Callable[..., object], count: int) -> bool:
     except ValueError:
         return True
     return True
+
+
+def _role(name: str) -> str | None:
+    """Return what a parameter takes by its name: a key of `named`'s values, or `AMBIGUOUS`; None for other names."""
+    if name in VERL or name == "prompt":
+        return VERL.get(name, name)
+    words = set(name.lower().split("_"))
+    found = [role for role, known in (("response", RESPONSE_WORDS), ("answer", ANSWER_WORDS)) if words & known]
+    if len(found) > 1 or name == "sample":
+        return AMBIGUOUS
+    return found[0] if found else None
+
+
+def _asked(signature: inspect.Signature) -> list[inspect.Parameter]:
+    """Return the parameters that need an argument: those without a default, and optional ones that are named for it.
+
+    Of the latter kind are the first two, and answers of None.
+    """
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variable]
+    return [
+        parameter
+        for place, parameter in enumerate(parameters)
+        if parameter.default is parameter.empty
+        or (place < 2 and _role(parameter.name) is not None)
+        or (parameter.default is None and _role(parameter.name) == "answer")
+    ]
+
+
+def _are_clear(roles: Sequence[str | None]) -> bool:
+    """Tell whether names say what each parameter takes; `prompt` beside an answer may be the question's text."""
+    known = None not in roles and AMBIGUOUS not in roles and len(set(roles)) == len(roles)
+    return known and "response" in roles and not {"prompt", "answer"} <= set(roles)
+
+
+def _is_positional_only(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_ONLY
 
 
 def _fits(signature: inspect.Signature, convention: Convention) -> bool:

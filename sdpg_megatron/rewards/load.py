@@ -118,6 +118,11 @@ def instantiate(field: str, spec: str, target: Callable[..., object]) -> Callabl
         raise ConfigError(field, spec, expected, "correct its constructor") from error
 
 
+def is_own(spec: str) -> bool:
+    """Tell whether the verifier is the user's, which may read all of a prompt."""
+    return spec not in VERIFIERS
+
+
 def compares_text(spec: str) -> bool:
     """Whether the verifier takes answers that are text only, as all shipped ones do that compare answers."""
     return spec in EXTRACTS

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
 """Longest wait for a new process to import the verifier; no call's time-out runs meanwhile."""
+FORMS = ("{}", "\\boxed{{{}}}", "Answer: {}", "<answer>{}</answer>", "#### {}")
+"""Ways to state an answer that verifiers read."""
 LONGEST = 500
 """Characters kept of an error's message."""
 
@@ -77,14 +79,18 @@ class VerifierCheck:
     verifier: str
     uid: str
     response: str
-    """The prompt's own answer, given as the response."""
+    """The prompt's own answer, given as the response in one of `FORMS`."""
     reward: float | None
     """None where the call failed."""
     error: str | None
+    unrewarded: bool = False
+    """Whether the answer got no reward over 0 and `reward.failure_reward` in any of `FORMS`."""
 
     def __str__(self) -> str:
         said = f"gave {self.reward:g} to" if self.reward is not None else "failed on"
         text = f"{FIELD} {self.verifier} {said} the response {self.response!r} to {self.uid}"
+        if self.unrewarded:
+            text += ", which is its own answer, and no more to it in a box or after 'Answer:'; check what it compares"
         return f"{text}: {self.error}" if self.error is not None else text
 
 
@@ -138,14 +144,29 @@ class VerifierPool:
         return [self._rewards(group, extract) for group in outcomes]
 
     def check(self, prompt: Prompt) -> VerifierCheck:
-        """Call the verifier once, with the prompt's own answer as the response.
+        """Call the verifier with the prompt's own answer as the response, in `FORMS` until one is rewarded.
 
         A call may fail on one response and not on others, so that is reported; a result that is no reward is an error.
 
         Raises:
             ConfigError: the verifier cannot be loaded in a process of its own, or returned what is no reward.
         """
-        sample = Completion((), (), "stop", 0, prompt.answer_text)
+        response, text = prompt.answer_text, isinstance(prompt.answer, str)
+        checks = [self._check(prompt, response)]
+        for form in FORMS[1:] if text else ():
+            if checks[-1].error is not None or self._is_rewarded(checks[-1]):
+                break
+            checks.append(self._check(prompt, form.format(response)))
+        last = checks[-1]
+        if last.error is not None or self._is_rewarded(last):
+            return last
+        return replace(checks[0], unrewarded=text)
+
+    def _is_rewarded(self, check: VerifierCheck) -> bool:
+        return check.reward is not None and check.reward > max(0.0, self._failure_reward)
+
+    def _check(self, prompt: Prompt, response: str) -> VerifierCheck:
+        sample = Completion((), (), "stop", 0, response)
         (outcome,) = self._verify(Group(prompt, (sample,)), extract=self._extracts)
         if isinstance(outcome, Verdict):
             return VerifierCheck(self._spec, prompt.uid, sample.text, outcome.reward, None)

@@ -15,6 +15,8 @@ from rich.console import Console
 from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.config import ParallelConfig, RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.data.readers import find_files
+from sdpg_megatron.data.source import load_prompts as load_all_prompts
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.evaluation.results import Request, Results
@@ -22,6 +24,7 @@ from sdpg_megatron.evaluation.scores import Scores
 from sdpg_megatron.mcore import device, parallel
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.evaluate import evaluate
@@ -34,24 +37,33 @@ logger = logging.getLogger(__name__)
 
 
 def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Prompt]]:
-    """The held-out prompts by data file.
+    """The held-out prompts by data file, or by reasoning-gym task.
 
     Raises:
-        ConfigError: no data file is named.
+        ConfigError: no data file is named, or no problems of the tasks are held out.
         DataError: a row cannot be used, or a file has none with a prompt that is short enough.
     """
+    if config.data.reasoning_gym.tasks:
+        _, held_out = load_all_prompts(config.data, inputs.tokenizer, config.seed)
+        if held_out is None:
+            fix = "set it, for example to 64; training may have shown these problems"
+            raise ConfigError("data.reasoning_gym.held_out", 0, "problems to evaluate on", fix)
+        return by_file(held_out.prompts)
     if not config.data.eval:
         raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
-    dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer, taught=False)
-    if dataset.dropped or dataset.truncated:
-        counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens
-        logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens", *counts)
+    main = os.environ.get("RANK", "0") == "0"
+    with RowProgress(enabled=main) as progress:
+        dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer, taught=False, on_rows=progress)
+    if main and (dataset.dropped or dataset.truncated):
+        counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens, dataset.overlong
+        logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens, the first: %s", *counts)
     check_answers(config.reward.verifier, [dataset])
-    if os.environ.get("RANK", "0") == "0":
+    if main:
         warn_of(dataset)
     files = by_file(dataset.prompts)
-    if len(files) < len(config.data.eval):
-        for path in config.data.eval:
+    paths = find_files(config.data.eval)
+    if len(files) < len(paths):
+        for path in paths:
             PromptDataset.load(config.data, [path], inputs.tokenizer, taught=False)  # says which one is empty, and why
     return files
 

@@ -17,7 +17,7 @@ from sdpg_megatron.observe.report import CURVE_FILE
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.summary import Summary
 from sdpg_megatron.observe.writers import METRICS_FILE, TENSORBOARD_FOLDER
-from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE
+from sdpg_megatron.rollout.sglang.server import default_python
 from sdpg_megatron.train.run_dir import EVAL_FOLDER, EXPORT_FOLDER
 
 FILES = {
@@ -61,8 +61,10 @@ def _numbers(summary: Summary) -> str:
 def _commands(config: RunConfig) -> Iterator[str]:
     """Command lines that work in the directory and environment of this process."""
     run_dir, sdpg, quote = config.run_dir, program(), shlex.quote
-    files = [] if config.data.eval else ["data.eval=[FILE.jsonl]"]
-    yield " ".join([sdpg, "eval", quote(str(run_dir)), "--out", quote(f"{run_dir}-eval"), *files])
+    gym = config.data.reasoning_gym
+    files = [] if config.data.eval or gym.tasks else ["data.eval=[FILE.jsonl]"]
+    if gym.held_out or not gym.tasks:
+        yield " ".join([sdpg, "eval", quote(str(run_dir)), "--out", quote(f"{run_dir}-eval"), *files])
     evaluations = sorted(path.parent for path in (run_dir / EVAL_FOLDER).glob(f"step_*/{EVAL_SUMMARY_FILE}"))
     if len(evaluations) > 1:
         yield f"{sdpg} compare {quote(str(evaluations[0]))} {quote(str(evaluations[-1]))}"
@@ -71,7 +73,7 @@ def _commands(config: RunConfig) -> Iterator[str]:
         yield f"{sdpg} convert {quote(str(run_dir))} {quote(f'{run_dir}-hf')}"
         return
     yield f"{sdpg} convert {quote(str(model))} {quote(f'{run_dir}-megatron')}"
-    python = os.environ.get(PYTHON_VARIABLE, "python")
+    python = config.rollout.sglang.python or default_python()
     server = f"{quote(python)} -m sglang.launch_server --model-path {quote(str(model))}"
     on_cpu = device.training_device().type == "cpu"
     yield f"SGLANG_USE_CPU_ENGINE=1 {server} {CPU_SERVER}" if on_cpu else server

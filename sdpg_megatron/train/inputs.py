@@ -23,7 +23,7 @@ from sdpg_megatron.errors import DataError
 from sdpg_megatron.mcore.device import check_layers
 from sdpg_megatron.observe.loading import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
-from sdpg_megatron.rewards.load import compares_text, find_verifier
+from sdpg_megatron.rewards.load import compares_text, find_verifier, is_own
 from sdpg_megatron.train.model_folder import read_model
 from sdpg_megatron.train.run_dir import check_run_dir
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
@@ -69,7 +69,14 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Rank
 
     def load() -> Prompts:
         with RowProgress(enabled=os.environ.get("RANK", "0") == "0") as progress:
-            return load_prompts(config.data, model.tokenizer, config.seed, config.objective.contrast, progress)
+            return load_prompts(
+                config.data,
+                model.tokenizer,
+                config.seed,
+                config.objective.contrast,
+                scored_by_metadata=is_own(config.reward.verifier),
+                on_rows=progress,
+            )
 
     if ranks is None or ranks.world == 1 or config.data.reasoning_gym.tasks:
         prompts, held_out = load()

@@ -11,6 +11,7 @@ from sdpg_megatron.checkpoint.state import BranchPoint, RecordedChange, RunState
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
+from sdpg_megatron.rewards.failures import exceeds
 from sdpg_megatron.train.origin import Origin
 from sdpg_megatron.train.start import Start
 
@@ -48,7 +49,8 @@ class Position:
             position = cls.first(config, prompts.size)
         else:
             drawn = read_drawn(folder / DRAWN, prompts) if DRAWN in state.files else None
-            if drawn is not None and start.generates_anew:
+            # the verifier that failed may be another one now
+            if drawn is not None and (start.generates_anew or exceeds(drawn.groups, config.reward.failure_limit)):
                 drawn = Drawn(drawn.indices, ())
             position = cls(Cursor.from_state(state.cursor, prompts.size), drawn=drawn)
         position.step, position.changes, position.branches = state.step, start.recorded, start.branches

@@ -137,7 +137,7 @@ class Rollouts:
         if self._verifiers is not None:
             try:
                 check = self._verifiers.check(prompt)
-                if check.error is not None and self._ranks.is_main:
+                if (check.error is not None or check.unrewarded) and self._ranks.is_main:
                     logger.warning("%s", check)
             except SdpgError as found:
                 error = found

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource
-from sdpg_megatron.errors import SdpgError
+from sdpg_megatron.errors import DataError, SdpgError, WriteError
+from sdpg_megatron.observe.files import free_mib
 
 if TYPE_CHECKING:
     from sdpg_megatron.mcore.parallel import Ranks
@@ -43,24 +44,46 @@ def share_prompts(ranks: Ranks, load: Callable[[], Prompts]) -> Prompts:
     cannot see the folder of its machine's first rank, as in another container, calls `load` itself.
 
     Raises:
-        SdpgError: what `load` raised on any machine, on every rank; `WriteError` where the disk has no room.
+        SdpgError: on every rank, what `load` raised on any, or a folder for temporary files that cannot be used.
     """
     with ExitStack() as stack:
         offer = _Offer(_machine())
         if os.environ.get("LOCAL_RANK", "0") == "0":
             try:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdpg-prompts-")))
+                folder = stack.enter_context(_scratch())
                 _save(load(), folder)
                 offer = _Offer(offer.machine, folder)
             except SdpgError as error:
                 offer = _Offer(offer.machine, error=error)
         offers = ranks.gather_all(offer)
-        for other in offers:
-            if other.error is not None:
-                raise other.error
-        found = _open(offers, ranks.rank)
-        ranks.barrier()  # no folder is removed before all have opened its files
-    return found if found is not None else load()
+        _raise_first(other.error for other in offers)
+        found, fault = None, None
+        try:
+            found = _open(offers, ranks.rank) or load()
+        except SdpgError as error:
+            fault = error
+        _raise_first(ranks.gather_all(fault))  # also, no folder is removed before all have opened its files
+    assert found is not None
+    return found
+
+
+def _raise_first(errors: Iterable[SdpgError | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A new folder for temporary files. Raises `WriteError`."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="sdpg-prompts-", ignore_cleanup_errors=True)
+    except OSError as error:
+        place = Path(os.environ.get("TMPDIR") or tempfile.tempdir or "/tmp")
+        fix = "set TMPDIR to a folder that can be written, with room for the prompts"
+        raise WriteError(str(place), error.strerror or str(error), free_mib(place), fix) from error
+    with folder as name:
+        yield Path(name)
 
 
 def _machine() -> str:
@@ -77,11 +100,20 @@ def _save(prompts: Prompts, folder: Path) -> None:
 
 
 def _open(offers: Sequence[_Offer], rank: int) -> Prompts | None:
-    """The prompts of the nearest rank before this one, or this one, on the same machine; None where there is none."""
+    """The prompts of the nearest rank before this one, or this one, on the same machine; None where there is none.
+
+    Raises:
+        DataError: its files cannot be read.
+    """
     for offer in reversed(offers[: rank + 1]):
-        if offer.folder is not None and offer.machine == offers[rank].machine and (offer.folder / TRAIN_FILE).exists():
-            held_out = offer.folder / EVAL_FILE
-            return PromptDataset.open(offer.folder / TRAIN_FILE), (
-                PromptDataset.open(held_out) if held_out.exists() else None
-            )
+        if offer.folder is None or offer.machine != offers[rank].machine:
+            continue
+        train, held_out = offer.folder / TRAIN_FILE, offer.folder / EVAL_FILE
+        try:
+            if train.exists():
+                return PromptDataset.open(train), PromptDataset.open(held_out) if held_out.exists() else None
+        except (OSError, ValueError) as error:  # Arrow raises both
+            expected = "the prompts that this machine's first rank has written"
+            fix = "set TMPDIR to a folder that all ranks of the machine can read, with room for the prompts"
+            raise DataError(str(offer.folder), " ".join(str(error).split()), expected, fix) from error
     return None

@@ -240,6 +240,12 @@ def test_times_have_a_bound(field: str) -> None:
         parse(nested(field, 2 * MAX_SECONDS))
 
 
+@pytest.mark.parametrize("value", [1e300, -1e300])
+def test_a_failure_reward_has_the_bound_of_rewards(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.failure_reward: found .*1e\+300, expected .*1e\+100"):
+        parse(nested("reward.failure_reward", value))
+
+
 @pytest.mark.parametrize("field", [field for field, kind in leaves(RunConfig) if kind is int])
 def test_no_whole_number_takes_a_bool(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{field}: found True, expected a whole number"):

@@ -101,7 +101,7 @@ def test_a_chat_without_mark_leaves_the_teacher_to_the_template() -> None:
         ({"questoin": "x", "answer": "1"}, "'question'.*did you mean 'questoin'"),
         ({"question": None, "answer": "1"}, "'question'"),
         ({"question": "x"}, "'answer'.*data.answer_key"),
-        ({"question": "x", "answer": True}, "bool in column 'answer'"),
+        ({"question": True, "answer": "x"}, "bool in column 'question'"),
         ({"question": "x", "answer": "  "}, "empty column 'answer'"),
         ({"question": ["x"], "answer": "1"}, "the message 'x' in column 'question'"),
         ({"question": {"q": 1}, "answer": "1"}, "dict in column 'question'"),

@@ -98,7 +98,7 @@ def test_a_question_with_two_answers_and_one_with_its_context_are_told(tmp_path:
     rows.append(row("Four? It is four.", "4", context="four"))  # too short to be more than chance
     dataset = PromptDataset.load(DataConfig(), (write(tmp_path / "a.jsonl", rows),), tokenizer)
     revealed, conflict = dataset.warnings
-    assert revealed.startswith("1 questions contain the whole of their context, the first at ")
+    assert revealed.startswith("1 questions contain their context or state their answer, the first at ")
     assert "a.jsonl:4: the student reads it, too" in revealed
     assert conflict == "1 rows ask an earlier question with another answer: a.jsonl:1 and a.jsonl:3"
 
@@ -140,7 +140,7 @@ def test_rows_are_counted_while_they_are_read(tmp_path: Path, tokenizer: Any, mo
     monkeypatch.setattr(datasets, "CHUNK", 10)
     path = write(tmp_path / "a.jsonl", [row(f"q{number % 7}") for number in range(35)])
     told: list[int] = []
-    load_prompts(DataConfig(train=(path,)), tokenizer, 0, 0.0, told.append)
+    load_prompts(DataConfig(train=(path,)), tokenizer, 0, on_rows=told.append)
     assert told == [10, 20, 30]
 
 
@@ -167,3 +167,17 @@ def test_an_epochs_order_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.sorted", counted)
     assert Cursor.from_state(cursor.state(), 1000).take(3) == cursor.take(3)
     assert calls == 0
+
+
+def test_rows_that_a_verifier_of_ones_own_scores_by_other_columns_are_no_repeats(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [row("a", tests=["f(1) == 2"]), row("a", tests=["f(2) == 3"]), row("a", tests=["f(1) == 2"])]
+    path = write(tmp_path / "a.jsonl", rows)
+    read: list[int] = []
+    config = DataConfig(train=(path,), eval=(path,))
+    for own, kept in ((False, [1]), (True, [1, 2])):
+        train, held_out = load_prompts(config, tokenizer, 0, scored_by_metadata=own, on_rows=read.append)
+        assert isinstance(train, PromptDataset) and held_out is not None
+        assert [prompt.uid for prompt in train.prompts] == [f"a.jsonl:{line}" for line in kept]
+        assert len(held_out) == 1

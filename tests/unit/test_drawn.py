@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sdpg_megatron.checkpoint.drawn import Drawn, read_drawn, write_drawn
+from sdpg_megatron.checkpoint.drawn import DRAWN, Drawn, read_drawn, write_drawn
+from sdpg_megatron.checkpoint.files import FileSum
+from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.settings import load
+from sdpg_megatron.train.position import Position
+from sdpg_megatron.train.start import Start
 from tests.disk import files_end_at
+from tests.e2e.runs import ROOT
 
 
 class Source:
@@ -83,3 +91,22 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="expected the responses that a run has generated ahead"):
         read_drawn(path, Source())
+
+
+@pytest.mark.parametrize(
+    ("failures", "limit", "kept"), [(2, "0.5", False), (1, "0.25", False), (1, "0.5", True), (2, "null", True)]
+)
+def test_rewards_of_a_verifier_that_failed_are_not_gone_on_with(
+    tmp_path: Path, failures: int, limit: str, kept: bool
+) -> None:
+    """The run has ended for them, and goes on when the verifier is corrected."""
+    scored = replace(responses(3, False), failures=failures, errors=())
+    write_drawn(tmp_path / DRAWN, Drawn((3,), (scored,)))
+    overrides = ["model.path=m", f"reward.failure_limit={limit}"]
+    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
+    state = RunState(
+        step=1, cursor=Cursor(9, 0, shuffle=True).state(), seconds=0, baseline={}, evaluated=True, config={},
+        model="m", data="d", files={DRAWN: FileSum(0, "")},
+    )  # fmt: skip
+    drawn = Position.of(Start(tmp_path, state), config, Source()).drawn
+    assert drawn == Drawn((3,), (scored,) if kept else ())

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from sdpg_megatron.errors import VerifierError
+from sdpg_megatron.data import source as data_source
+from sdpg_megatron.errors import ConfigError, DataError, VerifierError
+from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.settings import load, parse
 from sdpg_megatron.train.evaluate import evaluate, metrics
+from sdpg_megatron.train.evaluator import load_prompts
 from sdpg_megatron.train.held_out import evaluations_after
+from sdpg_megatron.train.inputs import ModelInputs
 from tests.e2e.runs import ROOT
+from tests.tiny import tiny_tokenizer
 
 SEED = 2001423527554960999
 """Of the shipped example's evaluations; its published figures rest on it."""
@@ -92,3 +100,32 @@ def test_evaluations_to_come_are_those_that_are_due(every: int) -> None:
     due = [step for step in range(1, 13) if step == 12 or (every and step % every == 0)]
     for step in range(13):
         assert evaluations_after(step, config) == len([other for other in due if other > step])
+
+
+def test_a_file_of_a_pattern_that_has_no_prompts_left_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short, long = (json.dumps({"question": question, "answer": "2"}) + "\n" for question in ("1+1?", "x" * 900))
+    (tmp_path / "a.jsonl").write_text(short + long)
+    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", f"data.eval=[{tmp_path}/*.jsonl]"])
+    inputs = ModelInputs(arch=cast(Any, None), tokenizer=tiny_tokenizer(), stop_ids=())
+    assert [len(found) for found in load_prompts(config, inputs).values()] == [1]
+    assert "1 problems left out and 0 cut, as their prompts are over" in caplog.text
+    assert "tokens, the first: a.jsonl:2" in caplog.text
+    (tmp_path / "b.jsonl").write_text(long)
+    with pytest.raises(DataError, match=r"b\.jsonl: found 1 rows, all longer than"):
+        load_prompts(config, inputs)
+
+
+def test_a_run_on_reasoning_gym_is_evaluated_on_what_it_held_out() -> None:
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install -e '.[gym]'")
+    gym = "data.reasoning_gym={{tasks: {{gcd: {{}}, letter_counting: {{}}}}, held_out: {}}}"
+    fields = ["model.path=m", "data.train=[]", "data.eval=[]", "eval.every=0", "data.max_prompt_tokens=400"]
+    path = ROOT / "examples" / "smollm2" / "addition.yaml"
+    inputs = ModelInputs(arch=cast(Any, None), tokenizer=tiny_tokenizer(), stop_ids=())
+    config = load(path, [*fields, gym.format(5)])
+    held_out = data_source.load_prompts(config.data, inputs.tokenizer, config.seed)[1]
+    assert held_out is not None
+    assert load_prompts(config, inputs) == by_file(held_out.prompts)
+    with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.held_out: found 0, expected problems to evaluate on"):
+        load_prompts(load(path, [*fields, gym.format(0)]), inputs)

@@ -67,6 +67,22 @@ def test_it_names_what_is_there(environment: Path, tmp_path: Path) -> None:
         ["compare", str(run / "eval" / "step_00000000"), str(run / "eval" / "step_00000002")],
         ["convert", str(run / "model"), f"{run}-megatron"],
     ]
+    assert f"'{environment}/python' -m sglang.launch_server --model-path" in rest[-1]
+
+
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_a_run_on_reasoning_gym_is_evaluated_on_its_held_out_problems(
+    environment: Path, tmp_path: Path, held_out: int
+) -> None:
+    data = {"reasoning_gym": {"tasks": {"gcd": {}}, "held_out": held_out}}
+    rollout = {"sglang": {"python": "/opt/my python"}}
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    tree = {"run_dir": str(tmp_path / "run"), "steps": 12, "model": {"path": "m"}, "data": data, "rollout": rollout}
+    config = parse({**tree, "optimizer": {"warmup_steps": 0}, "eval": {"every": 0}})
+    commands = describe_run(config, Summary(**NO_NUMBERS, steps=12, seconds=1.0)).partition("next:\n")[2]
+    expected = ["eval", str(tmp_path / "run"), "--out", f"{tmp_path / 'run'}-eval"]
+    assert (expected in [shlex.split(line)[1:] for line in commands.splitlines()]) == (held_out > 0)
+    assert "'/opt/my python' -m sglang.launch_server" in commands
 
 
 def test_without_evaluations_and_export_it_says_less(environment: Path, tmp_path: Path) -> None:

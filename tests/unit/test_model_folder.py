@@ -61,6 +61,14 @@ def edit(file: str, **changes: object) -> Callable[[Path], None]:
     return damage
 
 
+def edit_ends(value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name in ("config.json", "generation_config.json"):
+            edit(name, eos_token_id=value)(folder)
+
+    return change
+
+
 def write(file: str, text: str) -> Callable[[Path], None]:
     return lambda folder: void((folder / file).write_text(text))
 
@@ -153,7 +161,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "negative end": (edit("config.json", eos_token_id=-1), r"config\.json: eos_token_id: found -1"),
     "end in words": (edit("generation_config.json", eos_token_id=EOS), r"eos_token_id: found '<eos>', expected ids"),
-    "no end": (edit("generation_config.json", eos_token_id=None), r"expected eos_token_id in generation_config\.json"),
+    "no end": (edit_ends(None), r"expected eos_token_id in generation_config\.json"),
     "tokens beyond": (
         add_tokens,
         r"2 tokens beyond the embedding, the first '<\|turn\|>' = 300\", expected ids below .*300",
@@ -164,7 +172,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"found '4 \(<\|im_end\|>\)', expected the token that the chat",
     ),
     "tokenizer's end": (
-        edit("generation_config.json", eos_token_id=4),
+        edit_ends(4),
         r"found '2 \(<eos>\)', expected the tokenizer's end token",
     ),
     "blanks": (
@@ -206,6 +214,13 @@ def test_stop_ids_come_from_either_file(folder: Path) -> None:
     assert stop_ids(folder, VOCAB) == (2,)
 
 
+def test_stop_ids_are_those_of_both_files_as_for_a_server(folder: Path) -> None:
+    edit("config.json", eos_token_id=[4, 7])(folder)
+    assert stop_ids(folder, VOCAB) == (2, 4, 7)
+    edit("generation_config.json", eos_token_id=None)(folder)
+    assert stop_ids(folder, VOCAB) == (4, 7)
+
+
 def test_padding_of_minus_one_is_none(folder: Path) -> None:
     edit("config.json", pad_token_id=-1)(folder)
     assert stop_ids(folder, VOCAB) == (2, 4)
@@ -240,6 +255,9 @@ def test_the_token_that_ends_a_turn(whole: Path, template: str, end: str | None)
 def test_a_turn_that_ends_with_a_stop_token_is_taken(whole: Path) -> None:
     found = AutoTokenizer.from_pretrained(whole)
     check_stops(found, (4, 2), {})
+    found.add_tokens("<|eom_id|>")
+    with pytest.raises(ConfigError, match=r"\(<\|eom_id\|>\)', expected a token that SGLang stops at among the stop"):
+        check_stops(found, (4, 2), {})
 
 
 # --- what transformers makes of the files

@@ -14,6 +14,7 @@ import pytest
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.chats import CONTEXT_MARK as MARK
 from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.errors import DataError
 from tests.tiny import tiny_tokenizer
 from tools import prepare_data
 
@@ -35,6 +36,9 @@ CONTEXTS = {
     "\nThe correct answer to this problem is: 34\n"
     "Use this to verify your reasoning, but show your full solution process.": None,
     "The correct answer to this problem is: 34": None,
+    "\nThe correct answer to this problem is: 34\n"
+    "Use this to verify your reasoning, but show your full solution process.\n\n"
+    "Remember to put your final answer inside \\boxed{}.": None,
     "\n[Hint] The correct answer is 34. A common way to solve this is:\nCount\nthem.\n"
     "[Instruction] If possible, derive the answer 34 using an alternative.": "Count\nthem.",
     "\nThe correct answer to this problem is: 34\nAs counting shows.": (
@@ -161,12 +165,78 @@ def test_what_was_written_is_read_back_without_its_instruction(tmp_path: Path, i
     assert rows_of(tmp_path / "twice" / "train.jsonl") == rows_of(tmp_path / "once" / "train.jsonl")
 
 
+@pytest.mark.parametrize("end", ["", "\n\nRemember to put your final answer inside \\boxed{}"])
+def test_an_answer_of_two_lines_is_no_worked_solution(tmp_path: Path, end: str) -> None:
+    use = "Use this to verify your reasoning, but show your full solution process."
+    content = f"Solve.{MARK}The correct answer to this problem is: x = 3,\ny = 4\n{use}{end}"
+    row = chat(content, "x = 3,\ny = 4")
+    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", [row]), "--instruction", "none")
+    (written,) = rows_of(tmp_path / "out" / "train.jsonl")
+    assert "context" not in written
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        'Remember to put your answer on its own line after "Answer".',
+        "remember to put your answer on its own line after \u201cAnswer:\u201d",
+        "Please reason step by step, and put your final answer within \\boxed{}",
+        "Let\u2019s think step by step and output the final answer within \\boxed{}.",
+    ],
+)
+def test_a_closing_line_may_be_spelled_a_little_otherwise(tmp_path: Path, closing: str) -> None:
+    source = write(tmp_path / "set.jsonl", [chat(f"How many?\n{closing}", "34")])
+    run(tmp_path / "out", "--train", source, "--instruction", "none")
+    assert rows_of(tmp_path / "out" / "train.jsonl") == [{"question": "How many?", "answer": "34", "source": "set"}]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "How many?\nThe correct answer to this problem is: thirty-four\nUse this to verify your reasoning.",
+        "How many?\n[Hint] The  correct answer is 34. A common way to solve this is: count.",
+        "How many? COUNT the\n apples one by one, which gives 34.",
+    ],
+)
+def test_an_answer_in_the_question_passes_no_reader_silently(
+    tmp_path: Path, question: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"question": question, "answer": "34", "context": "Count the apples one by one, which gives 34."}
+    source = write(tmp_path / "set.jsonl", [row, aime_2025("Is the correct answer 3 or 4?", "3")])
+    run(tmp_path / "out", "--train", source, "--instruction", "none")
+    assert [row["answer"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == ["3"]
+    assert "1 with solution or answer in the question" in capsys.readouterr().out
+    (warning,) = PromptDataset.load(DataConfig(), (source,), tiny_tokenizer()).warnings
+    assert warning.startswith("1 questions contain their context or state their answer, the first at ")
+
+
+@pytest.mark.parametrize("mark", ["[teacher_context_token]", "[ TEACHER_CONTEXT_TOKEN ]", "[TEACHER CONTEXT TOKEN]"])
+@pytest.mark.parametrize("layout", [chat, aime_2025])
+def test_a_mark_in_another_spelling_is_refused_by_all_readers(
+    tmp_path: Path, mark: str, layout: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "set.jsonl", [layout(f"How many? {mark} It is 34.", "34")])
+    assert prepare_data.main([str(tmp_path / "out"), "--train", str(source)]) == 1
+    assert f"set.jsonl:1: found {mark!r} in column" in " ".join(capsys.readouterr().err.split()).replace('"', "")
+    with pytest.raises(DataError, match=r"expected \[TEACHER_CONTEXT_TOKEN\]"):
+        PromptDataset.load(DataConfig(), (source,), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "text", [BOXED.format(""), ANSWER.format("\n"), "Solve the following math problem step by step"]
+)
+def test_instructions_alone_are_no_question_for_the_project_either(tmp_path: Path, text: str) -> None:
+    source = write(tmp_path / "set.jsonl", [aime_2025("a?", "1"), chat(text, "34")])
+    with pytest.raises(DataError, match=r"set\.jsonl:2: found .*instructions without a question"):
+        PromptDataset.load(DataConfig(), (source,), tiny_tokenizer())
+
+
 def test_a_question_that_contains_its_solution_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     solution = "Count the apples one by one, which gives \\boxed{4}."
     rows = [{"problem": f"How many?\n{solution}", "solution": solution}, math("How much?", "5")]
     run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", rows), "--instruction", "none")
     assert [row["question"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == ["How much?"]
-    assert "1 of 2 rows, 1 with the solution in the question" in capsys.readouterr().out
+    assert "1 of 2 rows, 1 with solution or answer in the question" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -177,10 +247,17 @@ def test_a_question_that_contains_its_solution_is_left_out(tmp_path: Path, capsy
         ({"question": "q", "answer": "1e-05"}, "0.00001"),
         ({"question": 7, "answer": 27.0}, "27"),
         (chat("q", 0.5), "0.5"),
+        (aime_2025("q", True), "True"),  # type: ignore[arg-type]
+        (chat("q", False), "False"),
     ],
 )
-def test_numbers_are_written_in_decimal_digits(tmp_path: Path, values: dict[str, Any], answer: str) -> None:
-    run(tmp_path / "out", "--train", write(tmp_path / "set.jsonl", [values]), "--instruction", "none")
+def test_numbers_are_written_in_digits_and_booleans_in_words(
+    tmp_path: Path, values: dict[str, Any], answer: str
+) -> None:
+    source = write(tmp_path / "set.jsonl", [values])
+    run(tmp_path / "out", "--train", source, "--instruction", "none")
+    if isinstance(values.get("question"), str) and isinstance(values["answer"], bool):
+        assert PromptDataset.load(DataConfig(), (source,), tiny_tokenizer())[0].answer == answer
     assert [row["answer"] for row in rows_of(tmp_path / "out" / "train.jsonl")] == [answer]
 
 
@@ -214,7 +291,7 @@ def test_a_question_is_kept_once_and_not_at_all_where_its_answers_differ(
     run(tmp_path / "out", "--train", *sources, "--instruction", "none")
     kept = rows_of(tmp_path / "out" / "train.jsonl")
     assert [(row["question"], row["source"]) for row in kept] == [
-        (prepare_data._bare(first[0]["prompt"][0]["content"]), "a"), ("Alone?", "a"), ("Other?", "b")
+        (prepare_data.bare(first[0]["prompt"][0]["content"]), "a"), ("Alone?", "a"), ("Other?", "b")
     ]  # fmt: skip
     assert capsys.readouterr().out == (
         f"{tmp_path / 'out' / 'train.jsonl'}: 3 of 10 rows, 2 repeated, 1 repeated in another source, "

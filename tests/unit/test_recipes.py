@@ -25,6 +25,7 @@ from sdpg_megatron.objectives.sdpg import SDPG
 from sdpg_megatron.plan.gpus import find_gpu
 from sdpg_megatron.plan.plan import make_plan
 from sdpg_megatron.settings import dump, load
+from tests.server_python import write_server_python
 from tests.tiny import EOS, TURN_END, tiny_tokenizer, write_hollow_weights
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,7 @@ def test_a_recipe_walks_its_model_before_it_trains(
     assert "--dry-run" in dry
     world = int(dry[dry.index("--ranks") + 1])
     monkeypatch.chdir(sandbox.root)
-    monkeypatch.setenv("SDPG_SGLANG_PYTHON", "true")  # as an interpreter that has sglang
+    monkeypatch.setenv("SDPG_SGLANG_PYTHON", str(write_server_python(sandbox.root / "server-python")))
     config = load(Path(dry[1]), [argument for argument in dry if "=" in argument])
     write_hollow_weights(config.model.path)
     monkeypatch.setattr(

@@ -30,6 +30,17 @@ def swapped(response, prompt): return float(response == prompt.answer)
 def renamed(question, completion): return float(completion == question.answer)
 def positional_only(prompt, response, /): return 1.0
 def defaulted(prompt, response, strict=True, *, scale=1.0): return scale
+def swapped_positional_only(response, prompt, /): return float(response == prompt.answer)
+def plain(response, ground_truth): return float(response == ground_truth)
+def answer_first(answer, response): return float(response == answer)
+def labelled(response, label): return float(response == label)
+def truth_first(ground_truth, prediction, strict=True): return float(prediction == ground_truth)
+def outputs(model_output, ground_truth, /): return float(model_output == ground_truth)
+def completed(completion, answer): return float(completion == answer)
+def optional(response, reference_answer=None): return float(response == reference_answer)
+def by_keyword(*, prediction, gold): return float(prediction == gold)
+def scorer(solution_str, answer=None): return float(solution_str == answer)
+def informed(response, target, extra_info=None): return float(response == target and extra_info == {"index": 3})
 def anything(*args, **kwargs): return float(args[1] == args[0].answer)
 async def coroutine(prompt, response):
     await asyncio.sleep(0)
@@ -68,6 +79,17 @@ def leaves_child(prompt, response):
     time.sleep(1000 if response == "hang" else 0)
     return 1.0
 
+def response_first(response, strict): return 0.0
+def response_then_option(response, strict=True): return 0.0
+def prompt_second(text, prompt): return 0.0
+def two_answers(solution, answer): return 0.0
+def no_response(text, ground_truth): return 0.0
+def question_text(prompt, response, ground_truth): return 0.0
+def unheard(prompt, response, ground_truth=None): return 0.0
+def unclear(prompt, reference_response): return 0.0
+def half_slime(sample, response): return 0.0
+def never_right(question, response): return 0.0
+def wants_a_box(prompt, response): return float(response == "\\\\boxed{" + prompt.answer + "}")
 def three(prompt, response, extra): return 1.0
 def one(response): return 1.0
 def verl_more(data_source, solution_str, ground_truth, extra_info, reward_router_address): return 1.0
@@ -106,6 +128,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     "name",
     [
         "own", "swapped", "renamed", "positional_only", "defaulted", "anything", "coroutine", "verl", "verl_seen",
+        "swapped_positional_only", "plain", "answer_first", "labelled", "truth_first", "outputs", "completed",
+        "optional", "by_keyword", "scorer", "informed",
         "verl_scorer", "verl_keywords", "verl_async", "slime", "slime_async", "slime_seen", "Class", "Async",
         "instance",
     ],
@@ -131,6 +155,15 @@ def test_without_the_columns_verl_is_given_the_data_file_and_all_the_others() ->
     [
         ("three", r"theirs:three\(prompt, response, extra\)"),
         ("one", r"theirs:one\(response\)"),
+        ("response_first", r"\(response, strict\)"),
+        ("response_then_option", r"\(response, strict=True\)"),
+        ("prompt_second", r"\(text, prompt\)"),
+        ("two_answers", r"\(solution, answer\)"),
+        ("no_response", r"\(text, ground_truth\)"),
+        ("question_text", r"\(prompt, response, ground_truth\)"),
+        ("unheard", r"\(prompt, response, ground_truth=None\)"),
+        ("unclear", r"\(prompt, reference_response\)"),
+        ("half_slime", r"\(sample, response\)"),
         ("verl_more", "reward_router_address"),
         ("verl_batch", "solution_strs"),
         ("slime_batch", "samples"),
@@ -141,7 +174,7 @@ def test_without_the_columns_verl_is_given_the_data_file_and_all_the_others() ->
     ],
 )
 def test_another_signature_is_refused_before_any_process_starts(name: str, found: str) -> None:
-    expected = r"expected f\(prompt, response\), verl's f\(data_source, solution_str, .*slime's f\(args, sample"
+    expected = r"expected f\(prompt, response\), f\(response, ground_truth\), verl's f\(data_source, .*slime's"
     with pytest.raises(ConfigError, match=rf"^reward\.verifier: found 'theirs:{name}.*{found}|{found}.*{expected}"):
         VerifierPool(RewardConfig(verifier=f"theirs:{name}"))
 
@@ -192,6 +225,14 @@ def test_a_check_goes_through_a_process(name: str) -> None:
     check = check_verifier(RewardConfig(verifier=f"theirs:{name}", timeout=60.0), PROMPT)
     assert (check.reward, check.error) == (1.0, None)
     assert str(check) == f"reward.verifier theirs:{name} gave 1 to the response '7' to train.jsonl:7"
+
+
+def test_a_check_tells_of_a_verifier_that_never_rewards_the_own_answer() -> None:
+    check = check_verifier(RewardConfig(verifier="theirs:never_right"), PROMPT)
+    assert (check.reward, check.error, check.unrewarded) == (0.0, None, True)
+    assert "gave 0 to the response '7' to train.jsonl:7, which is its own answer" in str(check)
+    check = check_verifier(RewardConfig(verifier="theirs:wants_a_box"), PROMPT)
+    assert (check.response, check.reward, check.unrewarded) == ("\\boxed{7}", 1.0, False)
 
 
 def test_a_check_tells_an_error_with_its_place(folder: Path) -> None:

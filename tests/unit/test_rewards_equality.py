@@ -82,7 +82,7 @@ KINDS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "lengths": (
         ["12 cm", r"12\text{ cm}", "12 centimeters"],
         ["12", "12 cm", "12cm", r"12\,\mathrm{cm}", "12 centimetres", r"12\text{ cm}"],
-        ["12 m", "12 mm", "12 cm^2", "13 cm", "12 inches", "cm", "1.2"],
+        ["12 m", "12 mm", "12 cm^2", "13 cm", "12 inches", "cm", "1.2", "0.12 m"],
     ),
     "areas": (
         [r"12\text{ cm}^2"],
