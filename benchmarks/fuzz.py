@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -233,14 +234,20 @@ def share(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, jobs
     for job in range(jobs):
         reader, writer = os.pipe()
         if not os.fork():
-            found, by_kind = fuzz(seed, numbers[job::jobs], prepared, scratch, keep=False)
-            os.write(writer, json.dumps([asdict(found), by_kind]).encode())
+            try:
+                found, by_kind = fuzz(seed, numbers[job::jobs], prepared, scratch, keep=False)
+                os.write(writer, json.dumps([asdict(found), by_kind]).encode())
+            except BaseException:
+                traceback.print_exc()
             os._exit(0)
         os.close(writer)
         readers.append(reader)
     for reader in readers:
         with open(reader, encoding="utf-8") as stream:
-            found, by_kind = json.load(stream)
+            text = stream.read()
+        if not text:
+            raise SystemExit("a job has ended before its last case; its error is above")
+        found, by_kind = json.loads(text)
         for name, count in found.items():
             setattr(result, name, getattr(result, name) + count)
         codes.update(by_kind)

@@ -448,7 +448,9 @@ def parquet(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
     import pyarrow.parquet
 
     sink = pyarrow.BufferOutputStream()
-    kind = draw.choice([pyarrow.float32(), pyarrow.int8(), pyarrow.bool_(), pyarrow.decimal128(9, 2), pyarrow.date32()])
+    kind = draw.choice(
+        [pyarrow.float32(), pyarrow.int8(), pyarrow.bool_(), pyarrow.decimal128(12, 2), pyarrow.date32()]
+    )
     columns = {
         "question": ["1 + 1"] * 3,
         "answer": pyarrow.array([1, 0, 1]).cast(pyarrow.int32()).cast(kind, safe=False),
