@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import multiprocessing
+import multiprocessing.context
 import os
 import random
 import resource
@@ -147,9 +149,53 @@ def call(case: Case, folder: Path) -> int:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     replace_streams(case, folder)
+    from sdpg_megatron.mcore import shapes
+    from sdpg_megatron.rewards import pool
     from tests.e2e.preloaded import run_as_main
 
+    shapes.subprocess = Forking  # type: ignore[assignment]
+    pool.multiprocessing = Forking  # type: ignore[assignment]
     return run_as_main("sdpg_megatron", *case.arguments)
+
+
+class Forking:
+    """`subprocess` and `multiprocessing` for the processes that dry runs start: forks, as the imports take seconds.
+
+    They do what the processes do in whose place they are; only the imports are there already.
+    """
+
+    active_children = staticmethod(multiprocessing.active_children)
+
+    @staticmethod
+    def get_context(method: str) -> multiprocessing.context.BaseContext:
+        assert method == "spawn"
+        return multiprocessing.get_context("fork")
+
+    @staticmethod
+    def run(
+        command: Sequence[str], *, input: str, env: dict[str, str], **_: object
+    ) -> subprocess.CompletedProcess[str]:
+        """``python [options] -m MODULE`` with its output captured."""
+        from tests.e2e.preloaded import run_as_main
+
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as given, tempfile.TemporaryDirectory() as folder:
+            given.write(input)
+            given.seek(0)
+            out, err = Path(folder, "out"), Path(folder, "err")
+            child = os.fork()
+            if not child:
+                os.environ.clear()
+                os.environ.update(env)
+                os.dup2(given.fileno(), 0)
+                for path, number in ((out, 1), (err, 2)):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+                sys.stdin, sys.stdout, sys.stderr = (
+                    open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+                    for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+                )
+                os._exit(run_as_main(command[-1]))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return subprocess.CompletedProcess(command, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
 def replace_streams(case: Case, folder: Path) -> None:
