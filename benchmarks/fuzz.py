@@ -120,6 +120,7 @@ def import_everything() -> None:
 
 def attempt(case: Case, folder: Path) -> tuple[int | None, str]:
     """Exit code, negative for a signal, None for a hang; and what was written to standard error."""
+    (folder / "stderr").touch()  # a signal may come before the call has opened it
     started = time.monotonic()
     child = os.fork()
     if not child:

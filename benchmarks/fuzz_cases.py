@@ -148,8 +148,8 @@ VALUES = (
     "0.0.0.0",
     "dumb",
     "\u00e9",
-    *("ascii", "latin-1", "utf-16", "ascii:strict", "utf-8:strict"),
 )
+ENCODINGS = ("ascii", "latin-1", "utf-16", "ascii:strict", "utf-8:strict")
 ROWS = ("question", "answer", "context", "prompt", "messages", "conversations", "reward_model", "extra_info", "level")
 CONTENT = (
     b"", b"\0", b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b"null", b"{}", b"[]", b"\xef\xbb\xbf{}",
@@ -298,9 +298,11 @@ def environment(draw: random.Random, prepared: Path, folder: Path) -> Case:
         tree["model"]["path"] = str(model)
     path = write_config(draw, folder, tree)
     call = draw.choice([["train", path, "--dry-run"], ["plan", path], ["inspect", str(model)]])
-    chosen = draw.sample([*VARIABLES, *["PYTHONIOENCODING"] * 3], draw.randint(0, 3))
+    variables = {name: draw.choice(VALUES) for name in draw.sample(VARIABLES, draw.randint(0, 3))}
+    if draw.random() < 0.3:
+        variables["PYTHONIOENCODING"] = draw.choice(ENCODINGS)
     stdout = draw.choice(typing.get_args(Stdout))
-    return Case("environment", call, {name: draw.choice(VALUES) for name in chosen}, stdout, signals(draw, 0.2))
+    return Case("environment", call, variables, stdout, signals(draw, 0.2))
 
 
 def run(draw: random.Random, prepared: Path, folder: Path) -> Case:
