@@ -179,24 +179,23 @@ class Forking:
         """``python [options] -m MODULE`` with its output captured."""
         from tests.e2e.preloaded import run_as_main
 
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as given, tempfile.TemporaryDirectory() as folder:
-            given.write(input)
-            given.seek(0)
-            out, err = Path(folder, "out"), Path(folder, "err")
-            child = os.fork()
-            if not child:
-                os.environ.clear()
-                os.environ.update(env)
-                os.dup2(given.fileno(), 0)
-                for path, number in ((out, 1), (err, 2)):
-                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-                sys.stdin, sys.stdout, sys.stderr = (
-                    open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
-                    for number, mode in ((0, "r"), (1, "w"), (2, "w"))
-                )
-                os._exit(run_as_main(command[-1]))
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            return subprocess.CompletedProcess(command, code, out.read_text("utf-8"), err.read_text("utf-8"))
+        folder = Path(tempfile.mkdtemp())  # a temporary directory that cleans up would do so when the fork ends
+        paths = [folder / name for name in ("in", "out", "err")]
+        paths[0].write_text(input, "utf-8")
+        child = os.fork()
+        if not child:
+            os.environ.clear()
+            os.environ.update(env)
+            for number, path in enumerate(paths):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            os._exit(run_as_main(command[-1]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out, err = (path.read_text("utf-8") for path in paths[1:])
+        shutil.rmtree(folder)
+        return subprocess.CompletedProcess(command, code, out, err)
 
 
 def replace_streams(case: Case, folder: Path) -> None:
