@@ -25,7 +25,12 @@ class Section(BaseModel):
     """A part of the configuration: immutable; unknown keys and numbers that are not finite are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # in mappings of any values, such as options of a chat template
     )
 
 

@@ -8,7 +8,7 @@ import sys
 
 from tests.e2e.runs import ROOT
 
-CASES = 200
+CASES = 300
 
 
 def test_no_drawn_case_ends_untyped() -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -336,6 +336,7 @@ def test_keys_of_another_framework_are_explained_one_by_one() -> None:
     assert "trainer.total_epochs: found 'total_epochs', expected a known key. Fix: set steps" in message
 
 
+@settings(max_examples=60)
 @given(
     st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(str.strip),
     st.one_of(
