@@ -114,7 +114,7 @@ def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     config = transformer_config(arch, model, parallel)
     count = parallel.virtual_pipeline or 1
     chunks = [_build_chunk(arch, model, config, ranks, vp_stage, count) for vp_stage in range(count)]
-    _mark_sharded(chunks, arch)
+    mark_sharded(chunks, arch)
     return chunks
 
 
@@ -145,12 +145,16 @@ def _build_chunk(
     return chunk
 
 
-def _mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
+def mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
     """Set Megatron's tensor-parallel attributes on every parameter that the weight map shards.
 
     Megatron counts a parameter without the mark on tensor-parallel rank 0 alone, in the gradient norm and in clipping.
     Transformer Engine >= 2.13 does not set it on grouped expert weights, nor does megatron-core < 0.19
-    (NVIDIA/Megatron-LM#5916).
+    (NVIDIA/Megatron-LM#5916). Call it before DDP and optimizer are built; `build_chunks` does.
+
+    Args:
+        chunks: a rank's model chunks, in order.
+        arch: from `read_architecture`.
     """
     parameters = weight_map(arch)
     for name, parameter in named_parameters(chunks):
