@@ -1,0 +1,368 @@
+"""The parts of benchmarks/gpu.py, each a function that returns its results; `main` is the process of one part."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.step_data import HINT_TOKENS, PROMPT_TOKENS, given_groups
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 151_936
+SIZES = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072},
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+"""Of Qwen3; the rest is in `model_config`."""
+TINY = {"hidden_size": 32, "intermediate_size": 48}
+PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformers",
+    "transformer-engine",
+    "apex",
+    "flash-attn",
+    "liger-kernel",
+)
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    rehearse: bool
+    sglang_python: Path | None
+    sglang: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.rehearse else "cuda")
+
+
+# --- machine
+
+
+def machine(options: Options) -> dict[str, Any]:
+    """Versions, and what the device does at best."""
+    size = 256 if options.rehearse else 8192
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=options.device) for _ in range(2))
+    big = torch.empty(size * size * 4, dtype=torch.uint8, device=options.device)
+    host = torch.empty_like(big, device="cpu", pin_memory=not options.rehearse)
+    seconds = {
+        "matmul": best_seconds(lambda: one @ other, options),
+        "copy": best_seconds(lambda: big.clone(), options),
+        "to_host": best_seconds(lambda: host.copy_(big, non_blocking=True), options),
+        "from_host": best_seconds(lambda: big.copy_(host, non_blocking=True), options),
+    }
+    found: dict[str, Any] = {
+        "gpu": platform.processor() or "cpu" if options.rehearse else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: number for name in PACKAGES if (number := installed(name))},
+        "matmul_tflops": 2 * size**3 / seconds["matmul"] / 1e12,
+        "device_gb_s": 2 * big.numel() / seconds["copy"] / 1e9,
+        "to_host_gb_s": big.numel() / seconds["to_host"] / 1e9,
+        "from_host_gb_s": big.numel() / seconds["from_host"] / 1e9,
+    }
+    return found if options.rehearse else {**found, **nccl()}
+
+
+def nccl() -> dict[str, Any]:
+    """A collective of one rank."""
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        ones = torch.ones(1024, device="cuda")
+        dist.all_reduce(ones)
+        assert ones.sum().item() == 1024
+        dist.destroy_process_group()
+    return {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def best_seconds(work: Callable[[], object], options: Options, rounds: int = 5) -> float:
+    work()
+    found = []
+    for _ in range(rounds):
+        finish(options)
+        started = time.perf_counter()
+        work()
+        finish(options)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def finish(options: Options) -> None:
+    if not options.rehearse:
+        torch.cuda.synchronize()
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# --- tests and head
+
+
+def tests(options: Options) -> dict[str, Any]:
+    """tests/gpu; without a GPU they are skipped, with the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"],
+            cwd=ROOT,
+        )
+        cases = list(ET.parse(report).getroot().iter("testcase"))
+    kinds = {
+        case: next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "") for case in cases
+    }
+    count = Counter(kinds.values())
+    return {
+        "passed": count[""],
+        "failed": count["failure"] + count["error"],
+        "skipped": count["skipped"],
+        "failures": [str(case.get("name")) for case, kind in kinds.items() if kind in ("failure", "error")],
+    }
+
+
+def head(options: Options) -> dict[str, Any]:
+    """benchmarks/head.py, with every other way that is installed."""
+    sizes = ["--rows=64", "--hidden=32", "--vocab=512", "--repeats=1"]
+    if not options.rehearse:
+        sizes = ["--device=cuda", "--rows=8192", "--hidden=2560", "--dtype=bfloat16", "--repeats=5"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "head.json"
+        subprocess.run([sys.executable, "benchmarks/head.py", *sizes, "--tp=1", f"--out={out}"], cwd=ROOT, check=True)
+        rows = json.loads(out.read_text(encoding="utf-8"))
+    brief = {row["name"]: {"tflops_8THV": row["tflops_8THV"], "peak_mib": row["peak_bytes"] / 2**20} for row in rows}
+    ours = {name: row for name, row in brief.items() if name.startswith("ours")}
+    others = {name: row for name, row in brief.items() if name not in (*ours, "naive", "matmul_floor")}
+    fastest = max(others, key=lambda name: others[name]["tflops_8THV"])
+    return {
+        "ours": ours,
+        "best_other": {fastest: others[fastest]},
+        "naive": brief["naive"],
+        "matmul_floor": brief["matmul_floor"],
+        "all": rows,
+    }
+
+
+# --- training
+
+
+def model_config(size: str, options: Options) -> dict[str, Any]:
+    sizes = {**TINY, "vocab_size": 320} if options.rehearse else {**SIZES[size], "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 2}
+    if not options.rehearse:
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
+    return {**sizes, **heads, "rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 40_960}
+
+
+def write_model(size: str, folder: Path, options: Options) -> Path:
+    """A random Qwen3 with the tokenizer of the tests, whose tokens are a part of the vocabulary."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    with options.device:
+        model = Qwen3ForCausalLM(Qwen3Config(**model_config(size, options), **ids))
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    model.to(torch.float32 if options.rehearse else torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path:
+    """A run of two steps: its YAML file."""
+    questions = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(64)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
+    prompts, group, length = (2, 2, 4) if options.rehearse else (16, 8, 256)
+    tokens = 256 if options.rehearse else 16_384
+    ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
+    config = {
+        "run_dir": str(folder / "run"),
+        "steps": 2,
+        "model": {
+            "path": str(write_model(size, folder / "model", options)),
+            "dtype": "float32" if options.rehearse else "bfloat16",
+        },
+        "data": {"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 256},
+        "reward": {"verifier": "number"},
+        "rollout": {
+            "prompts_per_step": prompts,
+            "group_size": group,
+            "max_response_tokens": length,
+            "batch_size": prompts * group,
+            **rollout,
+        },
+        "objective": {"beta": 1e-3, "gate": False, **ramps},
+        # of the student and the teacher together: the teacher's prompts are a little longer
+        "optimizer": {"warmup_steps": 0, "micro_batch_tokens": 2 * tokens + tokens // 8},
+        "checkpoint": {"export": False, "every": 0},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def steps(size: str, options: Options) -> dict[str, Any]:
+    """Optimizer steps on given responses: passes of student, teacher and reference, and the update."""
+    from benchmarks.step_trainer import StandingLearner
+    from sdpg_megatron.settings import load
+
+    lengths = [8] * 4 if options.rehearse else [1024 - PROMPT_TOKENS] * 64
+    group = 2 if options.rehearse else 8
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        path = write_run(size, folder, options)
+        overrides = [f"rollout.prompts_per_step={len(lengths) // group}", f"rollout.group_size={group}"]
+        overrides += [f"rollout.max_response_tokens={lengths[0]}", "rollout.mismatch_limit=null"]
+        planned = plan(path, overrides)
+        trainer = StandingLearner(load(path, overrides))
+        groups = given_groups(lengths, group, trainer.inputs.arch.vocab_size)
+        seconds = []
+        for number in range(4):
+            finish(options)
+            started = time.perf_counter()
+            trainer.learn(groups, 0)
+            finish(options)
+            seconds.append(time.perf_counter() - started)
+            if number == 0 and not options.rehearse:
+                torch.cuda.reset_peak_memory_stats()
+        peak = 0 if options.rehearse else torch.cuda.max_memory_allocated()
+        with counted_calls() as calls:
+            trainer.learn(groups, 0)
+            finish(options)
+        numel = sum(parameter.numel() for chunk in trainer.learner.chunks for parameter in chunk.parameters())
+    best = min(seconds[1:])
+    arch = trainer.inputs.arch
+    response = sum(lengths)
+    student = response + len(lengths) * PROMPT_TOKENS
+    teacher = student + len(lengths) * HINT_TOKENS
+    layers = numel - arch.vocab_size * arch.hidden_size
+    # Products of matrices, 2 operations a multiplication: layers forward and backward for the student, forward for
+    # teacher and reference; 8 T H V in the head, and a product more for the reference's log-probs. Without attention.
+    flops = 2 * layers * (3 * student + teacher + student) + 10 * response * arch.hidden_size * arch.vocab_size
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "tokens_per_second": student / best,
+        "flops": flops,
+        "mfu": flops / best / 989e12,
+        "peak_gib": peak / 2**30,
+        "planned_gib": planned,
+        "kernels": sum(calls[name] for name in LAUNCHES),
+        "waits": {name: calls[name] for name in WAITS if calls[name]},
+        "calls": dict(calls.most_common(40)),
+    }
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """Calls of the CUDA runtime and of torch operators, by name, filled at the end."""
+    from torch.profiler import ProfilerActivity, profile
+
+    counts: Counter[str] = Counter()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=kinds) as profiler:
+        yield counts
+    for event in profiler.key_averages():
+        counts[event.key] += event.count
+
+
+def plan(path: Path, overrides: Sequence[str]) -> float:
+    """GiB of a GPU that `sdpg-megatron plan` foresees."""
+    from sdpg_megatron.plan.gpus import find_gpu
+    from sdpg_megatron.plan.plan import make_plan
+    from sdpg_megatron.settings import load
+
+    made = make_plan(load(path, overrides), find_gpu("H100"), 1)
+    return float(max(stage.total(stage.fullest) for stage in made.stages)) / 2**30
+
+
+def run(options: Options, *overrides: str) -> dict[str, Any]:
+    """`sdpg-megatron train`; the metrics of its second step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_run("0.6b", Path(scratch), options)
+        command = [sys.executable, "-m", "sdpg_megatron", "train", str(path), *overrides]
+        subprocess.run(command, cwd=ROOT, check=True)
+        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found: dict[str, float] = json.loads(lines[-1])
+    return {
+        "seconds": {name.removeprefix("time/"): value for name, value in found.items() if name.startswith("time/")},
+        "logprob_diff_mean": found.get("rollout/logprob_diff_mean"),
+        "metrics": found,
+    }
+
+
+def sglang(options: Options) -> dict[str, Any]:
+    """`run` with a server: colocated on a GPU, where its memory goes to and fro."""
+    if options.sglang_python is None and options.sglang is None:
+        return {"left_out": "no interpreter with sglang: --sglang-python, or --sglang with a folder of packages"}
+    more = [] if options.rehearse else ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
+    with tempfile.TemporaryDirectory() as folder:
+        python = options.sglang_python or write_interpreter(Path(folder) / "python", options.sglang)
+        served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
+        return run(options, *served, *more)
+
+
+def write_interpreter(path: Path, packages: Path | None) -> Path:
+    """This interpreter with a folder of packages; isolated mode (-I) would leave them out."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = -I ] && shift\nPYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "machine": machine,
+    "steps_0.6b": lambda options: steps("0.6b", options),
+    "head": head,
+    "tests": tests,
+    "run_0.6b": run,
+    "sglang": sglang,
+    "steps_1.7b": lambda options: steps("1.7b", options),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--sglang-python", type=Path)
+    parser.add_argument("--sglang", type=Path)
+    given = parser.parse_args()
+    if given.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    found = PARTS[given.part](Options(given.rehearse, given.sglang_python, given.sglang))
+    given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
