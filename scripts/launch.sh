@@ -88,11 +88,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # NCCL says what fails, and nothing else. INFO shows which network and algorithm it took.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# SGLang turns both off for its servers. The trainer is in one NCCL group with them when weights are broadcast, and the
-# two sides of a group have to agree; off also leaves the memory that their buffers would take.
-export NCCL_CUMEM_ENABLE="${NCCL_CUMEM_ENABLE:-0}"
-export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
-
 # A collective that fails or exceeds parallel.timeout ends its rank, and so the run. 0 would let it wait for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -154,6 +154,7 @@ def _start_process_group(parallel: ParallelConfig, environment: RankEnvironment)
     gpu = ""
     if torch.cuda.is_available():
         gpu = _take_gpu(environment.local_rank)
+        set_nccl_defaults(os.environ)
     limit = timedelta(seconds=parallel.timeout)
     # Objects (token lists, metrics) travel over Gloo, tensors over NCCL, each by the device it lives on.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
@@ -172,6 +173,15 @@ def _start_process_group(parallel: ParallelConfig, environment: RankEnvironment)
         raise LaunchError("process group", found, "connections between all ranks", fix) from error
     _set_pg_timeout(limit)
     store.set_timeout(limit)
+
+
+def set_nccl_defaults(variables: MutableMapping[str, str]) -> None:
+    """Set the NCCL variables that SGLang sets for its servers, unless the user has set them. Before any NCCL group.
+
+    The trainer is in one group with the servers when weights are broadcast, and both sides of a group have to agree.
+    """
+    for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
+        variables.setdefault(name, "0")
 
 
 def _take_gpu(local_rank: int) -> str:

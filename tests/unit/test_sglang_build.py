@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def test_a_server_reaches_the_runs_hosts_without_a_proxy(
     direct = ("127.0.0.1:30000", "localhost:30000", "10.0.0.2:30000", "node-0")
     assert all(urllib.request.proxy_bypass_environment(host) for host in direct)  # type: ignore[attr-defined]
     assert not urllib.request.proxy_bypass_environment("huggingface.co")  # type: ignore[attr-defined]
+
+
+def test_the_trainers_variables_do_not_reach_a_server() -> None:
+    allocator = dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True")
+    found = server_environment({**allocator, "PYTHONPATH": "/trainer", "RANK": "0", "HF_HOME": "/hub"})
+    assert not {*allocator, "PYTHONPATH", "RANK"} & set(found)
+    assert found["HF_HOME"] == "/hub"
+    same = Launch(model=Path("m"), log=Path("log"), host="h", dtype="float32", device="cpu", python=sys.executable)
+    assert environment(same, {"PYTHONPATH": "/packages"})["PYTHONPATH"] == "/packages"
 
 
 def test_a_wildcard_stays_alone() -> None:

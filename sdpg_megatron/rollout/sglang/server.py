@@ -35,6 +35,8 @@ TAIL_BYTES = 64 * 1024
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
 """Beginnings of what torchrun tells its ranks. The server's ranks are a job of their own: with
 TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Of the trainer's allocator. SGLang's memory saver refuses expandable segments."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
 NO_PROXY = "no_proxy", "NO_PROXY"
 """Both spellings: programs differ in which they read, and in which of the two wins."""
@@ -206,13 +208,17 @@ def command(launch: Launch, port: int) -> list[str]:
 
 
 def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` for a server: without torchrun's variables, without those that hold one of the keys, and with no proxy for
-    the run's own hosts: a server that starts asks itself whether it is well, and sends its API key."""
+    """`base` for a server: without torchrun's and the trainer's variables, without those that hold one of the keys, and
+    with no proxy for the run's own hosts: a server that starts asks itself whether it is well, and sends its API key.
+
+    A server of another interpreter does not get `PYTHONPATH`, which has the trainer's packages.
+    """
     secrets = _secrets(launch)
+    dropped = (*RANK_VARIABLES, *ALLOCATOR_VARIABLES, *(("PYTHONPATH",) if launch.python != sys.executable else ()))
     found = {
         name: value
         for name, value in base.items()
-        if not name.startswith(LAUNCHER_VARIABLES) and name not in RANK_VARIABLES and value not in secrets
+        if not name.startswith(LAUNCHER_VARIABLES) and name not in dropped and value not in secrets
     }
     found["PYTHONUNBUFFERED"] = "1"
     found |= dict.fromkeys(NO_PROXY, _no_proxy(base, [launch.host, base.get("MASTER_ADDR", ""), socket.gethostname()]))

@@ -94,6 +94,7 @@ class SharedSink:
         self._readers = {}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()  # of the buckets: a colocated server takes its memory back now
 
     async def dispose(self) -> None:
         """See `Sink`."""
