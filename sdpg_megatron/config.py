@@ -408,7 +408,7 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0, le=1e3)
-    weight_decay: float = Field(0.1, ge=0, le=1e3)
+    weight_decay: float = Field(0.1, ge=0, le=1e36)
     clip_grad: float = Field(1.0, ge=0, le=1e30)
     """Global gradient-norm bound; 0 for none."""
     skip_limit: int = Field(5, ge=1)
