@@ -1,7 +1,7 @@
 """What a micro-batch keeps for the backward pass, and what the head holds.
 
-Counted from what autograd saves in this package's layers (`mcore.layers`), one tensor after the other; a test counts
-the same there. Transformer Engine's keep less (no float32 copy for the norms), and some workspaces more.
+Counted from what autograd saves in this package's layers (`mcore.layers`), one tensor after the other. On a GPU a norm
+is one kernel, and so is attention over packed sequences; a CPU keeps more. A test counts the same on a CPU.
 
 w is the bytes of a number: 2 or 4. Experts are assumed to get equal shares of the tokens.
 """
@@ -31,36 +31,49 @@ class Activations:
     """Beside what is kept, in the backward pass of one layer."""
 
     @classmethod
-    def of(cls, arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> Activations:
+    def of(cls, arch: Architecture, model: ModelConfig, parallel: ParallelConfig, *, cuda: bool) -> Activations:
         w, t = BYTES[model.dtype], parallel.tensor
         hidden = arch.hidden_size / (t if parallel.sequence else 1)
         query, key = arch.num_heads * arch.head_dim / t, arch.num_kv_heads * arch.head_dim / t
         kept = 2 * _norm(hidden, w) + _attention(arch, query, key, t, w) + _feed_forward(arch, parallel, w)
+        if not cuda:
+            kept += _more_on_cpu(arch, hidden, query, key, w)
         if parallel.context > 1:
             kept += (parallel.context - 1) * 2 * key * w  # the other ranks' keys and values
         width = arch.ffn_size / t if arch.experts is None else _routed(arch, parallel) * arch.ffn_size
         return cls(
             layer=kept,
             layer_input=hidden * w,
-            final_norm=hidden * (4 + w) + 4 + arch.hidden_size * w,
+            final_norm=hidden * (w if cuda else 8) + 4 + arch.hidden_size * w,
             working=w * (5 * width + 2 * hidden),
         )
 
 
+def _more_on_cpu(arch: Architecture, hidden: float, query: float, key: float, w: int) -> float:
+    """What a layer keeps on a CPU beyond that on a GPU.
+
+    A norm keeps a float32 copy of its input in the place of the input, and the result before scales. Attention copies
+    queries, keys and values, so that the projection's output goes, and joins its outputs.
+    """
+    kept = 2 * (8 - w) * hidden + (query + key) * w - (query + 2 * key) * w
+    if arch.qk_norm:
+        # in float32 the keys need no copy, and keep the projection's output
+        kept += 4 * (query + key) + (4 * query + (query + 2 * key) * w if w == 4 else 4 * (query + key))
+    return kept
+
+
 def _norm(hidden: float, w: int) -> float:
-    """A float32 copy of the input (in float32 the input itself), what it is divided by, and before and after scales."""
-    return hidden * (4 + 2 * w) + 4
+    """Input and output, and what the input is divided by."""
+    return hidden * 2 * w + 4
 
 
 def _attention(arch: Architecture, query: float, key: float, t: int, w: int) -> float:
     kept = (query + 2 * key) * w  # the projection's output, which the values are a part of
     kept += 4 * arch.head_dim * w  # cosines and sines, for queries and for keys
     kept += (query + key) * w  # turned
-    kept += 2 * query * w + 4 * arch.num_heads / t  # output twice, as it is and joined; the softmax's sums
+    kept += query * w + 4 * arch.num_heads / t  # output; the softmax's sums
     if arch.qk_norm:
-        heads = (arch.num_heads + arch.num_kv_heads) / t
-        copied = query if w == 4 else query + key  # in float32 the keys are their own copy
-        kept += 4 * copied + (query + key) * w + 4 * heads
+        kept += 4 * (arch.num_heads + arch.num_kv_heads) / t  # the inputs are the projection's output
     return kept
 
 

@@ -162,7 +162,7 @@ class _Work:
     def update(self) -> dict[str, float]:
         """The training pass."""
         model, grid = self.config.model, self.grid
-        a = Activations.of(self.arch, model, self.config.parallel)
+        a = Activations.of(self.arch, model, self.config.parallel, cuda=self.cuda)
         tokens = self.load.student / grid.context
         layers = self.arch.num_layers // grid.pipeline
         passes = in_flight(grid, self.stage, self.load.micro_batches)
@@ -203,7 +203,7 @@ class _Work:
 
     def passes(self) -> dict[str, float]:
         """Those without gradients: old and reference log-probs, teacher."""
-        a = Activations.of(self.arch, self.config.model, self.config.parallel)
+        a = Activations.of(self.arch, self.config.model, self.config.parallel, cuda=self.cuda)
         tokens = max(self.load.student, self.load.teacher) / self.grid.context
         parts = {"activations": tokens * (a.layer + a.final_norm)}
         if self.last:

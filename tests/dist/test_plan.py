@@ -159,11 +159,11 @@ def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool,
     for family, folder in folders.items():
         arch, tokens = read_architecture(folder), 96
         model = ModelConfig(path=folder, dtype=dtype)  # type: ignore[arg-type]
-        a = Activations.of(arch, model, ParallelConfig())
-        handed_on = arch.hidden_size * (
-            2 if dtype == "bfloat16" else 4
-        )  # the final norm's output is kept by the caller
-        expected = tokens * (arch.num_layers * a.layer + a.final_norm - handed_on + 8)  # and the tokens' numbers
+        a = Activations.of(arch, model, ParallelConfig(), cuda=False)
+        w = 2 if dtype == "bfloat16" else 4
+        handed_on = arch.hidden_size * w  # the final norm's output is kept by the caller
+        numbers = 8 + 24  # of the tokens, and their places among those of the buckets
+        expected = tokens * (arch.num_layers * a.layer + a.final_norm - handed_on + numbers)
         (found,) = ranks.run(saved, 1, folder, dtype, False, tokens)
         assert found == pytest.approx(expected, rel=0.01), family
 

@@ -19,9 +19,9 @@ def stop_while_reading() -> None:
 
     inner = inputs.load_prompts
 
-    def signalled(*arguments: Any) -> Any:
+    def signalled(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return inner(*arguments)
+        return inner(*arguments, **options)
 
     inputs.load_prompts = signalled
 
