@@ -12,53 +12,62 @@ from torch import Tensor, UntypedStorage, nn
 class OffloadedState:
     """Moves an optimizer's main parameters and state to pinned host memory and back.
 
-    The tensors stay the objects that they are; their storages are emptied in between. Copies run in the device's own
-    order, at the speed of the link: pageable memory takes several times as long. The host memory is kept for the next
-    time.
+    The tensors stay the objects that they are, and can be read in between, as checkpoints do. Copies run in the
+    device's own order, at the speed of the link: pageable memory takes several times as long. The host memory is kept
+    for the next time.
     """
 
     def __init__(self, optimizer: Any, chunks: Sequence[nn.Module]) -> None:
         """`chunks`: the model's; storages of their parameters are not moved."""
         self._optimizer = optimizer
         self._chunks = chunks
-        self._hosts: dict[int, Tensor] = {}
-        self._moved: list[tuple[UntypedStorage, Tensor]] = []
+        self._hosts: list[Tensor] = []
+        """uint8, of each moved storage in their order."""
+        self._moved: list[list[Tensor]] = []
+        """The tensors of each moved storage."""
+        self._device: torch.device | None = None
 
     def offload(self) -> None:
         """Free the device's memory. Returns when that is done; a second call moves nothing."""
         if self._moved:
             return
-        for number, storage in enumerate(self._storages()):
-            self._moved.append((storage, self._host(number, storage.nbytes())))
-        for storage, host in self._moved:
-            host.copy_(_bytes_of(storage), non_blocking=True)
-        if self._moved and self._moved[0][0].device.type == "cuda":
-            torch.cuda.synchronize()
-        for storage, _ in self._moved:
-            storage.resize_(0)
+        moved = self._by_storage()
+        sizes = [tensors[0].untyped_storage().nbytes() for tensors in moved]
+        if sizes != [host.numel() for host in self._hosts]:
+            pinned = torch.cuda.is_available()
+            self._hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+        for tensors, host in zip(moved, self._hosts, strict=True):
+            self._device = tensors[0].device
+            host.copy_(_bytes_of(tensors[0].untyped_storage()), non_blocking=True)
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for tensors, host in zip(moved, self._hosts, strict=True):
+            _move(tensors, host)
+        self._moved = moved
 
     def restore(self) -> None:
         """Undo `offload`; nothing where it was not called. What runs on the device afterwards finds the state."""
-        for storage, host in self._moved:
-            storage.resize_(host.numel())
-            _bytes_of(storage).copy_(host, non_blocking=True)
-        self._moved.clear()
+        for tensors, host in zip(self._moved, self._hosts, strict=bool(self._moved)):
+            _move(tensors, torch.empty_like(host, device=self._device).copy_(host, non_blocking=True))
+        self._moved = []
 
-    def _host(self, number: int, size: int) -> Tensor:
-        host = self._hosts.get(number)
-        if host is None or host.numel() != size:
-            host = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-            self._hosts[number] = host
-        return host
-
-    def _storages(self) -> Iterator[UntypedStorage]:
-        """Each storage of main parameters and state once, in an order that does not change."""
-        seen = {p.untyped_storage().data_ptr() for chunk in self._chunks for p in chunk.parameters()}
+    def _by_storage(self) -> list[list[Tensor]]:
+        """Main parameters and state by their storage, in an order that does not change."""
+        own = {p.untyped_storage().data_ptr() for chunk in self._chunks for p in chunk.parameters()}
+        found: dict[int, list[Tensor]] = {}
         for tensor in _tensors(self._optimizer):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen and storage.nbytes():
-                seen.add(storage.data_ptr())
-                yield storage
+            if storage.data_ptr() not in own and storage.nbytes():
+                found.setdefault(storage.data_ptr(), []).append(tensor)
+        return list(found.values())
+
+
+def _move(tensors: Sequence[Tensor], memory: Tensor) -> None:
+    """Have tensors of one storage lie in other memory, which has its bytes."""
+    for tensor in tensors:
+        there = torch.empty(0, dtype=tensor.dtype, device=memory.device)
+        there.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        tensor.data = there
 
 
 def _tensors(optimizer: Any) -> Iterator[Tensor]:

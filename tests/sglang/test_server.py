@@ -173,7 +173,10 @@ def test_an_interpreter_that_cannot_serve_is_named(launch: Callable[..., Launch]
 def test_a_log_that_cannot_be_written_is_named(launch: Callable[..., Launch], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     process = ServerProcess(launch(log=tmp_path / "file" / "log"))
-    with pytest.raises(RolloutError, match=r"file/log.*run_dir"):
+    with pytest.raises(
+        RolloutError,
+        match=r"file/log: the server's log cannot be written \(File exists\)\. Fix: remove or rename the file",
+    ):
         process.start()
     assert process.pid is None
 
