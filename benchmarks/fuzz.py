@@ -5,7 +5,7 @@
 
 A case is a command of ``sdpg-megatron`` over a drawn configuration, data file, model folder, checkpoint or environment
 (benchmarks/fuzz_cases.py), most of them with one to three faults. It runs in a fork of a process that has everything
-imported, in a session and a folder of its own, with a bound on its memory. Cases may succeed: a fault may lie where
+imported, in a new session and folder, with a bound on its memory. Cases may succeed: a fault may lie where
 nothing reads it.
 
     cases    calls made
@@ -79,7 +79,7 @@ class Result:
 def prepare(folder: Path) -> None:
     """Write tiny models, a Megatron checkpoint and a finished run of two steps, with an evaluation.
 
-    Runs in a process of its own: a process that has computed with several threads cannot fork.
+    Runs in a separate process: a process that has computed with several threads cannot fork.
     """
     from sdpg_megatron.cli import main
     from tests.tiny import write_tiny_model

@@ -84,71 +84,20 @@ TEXTS = (
     *("@", "`", "%", "\t", "? a", "a: b: c", "#", "a #b", "9" * 5000, "\ud800", "\x85", "\ufeff1"),
 )
 NAMES = (
-    *(
-        "lr",
-        "group_size",
-        "learning_rate",
-        "tensor_model_parallel_size",
-        "tp",
-        "bf16",
-        "wandb",
-        "n",
-        "rollout.n",
-        "kl_coef",
-    ),
-    *(
-        "model",
-        "objective.alpah",
-        "Steps",
-        "steps ",
-        "",
-        "1",
-        "None",
-        "optimizer.betas",
-        "num_train_epochs",
-        "eval.steps",
-    ),
-)
+    "lr", "group_size", "learning_rate", "tensor_model_parallel_size", "tp", "bf16", "wandb", "n", "rollout.n",
+    "kl_coef", "model", "objective.alpah", "Steps", "steps ", "", "1", "None", "optimizer.betas", "num_train_epochs",
+    "eval.steps",
+)  # fmt: skip
 VARIABLES = (
-    *(
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "SLURM_PROCID",
-        "SLURM_NTASKS",
-    ),
-    *("LC_ALL", "LANG", "HOME", "TMPDIR", "COLUMNS", "TERM", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "USER"),
-    *(
-        "SDPG_SGLANG_PYTHON",
-        "HF_HOME",
-        "TORCHELASTIC_RUN_ID",
-        "NO_COLOR",
-        "FORCE_COLOR",
-        "PYTHONIOENCODING",
-        "http_proxy",
-    ),
-)
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
+    "SLURM_NTASKS", "LC_ALL", "LANG", "HOME", "TMPDIR", "COLUMNS", "TERM", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "PATH", "USER", "SDPG_SGLANG_PYTHON", "HF_HOME", "TORCHELASTIC_RUN_ID", "NO_COLOR", "FORCE_COLOR",
+    "PYTHONIOENCODING", "http_proxy",
+)  # fmt: skip
 VALUES = (
-    "",
-    "0",
-    "1",
-    "-1",
-    "2",
-    "abc",
-    "C",
-    "POSIX",
-    "nowhere",
-    "/nowhere",
-    "1e9",
-    "99999999999",
-    " 1",
-    "0.0.0.0",
-    "dumb",
-    "\u00e9",
-)
+    "", "0", "1", "-1", "2", "abc", "C", "POSIX", "nowhere", "/nowhere", "1e9", "99999999999", " 1", "0.0.0.0",
+    "dumb", "é",
+)  # fmt: skip
 ENCODINGS = ("ascii", "latin-1", "utf-16", "ascii:strict", "utf-8:strict")
 ROWS = ("question", "answer", "context", "prompt", "messages", "conversations", "reward_model", "extra_info", "level")
 CONTENT = (

@@ -1,4 +1,4 @@
-"""What one GPU shows in a few minutes, without network: tests, the head, training steps, a run, SGLang.
+"""Test and measure one GPU in a few minutes, without network: tests, the head, training steps, a run, SGLang.
 
     python benchmarks/gpu.py --minutes 12 --out FOLDER [--sglang-python PYTHON | --sglang PACKAGES]
     python benchmarks/gpu.py --rehearse --out FOLDER       every part on a CPU, at tiny sizes
@@ -60,7 +60,7 @@ NAMES = [part.name for part in PARTS]
 
 
 def run_part(part: Part, folder: Path, seconds: float, more: Sequence[str]) -> dict[str, Any]:
-    """Run a part in a process of its own; returns its results, with `error` where it has failed."""
+    """Run a part in a separate process. Returns its results, with `error` where it has failed."""
     result = folder / f"{part.name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_parts", part.name, "--out", str(result), *more]

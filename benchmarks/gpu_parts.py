@@ -31,7 +31,7 @@ SIZES = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144},
 }
-"""Of Qwen3; the rest is in `model_config`."""
+"""Sizes of Qwen3 models; `model_config` has the rest."""
 TINY = {"hidden_size": 32, "intermediate_size": 48}
 PACKAGES = (
     "torch",

@@ -21,7 +21,7 @@ from benchmarks.head_baselines import make_problem, ours
 from sdpg_megatron.head import HeadOptions, VocabShard
 
 ROWS, HIDDEN, VOCAB = 8, 16, 64
-"""Of a chunk; the numbers of calls depend on none of them."""
+"""Sizes of a chunk. The numbers of calls do not depend on them."""
 GROUP = 4
 """Chunks whose gradients make one product for the weight's gradient."""
 
@@ -31,13 +31,13 @@ class Launches:
     """Numbers of calls by name."""
 
     chunk: dict[str, float]
-    """Of a further chunk. A product that several chunks share counts for each of them in part."""
+    """Calls for each further chunk. A product that several chunks share counts for each of them in part."""
     step: float
     """Beside those of the chunks: once a step, forward and backward."""
 
     @property
     def total(self) -> float:
-        """Of a chunk."""
+        """Calls for each further chunk."""
         return sum(self.chunk.values())
 
 
@@ -78,7 +78,7 @@ def _counting() -> Iterator[Counter[str]]:
 
 
 def count_launches() -> Launches:
-    """Of a step with reverse KL and the benchmark's loss, all columns in one tile, on one rank."""
+    """Count the calls of a step with reverse KL and the benchmark's loss, all columns in one tile, on one rank."""
     few, many = (_step_calls(chunks) for chunks in (GROUP, 3 * GROUP))
     chunk = {name: (many[name] - few[name]) / (2 * GROUP) for name in many if many[name] != few[name]}
     return Launches(chunk, sum(few.values()) - GROUP * sum(chunk.values()))

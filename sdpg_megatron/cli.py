@@ -192,7 +192,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     end_with_launcher()
     branch_from = _branch_request(options)
     if options.dry_run:
-        return _dry_run(config, branch_from, options.ranks)
+        return _dry_run(config, branch_from, options.ranks, environment)
     if options.ranks is not None:
         raise ConfigError("--ranks", options.ranks, "none without --dry-run", "the launcher says how many ranks start")
     streams.keep_going()
@@ -214,8 +214,9 @@ def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
     return BranchRequest.parse(options.branch_from, new_reference=options.new_reference)
 
 
-def _dry_run(config: RunConfig, branch_from: BranchRequest | None, ranks: int | None) -> int:
-    environment = RankEnvironment.read()
+def _dry_run(
+    config: RunConfig, branch_from: BranchRequest | None, ranks: int | None, environment: RankEnvironment
+) -> int:
     from sdpg_megatron.plan.shards import Grid
     from sdpg_megatron.train.dry_run import check_run  # torch takes seconds to import, Megatron more
     from sdpg_megatron.train.inputs import load_inputs

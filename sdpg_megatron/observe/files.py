@@ -55,7 +55,7 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 def json_line(fields: Mapping[str, Any]) -> bytes:
     r"""One line of JSON in UTF-8, with readable characters.
 
-    A lone surrogate, which UTF-8 has none for, is written as JSON's escape ``\udXXX`` and read back as it was.
+    A lone surrogate, which UTF-8 has none for, is written as JSON's escape ``\ud83d`` and read back as it was.
     """
     return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 

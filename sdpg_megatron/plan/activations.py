@@ -52,10 +52,10 @@ class Activations:
 def _more_on_cpu(arch: Architecture, hidden: float, query: float, key: float, w: int) -> float:
     """What a layer keeps on a CPU beyond that on a GPU.
 
-    A norm keeps a float32 copy of its input in the place of the input, and the result before scales. Attention copies
-    queries, keys and values, so that the projection's output goes, and joins its outputs.
+    A norm keeps a float32 copy of its input instead of the input, and the result before scales. Attention keeps copies
+    of queries, keys and values instead of the projection's output, and its output twice.
     """
-    kept = 2 * (8 - w) * hidden + (query + key) * w - (query + 2 * key) * w
+    kept = 2 * (8 - w) * hidden - key * w
     if arch.qk_norm:
         # in float32 the keys need no copy, and keep the projection's output
         kept += 4 * (query + key) + (4 * query + (query + 2 * key) * w if w == 4 else 4 * (query + key))

@@ -59,7 +59,7 @@ def _numbers(summary: Summary) -> str:
 
 
 def _commands(config: RunConfig) -> Iterator[str]:
-    """Command lines that work in the directory and environment of this process."""
+    """Command lines for this directory and environment. The server needs an interpreter with sglang."""
     run_dir, sdpg, quote = config.run_dir, program(), shlex.quote
     gym = config.data.reasoning_gym
     files = [] if config.data.eval or gym.tasks else ["data.eval=[FILE.jsonl]"]
