@@ -243,6 +243,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         path = write_run(size, folder, options)
         overrides = [f"rollout.prompts_per_step={len(lengths) // group}", f"rollout.group_size={group}"]
         overrides += [f"rollout.max_response_tokens={lengths[0]}", "rollout.mismatch_limit=null"]
+        overrides += [f"model.recompute={size == '1.7b'}".lower()]  # without, 1.7B does not fit in 80 GB
         planned = plan(path, overrides)
         trainer = StandingLearner(load(path, overrides))
         groups = given_groups(lengths, group, trainer.inputs.arch.vocab_size)
@@ -256,7 +257,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
             if number == 0 and not options.rehearse:
                 torch.cuda.reset_peak_memory_stats()
         peak = 0 if options.rehearse else torch.cuda.max_memory_allocated()
-        with counted_calls() as calls:
+        with profiled() as (calls, kernels):
             trainer.learn(groups, 0)
             finish(options)
         numel = sum(parameter.numel() for chunk in trainer.learner.chunks for parameter in chunk.parameters())
@@ -279,20 +280,25 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         "kernels": sum(calls[name] for name in LAUNCHES),
         "waits": {name: calls[name] for name in WAITS if calls[name]},
         "calls": dict(calls.most_common(40)),
+        "kernel_milliseconds": {name: round(spent, 3) for name, spent in kernels.most_common(40)},
+        "gpu_busy": kernels.total() / 1e3 / best,
     }
 
 
 @contextmanager
-def counted_calls() -> Iterator[Counter[str]]:
-    """Calls of the CUDA runtime and of torch operators, by name, filled at the end."""
+def profiled() -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Calls of the CUDA runtime and of torch operators, and milliseconds of kernels, by name; filled at the end."""
     from torch.profiler import ProfilerActivity, profile
 
-    counts: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=kinds) as profiler:
-        yield counts
+        yield calls, kernels
     for event in profiler.key_averages():
-        counts[event.key] += event.count
+        calls[event.key] += event.count
+        if event.device_type.name == "CUDA":
+            kernels[event.key] += event.self_device_time_total / 1e3
 
 
 def plan(path: Path, overrides: Sequence[str]) -> float:

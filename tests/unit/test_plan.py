@@ -24,6 +24,7 @@ RECIPES = ROOT / "examples" / "recipes"
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
 APART = ("rollout.sglang.colocated=false", "rollout.sglang.sink=broadcast")
 PUBLISHED = {
+    "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,

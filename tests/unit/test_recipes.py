@@ -35,6 +35,8 @@ PAPERS = ("qwen3-1.7b", "qwen3-4b")
 DENSE = (*PAPERS, "qwen3-8b", "qwen2.5-7b", "llama-3.1-8b")
 CALLS = [f"{name} {method}" for name in PAPERS for method in METHODS] + list(DENSE[2:])
 SHARED = [(call, "colocated", ("H100", 8, 0)) for call in CALLS] + [("qwen3-30b-a3b", "colocated", ("H200", 8, 0))]
+ONE_GPU = [f"one-gpu {size}{long}" for size in ("0.6b", "1.7b") for long in ("", " rollout.max_response_tokens=14336")]
+SHARED += [(call, "colocated", ("H100", 1, 0)) for call in ONE_GPU]
 APART = [(call, "disaggregated", ("H100", 4, 4)) for call in CALLS]
 APART += [("qwen3-30b-a3b three", place, ("H100", 16, 8)) for place in ("colocated", "disaggregated")]
 """GPU, ranks and GPUs of servers alone, as docs/plan.md has them."""
@@ -169,13 +171,13 @@ def test_a_recipe_fits_its_hardware(
 
 def test_there_is_hardware_for_every_recipe() -> None:
     names = {call.split()[0] for call, *_ in SHARED}
-    assert names == {call.split()[0] for call, *_ in APART}
+    assert names == {call.split()[0] for call, *_ in APART} | {"one-gpu"}
     recipes = ROOT / "examples" / "recipes"
     assert {path.stem for path in recipes.glob("*.yaml")} == names
     assert {path.stem for path in recipes.glob("*.sh")} == {*names, "common"}
 
 
-@pytest.mark.parametrize("call", ["qwen3-4b sdpg-ufkl", "llama-3.1-8b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("call", ["qwen3-4b sdpg-ufkl", "one-gpu 0.6b", "qwen3-30b-a3b"])
 def test_a_recipe_walks_its_model_before_it_trains(
     sandbox: Sandbox, call: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -343,6 +345,8 @@ def test_a_machine_of_servers_takes_part_in_nothing_else(sandbox: Sandbox, hub: 
     ("call", "place", "says"),
     [
         ("qwen3-30b-a3b", "disaggregated", "qwen3-30b-a3b.sh three"),
+        ("one-gpu 0.6b", "disaggregated", "expected colocated"),
+        ("one-gpu 4b", "colocated", "size: found 4b, expected 0.6b or 1.7b"),
         ("qwen3-8b", "disagregated", "expected colocated or disaggregated"),
     ],
 )
