@@ -244,8 +244,11 @@ def verdict(case: Case, code: int | None, said: str) -> str | None:
     """Why a call counts as untyped; None where it does not."""
     if code is None or "Traceback (most recent call last)" in said:
         return None if code is None else "a traceback"
+    sent = [number for _, number in case.signals]
     if code < 0:
-        return None if -code in (number for _, number in case.signals) else f"killed by signal {-code}"
+        return None if -code in sent else f"killed by signal {-code}"
+    if code - 128 in sent[1:]:  # a second signal ends a run at once
+        return None
     if code not in DOCUMENTED:
         return f"exit code {code}"
     if code == 2 and "plan" not in case.arguments and "inspect" not in case.arguments and not said.strip():

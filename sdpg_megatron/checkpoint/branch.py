@@ -92,7 +92,7 @@ class BranchStart:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(BranchPoint(str(fields["run"]), int(fields["step"])), bool(fields["new_reference"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: found {error!r}, expected where the branch starts. Fix: remove run_dir, and branch again"
             ) from error

@@ -195,7 +195,7 @@ def limit_responses(folder: Path, max_bytes: int) -> None:
         WriteError: the disk refused; a file is as it was, or without responses.
     """
     evaluations = sorted(path.parent for path in folder.glob(f"*/{REQUEST_FILE}"))
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in evaluations}
+    sizes = {path: _bytes(path) for path in evaluations}
     excess = sum(sizes.values()) - max_bytes
     for path in evaluations[:-1]:
         if excess <= 0:
@@ -204,7 +204,12 @@ def limit_responses(folder: Path, max_bytes: int) -> None:
             _drop_responses(path)
         except EvaluationError as error:  # of an earlier evaluation, which this run does not need
             logger.warning("responses are not removed: %s", error)
-        excess -= sizes[path] - sum(file.stat().st_size for file in path.iterdir())
+        excess -= sizes[path] - _bytes(path)
+
+
+def _bytes(folder: Path) -> int:
+    """Bytes of the files in a folder; links count as themselves, wherever they lead."""
+    return sum(file.lstat().st_size for file in folder.iterdir())
 
 
 def _drop_responses(folder: Path) -> None:
@@ -250,7 +255,7 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _not_ours(path, error.strerror or str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_ours(path, str(error)) from error
 
 

@@ -52,7 +52,7 @@ class RolloutLog:
     def _remove_oldest(self) -> None:
         with writing(self._folder):
             paths = sorted(self._folder.glob("step_*.jsonl"))
-            sizes = [path.stat().st_size for path in paths]
+            sizes = [path.lstat().st_size for path in paths]  # of a link, wherever it leads
             excess = sum(sizes) - self._limit
             for path, size in zip(paths, sizes, strict=True):
                 if excess <= 0:

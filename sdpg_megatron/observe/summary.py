@@ -6,6 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from sdpg_megatron.errors import CheckpointError, reason_of
 from sdpg_megatron.observe.files import write_whole
 
 SUMMARY_FILE = "summary.json"
@@ -27,12 +30,23 @@ class Summary:
     """Wall-clock training time over all calls that the run took."""
 
 
+_SUMMARY = TypeAdapter(Summary)
+
+
 def write_summary(run_dir: Path, summary: Summary) -> Path:
     """Write summary.json whole or not at all; returns its path. Raises `WriteError` where the disk refuses."""
     return write_whole(run_dir / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> Summary | None:
-    """The summary of a finished run; None where there is none."""
+    """Return the summary of a finished run, None where there is none. Raises `CheckpointError` where it is damaged."""
     path = run_dir / SUMMARY_FILE
-    return Summary(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return _SUMMARY.validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: found {reason_of(error)}, expected the summary of a finished run. "
+            "Fix: remove it; the run's own command writes it anew"
+        ) from error

@@ -136,6 +136,8 @@ def test_a_damaged_evaluation_is_left_alone(tmp_path: Path, caplog: pytest.LogCa
     for step in (1, 2):
         finished(tmp_path / f"step_{step}", TALKATIVE)
     (tmp_path / "step_1" / "sums.jsonl").unlink()
+    (tmp_path / "step_2" / "sums.jsonl").unlink()
+    (tmp_path / "step_2" / "sums.jsonl").symlink_to("nothing")
     limit_responses(tmp_path, 0)
     assert "responses are not removed: " in caplog.text and "step_1/sums.jsonl" in caplog.text
 

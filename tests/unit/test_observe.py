@@ -18,7 +18,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from sdpg_megatron.errors import DataError, WriteError
+from sdpg_megatron.errors import CheckpointError, DataError, WriteError
 from sdpg_megatron.observe import transfer as transfers
 from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
@@ -360,6 +360,13 @@ def test_the_summary_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
             ),
         )
     assert read_summary(tmp_path) == first
+
+
+@pytest.mark.parametrize("content", [b"\xfc{}", b"{", b"[]", b'{"steps": 3}', b'{"steps": "x"}', b"[" * 100_000])
+def test_a_damaged_summary_says_what_to_do(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"summary.json: found .*Fix: remove it"):
+        read_summary(tmp_path)
 
 
 # --- transfers

@@ -75,8 +75,9 @@ def test_steps_between_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
-    """400 KiB a step, of 1 MiB."""
+    """400 KiB a step, of 1 MiB. A link that leads nowhere is as old as its name says."""
     log = RolloutLog(tmp_path, RolloutLogConfig(max_mib=1))
+    (tmp_path / "step_00000000.jsonl").symlink_to("nothing")
     for step in range(1, 5):
         log.write(step, [scored(1, "x" * (200 << 10), "y" * (200 << 10))], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003.jsonl", "step_00000004.jsonl"]
