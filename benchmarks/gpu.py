@@ -53,7 +53,7 @@ PARTS = (
     Part("head", 2.5, ("ours", "best_other", "naive", "matmul_floor")),
     Part("tests", 3.0, ("passed", "failed", "skipped")),
     Part("run_0.6b", 2.0, ("seconds", "logprob_diff_mean")),
-    Part("sglang", 3.0, ("seconds", "logprob_diff_mean")),
+    Part("sglang", 6.0, ("seconds", "logprob_diff_mean")),
     Part("steps_1.7b", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
 )
 NAMES = [part.name for part in PARTS]

@@ -44,6 +44,12 @@ PACKAGES = (
     "liger-kernel",
 )
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+SERVER_ARGUMENTS = (
+    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
+    *("--disable-cuda-graph", "--disable-overlap-schedule"),
+)
+"""Of SGLang on a GPU: few kernels to compile, and a short start. Its warm-up stays: it compiles them before the server
+counts as started, and while a kernel is compiled a server does not answer that it is well."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
@@ -330,7 +336,8 @@ def sglang(options: Options) -> dict[str, Any]:
     """`run` with a server: colocated on a GPU, where its memory goes to and fro."""
     if options.sglang_python is None and options.sglang is None:
         return {"left_out": "no interpreter with sglang: --sglang-python, or --sglang with a folder of packages"}
-    more = [] if options.rehearse else ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
+    arguments = f"rollout.sglang.arguments={json.dumps(SERVER_ARGUMENTS)}"
+    more = [] if options.rehearse else ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared", arguments]
     with tempfile.TemporaryDirectory() as folder:
         python = options.sglang_python or write_interpreter(Path(folder) / "python", options.sglang)
         served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
@@ -338,8 +345,23 @@ def sglang(options: Options) -> dict[str, Any]:
 
 
 def write_interpreter(path: Path, packages: Path | None) -> Path:
-    """This interpreter with a folder of packages; isolated mode (-I) would leave them out."""
-    path.write_text(f'#!/bin/sh\n[ "$1" = -I ] && shift\nPYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
+    """This interpreter with a folder of packages before its own; isolated mode (-I) would leave them out.
+
+    SGLang's memory saver is a library that is loaded before Python, and needs CUDA's runtime, which pip puts where only
+    torch looks.
+    """
+    folders = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+    runtimes = Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so.*")
+    libraries = os.pathsep.join(
+        filter(None, (os.environ.get("LD_LIBRARY_PATH"), *(str(runtime.parent) for runtime in runtimes)))
+    )
+    path.write_text(
+        f"""#!/bin/sh
+[ "$1" = -I ] && shift
+export PYTHONPATH="{folders}" LD_LIBRARY_PATH="{libraries}"
+exec "{sys.executable}" "$@"
+"""
+    )
     path.chmod(0o755)
     return path
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdpg_megatron.architecture import Architecture, Experts, Family
 from sdpg_megatron.errors import RolloutError, WeightError
 from sdpg_megatron.rollout.sglang.checksum import (
-    CUDA_HASH,
+    CUDA_HASHES,
     LISTED,
     Comparison,
     ExpectedChecksums,
@@ -337,12 +337,13 @@ def test_feed_forward_padding_on_cpus_is_refused() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="sglang is installed here")
-def test_cuda_servers_need_sglangs_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", CUDA_HASHES)
+def test_cuda_servers_need_sglangs_hash(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RolloutError, match="pip install --no-deps sglang"):
         hash_on("cuda")
-    (tmp_path / "sglang" / CUDA_HASH).parent.mkdir(parents=True)
+    (tmp_path / "sglang" / place).parent.mkdir(parents=True)
     (tmp_path / "sglang" / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    (tmp_path / "sglang" / CUDA_HASH).write_text("def gpu_tensor_hash(tensor):\n    return len(tensor)\n")
+    (tmp_path / "sglang" / place).write_text("def gpu_tensor_hash(tensor):\n    return len(tensor)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
     assert hash_on("cuda")(torch.zeros(10)) == "000000000000000a"

@@ -145,7 +145,7 @@ async def make_pool(
     )
     places: list[tuple[str, ServerProcess | None]] = [(process.url, process) for process in processes]
     members = [
-        Member(url, _make_client(url, config, keys), process)
+        Member(url, _make_client(url, config, keys, process), process)
         for url, process in places or [(url, None) for url in config.urls]
     ]
     return Pool(members, config, publishes=publishes, check=wanted.check)
@@ -166,14 +166,15 @@ async def make_router(config: SGLangConfig, keys: Keys) -> Client | None:
     return client
 
 
-def _make_client(url: str, config: SGLangConfig, keys: Keys) -> Client:
+def _make_client(url: str, config: SGLangConfig, keys: Keys, process: ServerProcess | None = None) -> Client:
     timeouts = Timeouts(
         control=CONTROL_SECONDS,
         update=config.update_timeout,
         generate=config.request_timeout,
         health=config.health_timeout,
     )
-    return Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts)
+    starts = None if process is None else lambda: process.starts
+    return Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts, starts=starts)
 
 
 def make_sink(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Sink:

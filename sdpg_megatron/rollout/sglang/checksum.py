@@ -26,8 +26,8 @@ from sdpg_megatron.weights import Bucket, hf_shapes
 
 LISTED = 8
 """Tensors that one error names, for each server."""
-CUDA_HASH = Path("kernels", "ops", "memory", "gpu_tensor_hash.py")
-"""Where the package sglang keeps its hash of CUDA tensors."""
+CUDA_HASHES = Path("kernels", "ops", "memory", "gpu_tensor_hash.py"), Path("srt", "layers", "multimodal.py")
+"""Where the package sglang keeps its hash of CUDA tensors: 0.5.23, 0.5.15."""
 
 Hash = Callable[[Tensor], str]
 
@@ -51,9 +51,10 @@ def hash_on(device: str) -> Hash:
         return sha256_hash
     # The file alone: importing the package would patch transformers for the whole trainer.
     package = importlib.util.find_spec("sglang")
-    path = Path(package.origin).parent / CUDA_HASH if package and package.origin else CUDA_HASH
-    spec = importlib.util.spec_from_file_location("sglang_gpu_tensor_hash", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    folder = Path(package.origin).parent if package and package.origin else None
+    path = next((folder / place for place in CUDA_HASHES if (folder / place).is_file()), None) if folder else None
+    spec = importlib.util.spec_from_file_location("sglang_gpu_tensor_hash", path) if path else None
+    if spec is None or spec.loader is None:
         raise RolloutError(
             "weights of servers on CUDA are compared with SGLang's own hash, which is not in the trainer's "
             "environment. Fix: pip install --no-deps sglang==<the servers' version> there, or set "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +88,18 @@ class Client:
         api_key: str | None = None,
         admin_key: str | None = None,
         timeouts: Timeouts | None = None,
+        starts: Callable[[], int] | None = None,
     ) -> None:
         """
         Args:
             url: scheme, host and port.
             api_key: for generation, and for all else where `admin_key` is None.
             admin_key: for calls that change the server.
+            starts: how often this run has started the server; None where somebody else starts it.
         """
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
+        self._starts = starts
         self._keys = {False: api_key, True: admin_key or api_key}
         # No bound on connections: whoever sends requests bounds them. No proxy, which trust_env would take from the
         # environment: these are the run's own hosts.
@@ -172,6 +175,16 @@ class Client:
     async def server_info(self) -> Mapping[str, Any]:
         """Its arguments, for example ``tp_size``, ``dp_size``, ``context_length``."""
         return await self._ask("/server_info")
+
+    def start_of(self, info: Mapping[str, Any]) -> object:
+        """Equal in two answers of `server_info` only if the server was not restarted between them.
+
+        SGLang 0.5.23 says when it was started, and 0.5.15 does not: where this run did not start it, no two of its
+        answers are equal.
+        """
+        if (told := info.get("startup_time")) is not None:
+            return told
+        return object() if self._starts is None else self._starts()
 
     async def _ask(self, path: str) -> Mapping[str, Any]:
         info = await self._call("GET", path)
@@ -274,8 +287,7 @@ class Client:
         """Of every parameter, for every rank of the server."""
         found = await self._admin("/weights_checker", {"action": "checksum"}, timeout=self.timeouts.update)
         try:
-            # A rank states its place once for each model that it runs: a draft model, where there is one, comes last.
-            places = [rank["parallelism_info"][0] for rank in found["ranks"]]
+            places = [_place(rank["parallelism_info"]) for rank in found["ranks"]]
             return [
                 RankChecksums(place["tp_rank"], place["tp_size"], rank["checksums"])
                 for place, rank in zip(places, found["ranks"], strict=True)
@@ -328,3 +340,9 @@ class Client:
             raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # the last: what is said to be JSON and is not
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
+
+
+def _place(info: Any) -> Mapping[str, Any]:
+    """A rank's place, which SGLang 0.5.15 states once, and later ones for each model: a draft model comes last."""
+    place: Mapping[str, Any] = info if isinstance(info, dict) else info[0]
+    return place

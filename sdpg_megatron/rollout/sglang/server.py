@@ -95,6 +95,8 @@ class ServerProcess:
             RolloutError: `launch.host` is no address of this machine, or has no free port.
         """
         self.launch = launch
+        self.starts = 0
+        """How often it was started."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
         if launch.port is None:
@@ -124,6 +126,7 @@ class ServerProcess:
             "secrets": _secrets(self.launch),
         }
         self._guard = self._start_guard(job)
+        self.starts += 1
 
     def _start_guard(self, job: guard.Job) -> subprocess.Popen[bytes]:
         try:

@@ -192,4 +192,4 @@ async def _seat(client: Client) -> Seat:
         raise ServerError(client.url, "", "SGLang broadcasts to no data-parallel replicas. Fix: use the disk sink")
     if int(info.get("pp_size", 1)) > 1:
         raise ServerError(client.url, "", "SGLang broadcasts to one pipeline stage only. Fix: use the disk sink")
-    return Seat(int(info["tp_size"]), info.get("startup_time") or object(), str(info.get("device", "cuda")))
+    return Seat(int(info["tp_size"]), client.start_of(info), str(info.get("device", "cuda")))
