@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # processes that run verifiers read these records, too; to im
 
     Routing = np.ndarray[tuple[int, int, int], np.dtype[np.integer[Any]]]
     """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
+    TensorFunction = Callable[[Tensor], Tensor]
 
 FinishReason = Literal["stop", "length", "abort"]
 Answer = str | Mapping[str, Any] | Sequence[Any]
@@ -113,8 +114,8 @@ class Route:
     order_G: Tensor
     """int64: at which place each row that is wanted here arrives."""
 
-    def to(self, device: torch.device) -> Route:
-        return Route(self.sent, self.received, self.order_G.to(device))
+    def mapped(self, function: TensorFunction) -> Route:
+        return Route(self.sent, self.received, function(self.order_G))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +145,8 @@ class SequenceBatch:
     numbers_BS: Tensor | None = None
     """int64 [B, S]: each token's number in this rank's step, 0 in padding; None where no router asks for it."""
 
-    def to(self, device: torch.device) -> SequenceBatch:
-        parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
-        return SequenceBatch(**{name: x.to(device) if hasattr(x, "to") else x for name, x in parts.items()})
+    def mapped(self, function: TensorFunction) -> SequenceBatch:
+        return SequenceBatch(**_mapped_parts(self, function))
 
     @property
     def count(self) -> int:
@@ -231,8 +231,21 @@ class MicroBatch:
             contrast_hidden_GH=None if self.contrast_hidden_GH is None else self.contrast_hidden_GH[:0],
         )
 
+    def mapped(self, function: TensorFunction) -> MicroBatch:
+        """The same micro-batch with `function` of every tensor, in an order that does not change."""
+        return MicroBatch(**_mapped_parts(self, function))
+
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with every tensor on `device`."""
-        parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
-        moved: dict[str, Any] = {name: part if part is None else part.to(device) for name, part in parts.items()}
-        return MicroBatch(**moved)
+        """The same micro-batch with every tensor on `device`. `mcore.transfer.to_device` copies all at once."""
+        return self.mapped(lambda tensor: tensor.to(device))
+
+
+def _mapped_parts(record: SequenceBatch | MicroBatch, function: TensorFunction) -> dict[str, Any]:
+    import torch
+
+    def mapped(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return function(part)
+        return part.mapped(function) if isinstance(part, Route | SequenceBatch) else part
+
+    return {part.name: mapped(getattr(record, part.name)) for part in dataclasses.fields(record)}

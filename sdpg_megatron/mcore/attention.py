@@ -116,12 +116,12 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
         query_ends, key_ends = (list(itertools.accumulate(counts)) for counts in zip(*self.chunks, strict=True))
         buckets, order, base = [], [torch.empty(0)] * len(self.chunks), 0
         for numbers in members.values():
-            queries_n, keys_n = torch.tensor([self.chunks[number] for number in numbers]).unbind(1)
-            query_nQ = _padded(torch.tensor([query_ends[number] for number in numbers]) - queries_n, queries_n)
-            key_nU = _padded(torch.tensor([key_ends[number] for number in numbers]) - keys_n, keys_n)
-            ahead_n = keys_n - queries_n
+            query_counts, key_counts = zip(*(self.chunks[number] for number in numbers), strict=True)
+            query_nQ = _padded([query_ends[number] for number in numbers], query_counts)
+            key_nU = _padded([key_ends[number] for number in numbers], key_counts)
             mask_n1QU = None
-            if ahead_n.any():
+            if query_counts != key_counts:
+                ahead_n = torch.tensor(key_counts) - torch.tensor(query_counts)
                 last_nQ = torch.arange(query_nQ.shape[1]) + ahead_n[:, None]
                 mask_n1QU = self._moved((torch.arange(key_nU.shape[1]) <= last_nQ[:, :, None])[:, None])
             buckets.append(Bucket(self._moved(query_nQ), self._moved(key_nU), mask_n1QU))
@@ -148,9 +148,10 @@ def size_class(length: int) -> int:
     return -(-length // step) * step
 
 
-def _padded(first_n: Tensor, count_n: Tensor) -> Tensor:
-    """int64 [n, longest]: ``first, first + 1, ...`` of each, its last one repeated."""
-    return first_n[:, None] + torch.arange(int(count_n.max())).minimum(count_n[:, None] - 1)
+def _padded(ends: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """int64 [n, longest]: the `counts` numbers before each of `ends`, the last one repeated."""
+    end_n, count_n = torch.tensor([ends, counts]).unbind()
+    return (end_n - count_n)[:, None] + torch.arange(max(counts)).minimum(count_n[:, None] - 1)
 
 
 def _context() -> tuple[int, int]:

@@ -159,14 +159,14 @@ class ForwardStep:
         if self.measures_pulls:
             grads = term_gradients(self.objective, terms, self.context, weights_T)
             metrics |= pulls(*self.head.gradient_squares(model, hidden_TH, batch.labels_T, teacher, grads))
-        count = torch.tensor(batch.num_tokens, dtype=torch.int, device=loss_sum.device)
+        count = torch.full((), batch.num_tokens, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 
     def _teacher(self, hidden_GH: Tensor | None, rows_G: Tensor, like: Tensor) -> TeacherRows | None:
         """The teacher's rows on the device of `like`: those that were made early wait in host memory."""
         if hidden_GH is None:
             return None
-        return TeacherRows(hidden_GH.to(like.device), rows_G, self.teacher_matrix_VH)
+        return TeacherRows(hidden_GH.to(like.device, non_blocking=True), rows_G, self.teacher_matrix_VH)
 
     def _contrast(
         self, batch: MicroBatch, model: nn.Module, hidden_TH: Tensor, weights_T: Tensor
@@ -224,7 +224,8 @@ class DeviceMetric:
     """A `Metric` that still lives on the device, so that reporting costs no synchronisation inside the schedule."""
 
     value: Tensor
-    weight: Tensor
+    weight: Tensor | float
+    """A number where all tokens count: the host knows how many there are."""
     reduction: Reduction
 
     def read(self) -> Metric:
@@ -234,19 +235,36 @@ class DeviceMetric:
 Report = dict[str, DeviceMetric]
 
 
+def read_reports(reports: Sequence[Report]) -> list[dict[str, Metric]]:
+    """Read the metrics of several micro-batches, in one transfer from the device."""
+    metrics = [metric for report in reports for metric in report.values()]
+    on_device = [x for metric in metrics for x in (metric.value, metric.weight) if isinstance(x, Tensor)]
+    numbers = iter(torch.stack(on_device).tolist() if on_device else [])
+
+    def read(metric: DeviceMetric) -> Metric:
+        value = next(numbers)
+        return Metric(value, metric.reduction, next(numbers) if isinstance(metric.weight, Tensor) else metric.weight)
+
+    return [{name: read(metric) for name, metric in report.items()} for report in reports]
+
+
+_NEUTRAL = {Reduction.MEAN: 0.0, Reduction.SUM: 0.0, Reduction.MAX: -math.inf, Reduction.MIN: math.inf}
+
+
 def reduce_tokens(metric: TokenMetric) -> DeviceMetric:
     """Reduce one micro-batch's per-token values; over no tokens the result is neutral."""
-    values_T = metric.values_T.detach().float()
+    values_T, neutral = metric.values_T.detach().float(), _NEUTRAL[metric.reduction]
+    weight: Tensor | float = float(values_T.numel())
     if metric.mask_T is not None:
-        values_T = values_T[metric.mask_T]
-    weight = torch.tensor(float(values_T.numel()), device=values_T.device)
+        values_T = values_T.where(metric.mask_T, neutral)  # to pick them out, the host would wait for their number
+        weight = metric.mask_T.sum().float()
     match metric.reduction:
         case Reduction.MEAN:
-            value = values_T.sum() / weight.clamp(min=1)
+            value = values_T.sum() / (weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1.0))
         case Reduction.SUM:
             value = values_T.sum()
         case Reduction.MAX:
-            value = values_T.max() if values_T.numel() else values_T.new_tensor(float("-inf"))
+            value = values_T.max() if values_T.numel() else values_T.new_full((), neutral)
         case Reduction.MIN:
-            value = values_T.min() if values_T.numel() else values_T.new_tensor(float("inf"))
+            value = values_T.min() if values_T.numel() else values_T.new_full((), neutral)
     return DeviceMetric(value, weight, metric.reduction)

@@ -35,7 +35,7 @@ class FrozenWeights:
     def of(self, parameter: nn.Parameter, chunks: Sequence[nn.Module]) -> Tensor:
         """The copy of one of the chunks' parameters, as `swapped_in` would put it in place."""
         (found,) = (copy for own, copy in zip(_parameters(chunks), self.tensors, strict=True) if own is parameter)
-        return found.to(parameter.device, parameter.dtype)
+        return found.to(parameter.device, parameter.dtype, non_blocking=True)
 
     def follow(self, chunks: Sequence[nn.Module], share: float = 1.0) -> None:
         """Move a share of the way to the chunks' present weights; 1 is a new copy of them, to the bit."""

@@ -17,7 +17,7 @@ from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import NonFiniteWeightsError
 from sdpg_megatron.mcore import device, passes
-from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep
+from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep, read_reports
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, first_non_finite, load_weights, named_parameters
@@ -26,6 +26,7 @@ from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gath
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
+from sdpg_megatron.mcore.transfer import host_copy
 from sdpg_megatron.objectives import needs_of_run
 from sdpg_megatron.objectives.base import Needs, Objective, StepContext
 from sdpg_megatron.objectives.mismatch import effective_sample_size
@@ -122,13 +123,14 @@ class Learner:
 
     def with_early_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the rows of a teacher that has to read before the step's first update, in host memory; else nothing."""
-        return self._with_teacher(batches, torch.device("cpu")) if self.teacher.early else list(batches)
+        return self._with_teacher(batches) if self.teacher.early else list(batches)
 
-    def _with_teacher(self, batches: Sequence[MicroBatch], place: torch.device) -> list[MicroBatch]:
+    def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the teacher's hidden rows under the privileged context and, where there is one, under a wrong one."""
 
         def read(batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-            return [None if x is None else x.to(place) for x in passes.teacher_hidden(self.chunks, batches)]
+            found = passes.teacher_hidden(self.chunks, batches)
+            return [None if x is None else host_copy(x) for x in found] if self.teacher.early else found
 
         self._gather()
         with self.teacher.reading():
@@ -162,7 +164,7 @@ class Learner:
         """
         needs: Needs = self.objective.needs(context)
         if needs.teacher and not self.teacher.early:
-            batches = self._with_teacher(batches, self.device)
+            batches = self._with_teacher(batches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -176,7 +178,7 @@ class Learner:
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         grad_norm = ready_gradients(self.optimizer)
         # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
-        local = merge({k: m.read() for k, m in report.items()} for report in reports) if self.ranks.tensor == 0 else {}
+        local = merge(read_reports(reports)) if self.ranks.tensor == 0 else {}
         finite, found = zip(
             *self.ranks.gather_all((math.isfinite(grad_norm), {**local, **self.routing.metrics()})), strict=True
         )

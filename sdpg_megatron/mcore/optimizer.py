@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from sdpg_megatron.config import OptimizerConfig
+from sdpg_megatron.mcore import gradient_norm
 
 HYPERPARAMETERS = ("betas", "eps", "max_lr", "min_lr")
 """Keys of a parameter group. The scheduler sets learning rate and weight decay at every step."""
@@ -50,6 +51,7 @@ def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> Any:
     """Adam with decoupled weight decay; state sharded over data-parallel ranks where `config.distributed`."""
+    gradient_norm.install()
     dtype = chunks[0].config.params_dtype
     built = mcore_optimizer.get_megatron_optimizer(
         mcore_optimizer.OptimizerConfig(

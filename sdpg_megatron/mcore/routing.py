@@ -4,13 +4,14 @@ A router needs to know of each token which sequence it is of, and which experts 
 token's number in this rank's step, in the place of Megatron's padding mask: schedules, pipeline stages and
 recomputation bring it to every layer.
 
-Shapes: B sequences of a micro-batch, S padded length, N tokens of this rank's step and one that stands for all padding,
+Shapes: B sequences of a micro-batch, S padded length, N positions of this rank's step and one that stands for padding,
 T tokens of a router's call, E experts, K of them for a token, L layers, Q sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdpg_megatron.config import ModelConfig
 from sdpg_megatron.observe.metrics import Metric, Reduction
@@ -36,7 +38,7 @@ class RouterStep:
     """One optimizer step, as this rank's routers see it."""
 
     sequence_N: Tensor
-    """int64: number of each token's sequence in its micro-batch. Token 0 stands for padding."""
+    """int64: number of each token's sequence in its micro-batch; 0 for padding, as at token 0."""
     share_N: Tensor
     """float32: 1 / tokens of that sequence; 0 for padding."""
     sequences: int
@@ -192,8 +194,8 @@ class Routing:
 
     def _count(self, batches: Sequence[MicroBatch]) -> float:
         """Response tokens over all tokens: gradients are divided by the former, losses are means over the latter."""
-        counts = [[b.num_tokens for b in batches], [int((_sequence(b.student) >= 0).sum()) for b in batches]]
-        total = torch.tensor([sum(count) for count in counts], device=batches[0].labels_T.device)
+        tokens_here = torch.stack([(_sequence(batch.student) >= 0).sum() for batch in batches]).sum()
+        total = torch.stack([torch.full_like(tokens_here, sum(b.num_tokens for b in batches)), tokens_here])
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         responses, tokens = total.tolist()
         self._tokens = int(tokens)
@@ -214,7 +216,7 @@ class Routing:
 
 
 def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tensor, Tensor]:
-    """Number the tokens of a step's student sequences from 1; padding has 0.
+    """Number the positions of a step's student sequences from 1; those of padding have 0.
 
     Returns:
         The micro-batches with numbers, and `RouterStep`'s `sequence_N` and `share_N`.
@@ -226,14 +228,14 @@ def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tens
     for batch in batches:
         sequence_BS, sizes_Q = _sequence(batch.student), batch.student.sizes_Q
         assert sizes_Q is not None
-        real_BS = sequence_BS >= 0
-        numbers_BS = torch.zeros_like(sequence_BS)
-        found = sequence_BS[real_BS]
-        numbers_BS[real_BS] = torch.arange(first, first + len(found), device=device)
-        first += len(found)
-        sequences.append(found)
-        shares.append(1 / sizes_Q[found].float())
-        numbered.append(dataclasses.replace(batch, student=dataclasses.replace(batch.student, numbers_BS=numbers_BS)))
+        positions_BS = torch.arange(first, first + sequence_BS.numel(), device=device).view_as(sequence_BS)
+        first += sequence_BS.numel()
+        sequences.append(sequence_BS.flatten().clamp(min=0))
+        shares.append(
+            1 / functional.pad(sizes_Q.float(), (0, 1), value=math.inf)[sequence_BS.flatten()]
+        )  # -1: the last
+        student = dataclasses.replace(batch.student, numbers_BS=positions_BS.where(sequence_BS >= 0, 0))
+        numbered.append(dataclasses.replace(batch, student=student))
     return numbered, torch.cat(sequences), torch.cat(shares)
 
 
@@ -245,9 +247,9 @@ def number_experts(batches: Sequence[MicroBatch]) -> Tensor | None:
     padding_1LK = given[0].new_full((1, *given[0].shape[2:]), -1)
     parts = [padding_1LK]
     for batch in batches:
-        real_BS, experts_BSLK = _sequence(batch.student) >= 0, batch.student.experts_BSLK
-        own = padding_1LK.expand(int(real_BS.sum()), -1, -1)
-        parts.append(own if experts_BSLK is None else experts_BSLK[real_BS])
+        experts_BSLK = batch.student.experts_BSLK
+        own = padding_1LK.expand(batch.student.tokens_BS.numel(), -1, -1)
+        parts.append(own if experts_BSLK is None else experts_BSLK.flatten(0, 1))
     return torch.cat(parts)
 
 

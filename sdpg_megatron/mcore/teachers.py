@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.mcore.frozen import FrozenWeights
 from sdpg_megatron.mcore.model import output_weight
+from sdpg_megatron.mcore.transfer import host_copy
 
 
 class Teacher:
@@ -68,10 +69,12 @@ class RolloutTeacher(Teacher):
         self._matrix: Tensor | None = None
 
     def begin(self, step: int) -> None:
-        self._matrix = None if self.output is None else self.output.detach().to("cpu", copy=True)
+        self._matrix = None if self.output is None else host_copy(self.output.detach())
 
     def matrix(self) -> Tensor | None:
-        return None if self._matrix is None or self.output is None else self._matrix.to(self.output.device)
+        if self._matrix is None or self.output is None:
+            return None
+        return self._matrix.to(self.output.device, non_blocking=True)
 
 
 class FrozenTeacher(Teacher):

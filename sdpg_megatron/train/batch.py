@@ -12,6 +12,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.objectives.mismatch import correction
 from sdpg_megatron.records import MicroBatch
 from sdpg_megatron.train.collate import Layout, collate
@@ -53,7 +54,7 @@ def build_step(
     kept = [replace(sample, unit=layout.unit) for sample in (samples if regularized else with_gradient(samples))]
     parts = plan(kept, layout.data_size, limit, alike=not layout.packed)[layout.data]
     return StepBatch(
-        micro_batches=[collate(part, layout).to(device) for part in parts],
+        micro_batches=to_device([collate(part, layout) for part in parts], device),
         distill_scale=_weight(samples) / gated if (gated := _gated_weight(samples)) else 1.0,
     )
 

@@ -1,0 +1,37 @@
+"""Gradient norm and clipping in a few kernels, for machines without Transformer Engine and apex.
+
+megatron-core's own substitute (0.16 to 0.19) reads each parameter's norm from the device, one after the other, and
+scales each gradient through a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch import Tensor
+
+
+def install() -> None:
+    """Replace megatron-core's substitutes where it has fallen back to them."""
+    module: Any = clip_grads
+    if module.l2_norm_impl is local_multi_tensor_l2_norm:
+        module.l2_norm_impl = l2_norm
+    if module.multi_tensor_scale_impl is local_multi_tensor_scale:
+        module.multi_tensor_scale_impl = scale
+
+
+def l2_norm(_chunk: int, _overflow: Tensor, lists: Sequence[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
+    """Norm of all tensors together, [1], where they are."""
+    return torch.nn.utils.get_total_norm([tensor for tensors in lists for tensor in tensors]).view(1), None
+
+
+def scale(_chunk: int, _overflow: Tensor, lists: Sequence[list[Tensor]], factor: float) -> None:
+    """Write the first list's tensors, times a factor, to the second's, which may be the same ones."""
+    sources, targets = lists
+    if sources is not targets:
+        torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, factor)
