@@ -180,7 +180,9 @@ def _make_client(url: str, config: SGLangConfig, keys: Keys, process: ServerProc
 def make_sink(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Sink:
     match config.sink:
         case "broadcast":
-            device = torch.device(model.device)
+            # With its number: the sink works in other threads, whose current device is the first.
+            on_gpu = model.device == "cuda"
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             return BroadcastSink(nonce=nonce, device=device, address=config.address, seconds=config.update_timeout)
         case "shared":
             return SharedSink()

@@ -22,6 +22,9 @@ from sdpg_megatron.weights import Bucket, new_room
 
 JOIN_SECONDS = 120.0
 """Bound of the time in which all ranks meet."""
+PROBE = "model.layers.0.self_attn.rotary_emb.inv_freq"
+"""A name under which SGLang's models take no weights: one number is sent under it through a new group. NCCL connects at
+the first broadcast, so what keeps it from that shows before any weights are on their way."""
 SHARE = 0.8
 """Of the time that a server's answer may take, until which a broadcast is given up: there must be time left in which
 the others say that they are well."""
@@ -110,7 +113,7 @@ class BroadcastSink:
         failures: dict[Client, ServerError] = {}
         while self._group is not None:
             clients = list(self._seats)
-            outcome = await self._broadcast(self._group, flat)
+            outcome = await _broadcast(self._group, flat, clients, self._seconds)
             if outcome.well:
                 break
             failures |= _blamed(outcome, clients)
@@ -120,13 +123,6 @@ class BroadcastSink:
             if not outcome.spoiled:
                 break
         return failures
-
-    async def _broadcast(self, group: WeightGroup, flat: Flat) -> Outcome:
-        names = [span.name for span in flat.spans]
-        dtypes = [span.dtype_name for span in flat.spans]
-        shapes = [list(span.shape) for span in flat.spans]
-        calls = {client: client.receive(names, dtypes, shapes, group.name) for client in self._seats}
-        return await attempt(group, calls, group.broadcast(flat.run, self._seconds), self._seconds)
 
     async def _form(self, seats: Mapping[Client, Seat]) -> Failures:
         """Make a group with as many of these servers as can be had."""
@@ -143,6 +139,9 @@ class BroadcastSink:
             )
             seconds = min(JOIN_SECONDS, self._seconds)
             outcome = await attempt(group, _joins(group, seats), group.join(seconds), seconds)
+            if outcome.well:
+                probe = as_run([(PROBE, torch.zeros(1, device=self._device if self._nccl else "cpu"))])
+                outcome = await _broadcast(group, probe, list(seats), seconds)
             if outcome.well:
                 self._group, self._seats = group, seats
                 break
@@ -174,11 +173,20 @@ def _joins(group: WeightGroup, seats: Mapping[Client, Seat]) -> dict[Client, Any
     return joins
 
 
+async def _broadcast(group: WeightGroup, flat: Flat, clients: Sequence[Client], seconds: float) -> Outcome:
+    names = [span.name for span in flat.spans]
+    dtypes = [span.dtype_name for span in flat.spans]
+    shapes = [list(span.shape) for span in flat.spans]
+    calls = {client: client.receive(names, dtypes, shapes, group.name) for client in clients}
+    return await attempt(group, calls, group.broadcast(flat.run, seconds), seconds)
+
+
 def _blamed(outcome: Outcome, clients: Sequence[Client]) -> Failures:
     """Servers that are out; all where it cannot be told whose fault it was, so that every failure leaves fewer."""
     if outcome.failed:
         return outcome.failed
-    return {client: ServerError(client.url, "", f"the group broke ({outcome.own})") for client in clients}
+    reason = f"the weight group broke ({outcome.own}). Fix: see the server's log; where it persists, use another sink"
+    return {client: ServerError(client.url, "", reason) for client in clients}
 
 
 async def _seat(client: Client) -> Seat:

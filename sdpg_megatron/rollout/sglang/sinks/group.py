@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -23,6 +24,13 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 T = TypeVar("T")
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
+"""Set while an NCCL group is made: whoever waits for a broadcast then gets its errors. By default, a watchdog thread of
+the group finds them and ends the process; with TORCH_NCCL_ASYNC_ERROR_HANDLING=0, the default group's monitor does
+so minutes later. With this variable, the group has no such thread.
+Source: ProcessGroupNCCL.cpp of torch 2.11: its constructor, Watchdog::runLoop and HeartbeatMonitor::runLoop."""
+MARGIN = 30.0
+"""Seconds that NCCL gets beyond a caller's bound: the caller aborts the group first, and knows whose fault it was."""
 
 
 class WeightGroup:
@@ -56,15 +64,17 @@ class WeightGroup:
     def _join(self, limit: timedelta) -> dist.ProcessGroup:
         """As SGLang's side does it: sglang.srt.utils.common.init_custom_process_group of SGLang 0.5.23."""
         store = TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=limit)
-        found = c10d._new_process_group_helper(
-            self.size,
-            0,
-            [],
-            c10d.Backend(self.backend),
-            c10d.PrefixStore(self.name, store),
-            group_name=self.name,  # type: ignore[arg-type]
-            timeout=limit,
-        )
+        nccl = self.backend == "nccl"
+        with variables(**({BLOCKING_WAIT: "1"} if nccl else {})):
+            found = c10d._new_process_group_helper(
+                self.size,
+                0,
+                [],
+                c10d.Backend(self.backend),
+                c10d.PrefixStore(self.name, store),
+                group_name=self.name,  # type: ignore[arg-type]
+                timeout=limit + timedelta(seconds=MARGIN) if nccl else limit,
+            )
         group: dist.ProcessGroup = found[0]
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.size)}
         return group
@@ -80,7 +90,11 @@ class WeightGroup:
             options.timeout = timedelta(seconds=seconds)
             if run.is_cuda:
                 torch.cuda.set_device(run.device)
-            group.broadcast([run], options).wait()
+            work = group.broadcast([run], options)
+            if self.backend == "nccl":
+                work.wait(timedelta(seconds=seconds + MARGIN))
+            else:
+                work.wait()
             if run.is_cuda:
                 torch.cuda.current_stream(run.device).synchronize()
 
@@ -96,8 +110,25 @@ class WeightGroup:
         """Close all connections, which ends the other ranks' waiting. No broadcast may be under way."""
         group, self._group, self._meeting = self._group, None, None
         if group is not None:
+            if self.backend == "nccl":
+                group.abort()  # to destroy alone is to wait for the other ranks, which may be gone
             with suppress(ValueError):  # `torch.distributed` was shut down as a whole before
                 dist.destroy_process_group(group)
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Environment variables that have these values for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 async def in_thread(work: Callable[[], T]) -> T:
