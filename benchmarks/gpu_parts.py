@@ -208,7 +208,7 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
     """A run of two steps: its YAML file."""
     questions = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(64)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
-    prompts, group, length = (2, 2, 4) if options.rehearse else (16, 8, 256)
+    prompts, group, length = (2, 2, 4) if options.rehearse else (8, 8, 128)
     tokens = 256 if options.rehearse else 16_384
     ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
     config = {

@@ -1,7 +1,8 @@
 """Transformer layers out of megatron-core's parallel linears, for machines without Transformer Engine.
 
-Two parts replace megatron-core's local ones: its norm refuses sequence parallelism, and its attention core
-(`mcore.attention` is ours) materialises all scores.
+Three parts replace megatron-core's local ones: its norm refuses sequence parallelism, its attention core
+(`mcore.attention` is ours) materialises all scores, and its rotary embedding (`mcore.rotary`) makes cosines anew in each
+layer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from sdpg_megatron.mcore import rotary
 from sdpg_megatron.mcore.attention import CausalAttention
 from sdpg_megatron.mcore.routing import use_own_router
 
@@ -42,7 +44,8 @@ class RMSNorm(torch.nn.Module):
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """This stage's layers from megatron-core's own modules, with the norm and the attention core above."""
+    """This stage's layers from megatron-core's own modules, with the parts above."""
+    rotary.install()
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )

@@ -84,7 +84,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=uses_te(model),
     )
 
 

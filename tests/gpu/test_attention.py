@@ -1,4 +1,4 @@
-"""The variable-length kernel computes what padded buckets compute, forward and backward."""
+"""Attention and rotary embedding on a GPU compute what they compute in plain torch, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sdpg_megatron.mcore import attention
+from sdpg_megatron.mcore import attention, rotary
 from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,9 @@ CHUNKS = ((100, 300), (100, 400), (1, 1), (30, 511))
 
 
 def attend(tensors: list[Tensor], packed: PackedSequences, upstream: Tensor, *, varlen: bool) -> list[Tensor]:
-    config = TransformerConfig(num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, attention_dropout=0.0
+    )
     core = CausalAttention(config, 1, AttnMaskType.causal)
     with mock.patch.object(attention, "takes_varlen", lambda query: varlen):
         found = core(*tensors, packed_seq_params=packed)
@@ -45,4 +47,23 @@ def test_both_kernels_agree(chunks: tuple[tuple[int, int], ...]) -> None:
     wide = [x.detach().float().requires_grad_() for x in tensors]
     slow = attend(wide, packed, upstream.float(), varlen=False)
     for found, expected in zip(fast, slow, strict=True):
-        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+        error = (found.float() - expected).norm() / expected.norm()
+        assert error < 2**-7, "bfloat16 rounds by 2^-9"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compiled_rotary_embedding_rotates_as_the_plain_one(dtype: torch.dtype) -> None:
+    """For several numbers of tokens and heads, of which none makes it compile without end."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for tokens, heads in ((300, 8), (300, 2), (5, 8), (1, 2), (1024, 8)):
+        hidden = torch.randn(tokens, heads, 64, generator=generator, device="cuda").to(dtype).requires_grad_()
+        angles = torch.randn(tokens, 1, 32, generator=generator, device="cuda").repeat(1, 1, 2) * 100
+        upstream = torch.randn(hidden.shape, generator=generator, device="cuda").to(dtype)
+        pair = rotary.cosines_and_sines(angles, 1.0, dtype)
+        compiled = rotary.rotation(hidden)
+        assert compiled is not rotary.rotate
+        found, expected = compiled(hidden, *pair), rotary.rotate(hidden, *pair)
+        assert (found - expected).norm() < 2**-7 * expected.norm()
+        (found,) = torch.autograd.grad(found, hidden, upstream)
+        (expected,) = torch.autograd.grad(expected, hidden, upstream)
+        assert (found - expected).norm() < 2**-7 * expected.norm()
