@@ -31,6 +31,11 @@ def has_te() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def has_compiled_kernels() -> bool:
+    """Whether torch.compile makes kernels for a GPU here."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
 def check_layers(model: ModelConfig) -> None:
     """Check that Transformer Engine is there where a configuration asks for it. Raises `ConfigError`."""
     if model.spec == "te" and not has_te():
