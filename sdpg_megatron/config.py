@@ -50,6 +50,8 @@ class ModelConfig(Section):
     attention kernels that want it."""
     gradient_accumulation_fusion: bool = False
     """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
+    activation_fusion: bool = True
+    """Compute the gated activation as one compiled kernel on a GPU. No effect without a GPU or without Triton."""
     router_aux_loss: float = Field(0.0, ge=0)
     """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
     tokens; docs/experts.md has the formula."""

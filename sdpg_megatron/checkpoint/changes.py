@@ -17,6 +17,7 @@ from sdpg_megatron.settings import flatten
 FREE = (
     "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
     "model.path", "model.spec", "model.packed", "model.recompute", "model.gradient_accumulation_fusion",
+    "model.activation_fusion",
     "reward.workers", "reward.timeout",
     "optimizer.micro_batch_size", "optimizer.micro_batch_tokens",
     "rollout.engine", "rollout.sglang", "rollout.batch_size", "rollout.mismatch_limit",

@@ -20,7 +20,7 @@ from torch.nn import functional
 from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
-from sdpg_megatron.mcore.device import check_layers, has_te
+from sdpg_megatron.mcore.device import check_layers, has_compiled_kernels, has_te
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
@@ -80,8 +80,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         recompute_method="uniform" if model.recompute else None,
         recompute_num_layers=1 if model.recompute else None,
         gradient_accumulation_fusion=model.gradient_accumulation_fusion,
+        bias_activation_fusion=model.activation_fusion and has_compiled_kernels(),
         # Fusions that need CUDA kernels from apex or Transformer Engine.
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=uses_te(model),

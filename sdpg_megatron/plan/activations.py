@@ -31,11 +31,22 @@ class Activations:
     """Beside what is kept, in the backward pass of one layer."""
 
     @classmethod
-    def of(cls, arch: Architecture, model: ModelConfig, parallel: ParallelConfig, *, cuda: bool) -> Activations:
+    def of(
+        cls,
+        arch: Architecture,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        cuda: bool,
+        fused: bool | None = None,
+    ) -> Activations:
+        """`fused`: the gated activation is one kernel; None for what a run does there."""
+        fused = cuda and model.activation_fusion if fused is None else fused
         w, t = BYTES[model.dtype], parallel.tensor
         hidden = arch.hidden_size / (t if parallel.sequence else 1)
         query, key = arch.num_heads * arch.head_dim / t, arch.num_kv_heads * arch.head_dim / t
-        kept = 2 * _norm(hidden, w) + _attention(arch, query, key, t, w) + _feed_forward(arch, parallel, w)
+        kept = 2 * _norm(hidden, w) + _attention(arch, query, key, t, w)
+        kept += _feed_forward(arch, parallel, w, fused=fused)
         if not cuda:
             kept += _more_on_cpu(arch, hidden, query, key, w)
         if parallel.context > 1:
@@ -83,14 +94,17 @@ def _routed(arch: Architecture, parallel: ParallelConfig) -> float:
     return arch.experts.per_token / parallel.tensor
 
 
-def _feed_forward(arch: Architecture, parallel: ParallelConfig, w: int) -> float:
-    """Gate and up together, up again, the gate's activation, their product."""
+def _feed_forward(arch: Architecture, parallel: ParallelConfig, w: int, *, fused: bool) -> float:
+    """Gate and up together and their product; unless the activation is `fused`, up again and the gate's activation."""
+    columns = 3 if fused else 5
     if arch.experts is None:
-        return 5 * arch.ffn_size / parallel.tensor * w
+        return columns * arch.ffn_size / parallel.tensor * w
     experts, routed = arch.experts, _routed(arch, parallel)
     choices = (20 * experts.per_token + experts.count * (1 + w)) / (parallel.tensor if parallel.sequence else 1)
-    # An expert's ranks each get all of its tokens, and compute a share of its columns; products are scaled, too.
-    return choices + routed * (parallel.expert_tensor_size * (arch.hidden_size + 1) + 6 * arch.ffn_size) * w
+    if not fused:
+        columns += 1  # the product before it is scaled
+    # An expert's ranks each get all of its tokens, and compute a share of its columns.
+    return choices + routed * (parallel.expert_tensor_size * (arch.hidden_size + 1) + columns * arch.ffn_size) * w
 
 
 def in_flight(grid: Grid, stage: int, micro_batches: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -130,3 +131,55 @@ def test_transformer_engine_is_chosen_for_what_its_attention_takes(spec: str, dt
         assert model.uses_te(chosen) == expected
     with mock.patch.object(model, "has_te", lambda: False):
         assert model.uses_te(chosen) == (spec == "te")
+
+
+def test_the_activation_is_one_kernel_where_a_gpu_compiles_it(tmp_path: Path) -> None:
+    from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.config import ModelConfig, ParallelConfig
+    from sdpg_megatron.mcore import device
+    from sdpg_megatron.mcore.model import transformer_config
+
+    folder = write_tiny_model(tmp_path / "model", "qwen3", tied=True, seed=1)
+
+    def fused(**more: bool) -> bool:
+        model = ModelConfig.model_validate({"path": folder, **more})
+        found: bool = transformer_config(read_architecture(folder), model, ParallelConfig()).bias_activation_fusion
+        return found
+
+    assert not fused()
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        with mock.patch.object(device.importlib.util, "find_spec", lambda name: name == "triton"):
+            assert fused() and not fused(activation_fusion=False)
+        with mock.patch.object(device.importlib.util, "find_spec", lambda name: None):
+            assert not fused()
+
+
+def fused_steps(folder: Path, overrides: dict[str, Any]) -> tuple[Any, bool]:
+    """`two_steps` as with a GPU, but without compiling; and whether megatron-core's fused activation was called."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from sdpg_megatron.mcore import model
+    from tests.dist.test_step import two_steps
+
+    eager = fused_bias_swiglu.swiglu_back
+    with (
+        mock.patch.object(model, "has_compiled_kernels", lambda: True),
+        mock.patch.object(fused_bias_swiglu, "swiglu_back", mock.Mock(wraps=eager)) as fused,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        return two_steps(folder, overrides), fused.called
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_the_fused_activation_is_the_same_function(tmp_path: Path, ranks: RankPool, family: Any) -> None:
+    folder = write_tiny_model(tmp_path / "model", family, tied=True, seed=1)
+    (expected, before), (found, after) = (
+        ranks.run(fused_steps, 1, folder, {"model.activation_fusion": fused})[0] for fused in (False, True)
+    )
+    assert (before, after) == (False, True)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(
+            found["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for plain, step in zip(expected["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(plain, rel=1e-4, abs=1e-6)

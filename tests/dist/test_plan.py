@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -124,8 +125,11 @@ def test_parameters_of_the_whole_model(folders: dict[str, Path]) -> None:
         assert count_parameters(read_architecture(folder)) == sum(p.numel() for p in model.parameters()), family
 
 
-def saved(folder: Path, dtype: str, recompute: bool, tokens: int) -> int:
-    """Bytes that autograd keeps of a forward pass over packed sequences, parameters left out."""
+def saved(folder: Path, dtype: str, recompute: bool, tokens: int, fused: bool = False) -> int:
+    """Bytes that autograd keeps of a forward pass over packed sequences, parameters left out.
+
+    `fused`: with the activation of a GPU, which is not compiled here.
+    """
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.config import ModelConfig, ParallelConfig
     from sdpg_megatron.mcore import parallel
@@ -134,7 +138,8 @@ def saved(folder: Path, dtype: str, recompute: bool, tokens: int) -> int:
 
     ranks = parallel.initialize(ParallelConfig(), 0)
     model = ModelConfig(path=folder, dtype=dtype, recompute=recompute)  # type: ignore[arg-type]
-    (chunk,) = build_chunks(read_architecture(folder), model, ParallelConfig(), ranks)
+    with mock.patch("sdpg_megatron.mcore.model.has_compiled_kernels", lambda: fused):
+        (chunk,) = build_chunks(read_architecture(folder), model, ParallelConfig(), ranks)
     for parameter in chunk.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
@@ -145,13 +150,15 @@ def saved(folder: Path, dtype: str, recompute: bool, tokens: int) -> int:
             kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         last_hidden(chunk, torch.zeros(1, tokens, dtype=torch.int64), (tokens // 3, tokens - tokens // 3))
     return nbytes(kept)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool, dtype: str) -> None:
+def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool, dtype: str, fused: bool) -> None:
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.config import ModelConfig, ParallelConfig
     from sdpg_megatron.plan.activations import Activations
@@ -159,12 +166,12 @@ def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool,
     for family, folder in folders.items():
         arch, tokens = read_architecture(folder), 96
         model = ModelConfig(path=folder, dtype=dtype)  # type: ignore[arg-type]
-        a = Activations.of(arch, model, ParallelConfig(), cuda=False)
+        a = Activations.of(arch, model, ParallelConfig(), cuda=False, fused=fused)
         w = 2 if dtype == "bfloat16" else 4
         handed_on = arch.hidden_size * w  # the final norm's output is kept by the caller
         numbers = 8 + 24  # of the tokens, and their places among those of the buckets
         expected = tokens * (arch.num_layers * a.layer + a.final_norm - handed_on + numbers)
-        (found,) = ranks.run(saved, 1, folder, dtype, False, tokens)
+        (found,) = ranks.run(saved, 1, folder, dtype, False, tokens, fused)
         assert found == pytest.approx(expected, rel=0.01), family
 
 
