@@ -250,7 +250,8 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         overrides = [f"rollout.prompts_per_step={len(lengths) // group}", f"rollout.group_size={group}"]
         overrides += [f"rollout.max_response_tokens={lengths[0]}", "rollout.mismatch_limit=null"]
         overrides += [f"model.recompute={size == '1.7b'}".lower()]  # without, 1.7B does not fit in 80 GB
-        planned = plan(path, overrides)
+        student_tokens = len(lengths) * (lengths[0] + PROMPT_TOKENS) // (1 if options.rehearse else 4)
+        planned = plan(path, [*overrides, f"optimizer.micro_batch_tokens={student_tokens}"])
         trainer = StandingLearner(load(path, overrides))
         groups = given_groups(lengths, group, trainer.inputs.arch.vocab_size)
         seconds = []
@@ -308,13 +309,17 @@ def profiled() -> Iterator[tuple[Counter[str], Counter[str]]]:
 
 
 def plan(path: Path, overrides: Sequence[str]) -> float:
-    """GiB of a GPU that `sdpg-megatron plan` foresees."""
+    """GiB that `sdpg-megatron plan` foresees for torch's allocator in the passes and the update.
+
+    It takes all tokens of a micro-batch for the student's. With a teacher in each of them about half are.
+    """
     from sdpg_megatron.plan.gpus import find_gpu
     from sdpg_megatron.plan.plan import make_plan
     from sdpg_megatron.settings import load
 
     made = make_plan(load(path, overrides), find_gpu("H100"), 1)
-    return float(max(stage.total(stage.fullest) for stage in made.stages)) / 2**30
+    (stage,) = made.stages
+    return float(max(stage.total(name) - stage.parts(name)["context"] for name in ("passes", "update"))) / 2**30
 
 
 def run(options: Options, *overrides: str) -> dict[str, Any]:

@@ -80,8 +80,7 @@ def _norm(hidden: float, w: int) -> float:
 
 def _attention(arch: Architecture, query: float, key: float, t: int, w: int) -> float:
     kept = (query + 2 * key) * w  # the projection's output, which the values are a part of
-    kept += 4 * arch.head_dim * w  # cosines and sines, for queries and for keys
-    kept += (query + key) * w  # turned
+    kept += (query + key) * w  # turned; all layers share cosines and sines
     kept += query * w + 4 * arch.num_heads / t  # output; the softmax's sums
     if arch.qk_norm:
         kept += 4 * (arch.num_heads + arch.num_kv_heads) / t  # the inputs are the projection's output
