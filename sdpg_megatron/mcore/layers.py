@@ -1,8 +1,8 @@
 """Transformer layers out of megatron-core's parallel linears, for machines without Transformer Engine.
 
 Three parts replace megatron-core's local ones: its norm refuses sequence parallelism, its attention core
-(`mcore.attention` is ours) materialises all scores, and its rotary embedding (`mcore.rotary`) makes cosines anew in each
-layer.
+(`mcore.attention` is ours) materialises all scores, and its rotary embedding (ours is `mcore.rotary`) makes cosines
+anew in each layer.
 """
 
 from __future__ import annotations
