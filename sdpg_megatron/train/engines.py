@@ -51,7 +51,7 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEn
 def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-    from sdpg_megatron.rollout.sglang.preflight import check_colocated, check_devices, check_python
+    from sdpg_megatron.rollout.sglang.preflight import check_colocated, check_devices, check_group, check_python
 
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
     check_colocated(config, kind)
@@ -62,6 +62,7 @@ def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: O
     if ranks.is_main:
         try:
             check_devices(config.rollout.sglang, torch.cuda.device_count())
+            check_group(config.rollout.sglang, torch.cuda.device_count())
             check_python(config.rollout.sglang, config.model.path)
             engine = SGLangEngine(
                 config.rollout.sglang,

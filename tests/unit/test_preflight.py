@@ -11,11 +11,14 @@ import pytest
 from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.rollout.sglang import preflight
 from sdpg_megatron.rollout.sglang.preflight import (
     check_colocated,
     check_devices,
+    check_group,
     check_hosts,
     check_ports,
+    check_python,
     check_servers,
 )
 from sdpg_megatron.settings import parse
@@ -52,6 +55,52 @@ def test_gpus_that_are_enough(changes: dict[str, Any], environment: RankEnvironm
 def test_too_few_gpus_are_named(changes: dict[str, Any], environment: RankEnvironment, gpus: int, found: str) -> None:
     with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.servers: found '{found}"):
         check_devices(SGLangConfig(**changes), gpus, environment)
+
+
+def test_one_gpu_is_not_enough_for_a_server_beside_the_trainer() -> None:
+    with pytest.raises(ConfigError, match=r"servers: .*colocated=true rollout\.sglang\.sink=shared"):
+        check_devices(SGLangConfig(), 1, ALONE)
+    alone = SGLangConfig(first_gpu=0)
+    check_devices(alone, 1, ALONE)
+    with pytest.raises(ConfigError, match=r"first_gpu: found 0, expected a GPU that no rank.*sink=shared or disk"):
+        check_group(alone, 1, ALONE)
+    for fits in (
+        SGLangConfig(first_gpu=0, sink="shared"),
+        SGLangConfig(colocated=True, sink="disk"),
+        SGLangConfig(first_gpu=1),
+        SGLangConfig(urls=("http://10.0.0.2:1",), first_gpu=0),
+    ):
+        check_group(fits, 2, ALONE)
+    check_group(alone, 0, ALONE)  # on a CPU
+
+
+@pytest.mark.parametrize(
+    ("sink", "own", "theirs", "refused"),
+    [
+        ("broadcast", "2.28.9", "[2, 27, 5]", True),
+        ("broadcast", "2.28.9", "[2, 28, 9]", False),
+        ("broadcast", "2.28.9", "no CUDA", False),
+        ("broadcast", None, "[2, 27, 5]", False),
+        ("shared", "2.28.9", "[2, 27, 5]", False),
+    ],
+)
+def test_trainer_and_servers_need_the_same_nccl_where_it_carries_weights(
+    sink: str, own: str | None, theirs: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'a line of torch'\necho '{theirs}'\n")
+    python.chmod(0o755)
+    for name in ("check_interpreter", "check_server_reading", "read_architecture"):
+        monkeypatch.setattr(preflight, name, lambda *given: None)
+    monkeypatch.setattr(preflight, "own_version", lambda: own)
+    sglang = config(sink=sink, python=str(python)).rollout.sglang
+    if refused:
+        with pytest.raises(
+            ConfigError, match=rf"trainer's torch has 2\.28\.9, that of {python} has 2\.27\.5.*Fix: .*shared"
+        ):
+            check_python(sglang, tmp_path)
+    else:
+        check_python(sglang, tmp_path)
 
 
 def test_the_number_of_ranks_on_this_machine_has_to_be_known() -> None:

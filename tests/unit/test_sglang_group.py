@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.sinks import broadcast as broadcast_module
-from sdpg_megatron.rollout.sglang.sinks.broadcast import PROBE, BroadcastSink
+from sdpg_megatron.rollout.sglang.sinks.broadcast import PROBE, BroadcastSink, _with_nccl
 from sdpg_megatron.rollout.sglang.sinks.group import BLOCKING_WAIT, MARGIN, WeightGroup
 
 # How it is made
@@ -180,3 +180,13 @@ def test_a_server_that_nothing_reaches_is_out_before_weights_are_sent(monkeypatc
     failures, sink = open_sink(monkeypatch, good, bad)
     assert dict(failures) == {bad: fault}
     assert [group.size for group in Group.made] == [3, 2] and list(sink._seats) == [good]
+
+
+def test_an_error_over_nccl_tells_the_version_that_a_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast_module, "own_version", lambda: "2.28.9")
+    fault = ServerError("http://bad", "/update", "status 400: invalid usage", retryable=True)
+    expected = (
+        "http://bad/update: status 400: invalid usage; where its NCCL is not 2.28.9, the trainer's, use "
+        "rollout.sglang.sink=shared or disk"
+    )
+    assert str(_with_nccl(fault)) == expected and _with_nccl(fault).retryable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
+from sdpg_megatron.rollout.sglang.nccl import check_nccl, own_version
 from sdpg_megatron.rollout.sglang.reading import check_server_reading
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
 
@@ -24,8 +26,8 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
     on this machine is unknown.
 
     Raises:
-        ConfigError: a key's variable is not set, a host cannot be resolved, there are too few GPUs, or the servers'
-            transformers reads another model from config.json.
+        ConfigError: a key's variable is not set, a host cannot be resolved, there are too few GPUs, weights could not
+            be broadcast, or the servers' transformers reads another model from config.json.
         RolloutError: a port or host cannot be used, or the interpreter has no sglang.
     """
     sglang = config.rollout.sglang
@@ -35,21 +37,26 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
         return
     if environment.world_size == 1 or environment.local_world_size is not None:
         check_devices(sglang, torch.cuda.device_count(), environment)
+        check_group(sglang, torch.cuda.device_count(), environment)
     check_ports(sglang)
     check_python(sglang, config.model.path)
 
 
 def check_python(sglang: SGLangConfig, folder: Path) -> None:
-    """Check that the interpreter for started servers has sglang, and that its transformers reads a model's config.json.
+    """Check that the interpreter for started servers has sglang, that its transformers reads a model's config.json, and
+    that its NCCL is the trainer's where weights are broadcast over it.
 
     Raises:
-        ConfigError: it reads another model than the trainer.
+        ConfigError: it reads another model than the trainer, or has another NCCL.
         RolloutError: it does not run, has no sglang, or cannot read the file.
     """
     if not sglang.urls:
         python = sglang.python or default_python()
         check_interpreter(python)
         check_server_reading(python, folder, read_architecture(folder))
+        own = own_version()
+        if sglang.sink == "broadcast" and own is not None and python != sys.executable:
+            check_nccl(python, own)
 
 
 def check_colocated(config: RunConfig, kind: str) -> None:
@@ -104,7 +111,24 @@ def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment 
     if first + sglang.servers * each > gpus:
         found = f"{sglang.servers}, of {each} GPUs each, from GPU {first} on"
         fix = (
-            "lower rollout.sglang.servers, tensor or data; start fewer ranks; set rollout.sglang.first_gpu; or start "
-            "servers elsewhere and name them in rollout.sglang.urls"
+            "lower rollout.sglang.servers, tensor or data; start fewer ranks; let servers share the trainer's GPUs "
+            "(rollout.sglang.colocated=true rollout.sglang.sink=shared); or start them elsewhere and name them in "
+            "rollout.sglang.urls"
         )
         raise ConfigError("rollout.sglang.servers", found, f"no more than this machine's {gpus} GPUs hold", fix)
+
+
+def check_group(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | None = None) -> None:
+    """Check that no started server has the GPU of the rank that broadcasts weights, which is the machine's first.
+
+    NCCL has no two ranks of a group on one GPU ("Duplicate GPU detected"). The arguments are those of `check_devices`.
+
+    Raises:
+        ConfigError: one has.
+    """
+    if sglang.urls or not gpus or sglang.sink != "broadcast":
+        return
+    if first_gpu(sglang, environment or RankEnvironment.read()) == 0:
+        expected = "a GPU that no rank of the trainer has, where rollout.sglang.sink is broadcast"
+        fix = "leave it out, or use rollout.sglang.sink=shared or disk; with shared, colocated=true spares memory"
+        raise ConfigError("rollout.sglang.first_gpu", 0, expected, fix)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.nccl import own_version
 from sdpg_megatron.rollout.sglang.sinks.attempt import Outcome, attempt, leave
 from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send
 from sdpg_megatron.rollout.sglang.sinks.flat import Flat, as_run
@@ -146,7 +147,8 @@ class BroadcastSink:
                 self._group, self._seats = group, seats
                 break
             group.destroy()
-            failures |= _blamed(outcome, list(seats))
+            blamed = _blamed(outcome, list(seats))
+            failures |= {client: _with_nccl(error) for client, error in blamed.items()} if self._nccl else blamed
             seats = {client: seat for client, seat in seats.items() if client not in failures}
         return failures
 
@@ -187,6 +189,13 @@ def _blamed(outcome: Outcome, clients: Sequence[Client]) -> Failures:
         return outcome.failed
     reason = f"the weight group broke ({outcome.own}). Fix: see the server's log; where it persists, use another sink"
     return {client: ServerError(client.url, "", reason) for client in clients}
+
+
+def _with_nccl(error: ServerError) -> ServerError:
+    """The error, with the version that the server needs: SGLang does not tell its own."""
+    call, _, found = str(error).removeprefix(error.url).partition(": ")
+    told = f"{found}; where its NCCL is not {own_version()}, the trainer's, use rollout.sglang.sink=shared or disk"
+    return ServerError(error.url, call, told, retryable=error.retryable)
 
 
 async def _seat(client: Client) -> Seat:
