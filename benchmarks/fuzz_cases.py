@@ -423,7 +423,7 @@ def damage_model(draw: random.Random, model: Path) -> None:
     path = draw.choice(configs)
     try:
         tree = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):  # damaged before
         return None
     if not isinstance(tree, dict):
         return None

@@ -174,14 +174,17 @@ class GradInForward(torch.autograd.Function):
         head.ahead(chunks[0] if chunks else None)
         for rows, following in zip(chunks, [*chunks[1:], None], strict=False):
             gradients.reserve(rows)
-            with streams.fork():
+            head.logits.begin(rows)
+            # The products first: the host is long with the many small calls of the other stream.
+            ready = streams.mark()
+            gradients.multiply()  # of the chunk before this one
+            head.ahead(following)
+            with streams.fork(ready):
                 sums_NC = head.measure(rows)
                 head.terms(sums_NC, terms_4T[:, rows])
                 part, upstream = _differentiate(loss, terms_4T[:, rows], _numbers(rows, order_T, labels_T))
                 loss_sum += part
                 gradients.add_chunk(head, rows, sums_NC, upstream)
-            gradients.multiply()  # of the chunk before this one
-            head.ahead(following)
             streams.join()
             gradients.finished(rows)
         del head  # the logits' memory, before the matrix's gradient takes its own

@@ -45,14 +45,18 @@ class Streams:
         main = torch.cuda.current_stream(device)
         return cls((main, _second_stream(main.device)))
 
+    def mark(self) -> Any:
+        """Return the present end of the caller's stream, for `fork`: an event, or None without a second stream."""
+        return None if self._pair is None else self._pair[0].record_event()
+
     @contextmanager
-    def fork(self) -> Iterator[None]:
-        """Run the body on the second stream, after all work that the caller's stream was given so far."""
+    def fork(self, mark: Any) -> Iterator[None]:
+        """Run the body on the second stream, after the work that the caller's stream had at the `mark`."""
         if self._pair is None:
             yield
             return
-        main, second = self._pair
-        second.wait_stream(main)
+        _, second = self._pair
+        second.wait_event(mark)
         try:
             with self._use(second):
                 yield

@@ -126,9 +126,16 @@ class FakeStream:
     name: str
     races: Races
 
-    def wait_stream(self, other: FakeStream) -> None:
-        for stream, number in self.races.seen[other.name].items():
+    def record_event(self) -> dict[str, int]:
+        """How many operators of each stream are done then."""
+        return dict(self.races.seen[self.name])
+
+    def wait_event(self, event: dict[str, int]) -> None:
+        for stream, number in event.items():
             self.races.seen[self.name][stream] = max(self.races.seen[self.name][stream], number)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
 
 
 SIZES = {"chunk_rows": 2, "tile_columns": 24, "group_rows": 4, "overlap": True}
@@ -190,12 +197,12 @@ def test_products_stay_on_the_callers_stream_and_all_else_goes_beside_them(monke
 def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """What the other tests rest on."""
 
-    def wait_stream(stream: FakeStream, other: FakeStream) -> None:
+    def wait_event(stream: FakeStream, event: dict[str, int]) -> None:
         if (stream.name == SECOND) == (missing == "join"):
-            wait(stream, other)
+            wait(stream, event)
 
-    wait = FakeStream.wait_stream
-    monkeypatch.setattr(FakeStream, "wait_stream", wait_stream)
+    wait = FakeStream.wait_event
+    monkeypatch.setattr(FakeStream, "wait_event", wait_event)
     assert run(monkeypatch)[0].found
 
 
@@ -218,7 +225,7 @@ def test_after_a_loss_that_raises_nothing_is_freed_too_early() -> None:
     streams = races.streams()
     with races:
         shared_C = torch.ones(3)
-        with pytest.raises(RuntimeError, match="of the loss"), streams.fork():
+        with pytest.raises(RuntimeError, match="of the loss"), streams.fork(streams.mark()):
             shared_C.add_(1)
             raise RuntimeError("of the loss")
         del shared_C
@@ -228,7 +235,7 @@ def test_after_a_loss_that_raises_nothing_is_freed_too_early() -> None:
 
 def test_a_cpu_has_one_stream() -> None:
     streams = Streams.of(torch.device("cpu"), overlap=True)
-    with streams.fork():
+    with streams.fork(streams.mark()):
         pass
     streams.join()
 
