@@ -1,7 +1,8 @@
 """Megatron's writing of a distributed checkpoint, in the foreground or behind the training, with sums of the files.
 
-Behind the training means: a forked process of each rank writes the state as it was at the fork (GPU tensors are copied
-to the host before); the rest, which takes all ranks, is done at the next step boundary that finds all of them ready.
+Behind the training means: a forked process of each rank writes the state as it was at the fork (GPU tensors, and memory
+that is pinned or shared, are copied to the host before); the rest, which takes all ranks, is done at the next step
+boundary that finds all of them ready.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import inspect
 import pickle
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch import Tensor
 
 from sdpg_megatron.checkpoint.files import FileSum, seal
+from sdpg_megatron.mcore.transfer import host_copy
 
 RESULTS = ".results_"
 """Names of what a rank's writer leaves for the rank, in the folder that is being written; with the rank's number."""
@@ -38,15 +42,28 @@ class Writing:
         self._results = WriteResults(folder / f"{RESULTS}{dist.get_rank()}")
         _hand_to_megatron(self._results)
         request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_strategy())
+        self._staged: list[Any] = []
+        """What the writer reads. Pinned memory that nobody refers to is used again at once."""
         if request.async_fn is not None:
             write = partial(_write_and_seal, request.async_fn, self._results, folder, dist.get_rank())
-            request = request._replace(async_fn=write)
+            stage = partial(self._stage, request.async_fn_args[1])
+            request = request._replace(async_fn=write, preload_fn=stage)
         self._queue: AsyncCallsQueue | None = None
         if behind:
             self._queue = AsyncCallsQueue()
             self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
+
+    def _stage(self, buckets: Sequence[Any]) -> list[Any]:
+        """Megatron's buckets, their tensors in host memory that no later step writes to. In the place of its own."""
+        self._staged = [
+            (path, name, (data, [(item, _unchanging(tensor)) for item, tensor in tensors]))
+            for path, name, (data, tensors) in buckets
+        ]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._staged
 
     def finish(self, *, wait: bool) -> bool:
         """Whether the files are there, on all ranks and from all ranks; has to be called until it says so.
@@ -116,6 +133,18 @@ def _write_and_seal(
         results.put(RuntimeError(f"{type(error).__name__}: {error}"))
         with suppress(OSError):
             results.leave_word()
+
+
+def _unchanging(tensor: Tensor) -> Tensor:
+    """A tensor's numbers in host memory, as they are now whatever the trainer does; GPU tensors are not waited for.
+
+    A forked process keeps ordinary memory as it was, but not memory that is shared or pinned, as that of a GPU run's
+    teachers and of offloaded optimizer state is.
+    """
+    if tensor.device.type != "cpu":
+        return host_copy(tensor)
+    shared = tensor.untyped_storage().is_shared() or tensor.is_pinned()
+    return tensor.clone() if shared else tensor
 
 
 def _hand_to_megatron(results: WriteResults) -> None:

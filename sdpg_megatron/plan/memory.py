@@ -250,7 +250,8 @@ class _Work:
             rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)
             parts["teacher rows"] = rows * self.arch.hidden_size * self.width
         if self.config.checkpoint.asynchronous:
-            parts["checkpoint being written"] = self.weights + optimizer
+            moving = self.cuda and objective.teacher in ("every", "ema")  # pinned, so that it is copied
+            parts["checkpoint being written"] = self.weights + optimizer + (parts.get("teacher", 0) if moving else 0)
         if self.cuda and self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated:
             parts["optimizer while serving"] = optimizer
         return parts

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,49 @@ def go_on_offloaded(model: Path, folder: Path, offload: bool) -> list[float]:
 def test_offloaded_state_comes_back(model: Path, tmp_path: Path, ranks: RankPool) -> None:
     expected = ranks.run(go_on_offloaded, 1, model, tmp_path / "here", False)[0]
     assert ranks.run(go_on_offloaded, 1, model, tmp_path / "away", True)[0] == expected
+
+
+def change_behind_a_save(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[int], int]:
+    """What a checkpoint has wrong of a teacher and of offloaded state that change while it is written; and how much.
+
+    Their memory is shared with forked processes, as pinned memory is.
+    """
+    from sdpg_megatron.checkpoint import writing
+    from sdpg_megatron.mcore.offload import _tensors
+
+    write = writing._write_and_seal
+
+    def late(*args: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        write(*args, **options)
+
+    run = begin(model, overrides)
+    run.learner.offload()
+    for host in [*run.learner._offloaded._hosts, *run.learner.teacher.kept]:
+        host.share_memory_()
+    store = store_of(run, folder)
+    state = [*run.learner.teacher.kept, *_tensors(run.learner.optimizer)]
+    saved = [tensor.detach().clone() for tensor in state]
+    with mock.patch.object(writing, "_write_and_seal", late):
+        store.save(run.learner, state_at(1))
+    assert store._pending.writing._staged, "kept for the writer"
+    for tensor in state:
+        tensor.detach().fill_(7)
+    store.finish()
+    run.learner.onload()
+    store.load(*store.newest(), run.learner)
+    now = [*run.learner.teacher.kept, *_tensors(run.learner.optimizer)]
+    wrong = [number for number, (x, y) in enumerate(zip(now, saved, strict=True)) if not torch.equal(x, y)]
+    return wrong, len(saved)
+
+
+@pytest.mark.parametrize("teacher", [EMA, {"objective.teacher": "every", "objective.teacher_every": 2}])
+def test_what_changes_behind_a_save_is_not_in_it(
+    model: Path, tmp_path: Path, ranks: RankPool, teacher: dict[str, Any]
+) -> None:
+    overrides = {**teacher, "optimizer.distributed": False}
+    wrong, count = ranks.run(change_behind_a_save, 1, model, tmp_path, overrides)[0]
+    assert wrong == [] and count > 40
 
 
 @pytest.mark.parametrize(
