@@ -134,12 +134,11 @@ def installed(name: str) -> str | None:
 
 def tests(options: Options) -> dict[str, Any]:
     """tests/gpu; without a GPU they are skipped, with the reason."""
+    workers = ["-n", "4"] if installed("pytest-xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"],
-            cwd=ROOT,
-        )
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, f"--junitxml={report}", "tests/gpu"]
+        subprocess.run([sys.executable, *command], cwd=ROOT)
         cases = list(ET.parse(report).getroot().iter("testcase"))
     kinds = {
         case: next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "") for case in cases
@@ -238,7 +237,10 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
 
 
 def steps(size: str, options: Options) -> dict[str, Any]:
-    """Optimizer steps on given responses: passes of student, teacher and reference, and the update."""
+    """Optimizer steps on given responses: passes of student, teacher and reference, and the update.
+
+    Not the steps that also measure the pulls of the loss's parts, which are every tenth.
+    """
     from benchmarks.step_trainer import StandingLearner
     from sdpg_megatron.settings import load
 
@@ -258,14 +260,14 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         for number in range(4):
             finish(options)
             started = time.perf_counter()
-            trainer.learn(groups, 0)
+            trainer.learn(groups, 1)
             finish(options)
             seconds.append(time.perf_counter() - started)
             if number == 0 and not options.rehearse:
                 torch.cuda.reset_peak_memory_stats()
         peak = 0 if options.rehearse else torch.cuda.max_memory_allocated()
         with profiled() as (calls, kernels):
-            trainer.learn(groups, 0)
+            trainer.learn(groups, 1)
             finish(options)
         numel = sum(parameter.numel() for chunk in trainer.learner.chunks for parameter in chunk.parameters())
     best = min(seconds[1:])
@@ -323,17 +325,24 @@ def plan(path: Path, overrides: Sequence[str]) -> float:
 
 
 def run(options: Options, *overrides: str) -> dict[str, Any]:
-    """`sdpg-megatron train`; the metrics of its second step."""
+    """`sdpg-megatron train`; the metrics of its last step. Where it fails, its servers' logs go to the part's."""
     with tempfile.TemporaryDirectory() as scratch:
         path = write_run("0.6b", Path(scratch), options)
-        command = [sys.executable, "-m", "sdpg_megatron", "train", str(path), *overrides]
-        subprocess.run(command, cwd=ROOT, check=True)
-        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        done = subprocess.run([sys.executable, "-m", "sdpg_megatron", "train", str(path), *overrides], cwd=ROOT)
+        steps = Path(scratch) / "run" / "metrics.jsonl"
+        lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
+        if done.returncode:
+            for log in sorted(steps.parent.glob("logs/*.log")):
+                sys.stderr.write(f"{log.name}:\n{log.read_text(encoding='utf-8', errors='replace')[-8000:]}\n")
+            if not lines:
+                raise SystemExit(f"sdpg-megatron train: exit code {done.returncode}")
         found: dict[str, float] = json.loads(lines[-1])
     return {
+        "steps": len(lines),
         "seconds": {name.removeprefix("time/"): value for name, value in found.items() if name.startswith("time/")},
         "logprob_diff_mean": found.get("rollout/logprob_diff_mean"),
         "metrics": found,
+        **({"error": f"exit code {done.returncode}"} if done.returncode else {}),
     }
 
 
@@ -346,6 +355,7 @@ def sglang(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         python = options.sglang_python or write_interpreter(Path(folder) / "python", options.sglang)
         served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
+        served.append("rollout.sglang.verify_every=1")  # checksums of what has arrived
         return run(options, *served, *more)
 
 

@@ -12,14 +12,14 @@ the machine down slows all of them. A barrier precedes every step; a step takes 
 round counts, after one that does not. On CPU each of tp ranks has its share of the cores (of OMP_NUM_THREADS, where
 that is set).
 
-Memory. Every contestant runs one step in fresh processes. Before it come the inputs, each page of them written, and a
-step on a tiny problem, which starts threads and loads libraries; then the allocator gives back what is free (CUDA:
-empty_cache; glibc: malloc_trim). From here on everything counts, up to the end of the step. On CUDA it is the most that
-torch's allocator had handed out (`max_memory_allocated`). On CPU it is the most resident memory of the process, which
-the kernel tracks (VmHWM, the counter behind getrusage's ru_maxrss, set back through /proc/self/clear_refs) and a thread
-samples every 5 ms, for machines without that counter; glibc is told to return blocks of a MiB or more when they are
-freed, or its habit of keeping some would count. The gradient of the vocabulary matrix is left out on all sides: its
-size, as returned, is subtracted. The figure is the largest rank's.
+Memory. Every contestant runs one step, on one GPU in the same process, otherwise in fresh ones. Before it come the
+inputs, each page of them written, and a step on a tiny problem, which starts threads and loads libraries; then the
+allocator gives back what is free (CUDA: empty_cache; glibc: malloc_trim). From here on everything counts, up to the end
+of the step. On CUDA it is the most that torch's allocator had handed out (`max_memory_allocated`). On CPU it is the
+most resident memory of the process, which the kernel tracks (VmHWM, the counter behind getrusage's ru_maxrss, set back
+through /proc/self/clear_refs) and a thread samples every 5 ms, for machines without that counter; glibc is told to
+return blocks of a MiB or more when they are freed, or its habit of keeping some would count. The gradient of the
+vocabulary matrix is left out on all sides: its size, as returned, is subtracted. The figure is the largest rank's.
 
 Error. The largest absolute error of log-prob and KL in 64 rows against float64 on the same input values.
 """
@@ -186,17 +186,29 @@ def max_error(outcome: Outcome, reference: Reference) -> float | None:
     return float((found_2R.cpu() - expected_2R).abs().max())
 
 
-def peak_job(rank: Rank, name: str) -> int:
-    """Bytes that one step holds at most, beyond its inputs and its gradient of the matrix."""
-    contestant = CONTESTANTS[name]
-    contestant.prepare(rank.problem(TINY_ROWS, TINY_COLUMNS))()
+def peaks_job(rank: Rank, names: Sequence[str]) -> list[int | None]:
+    """Bytes that one step of each holds at most, beyond its inputs and its gradient of the matrix.
+
+    None where memory does not suffice; with several ranks `torch.OutOfMemoryError` is raised, or they would wait.
+    """
     problem = rank.problem(rank.setting.rows, rank.setting.vocab)
-    rank.wait()
-    with peak_memory(rank.device) as extra:
-        outcome = contestant.prepare(problem)()
-        rank.wait()
-    gradient_VH = outcome.weight_grad_VH
-    return extra[0] - gradient_VH.numel() * gradient_VH.element_size()
+    peaks: list[int | None] = []
+    for name in names:
+        contestant = CONTESTANTS[name]
+        try:
+            contestant.prepare(rank.problem(TINY_ROWS, TINY_COLUMNS))()
+            rank.wait()
+            with peak_memory(rank.device) as extra:
+                gradient_VH = contestant.prepare(problem)().weight_grad_VH
+                rank.wait()
+            peaks.append(extra[0] - gradient_VH.numel() * gradient_VH.element_size())
+            del gradient_VH
+        except torch.OutOfMemoryError:
+            if rank.setting.tp > 1:
+                raise
+            problem.hidden_TH.grad = problem.weight_VH.grad = None
+            peaks.append(None)
+    return peaks
 
 
 # --- in the parent
@@ -228,22 +240,31 @@ def measure(setting: Setting, names: Sequence[str]) -> tuple[list[Result], dict[
     peaks: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for name in names:
-        reason = _no_devices(setting) or CONTESTANTS[name].missing(device, setting.tp)
-        if reason:
+        if reason := _no_devices(setting) or CONTESTANTS[name].missing(device, setting.tp):
             left_out[name] = reason
-            continue
-        _say(f"tp {setting.tp}, {setting.rows} rows: memory of {name}")
+    for batch in _batches(setting, [name for name in names if name not in left_out]):
+        _say(f"tp {setting.tp}, {setting.rows} rows: memory of {', '.join(batch)}")
         try:
-            peaks[name] = max(run_ranks(setting, peak_job, name))
+            found = run_ranks(setting, peaks_job, batch)
         except ProcessException as error:
             if "OutOfMemoryError" not in str(error):
                 raise
-            left_out[name] = "out of memory"
+            found = [[None] * len(batch)]
+        for name, sizes in zip(batch, zip(*found, strict=True), strict=True):
+            if None in sizes:
+                left_out[name] = "out of memory"
+            else:
+                peaks[name] = max(sizes)
     if not peaks:
         return [], left_out
     _say(f"tp {setting.tp}, {setting.rows} rows: time of {', '.join(peaks)}")
     by_rank = run_ranks(setting, time_job, list(peaks), make_reference(setting))
     return [_result(setting, name, peak, [found[name] for found in by_rank]) for name, peak in peaks.items()], left_out
+
+
+def _batches(setting: Setting, names: list[str]) -> list[list[str]]:
+    """Contestants whose memory is measured by the same processes: torch's counter on a GPU knows no earlier ones."""
+    return [names] if setting.device == "cuda" and setting.tp == 1 and names else [[name] for name in names]
 
 
 def _result(setting: Setting, name: str, peak: int, ranks: list[tuple[list[float], float | None]]) -> Result:

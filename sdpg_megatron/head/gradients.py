@@ -225,6 +225,10 @@ def _scaled(sum_VH: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         return sum_VH if scale is None else sum_VH.mul_(scale)
     if scale is None:
         return sum_VH.to(dtype)
+    if sum_VH.is_cuda and importlib.util.find_spec("triton") is not None:  # torch's kernel for two types is a slow one
+        from sdpg_megatron.head.tile_triton import scaled
+
+        return scaled(sum_VH, scale, dtype)
     narrow_VH = torch.empty_like(sum_VH, dtype=dtype)
     for start in range(0, len(sum_VH), SCALED_ROWS):
         part = slice(start, start + SCALED_ROWS)

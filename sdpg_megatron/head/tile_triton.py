@@ -1,4 +1,5 @@
 """`tile`'s three functions as Triton kernels: a tile of logits is read once where plain torch reads it many times.
+And `scaled`, for the weight's gradient.
 
 Arguments, meanings and results are those of `tile`, with its symbols; what differs is said with each function. Triton
 is optional and this module needs it: whoever calls here imports it only then.
@@ -158,6 +159,17 @@ def gradient_(
             num_warps=WARPS,
         )
     return out_CV
+
+
+def scaled(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(numbers * scale).to(dtype)``, read and written once. `numbers` is contiguous, `scale` a scalar tensor."""
+    out = torch.empty_like(numbers, dtype=dtype)
+    if numbers.numel():
+        with device_of(numbers):
+            _scale_block[(triton.cdiv(numbers.numel(), BLOCK),)](
+                numbers, scale, out, numbers.numel(), BLOCK=BLOCK, num_warps=WARPS
+            )
+    return out
 
 
 def _check(student_CV: Tensor, teacher_CV: Tensor | None) -> None:
@@ -432,3 +444,10 @@ def _gradient_block(
     if label_C is not None:
         gradient_V += tl.where(column_V == tl.load(labels_C + row), _load_row(label_C, row, kind), 0.0)
     tl.store(out_CV + row * out_stride + column_V, gradient_V, mask=column_V < columns)
+
+
+@triton.jit
+def _scale_block(numbers_V, scale, out_V, size, BLOCK: tl.constexpr):
+    at_V = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside_V = at_V < size
+    tl.store(out_V + at_V, tl.load(numbers_V + at_V, mask=inside_V) * tl.load(scale), mask=inside_V)

@@ -323,3 +323,13 @@ def test_answers_are_the_twins(way: str, name: str) -> None:
     sizes: dict[str, int | None] = {"tile_columns": None, "group_rows": 9}
     found = package(way, problem, kernels="triton", overlap=True, **sizes)
     assert_answers(found, dense(problem), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 3), (3, 4096)])
+def test_scaled_numbers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    numbers = torch.arange(float(shape[0] * shape[1])).view(shape) / 16
+    found = tile_triton.scaled(numbers, torch.tensor(2.0), dtype)
+    expected = (2 * numbers).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)

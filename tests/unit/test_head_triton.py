@@ -70,9 +70,9 @@ def compiled(function: Any, constants: dict[str, Any], out: str = "*fp32", **opt
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name == "out_CV":
+        if name in ("out_CV", "out_V"):
             return out
-        return POINTERS.get(name) or ("*fp32" if name.endswith(("C", "V")) else "i32")
+        return POINTERS.get(name) or ("*fp32" if name.endswith(("C", "V", "scale")) else "i32")
 
     names = function.arg_names
     source = ASTSource(
@@ -169,3 +169,12 @@ def test_join_compiles(compiler: Any, gap: Gap | None) -> None:
 
     constants = {"TAUGHT": gap is not None, "GAP": (gap or Gap.NONE).value, "BLOCK": rows_triton.BLOCK}
     assert not compiler(rows_triton._join, constants).spills
+
+
+def test_scaling_compiles_and_reads_each_number_once(compiler: Any) -> None:
+    from sdpg_megatron.head import tile_triton
+
+    constants = {"BLOCK": tile_triton.BLOCK}
+    found = compiler(tile_triton._scale_block, constants, out="*bf16", num_warps=tile_triton.WARPS)
+    assert found.reads == 4 and "cvt.rn.bf16" in found.ptx  # of 16 numbers a thread
+    assert not found.spills
