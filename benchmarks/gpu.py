@@ -8,14 +8,14 @@ long spoils no other. FOLDER/gpu.json is written after each part; FOLDER/PART.lo
 lines are a table. The exit code is 1 where a part has failed.
 
     machine     versions; seconds of a product of bfloat16 matrices, of copies on the device and to the host; NCCL
-    steps_0.6b  optimizer steps of a random Qwen3 0.6B on given responses, packed, 16k tokens a micro-batch: tokens/s,
+    train       optimizer steps of a random Qwen3 0.6B on given responses, packed, 16k tokens a micro-batch: tokens/s,
                 MFU, peak memory beside that of `sdpg-megatron plan`, kernels and waits of a step
     head        benchmarks/head.py at T 8192, H 2560, V 151936, bfloat16
     sglang      `sdpg-megatron train`, two steps with a colocated server, where an interpreter with sglang is given:
-                seconds of its phases, log-prob difference, checksums
+                seconds of its phases, log-prob difference; checksums where this environment has sglang, too
     tests       tests/gpu, with Transformer Engine's where it is installed
-    run_0.6b    as sglang, with the embedded engine
-    steps_1.7b  as steps_0.6b, with recomputed layers
+    run         as sglang, with the embedded engine
+    train_1.7b  as train, with recomputed layers
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Part:
 
 PARTS = (
     Part("machine", 1.5, ("gpu", "torch", "matmul_tflops", "device_gb_s", "to_host_gb_s")),
-    Part("steps_0.6b", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
-    Part("head", 2.5, ("ours", "best_other", "naive", "matmul_floor")),
-    Part("sglang", 3.0, ("seconds", "logprob_diff_mean")),
+    Part("train", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
+    Part("head", 2.5, ("tflops_8THV", "peak_bytes", "best_other", "naive", "matmul_floor")),
+    Part("sglang", 4.0, ("seconds", "logprob_diff_mean")),
     Part("tests", 3.0, ("passed", "failed", "skipped")),
-    Part("run_0.6b", 2.0, ("seconds", "logprob_diff_mean")),
-    Part("steps_1.7b", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
+    Part("run", 2.0, ("seconds", "logprob_diff_mean")),
+    Part("train_1.7b", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
 )
 NAMES = [part.name for part in PARTS]
 

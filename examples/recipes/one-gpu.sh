@@ -5,7 +5,7 @@
 #   bash examples/recipes/one-gpu.sh 1.7b rollout.max_response_tokens=14336    16k tokens with the prompt
 #   PLAN_ONLY=1 bash examples/recipes/one-gpu.sh 1.7b                  what it needs
 #
-# Needs one H100 (80 GB). common.sh has the other choices; what follows the size is key=value.
+# Needs one H100 (80 GB). Not run on GPUs yet. common.sh has the other choices; what follows the size is key=value.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in

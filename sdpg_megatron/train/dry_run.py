@@ -100,9 +100,9 @@ def _check_generation(config: RunConfig, prompt: Prompt, ranks: int, environment
     """The verifier and the servers."""
     yield str(check_verifier(config.reward, prompt))
     if config.rollout.engine == "sglang":
-        from sdpg_megatron.rollout.sglang.preflight import check_colocated, check_servers
+        from sdpg_megatron.rollout.sglang.preflight import check_servers, check_trainer
 
-        check_colocated(config, "cuda" if torch.cuda.is_available() else "cpu")
+        check_trainer(config, "cuda" if torch.cuda.is_available() else "cpu")
         check_servers(config, _on_one_machine(environment, ranks))
 
 

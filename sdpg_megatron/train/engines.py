@@ -51,10 +51,10 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEn
 def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-    from sdpg_megatron.rollout.sglang.preflight import check_colocated, check_devices, check_group, check_python
+    from sdpg_megatron.rollout.sglang.preflight import check_devices, check_group, check_python, check_trainer
 
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
-    check_colocated(config, kind)
+    check_trainer(config, kind)
     model = served_model(config, inputs, kind)
     nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None

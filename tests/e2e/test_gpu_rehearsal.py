@@ -18,14 +18,14 @@ def rehearse(folder: Path, *more: str) -> tuple[int, dict[str, dict[str, object]
 
 
 def test_every_part_runs(tmp_path: Path) -> None:
-    parts = [name for name in NAMES if name != "steps_1.7b"]  # at these sizes it is steps_0.6b again
+    parts = [name for name in NAMES if name != "train_1.7b"]  # at these sizes it is train again
     code, found, said = rehearse(tmp_path, "--only", *parts)
     assert code == 0, said + "".join(path.read_text() for path in tmp_path.glob("*.log"))[-5000:]
     assert set(parts) <= set(found)
     assert found["tests"]["failed"] == 0
     assert "left_out" in found["sglang"]
-    assert {"tokens_per_second", "mfu", "planned_gib", "calls"} <= set(found["steps_0.6b"])
-    assert {"rollout", "prepare", "update"} <= set(found["run_0.6b"]["seconds"])  # type: ignore[call-overload]
+    assert {"tokens_per_second", "mfu", "planned_gib", "calls"} <= set(found["train"])
+    assert {"rollout", "prepare", "update"} <= set(found["run"]["seconds"])  # type: ignore[call-overload]
     assert all(f"{name:<12}" in said for name in parts)
 
 

@@ -13,13 +13,13 @@ from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.sglang import preflight
 from sdpg_megatron.rollout.sglang.preflight import (
-    check_colocated,
     check_devices,
     check_group,
     check_hosts,
     check_ports,
     check_python,
     check_servers,
+    check_trainer,
 )
 from sdpg_megatron.settings import parse
 
@@ -112,10 +112,10 @@ def test_the_number_of_ranks_on_this_machine_has_to_be_known() -> None:
 
 def test_colocated_servers_on_gpus_need_another_type_of_weights() -> None:
     served = config(colocated=True, sink="shared")
-    check_colocated(served, "cpu")
-    check_colocated(config(), "cuda")
+    check_trainer(served, "cpu")
+    check_trainer(config(), "cuda")
     with pytest.raises(ConfigError, match=r"^model\.dtype: found 'float32', expected bfloat16 where servers are coloc"):
-        check_colocated(served, "cuda")
+        check_trainer(served, "cuda")
 
 
 def test_ports_that_are_taken_and_hosts_that_are_elsewhere_are_named() -> None:
@@ -163,3 +163,12 @@ def test_everything_is_checked_together(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RolloutError, match=r"does not run \(No such file or directory\)"):
         check_servers(config(python="/no/such/python"), ALONE)
     check_servers(config(python="/no/such/python", urls=["http://127.0.0.1:1"]), ALONE)
+
+
+def test_checksums_of_servers_on_gpus_need_sglangs_hash_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = config(verify_every=1)
+    check_trainer(verified, "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trainer(config(), "cuda")
+    with pytest.raises(RolloutError, match=r"SGLang's own hash.*verify_every to 0"):
+        check_trainer(verified, "cuda")

@@ -14,6 +14,7 @@ from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process.ranks import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
+from sdpg_megatron.rollout.sglang.checksum import hash_on
 from sdpg_megatron.rollout.sglang.nccl import check_nccl, own_version
 from sdpg_megatron.rollout.sglang.reading import check_server_reading
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
@@ -59,15 +60,22 @@ def check_python(sglang: SGLangConfig, folder: Path) -> None:
             check_nccl(python, own)
 
 
-def check_colocated(config: RunConfig, kind: str) -> None:
-    """Check that the trainer can leave the memory of its GPUs to colocated servers. Raises `ConfigError`.
+def check_trainer(config: RunConfig, kind: str) -> None:
+    """Check what the servers ask of the trainer: to leave them its GPUs' memory, and to know SGLang's hash.
 
     Args:
         kind: "cuda" or "cpu", where the trainer runs.
+
+    Raises:
+        ConfigError: servers are colocated, and the trainer cannot leave the memory.
+        RolloutError: weights are to be compared by checksum, and the hash of servers on GPUs is not installed here.
     """
-    if config.rollout.sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
+    sglang = config.rollout.sglang
+    if sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
         # The optimizer's parameters are then the model's own, which have to stay for the next publish.
         raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")
+    if sglang.verify_every:
+        hash_on(kind)
 
 
 def check_hosts(sglang: SGLangConfig) -> None:
