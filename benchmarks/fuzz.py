@@ -1,6 +1,6 @@
 """Call the command line with drawn faults, and count the calls that end without an error of the package.
 
-    python benchmarks/fuzz.py --cases 10000 --seed 0 --jobs 2
+    python benchmarks/fuzz.py --cases 10000 --seed 0 --jobs 2 --out benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --seed 0 --only 137          one case again: its files stay, its output is shown
 
 A case is a command of ``sdpg-megatron`` over a drawn configuration, data file, model folder, checkpoint or environment
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import multiprocessing.context
 import os
+import platform
 import random
 import resource
 import shutil
@@ -38,6 +39,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 if not __package__:  # run as a script, whose folder is then the first place to look for modules
@@ -320,7 +322,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER")
     parser.add_argument("--jobs", type=int, default=1, help="cases at once (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json says of what run")
     options = parser.parse_args()
+    started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="sdpg-fuzz-"))
     script = "import sys, pathlib; from benchmarks.fuzz import prepare; prepare(pathlib.Path(sys.argv[1]))"
     prepared = scratch / "prepared"
@@ -340,6 +344,16 @@ def main() -> int:
     else:
         sys.stderr.write(f"files: {scratch}\n")
     sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    if options.out:
+        meta = {
+            "command": f"python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed} --jobs {options.jobs}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "python": platform.python_version(),
+            "seconds": round(time.monotonic() - started),
+            "exit_codes": dict(sorted(codes.items())),
+        }
+        for path, content in ((options.out, asdict(result)), (Path(f"{options.out}.meta.json"), meta)):
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(result.untyped + result.hangs > 0)
 
 

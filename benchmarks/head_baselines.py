@@ -417,10 +417,6 @@ def _repeat(step: Callable[[Problem], Outcome]) -> Callable[[Problem], Step]:
     return lambda problem: partial(step, problem)
 
 
-def _one_stream(device: torch.device, tp: int) -> str | None:
-    return "a CPU has no second stream: it is ours/grad_in_forward" if device.type == "cpu" else None
-
-
 def _no_tp(project: str) -> Callable[[torch.device, int], str | None]:
     return lambda device, tp: f"{project} splits no vocabulary over ranks" if tp > 1 else None
 
@@ -440,9 +436,6 @@ DIVERGENCE_ALONE = "the divergence alone: it has no log-prob of labels, nor KL b
 CONTESTANTS = {
     "ours/recompute": Contestant(_repeat(partial(ours, options=HeadOptions(schedule="recompute")))),
     "ours/grad_in_forward": Contestant(_repeat(partial(ours, options=HeadOptions(schedule="grad_in_forward")))),
-    "ours/one_stream": Contestant(
-        _repeat(partial(ours, options=HeadOptions(schedule="grad_in_forward", overlap=False))), _one_stream
-    ),
     "naive": Contestant(_repeat(naive)),
     "public_sdpg": Contestant(
         _repeat(public_sdpg), _no_tp("public SDPG (FSDP)"), "log-softmax in bfloat16 whatever the dtype, as there"

@@ -87,7 +87,7 @@ def count_launches() -> Launches:
 def _step_calls(chunks: int) -> Counter[str]:
     vocab = VocabShard(0, VOCAB, None)
     problem = make_problem(ROWS * chunks, HIDDEN, vocab, VOCAB, torch.float32, torch.device("cpu"))
-    options = HeadOptions(kernels="triton", chunk_rows=ROWS, tile_columns=VOCAB, group_rows=GROUP * ROWS, overlap=True)
+    options = HeadOptions(kernels="triton", chunk_rows=ROWS, tile_columns=VOCAB, group_rows=GROUP * ROWS)
     with _counting() as counter:
         ours(problem, options)
     return counter

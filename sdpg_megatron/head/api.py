@@ -100,8 +100,7 @@ def head_loss(
 
     Args:
         loss: of each row from its own terms; anything else that it reads is a constant. With `grad_in_forward` it is
-            called once for each chunk, while the logits are there, with "recompute" once for all rows. On a GPU the
-            former may run on a second stream: what it allocates is not to be used outside of it.
+            called once for each chunk, while the logits are there, with "recompute" once for all rows.
     """
     options = options or HeadOptions()
     if options.schedule == "recompute" or not torch.is_grad_enabled():

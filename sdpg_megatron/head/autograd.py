@@ -20,7 +20,6 @@ from sdpg_megatron.head.options import HeadOptions
 from sdpg_megatron.head.products import wide
 from sdpg_megatron.head.rows import Upstream
 from sdpg_megatron.head.shard import VocabShard
-from sdpg_megatron.head.streams import Streams
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 """log p(y), H, divergence and log q(y), each [T] in a `products.wide` type."""
@@ -54,7 +53,6 @@ def head_of_rows(
         (tau, teacher_tau),
         held=held,
         shared=hidden_TH.is_cuda or bool(options.group_rows),
-        buffers=2 if held and options.overlap else 1,
     )
     labels_T = labels_T if order_T is None else labels_T[order_T]
     return ChunkedHead(logits, labels_T, teacher_GH.shape[0], tokens_VH.shape[0], vocab, options), ordered_TH
@@ -169,24 +167,12 @@ class GradInForward(torch.autograd.Function):
         gradients = Gradients(ordered_TH, weight_VH, vocab, options, wanted, deferred=True)
         loss_sum = hidden_TH.new_zeros((), dtype=wide(hidden_TH.dtype))
         terms_4T = loss_sum.new_empty(4, len(labels_T))
-        streams = Streams.of(hidden_TH.device, overlap=bool(options.overlap))
-        chunks = head.chunks()
-        head.ahead(chunks[0] if chunks else None)
-        for rows, following in zip(chunks, [*chunks[1:], None], strict=False):
-            gradients.reserve(rows)
-            head.logits.begin(rows)
-            # The products first: the host is long with the many small calls of the other stream.
-            ready = streams.mark()
-            gradients.multiply()  # of the chunk before this one
-            head.ahead(following)
-            with streams.fork(ready):
-                sums_NC = head.measure(rows)
-                head.terms(sums_NC, terms_4T[:, rows])
-                part, upstream = _differentiate(loss, terms_4T[:, rows], _numbers(rows, order_T, labels_T))
-                loss_sum += part
-                gradients.add_chunk(head, rows, sums_NC, upstream)
-            streams.join()
-            gradients.finished(rows)
+        for rows in head.chunks():
+            sums_NC = head.measure(rows)
+            head.terms(sums_NC, terms_4T[:, rows])
+            part, upstream = _differentiate(loss, terms_4T[:, rows], _numbers(rows, order_T, labels_T))
+            loss_sum += part
+            gradients.add_chunk(head, rows, sums_NC, upstream)
         del head  # the logits' memory, before the matrix's gradient takes its own
         gradients.flush()
         gradients.wait()

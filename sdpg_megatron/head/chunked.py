@@ -64,11 +64,6 @@ class ChunkedHead:
         """Runs of rows that all have a teacher, at most `chunk_rows`, or all have none, at most twice as many."""
         return [*_runs(0, self.taught, self.chunk_rows), *_runs(self.taught, len(self.labels_T), 2 * self.chunk_rows)]
 
-    def ahead(self, rows: slice | None) -> None:
-        """Make the logits of the next chunk, None after the last, where there are buffers for two chunks."""
-        if rows is not None:
-            self.logits.ahead(rows, self.tiles)
-
     def measure(self, rows: slice) -> Tensor:
         """Statistics of the chunk and numbers of its divergence: float64 [N, C], with the same bits on every rank."""
         self.logits.begin(rows)

@@ -29,9 +29,8 @@ class Gradients:
 
     Where `HeadOptions.group_rows` is 0, the gradient of each tile of logits is multiplied at once: by the matrix, for
     the hidden rows, and by the hidden rows, for the matrix. Otherwise the gradients of several chunks are kept in the
-    weight's type. A chunk's are then multiplied by the matrix when `multiply` is called after it was `finished`, and a
-    group's by its hidden rows in one product: more rows make it more efficient, and the float32 sum [V, H] is read and
-    written less often.
+    weight's type. A chunk's are multiplied by the matrix, all columns at once, and a group's by its hidden rows in one
+    product: more rows make it more efficient, and the float32 sum [V, H] is read and written less often.
     """
 
     def __init__(
@@ -61,43 +60,25 @@ class Gradients:
             self._group_RV = self.weight_VH.new_empty(size, aligned(columns))[:, :columns]
         self._group = slice(0, 0)
         """Rows whose gradients are in `_group_RV`."""
-        self._finished = slice(0, 0)
-        """Those of them that still are to be multiplied by the matrix."""
-
-    def reserve(self, rows: slice) -> None:
-        """Make room for a chunk's gradients: where the group is full, its products come first."""
-        if self._group_RV is not None and rows.stop - self._group.start > self._group_RV.shape[0]:
-            self.flush()
 
     def add_chunk(self, head: ChunkedHead, rows: slice, sums_NC: Tensor, upstream: Upstream) -> None:
-        """Make the gradient in a chunk's logits."""
+        """Make the gradient in a chunk's logits, and its products. Chunks come in their order."""
+        if self._group_RV is not None and rows.stop - self._group.start > len(self._group_RV):
+            self.flush()
         coefficients = head.coefficients(sums_NC, upstream)
         for number, columns in enumerate(head.tiles):
             gradient_CV = head.gradient(rows, columns, coefficients, self._room(rows, columns))
             if self._group_RV is None:
                 self._multiply_hidden(gradient_CV, rows, columns, add=number > 0)
                 self._multiply_weight(gradient_CV, rows, columns)
-        if self._group_RV is None:
-            self._reduce(rows)
-
-    def finished(self, rows: slice) -> None:
-        """Note that the chunk's gradients can be multiplied."""
         if self._group_RV is not None:
             self._group = slice(self._group.start, rows.stop)
-            self._finished = rows
-
-    def multiply(self) -> None:
-        """Multiply the gradients of the chunk that was `finished` last by the matrix."""
-        rows, self._finished = self._finished, slice(0, 0)
-        if self._group_RV is not None and rows.stop > rows.start:
-            first = self._group.start
-            gradient_CV = self._group_RV[rows.start - first : rows.stop - first]
-            self._multiply_hidden(gradient_CV, rows, slice(0, gradient_CV.shape[1]), add=False)
-            self._reduce(rows)
+            whole = slice(0, self._group_RV.shape[1])
+            self._multiply_hidden(self._group_RV[self._in_group(rows)], rows, whole, add=False)
+        self._reduce(rows)
 
     def flush(self) -> None:
-        """Multiply all kept gradients."""
-        self.multiply()
+        """Multiply the kept gradients by the hidden rows."""
         rows, self._group = self._group, slice(self._group.stop, self._group.stop)
         if self._group_RV is not None and rows.stop > rows.start:
             gradient_RV = self._group_RV[: rows.stop - rows.start]
@@ -122,12 +103,15 @@ class Gradients:
     def _room(self, rows: slice, columns: slice) -> Tensor | None:
         """Memory for a tile's gradient; None for the tile of logits itself."""
         if self._group_RV is not None:
-            first = self._group.start
-            return self._group_RV[rows.start - first : rows.stop - first, columns]
+            return self._group_RV[self._in_group(rows), columns]
         if not self.narrow:
             return None
         size, width = rows.stop - rows.start, columns.stop - columns.start
         return self.weight_VH.new_empty(size, aligned(width))[:, :width]
+
+    def _in_group(self, rows: slice) -> slice:
+        """Which rows of `_group_RV` a chunk's are."""
+        return slice(rows.start - self._group.start, rows.stop - self._group.start)
 
     def _multiply_hidden(self, gradient_CV: Tensor, rows: slice, columns: slice, *, add: bool) -> None:
         if self.hidden_grad_TH is not None:

@@ -6,8 +6,6 @@ hidden size; M rows of a product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -27,28 +25,12 @@ class Logits(Protocol):
         """Choose the chunk of the tiles that follow."""
         ...
 
-    def ahead(self, rows: slice, tiles: Sequence[slice]) -> None:
-        """Make the tiles of the chunk that will begin next, where there are buffers for two chunks."""
-        ...
-
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         """[C, V] of the student, and of the teacher for rows that have one.
 
         Both may be overwritten: after that the tile is not asked for again, except where it is made anew each time.
         """
         ...
-
-
-@dataclass(slots=True)
-class _Buffers:
-    """Memory for the logits of one chunk, and its state."""
-
-    rows: slice | None = None
-    inputs: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
-    """(hidden rows [M, H], matrix [V, H], factor) of each product. The products' rows are student's, then teacher's."""
-    memory: dict[int, Tensor] = field(default_factory=dict)
-    """By the first column of a tile; all tiles use that of 0 where none is held."""
-    made: set[int] = field(default_factory=set)
 
 
 class Products:
@@ -70,65 +52,59 @@ class Products:
         *,
         held: bool,
         shared: bool,
-        buffers: int = 1,
     ) -> None:
-        """`held`: keep the tiles of a chunk. `buffers`: 2 to make those of the next chunk ahead."""
+        """`held`: keep the tiles of a chunk."""
         self.dtype = wide(hidden_TH.dtype)
         self.student = (hidden_TH, weight_VH)
         self.teacher = (teacher_GH, teacher_weight_VH)
         self.temperatures = temperatures
         self.held = held
         self.shared = shared and teacher_weight_VH is weight_VH and temperatures[0] == temperatures[1]
-        self._now, *self._spare = (_Buffers() for _ in range(buffers))
+        self._rows: slice | None = None
+        self._inputs: list[tuple[Tensor, Tensor, float]] = []
+        """(hidden rows [M, H], matrix [V, H], factor) of each product. The products' rows are student's, then
+        teacher's."""
+        self._memory: dict[int, Tensor] = {}
+        """By the first column of a tile; all tiles use that of 0 where none is held."""
+        self._made: set[int] = set()
 
     def begin(self, rows: slice) -> None:
-        if self._spare and self._spare[0].rows == rows:
-            self._now, self._spare[0] = self._spare[0], self._now
-        elif self._now.rows != rows:
-            self._start(self._now, rows)
-
-    def ahead(self, rows: slice, tiles: Sequence[slice]) -> None:
-        for buffers in self._spare:
-            self._start(buffers, rows)
-            for columns in tiles:
-                self._tile(buffers, columns)
-
-    def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        rows = self._now.rows
-        assert rows is not None, "`begin` comes first"
-        logits_MV, size = self._tile(self._now, columns), rows.stop - rows.start
-        return logits_MV[:size], logits_MV[size:] if len(logits_MV) > size else None
-
-    def _start(self, buffers: _Buffers, rows: slice) -> None:
-        buffers.rows, taught = rows, rows.stop <= self.teacher[0].shape[0]
-        buffers.made.clear()
+        if self._rows == rows:
+            return
+        self._rows, taught = rows, rows.stop <= self.teacher[0].shape[0]
+        self._made.clear()
         (hidden_TH, weight_VH), (teacher_GH, teacher_VH) = self.student, self.teacher
         factor, teacher_factor = (1 / temperature for temperature in self.temperatures)
         if taught and self.shared:
-            buffers.inputs = [(torch.cat((hidden_TH[rows], teacher_GH[rows])), weight_VH, factor)]
+            self._inputs = [(torch.cat((hidden_TH[rows], teacher_GH[rows])), weight_VH, factor)]
         else:
-            buffers.inputs = [(hidden_TH[rows], weight_VH, factor)]
+            self._inputs = [(hidden_TH[rows], weight_VH, factor)]
             if taught:
-                buffers.inputs.append((teacher_GH[rows], teacher_VH, teacher_factor))
+                self._inputs.append((teacher_GH[rows], teacher_VH, teacher_factor))
         if not hidden_TH.is_cuda:  # products of narrow types are widened there: once, rather than for each tile
-            buffers.inputs = [(rows_MH.to(self.dtype), matrix_VH, by) for rows_MH, matrix_VH, by in buffers.inputs]
+            self._inputs = [(rows_MH.to(self.dtype), matrix_VH, by) for rows_MH, matrix_VH, by in self._inputs]
 
-    def _tile(self, buffers: _Buffers, columns: slice) -> Tensor:
-        rows = sum(len(rows_MH) for rows_MH, _, _ in buffers.inputs)
+    def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        assert self._rows is not None, "`begin` comes first"
+        logits_MV, size = self._tile(columns), self._rows.stop - self._rows.start
+        return logits_MV[:size], logits_MV[size:] if len(logits_MV) > size else None
+
+    def _tile(self, columns: slice) -> Tensor:
+        rows = sum(len(rows_MH) for rows_MH, _, _ in self._inputs)
         width = columns.stop - columns.start
         numbers = rows * aligned(width)
         key = columns.start if self.held else 0
         # Memory is taken for the first and largest use of its place. The caller may have written to what it got.
-        if key not in buffers.memory or buffers.memory[key].numel() < numbers:
-            buffers.memory[key] = self.student[0].new_empty(numbers, dtype=self.dtype)
-        logits_MV = buffers.memory[key][:numbers].view(rows, aligned(width))[:, :width]
-        if not self.held or key not in buffers.made:
+        if key not in self._memory or self._memory[key].numel() < numbers:
+            self._memory[key] = self.student[0].new_empty(numbers, dtype=self.dtype)
+        logits_MV = self._memory[key][:numbers].view(rows, aligned(width))[:, :width]
+        if not self.held or key not in self._made:
             start = 0
-            for rows_MH, weight_VH, factor in buffers.inputs:
+            for rows_MH, weight_VH, factor in self._inputs:
                 part_MV = logits_MV[start : start + len(rows_MH)]
                 multiply(rows_MH, weight_VH[columns].T, part_MV, factor=factor)
                 start += len(rows_MH)
-            buffers.made.add(key)
+            self._made.add(key)
         return logits_MV
 
 
@@ -150,9 +126,6 @@ class Given:
 
     def begin(self, rows: slice) -> None:
         self._rows = rows
-
-    def ahead(self, rows: slice, tiles: Sequence[slice]) -> None:
-        pass
 
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         student_TV, rows = self.student_TV[:, columns], self._rows

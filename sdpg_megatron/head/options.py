@@ -42,9 +42,6 @@ class HeadOptions:
     """With "grad_in_forward": rows whose logit gradients are kept, in the weight's type, for one product that makes the
     weight's gradient. 0 replaces the logits by their gradients and multiplies tile by tile. None for 0 on a CPU, and
     for what the logits leave of `sizes.CUDA_BYTES` on a GPU."""
-    overlap: bool | None = None
-    """With `group_rows`: make the next chunk's logits while elementwise work runs on a second CUDA stream, for twice
-    the memory of logits. None for yes on a GPU."""
     kernels: Kernels = "auto"
     """Elementwise work by Triton on CUDA where it is installed, or as stated."""
     reduce_hidden_grad: bool = True
@@ -100,21 +97,18 @@ class HeadOptions:
             chunk_rows=rows,
             tile_columns=self.tile_columns or shape.tile_columns(schedule),
             group_rows=group,
-            overlap=bool(group) and shape.buffers == 2,
         )
 
     def shape(self, weight_VH: Tensor) -> HeadShape:
         """Shape by which sizes for this weight are chosen."""
-        cuda = weight_VH.is_cuda
         return HeadShape(
             columns=weight_VH.shape[0],
             hidden=weight_VH.shape[1],
-            cuda=cuda,
+            cuda=weight_VH.is_cuda,
             logit_bytes=8 if weight_VH.dtype == torch.float64 else 4,
             gradient_bytes=weight_VH.element_size(),
             fused=self.uses_triton(weight_VH.device),
             top_k=self.divergence.top > 0,
-            buffers=2 if (cuda if self.overlap is None else self.overlap) else 1,
         )
 
     def uses_triton(self, device: torch.device) -> bool:

@@ -14,8 +14,8 @@ Schedule = Literal["grad_in_forward", "recompute"]
 CPU_BYTES = 320 << 20
 """Memory for a chunk's logits on a CPU. More makes nothing faster (benchmarks/head.py)."""
 CUDA_BYTES = 4800 << 20
-"""Memory for logits and kept logit gradients on a GPU. At V 151936 it holds two chunks of 1024 rows, that is products
-of 2048 rows where teacher and student share a matrix, and 8192 rows of gradients."""
+"""Memory for logits and kept logit gradients on a GPU. At V 151936 it holds a chunk of 2048 rows, that is products of
+4096 rows where teacher and student share a matrix, and 8192 rows of gradients."""
 FREE_SHARE = 0.25
 """Most of the free memory that the head plans for. It is asked when the model is built: optimizer state and activations
 come later and are several times the head's."""
@@ -25,8 +25,7 @@ CPU_ROWS = 256
 """Most rows of a chunk on a CPU. The float32 gradient of the weight is read and written once a chunk, which then costs
 a small part of the chunk's products."""
 CUDA_ROWS = 4096
-"""Most rows of a chunk on a GPU. From 2048 to 8192 rows an H200 gained 3 to 5 % a doubling; the elementwise work of the
-last chunk, which has little beside it, grows with the chunk."""
+"""Most rows of a chunk on a GPU. More make its products little faster."""
 AUTO_ROWS = {"cuda": 512, "cpu": 64}
 """Least rows of a chunk at which `grad_in_forward` is chosen: with fewer, `recompute` is the faster schedule."""
 CPU_TILE = 2048
@@ -54,8 +53,6 @@ class HeadShape:
     """Of a kept logit gradient: the weight's type."""
     top_k: bool = False
     """The divergence selects top tokens, which takes many temporaries of a tile's size."""
-    buffers: int = 1
-    """Chunks whose logits are held at a time."""
 
     @property
     def matrix_bytes(self) -> int:
@@ -79,7 +76,7 @@ class HeadShape:
     def logits_bytes(self, schedule: Schedule, distributions: int = 2) -> int:
         """Bytes for each row of a chunk: logits of student, and teacher if there are two, and scratch."""
         tile = min(self.columns, self.tile_columns(schedule))
-        held = self.buffers * self.columns if schedule == "grad_in_forward" else tile
+        held = self.columns if schedule == "grad_in_forward" else tile
         scratch = 0 if self.fused else SCRATCH * tile
         return self.logit_bytes * (distributions * held + scratch)
 

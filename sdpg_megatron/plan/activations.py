@@ -154,9 +154,7 @@ def head_bytes(
     The schedule "auto" counts as "grad_in_forward", which it is where that fits.
     """
     columns, w = arch.padded_vocab(grid.tensor) // grid.tensor, BYTES[dtype]
-    shape = HeadShape(
-        columns=columns, hidden=arch.hidden_size, cuda=cuda, gradient_bytes=w, fused=cuda, buffers=2 if cuda else 1
-    )
+    shape = HeadShape(columns=columns, hidden=arch.hidden_size, cuda=cuda, gradient_bytes=w, fused=cuda)
     of_run: Schedule = "recompute" if head.schedule == "recompute" else "grad_in_forward"
     schedule: Schedule = of_run if train else "recompute"
     # A run chooses its chunk once, by the schedule of its updates.

@@ -122,7 +122,7 @@ def test_one_product_of_several_chunks_changes_nothing(ranks: RankPool, world_si
         for name in ("reverse_kl", "jsd", "top3_jsd")
         for valid in (21, 5)
     ]
-    options = {"chunk_rows": 2, "tile_columns": 24, "group_rows": 5, "overlap": True}
+    options = {"chunk_rows": 2, "tile_columns": 24, "group_rows": 5}
     found = list(zip(*ranks.run(answers, world_size, questions, ["grad_in_forward"], **options), strict=True))
     for problem, parts in zip(questions, found, strict=True):
         assert_shards(list(parts), dense(problem), partial=False)

@@ -318,10 +318,10 @@ def test_coefficients(name: str | None, given: tuple[int, ...], temperature: flo
 @pytest.mark.parametrize("way", ["logits", "recompute", "grad_in_forward"])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_answers_are_the_twins(way: str, name: str) -> None:
-    """As on a GPU: gradients of several chunks in one product, and the next chunk's logits made ahead."""
+    """As on a GPU: gradients of several chunks in one product."""
     problem = make_problem(divergence=DIVERGENCES[name], temperature=0.6)
     sizes: dict[str, int | None] = {"tile_columns": None, "group_rows": 9}
-    found = package(way, problem, kernels="triton", overlap=True, **sizes)
+    found = package(way, problem, kernels="triton", **sizes)
     assert_answers(found, dense(problem), rtol=1e-11, atol=1e-11)
 
 

@@ -69,17 +69,16 @@ def test_sizes_of_chunks_and_tiles_change_nothing(way: str, name: str) -> None:
 
 
 @names
-@pytest.mark.parametrize("overlap", [False, True])
-def test_one_product_of_several_chunks_changes_nothing(name: str, overlap: bool) -> None:
+def test_one_product_of_several_chunks_changes_nothing(name: str) -> None:
     """As on a GPU. Groups hold one chunk, some, or all of them; shared products and those of two temperatures."""
     for temperatures in ({"temperature": 0.6}, {"temperature": 0.6, "teacher_temperature": 1.5}):
         problem = make_problem(divergence=DIVERGENCES[name], **temperatures)
         expected = dense(problem)
         for rows, columns, group in ((1, 24, 1), (2, 5, 4), (2, 24, 7), (4, 24, 100), (100, 24, 100), (None, None, 8)):
             sizes = {"chunk_rows": rows, "tile_columns": columns, "group_rows": group}
-            assert_answers(package("grad_in_forward", problem, overlap=overlap, **sizes), expected, **EXACT)
+            assert_answers(package("grad_in_forward", problem, **sizes), expected, **EXACT)
     own = make_problem(teacher_hidden=4, divergence=DIVERGENCES[name])
-    assert_answers(package("grad_in_forward", own, overlap=overlap, group_rows=6), dense(own), **EXACT)
+    assert_answers(package("grad_in_forward", own, group_rows=6), dense(own), **EXACT)
 
 
 @pytest.mark.parametrize("wanted", ["hidden_TH", "weight_VH"])

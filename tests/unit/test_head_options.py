@@ -99,13 +99,12 @@ def test_all_sizes_are_chosen_in_the_end(columns: int) -> None:
         options = HeadOptions(schedule=schedule).sized(matrix(columns))  # type: ignore[arg-type]
         assert options.chunk_rows is not None and options.chunk_rows >= 1
         assert options.tile_columns is not None and options.tile_columns >= 1
-        assert options.group_rows == 0 and options.overlap is False
-    given = HeadOptions(chunk_rows=3, tile_columns=7, group_rows=9, overlap=True, schedule="grad_in_forward")
+        assert options.group_rows == 0
+    given = HeadOptions(chunk_rows=3, tile_columns=7, group_rows=9, schedule="grad_in_forward")
     assert given.sized(matrix(columns)) == given
-    assert replace(given, schedule="recompute").sized(matrix(columns)).overlap is False
 
 
-QWEN3 = HeadShape(columns=151936, hidden=2560, cuda=True, fused=True, buffers=2)
+QWEN3 = HeadShape(columns=151936, hidden=2560, cuda=True, fused=True)
 """Qwen3-4B on one GPU."""
 
 
@@ -114,26 +113,23 @@ def bytes_of(shape: HeadShape) -> tuple[int, int, int]:
     budget = shape.default_bytes()
     chunk = shape.chunk_rows("grad_in_forward", budget)
     group = shape.group_rows("grad_in_forward", budget, chunk)
-    logits = shape.buffers * chunk * 2 * shape.logit_bytes * shape.columns
+    logits = chunk * 2 * shape.logit_bytes * shape.columns
     return chunk, group, logits + group * shape.gradient_bytes * shape.columns
 
 
 def test_a_gpus_defaults_for_a_model_of_151936_tokens() -> None:
-    """Logits of two chunks, and the gradients of 8192 rows in one product: 4.5 GB beside the rounded dW of 0.78 GB."""
+    """A chunk's logits, and the gradients of 8192 rows in one product: 4.5 GB beside the rounded dW of 0.78 GB."""
     chunk, group, taken = bytes_of(QWEN3)
-    assert (chunk, group) == (1024, 8192)
+    assert (chunk, group) == (2048, 8192)
     hidden_rows = 8192 * 2560 * (2 + 4)  # in the head's order, and their gradient
     assert taken + hidden_rows <= 4.5e9 + 2 * 151936 * 2560
-    chunk, group, taken = bytes_of(replace(QWEN3, buffers=1))
-    assert (chunk, group) == (2048, 8192)
     assert QWEN3.tile_columns("grad_in_forward") == 151936
 
 
 @pytest.mark.parametrize("columns", [1, 1000, 18992, 37984, 75968, 128256, 151936, 262144])
-@pytest.mark.parametrize("buffers", [1, 2])
 @pytest.mark.parametrize("gradient_bytes", [2, 4])
-def test_a_gpus_defaults_fit_and_use_what_is_planned(columns: int, buffers: int, gradient_bytes: int) -> None:
-    shape = replace(QWEN3, columns=columns, buffers=buffers, gradient_bytes=gradient_bytes)
+def test_a_gpus_defaults_fit_and_use_what_is_planned(columns: int, gradient_bytes: int) -> None:
+    shape = replace(QWEN3, columns=columns, gradient_bytes=gradient_bytes)
     chunk, group, taken = bytes_of(shape)
     assert taken <= CUDA_BYTES and group >= 4 * chunk and group % chunk == 0
     assert chunk == CUDA_ROWS or taken > CUDA_BYTES / 2
