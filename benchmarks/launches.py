@@ -61,8 +61,11 @@ class _CountCalls(TorchDispatchMode):
 
 @contextmanager
 def _counting() -> Iterator[Counter[str]]:
+    import triton
     from triton.runtime.interpreter import InterpretedFunction
 
+    if not hasattr(InterpretedFunction, "run"):
+        raise ImportError(f"found triton {triton.__version__}, expected 3.9 or newer. Fix: pip install -U triton")
     calls, run = _Calls(), InterpretedFunction.run
 
     def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:

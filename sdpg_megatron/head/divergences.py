@@ -273,6 +273,8 @@ class TopK:
     def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
         logp_Cn, logq_Cn = self._outcomes(student, teacher, extra_NC)
         slope_Cn = self.over.over(logp_Cn, logq_Cn)[1].nan_to_num(0.0)  # NaN: neither has a weight
+        floored_C = 1 - logp_Cn[:, :-1].exp().sum(1) < TAIL_FLOOR
+        slope_Cn[:, -1].masked_fill_(floored_C, 0.0)  # the floor stays where it is
         others_C = slope_Cn[:, -1] - _mean(logp_Cn, slope_Cn)
         apart_Ck = slope_Cn[:, :-1] - slope_Cn[:, -1:]
         return Pull(upstream_C * others_C / student.sum, top_Ck=upstream_C[:, None] * logp_Cn[:, :-1].exp() * apart_Ck)

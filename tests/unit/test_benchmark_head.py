@@ -206,6 +206,7 @@ def test_the_script_writes_its_results(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_a_chunk_takes_few_calls() -> None:
     """On the path of a GPU, where each costs the host some microseconds; 126 before kernels did the work of rows."""
+    pytest.importorskip("triton", minversion="3.9")  # the interpreter of older ones is another
     run = run_script("--launches")
     assert run.returncode == 0, run.stderr
     total, *calls = run.stdout.splitlines()
