@@ -345,6 +345,8 @@ def main() -> int:
         sys.stderr.write(f"files: {scratch}\n")
     sys.stdout.write(json.dumps(asdict(result)) + "\n")
     if options.out:
+        from benchmarks.head import write_json
+
         meta = {
             "command": f"python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed} --jobs {options.jobs}",
             "date": datetime.now(UTC).date().isoformat(),
@@ -352,8 +354,8 @@ def main() -> int:
             "seconds": round(time.monotonic() - started),
             "exit_codes": dict(sorted(codes.items())),
         }
-        for path, content in ((options.out, asdict(result)), (Path(f"{options.out}.meta.json"), meta)):
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, asdict(result))
+        write_json(options.out.with_name(f"{options.out.name}.meta.json"), meta)
     return int(result.untyped + result.hangs > 0)
 
 

@@ -49,8 +49,8 @@ SERVER_ARGUMENTS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),
 )
-"""Of SGLang on a GPU: few kernels to compile, and a short start. Its warm-up stays: it compiles them before the server
-counts as started, and while a kernel is compiled a server does not answer that it is well."""
+"""Arguments of SGLang on a GPU that leave few kernels to compile. Its warm-up request stays on: it compiles them before
+the server reports that it has started. A server that compiles later fails its health checks."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 

@@ -43,7 +43,7 @@ class Writing:
         _hand_to_megatron(self._results)
         request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_strategy())
         self._staged: list[Any] = []
-        """What the writer reads. Pinned memory that nobody refers to is used again at once."""
+        """Tensors that the writer reads. torch reuses pinned memory as soon as its tensor is gone."""
         if request.async_fn is not None:
             write = partial(_write_and_seal, request.async_fn, self._results, folder, dist.get_rank())
             stage = partial(self._stage, request.async_fn_args[1])
@@ -56,7 +56,7 @@ class Writing:
             request.execute_sync()
 
     def _stage(self, buckets: Sequence[Any]) -> list[Any]:
-        """Megatron's buckets, their tensors in host memory that no later step writes to. In the place of its own."""
+        """Return Megatron's buckets with tensors in host memory that no later step writes to. Replaces its function."""
         self._staged = [
             (path, name, (data, [(item, _unchanging(tensor)) for item, tensor in tensors]))
             for path, name, (data, tensors) in buckets

@@ -32,7 +32,7 @@ def has_te() -> bool:
 
 
 def has_compiled_kernels() -> bool:
-    """Whether torch.compile makes kernels for a GPU here."""
+    """Return True if there is a GPU, and Triton for torch.compile to make its kernels with."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 

@@ -229,6 +229,7 @@ class DeviceMetric:
     reduction: Reduction
 
     def read(self) -> Metric:
+        """Wait for the device and read the numbers. `read_reports` reads those of many metrics at once."""
         return Metric(float(self.value), self.reduction, float(self.weight))
 
 

@@ -1,7 +1,7 @@
 """Gradient norm and clipping in a few kernels, for machines without Transformer Engine and apex.
 
-megatron-core's own substitute (0.16 to 0.19) reads each parameter's norm from the device, one after the other, and
-scales each gradient through a copy.
+The fallback of megatron-core 0.16 to 0.19 waits for the device once for each parameter's norm, and scales each gradient
+through a copy.
 """
 
 from __future__ import annotations

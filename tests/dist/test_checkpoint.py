@@ -157,7 +157,7 @@ def test_offloaded_state_comes_back(model: Path, tmp_path: Path, ranks: RankPool
 
 
 def change_behind_a_save(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[int], int]:
-    """What a checkpoint has wrong of a teacher and of offloaded state that change while it is written; and how much.
+    """Save, and change teacher and offloaded state meanwhile. Returns which tensors are wrong, and how many there are.
 
     Their memory is shared with forked processes, as pinned memory is.
     """

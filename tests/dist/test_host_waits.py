@@ -90,7 +90,7 @@ def test_a_micro_batch_waits_for_nothing(tmp_path: Path, ranks: RankPool, overri
 
 
 def waits_of_a_step(folder: Path, overrides: dict[str, object], size: int) -> tuple[int, int]:
-    """Of numbering the routers' tokens, and of a whole update."""
+    """Count the host's waits while router tokens are numbered, and in a whole update."""
     from sdpg_megatron.objectives.base import StepContext
 
     learner, batches = learner_and_batches(folder, overrides, size)

@@ -408,6 +408,6 @@ def test_any_shape(question: tuple[Problem, dict[str, int]], way: str) -> None:
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name.startswith("top3")])
 def test_all_tokens_may_be_among_the_top_ones(name: str, columns: int) -> None:
-    """What is outside of them then counts with its floor, which has no gradient."""
+    """The probability of all other tokens is then the constant floor, which has no gradient."""
     problem = make_problem(columns=columns, valid=columns, divergence=DIVERGENCES[name])
     assert_answers(package("terms", problem), dense(problem), rtol=1e-12, atol=1e-12)

@@ -17,7 +17,7 @@ SUMS = {"model.norm.weight": "00f1"}
 
 
 def client_of(answers: Mapping[str, Any], use: Callable[[Client], Any], **options: Any) -> Any:
-    """What `use` returns for a client of a server that gives these answers, by path."""
+    """Return what `use` returns for a client whose server gives these answers, by path."""
 
     async def answer(request: web.Request) -> web.Response:
         return web.json_response(answers[request.path])

@@ -27,7 +27,7 @@ from sdpg_megatron.weights import Bucket, hf_shapes
 LISTED = 8
 """Tensors that one error names, for each server."""
 CUDA_HASHES = Path("kernels", "ops", "memory", "gpu_tensor_hash.py"), Path("srt", "layers", "multimodal.py")
-"""Where the package sglang keeps its hash of CUDA tensors: 0.5.23, 0.5.15."""
+"""Files of the package sglang with its hash of CUDA tensors: that of 0.5.23, that of 0.5.15."""
 
 Hash = Callable[[Tensor], str]
 
