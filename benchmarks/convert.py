@@ -144,7 +144,7 @@ def save_job(rank: int, setting: Setting) -> None:
 
 def load_job(rank: int, setting: Setting) -> tuple[float, int]:
     """Seconds and peak of filling this rank's share of the model."""
-    from sdpg_megatron.checkpoint.weights_only import load_weights_only
+    from sdpg_megatron.convert.load_weights import load_weights_only
     from sdpg_megatron.mcore.model import load_weights, named_parameters
 
     chunks, arch, ranks = build(setting)
@@ -166,7 +166,7 @@ def load_job(rank: int, setting: Setting) -> tuple[float, int]:
 
 
 def on_ranks(job: Callable[[int, Setting], Any], setting: Setting) -> list[Any]:
-    preload = ("megatron.core.dist_checkpointing", "sdpg_megatron.mcore.model", "sdpg_megatron.checkpoint.weights_only")
+    preload = ("megatron.core.dist_checkpointing", "sdpg_megatron.mcore.model", "sdpg_megatron.convert.load_weights")
     return run_ranks(RANKS, setting, job, threads=len(os.sched_getaffinity(0)), preload=preload)
 
 

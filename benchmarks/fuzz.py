@@ -57,7 +57,7 @@ IMPORTED = (
     *(f"sdpg_megatron.plan.{name}" for name in ("plan", "report", "advice")),
     *(
         "sdpg_megatron.cli",
-        "sdpg_megatron.mcore.shapes",
+        "sdpg_megatron.estimate.shapes",
         "sdpg_megatron.convert.command",
         "sdpg_megatron.convert.inspect",
     ),
@@ -152,7 +152,7 @@ def call(case: Case, folder: Path) -> int:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     replace_streams(case, folder)
-    from sdpg_megatron.mcore import shapes
+    from sdpg_megatron.estimate import shapes
     from sdpg_megatron.rewards import pool
     from tests.e2e.preloaded import run_as_main
 

@@ -242,7 +242,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
     Not the steps that also measure the pulls of the loss's parts, which are every tenth.
     """
     from benchmarks.step_trainer import StandingLearner
-    from sdpg_megatron.settings import load
+    from sdpg_megatron.config.load import load
 
     lengths = [8] * 4 if options.rehearse else [1024 - PROMPT_TOKENS] * 64
     group = 2 if options.rehearse else 8
@@ -269,7 +269,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         with profiled() as (calls, kernels):
             trainer.learn(groups, 1)
             finish(options)
-        numel = sum(parameter.numel() for chunk in trainer.learner.chunks for parameter in chunk.parameters())
+        numel = sum(parameter.numel() for chunk in trainer.policy_trainer.chunks for parameter in chunk.parameters())
     best = min(seconds[1:])
     arch = trainer.inputs.arch
     response = sum(lengths)
@@ -315,9 +315,9 @@ def plan(path: Path, overrides: Sequence[str]) -> float:
 
     It takes all tokens of a micro-batch for the student's. With a teacher in each of them about half are.
     """
-    from sdpg_megatron.plan.gpus import find_gpu
-    from sdpg_megatron.plan.plan import make_plan
-    from sdpg_megatron.settings import load
+    from sdpg_megatron.config.load import load
+    from sdpg_megatron.estimate.gpus import find_gpu
+    from sdpg_megatron.estimate.plan import make_plan
 
     made = make_plan(load(path, overrides), find_gpu("H100"), 1)
     (stage,) = made.stages

@@ -23,11 +23,11 @@ from benchmarks.memory import MIB, peak_memory
 from sdpg_megatron import objectives
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.plan.load import Load
-from sdpg_megatron.plan.memory import StageMemory, stage_memory
-from sdpg_megatron.plan.shards import Grid
+from sdpg_megatron.config.load import parse
+from sdpg_megatron.estimate.load import Load
+from sdpg_megatron.estimate.memory import StageMemory, stage_memory
+from sdpg_megatron.estimate.shards import Grid
 from sdpg_megatron.records import ScoredGroup
-from sdpg_megatron.settings import parse
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -100,20 +100,20 @@ def groups_of(vocab: int) -> list[ScoredGroup]:
 
 def measure(config: RunConfig) -> int:
     """Bytes: the most that two optimizer steps hold, from before the model is built."""
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples
+    from sdpg_megatron.batching.step_batch import build_step
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples
 
     ranks = parallel.initialize(config.parallel, 0)
     arch = read_architecture(config.model.path)
     groups = groups_of(arch.vocab_size)
     with peak_memory(torch.device("cpu")) as found:
         objective = objectives.build(config.objective, config.total_optimizer_steps)
-        learner = Learner(config, arch, objective, ranks)
+        policy_trainer = PolicyTrainer(config, arch, objective, ranks)
         for step in range(2):
             samples = make_samples(groups, config.objective, taught=objective.taught)
             batch = build_step(
@@ -121,11 +121,11 @@ def measure(config: RunConfig) -> int:
                 regularized=True,
                 limit=Limit.of(config),
                 layout=Layout.of(config, ranks),
-                device=learner.device,
+                device=policy_trainer.device,
             )
-            learner.begin(step)
-            batches = learner.with_reference(batch.micro_batches)
-            learner.update(batches, StepContext(step, config.total_optimizer_steps))
+            policy_trainer.begin(step)
+            batches = policy_trainer.with_reference(batch.micro_batches)
+            policy_trainer.update(batches, StepContext(step, config.total_optimizer_steps))
     return found[0]
 
 

@@ -55,10 +55,10 @@ from benchmarks.memory import MIB, peak_memory
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
-from sdpg_megatron.rollout.sglang.loop import LoopThread
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import Publisher
 from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess, default_python
-from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink
+from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink
 from sdpg_megatron.weights import WeightStream, hf_shapes, weight_map
 
 SMOLLM2 = Path("~/.cache/sdpg_megatron/smollm2-135m-instruct").expanduser()

@@ -57,12 +57,12 @@ from benchmarks.head import machine, write_json
 from benchmarks.step_data import PROMPT_TOKENS, coin, even_lengths, given_groups, long_tailed_lengths
 from benchmarks.step_plain import PlainLoop
 from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftovers
+from sdpg_megatron.batching.micro_batches import Limit
+from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import load
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.records import ScoredGroup
-from sdpg_megatron.settings import load
-from sdpg_megatron.train.plan import Limit
-from sdpg_megatron.train.sample import Sample
 from tools.make_addition import split, write
 from tools.prepare_smollm2 import FOLDER, default_cache
 
@@ -151,7 +151,7 @@ def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict
     """Steps on given responses: of sdpg, of sdpg with its pulls measured, and of sdpg where beta is 0."""
     with no_leftovers():
         trainer = StandingLearner(config)
-        groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
+        groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
         at = {"beta0": UNTAUGHT, "sdpg": TAUGHT, "sdpg_measured": MEASURED}
         steps = {name: _learning(trainer, groups, step) for name, step in at.items()}
         return take_turns(steps, rounds)
@@ -161,11 +161,11 @@ def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> d
     """Steps of sdpg on given responses: packed, padded, and padded in the order of arrival."""
     with no_leftovers():
         trainer = StandingLearner(config)
-        groups = given_groups(lengths, config.rollout.group_size, trainer.learner.arch.vocab_size)
+        groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
         padded = _learning(trainer, groups, TAUGHT, packed=False)
 
         def unsorted() -> Known:
-            with patch("sdpg_megatron.train.batch.plan", plan_unsorted):
+            with patch("sdpg_megatron.batching.step_batch.plan", plan_unsorted):
                 return padded()
 
         steps = {"packed": _learning(trainer, groups, TAUGHT, packed=True), "padded": padded, "unsorted": unsorted}
@@ -189,7 +189,7 @@ def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
     """Whole steps: ours, and those of the plain loop."""
     with no_leftovers() as stack:
         trainer = StandingTrainer(config, stack)
-        plain = PlainLoop(config, coin, trainer.learner.device)
+        plain = PlainLoop(config, coin, trainer.policy_trainer.device)
         prompts, seed = trainer.drawn(TAUGHT)
 
         def our_step() -> Known:

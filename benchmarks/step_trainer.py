@@ -11,17 +11,17 @@ from sdpg_megatron import objectives
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.mcore import parallel
-from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.metrics import values
 from sdpg_megatron.records import Prompt, ScoredGroup
-from sdpg_megatron.train.draws import draw_seed
+from sdpg_megatron.runtime.interrupt import Interrupt
+from sdpg_megatron.runtime.watchdog import Watchdog
 from sdpg_megatron.train.inputs import load_inputs
-from sdpg_megatron.train.interrupt import Interrupt
-from sdpg_megatron.train.lessons import Lessons
 from sdpg_megatron.train.loop import Trainer
-from sdpg_megatron.train.origin import Origin
-from sdpg_megatron.train.position import Position
-from sdpg_megatron.train.watchdog import Watchdog
+from sdpg_megatron.train.run_fingerprint import Origin
+from sdpg_megatron.train.seeds import draw_seed
+from sdpg_megatron.train.state import Position
+from sdpg_megatron.train.update import Lessons
 
 
 class StandingLearner:
@@ -31,12 +31,12 @@ class StandingLearner:
         self.config, self.inputs = config, load_inputs(config)
         self.ranks = parallel.initialize(config.parallel, config.seed)
         objective = objectives.build(config.objective, config.total_optimizer_steps)
-        self.learner = Learner(config, self.inputs.arch, objective, self.ranks)
+        self.policy_trainer = PolicyTrainer(config, self.inputs.arch, objective, self.ranks)
 
     def learn(self, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> dict[str, float]:
         """Passes and update of one optimizer step. `changes`: of the section `model`, for this step alone."""
         model = self.config.model.model_copy(update=changes)
-        lessons = Lessons(self.config.model_copy(update={"model": model}), self.inputs, self.learner)
+        lessons = Lessons(self.config.model_copy(update={"model": model}), self.inputs, self.policy_trainer)
         return values(lessons.learn(step, lessons.prepare(step, groups)))
 
 
@@ -48,7 +48,9 @@ class StandingTrainer(StandingLearner):
         super().__init__(config)
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
         nobody = Interrupt(), Watchdog(config.watchdog)  # not entered: they watch nothing
-        self._trainer = Trainer(config, self.inputs, self.learner, store, self._first(), Origin("", ""), *nobody, stack)
+        self._trainer = Trainer(
+            config, self.inputs, self.policy_trainer, store, self._first(), Origin("", ""), *nobody, stack
+        )
         self._trainer.serving.publish(0)
 
     def whole_step(self, step: int) -> dict[str, float]:

@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sdpg_megatron import objectives
 from sdpg_megatron.config import ObjectiveConfig, ParallelConfig
-from sdpg_megatron.mcore import device, layers, parallel
+from sdpg_megatron.mcore import layers, parallel
+from sdpg_megatron.mcore.compat import device
 from sdpg_megatron.mcore.forward_step import ForwardStep, Head
 from sdpg_megatron.mcore.passes import teacher_hidden
 from sdpg_megatron.objectives.base import StepContext

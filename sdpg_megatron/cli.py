@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import dump, load
 from sdpg_megatron.errors import ConfigError, OutputError, SdpgError
 from sdpg_megatron.process import streams
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.process.signals import INTERRUPTED, STOPPED, interruptible
-from sdpg_megatron.settings import dump, load
 
 if TYPE_CHECKING:
     from sdpg_megatron.checkpoint.branch import BranchRequest
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 an error that is explained, 75 stopped with its state saved, 130 stopped at once by
         Ctrl-C, 141 where the reader of standard output has ended. A training run that hangs ends with 70, see
-        `sdpg_megatron.train.watchdog`.
+        `sdpg_megatron.runtime.watchdog`.
     """
     with streams.guarded():
         try:
@@ -187,7 +187,7 @@ def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     environment = RankEnvironment.read()
     config = load(options.config, overrides)
-    from sdpg_megatron.train.presence import end_with_launcher
+    from sdpg_megatron.runtime.run_lock import end_with_launcher
 
     end_with_launcher()
     branch_from = _branch_request(options)
@@ -217,8 +217,8 @@ def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
 def _dry_run(
     config: RunConfig, branch_from: BranchRequest | None, ranks: int | None, environment: RankEnvironment
 ) -> int:
-    from sdpg_megatron.plan.shards import Grid
-    from sdpg_megatron.train.dry_run import check_run  # torch takes seconds to import, Megatron more
+    from sdpg_megatron.estimate.shards import Grid
+    from sdpg_megatron.train.dry_run import check_run
     from sdpg_megatron.train.inputs import load_inputs
 
     if ranks is None and "WORLD_SIZE" in os.environ:
@@ -239,9 +239,9 @@ def _show_checks(config: RunConfig, lines: Iterable[str], environment: RankEnvir
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.evaluation.table import scores_table, show
-    from sdpg_megatron.train.evaluator import evaluate_subject, load_prompts
+    from sdpg_megatron.train.eval_command import evaluate_subject, load_prompts
+    from sdpg_megatron.train.eval_target import find_subject
     from sdpg_megatron.train.inputs import load_model_inputs
-    from sdpg_megatron.train.subject import find_subject
 
     environment = RankEnvironment.read()
     subject = find_subject(options.target, options.step, overrides)
@@ -296,10 +296,10 @@ def _bytes_of(gigabytes: float) -> int:
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load(options.config, overrides)
-    from sdpg_megatron.plan.advice import advise
-    from sdpg_megatron.plan.gpus import find_gpu
-    from sdpg_megatron.plan.plan import make_plan
-    from sdpg_megatron.plan.report import as_json, as_text
+    from sdpg_megatron.estimate.advice import advise
+    from sdpg_megatron.estimate.gpus import find_gpu
+    from sdpg_megatron.estimate.plan import make_plan
+    from sdpg_megatron.estimate.report import as_json, as_text
 
     plan = make_plan(config, find_gpu(options.gpu), options.ranks)
     advice = advise(plan)

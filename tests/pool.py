@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from sdpg_megatron.train.presence import end_with_parent
+from sdpg_megatron.runtime.run_lock import end_with_parent
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 

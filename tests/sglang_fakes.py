@@ -22,9 +22,9 @@ from sdpg_megatron.rollout.sglang import groups
 from sdpg_megatron.rollout.sglang import pool as pool_module
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.groups import GroupSource
-from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.server import ServerProcess
+from sdpg_megatron.rollout.sglang.server_handle import Member
 
 WIRE, STOP = "run-3", 9
 QUICK = SGLangConfig(

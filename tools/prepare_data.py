@@ -32,7 +32,7 @@ from sdpg_megatron.data.examples import reveals
 from sdpg_megatron.data.instructions import INSTRUCTIONS, bare, either, without_closing
 from sdpg_megatron.data.readers import Row, file_format, read_rows
 from sdpg_megatron.errors import DataError, SdpgError
-from sdpg_megatron.observe.loading import RowProgress
+from sdpg_megatron.observe.reading_progress import RowProgress
 
 FOLDER_FORMATS = (".parquet", ".jsonl", ".csv")
 """Of a folder's files, those that are read: a .json file there often describes the data set."""

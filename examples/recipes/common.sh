@@ -69,7 +69,7 @@ fill() {
 }
 
 # paper_objective METHOD: sets `objective` to what the SDPG paper (arXiv 2606.04036) trains the method with, and to the
-# method's own defaults where the paper has none. What is not set here is the default in sdpg_megatron/methods.py.
+# method's own defaults where the paper has none. What is not set here is the default in sdpg_megatron/config/method_defaults.py.
 # shellcheck disable=SC2034  # the recipes read `objective`
 paper_objective() {
   local mean=objective.aggregation=group-token-mean # eq. 2.2, 3.4 and appendix B: per prompt, then over prompts

@@ -15,8 +15,8 @@ from sdpg_megatron.checkpoint.state import (
     step_of,
     with_way_out,
 )
+from sdpg_megatron.config.field_values import Refused, read_path
 from sdpg_megatron.errors import CheckpointError, ConfigError
-from sdpg_megatron.field_values import Refused, read_path
 from sdpg_megatron.observe.files import write_whole
 
 BRANCH_FILE = "branch.json"

@@ -11,8 +11,8 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from sdpg_megatron.checkpoint.state import RecordedChange, RunState
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import flatten
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.settings import flatten
 
 FREE = (
     "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",

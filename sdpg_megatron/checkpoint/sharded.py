@@ -10,44 +10,48 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 
 from sdpg_megatron.checkpoint.pickles import only_weights, read_tensor_list
 from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.mcore import padded_buckets, torch_adam
-from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.compat import padded_buckets, torch_adam
 from sdpg_megatron.mcore.optimizer import keeping_hyperparameters
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
 _TEACHER = "teacher"
 # The layout of optimizer shards that can be read back under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def sharded_state(learner: Learner, *, is_loading: bool = False, with_teacher: bool = True) -> dict[str, Any]:
+def sharded_state(
+    policy_trainer: PolicyTrainer, *, is_loading: bool = False, with_teacher: bool = True
+) -> dict[str, Any]:
     """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
 
     And a teacher that is neither the model nor where the run started from, under keys with a prefix.
     """
     metadata = dict(_METADATA)  # Megatron adds the process groups of the moment
     state: dict[str, Any] = {
-        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(learner)
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(policy_trainer)
     }
-    teacher = _teacher_state(state, learner) if with_teacher else {}
-    with padded_buckets.kept(learner.optimizer):
-        state["optimizer"] = learner.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    state["opt_param_scheduler"] = learner.scheduler.state_dict()
+    teacher = _teacher_state(state, policy_trainer) if with_teacher else {}
+    with padded_buckets.kept(policy_trainer.optimizer):
+        state["optimizer"] = policy_trainer.optimizer.sharded_state_dict(
+            state, is_loading=is_loading, metadata=metadata
+        )
+    state["opt_param_scheduler"] = policy_trainer.scheduler.state_dict()
     return {**state, _TEACHER: teacher} if teacher else state
 
 
-def _teacher_state(model_state: dict[str, Any], learner: Learner) -> dict[int, Any]:
+def _teacher_state(model_state: dict[str, Any], policy_trainer: PolicyTrainer) -> dict[int, Any]:
     """The teacher's weights by the number of their parameter, each cut as the model's own; empty for none to keep."""
-    if not learner.teacher.kept:
+    if not policy_trainer.teacher.kept:
         return {}
-    parameters = [parameter for chunk in learner.chunks for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in policy_trainer.chunks for parameter in chunk.parameters()]
     sharded = get_param_id_to_sharded_param_map(model_state, parameters)
     return {
         number: make_sharded_optimizer_tensor(sharded[number], kept, _TEACHER)
-        for number, kept in enumerate(learner.teacher.kept)
+        for number, kept in enumerate(policy_trainer.teacher.kept)
     }
 
 
-def load_sharded(path: Path, learner: Learner, state: RunState) -> None:
+def load_sharded(path: Path, policy_trainer: PolicyTrainer, state: RunState) -> None:
     """Fill the learner with a checkpoint's tensors, whatever layout they were written under.
 
     Learning rate, weight decay, betas and epsilon stay those that the learner was built with. The position in the
@@ -58,28 +62,28 @@ def load_sharded(path: Path, learner: Learner, state: RunState) -> None:
         CheckpointError: reading it would run code.
     """
     tensors = read_tensor_list(path).state_dict_metadata  # megatron-core reads it without asking what is in it
-    kind = state.setting("objective.teacher") or learner.teacher.kind
-    with_teacher = kind == learner.teacher.kind and any(name.startswith(f"{_TEACHER}.") for name in tensors)
-    torch_adam.make_state(learner.optimizer)
+    kind = state.setting("objective.teacher") or policy_trainer.teacher.kind
+    with_teacher = kind == policy_trainer.teacher.kind and any(name.startswith(f"{_TEACHER}.") for name in tensors)
+    torch_adam.make_state(policy_trainer.optimizer)
     with only_weights():
-        wanted = sharded_state(learner, is_loading=True, with_teacher=with_teacher)
+        wanted = sharded_state(policy_trainer, is_loading=True, with_teacher=with_teacher)
         loaded = dist_checkpointing.load(wanted, str(path))
-    for name, chunk in _named_chunks(learner):
+    for name, chunk in _named_chunks(policy_trainer):
         chunk.load_state_dict(loaded[name])
-    with keeping_hyperparameters(learner.optimizer):
-        torch_adam.load_state_dict(learner.optimizer, loaded["optimizer"])
+    with keeping_hyperparameters(policy_trainer.optimizer):
+        torch_adam.load_state_dict(policy_trainer.optimizer, loaded["optimizer"])
     schedule = loaded["opt_param_scheduler"]
-    before = state.setting("optimizer.minibatches") or learner.minibatches
-    schedule["num_steps"] = max(1, round(schedule["num_steps"] * learner.minibatches / before))
-    learner.scheduler.load_state_dict(schedule)
-    for number, kept in enumerate(learner.teacher.kept if with_teacher else ()):
+    before = state.setting("optimizer.minibatches") or policy_trainer.minibatches
+    schedule["num_steps"] = max(1, round(schedule["num_steps"] * policy_trainer.minibatches / before))
+    policy_trainer.scheduler.load_state_dict(schedule)
+    for number, kept in enumerate(policy_trainer.teacher.kept if with_teacher else ()):
         kept.copy_(loaded[_TEACHER][number])
     if not with_teacher:
-        learner.teacher.restart()
+        policy_trainer.teacher.restart()
 
 
-def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
-    modules = [chunk.module for chunk in learner.chunks]
+def _named_chunks(policy_trainer: PolicyTrainer) -> list[tuple[str, Any]]:
+    modules = [chunk.module for chunk in policy_trainer.chunks]
     if len(modules) == 1:
         return [("model", modules[0])]
     return [(f"model{number}", module) for number, module in enumerate(modules)]

@@ -34,9 +34,9 @@ from sdpg_megatron.checkpoint.state import (
 from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
-from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.files import free_mib
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class CheckpointStore:
         else:
             (self._folder / LATEST).unlink(missing_ok=True)
 
-    def save(self, learner: Learner, state: RunState, more: Callable[[Path], None] | None = None) -> None:
+    def save(self, policy_trainer: PolicyTrainer, state: RunState, more: Callable[[Path], None] | None = None) -> None:
         """Write a checkpoint of this step, and remove those that are not to be kept.
 
         `more` writes further files into the folder that it is given, on the main rank, when the tensors are there.
@@ -99,7 +99,7 @@ class CheckpointStore:
         self.finish()
         partial = self._on_main(lambda: self._make_partial(state.step))
         try:
-            writing = Writing(sharded_state(learner), partial, behind=self._config.asynchronous)
+            writing = Writing(sharded_state(policy_trainer), partial, behind=self._config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._refused(partial, error) from error
         self._pending = _Pending(state, partial, writing, more)
@@ -128,7 +128,7 @@ class CheckpointStore:
         state = dataclasses.replace(pending.state, files=sums)
         self._on_main(lambda: self._put_in_place(pending.partial, state, pending.more))
 
-    def load(self, path: Path, state: RunState, learner: Learner) -> None:
+    def load(self, path: Path, state: RunState, policy_trainer: PolicyTrainer) -> None:
         """Fill the learner with a checkpoint's tensors, once its files were found to be what its manifest says.
 
         The checkpoint may be another run's, and of another configuration: see `load_sharded`.
@@ -138,7 +138,7 @@ class CheckpointStore:
         """
         self.check(path, state)
         try:
-            load_sharded(path, learner, state)
+            load_sharded(path, policy_trainer, state)
         except UNREADABLE as error:
             raise CheckpointError(
                 f"{path}: found tensors that do not fit the model ({describe(error)}), expected those of model.path. "

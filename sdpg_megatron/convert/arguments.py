@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdpg_megatron.architecture import Architecture, Family
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
+from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError
 
 CONFIG_KEYS: Mapping[str, str] = {

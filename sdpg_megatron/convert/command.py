@@ -66,7 +66,7 @@ def _check_logits(
     Raises:
         ConversionError: the text cannot be read. What is returned raises it where the logits differ.
     """
-    from sdpg_megatron.convert.verify import logit_difference, tokens_of  # Megatron's models take seconds to import
+    from sdpg_megatron.convert.verify import logit_difference, tokens_of
 
     if (companions := like or source.companions) is not None:
         tokens_of(companions, text)

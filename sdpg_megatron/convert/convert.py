@@ -18,16 +18,16 @@ from torch import Tensor
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.checkpoint.files import find_damage, flush_tree
 from sdpg_megatron.checkpoint.state import check_same_model, fingerprint
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
-from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments, checkpoint_arguments
-from sdpg_megatron.convert.places import Stored, extra_states, stored_parameters
-from sdpg_megatron.convert.proof import THREADS, Spec, check_same_tensors
+from sdpg_megatron.convert.roundtrip_check import THREADS, Spec, check_same_tensors
 from sdpg_megatron.convert.safetensors_file import write_safetensors
 from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
+from sdpg_megatron.convert.tensor_locations import Stored, extra_states, stored_parameters
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
+from sdpg_megatron.convert.torch_dist import TorchDist
+from sdpg_megatron.convert.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.errors import CheckpointError, ConversionError, fix_of
-from sdpg_megatron.observe.transfer import transfer
+from sdpg_megatron.observe.byte_progress import transfer
 from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
 from sdpg_megatron.weights.load import SINGLE_FILE
 from sdpg_megatron.weights.map import hf_shapes

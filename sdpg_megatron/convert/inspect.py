@@ -15,12 +15,12 @@ import torch
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.checkpoint.files import find_damage
 from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
-from sdpg_megatron.convert.places import of_the_model
-from sdpg_megatron.convert.proof import THREADS
+from sdpg_megatron.convert.roundtrip_check import THREADS
 from sdpg_megatron.convert.source import Source, find_source
+from sdpg_megatron.convert.tensor_locations import of_the_model
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors
+from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError, SdpgError
 from sdpg_megatron.weights.load import SafetensorsFolder
 from sdpg_megatron.weights.map import Shape

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, MANIFEST, RunState, checkpoint_folders
-from sdpg_megatron.checkpoint.torch_dist import BACKEND_FILE
+from sdpg_megatron.convert.torch_dist import BACKEND_FILE
 from sdpg_megatron.errors import ConversionError, fix_of
 from sdpg_megatron.hf_files import fix_for_missing
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
-from sdpg_megatron.convert.places import Place, Stored, of_the_model, stored_parameters
+from sdpg_megatron.convert.tensor_locations import Place, Stored, of_the_model, stored_parameters
+from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError, did_you_mean
 from sdpg_megatron.weights.load import open_weights
 from sdpg_megatron.weights.map import Shape, hf_shapes

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sdpg_megatron.architecture import read_architecture
-from sdpg_megatron.checkpoint.weights_only import load_weights_only
 from sdpg_megatron.config import ModelConfig, ParallelConfig
+from sdpg_megatron.convert.load_weights import load_weights_only
 from sdpg_megatron.data.tokenizer import load_tokenizer
 from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.forward_step import last_hidden
 from sdpg_megatron.mcore.model import build_chunks, output_weight
-from sdpg_megatron.process.ranks import RankEnvironment
-from sdpg_megatron.rollout.reading import check_reading
+from sdpg_megatron.process.rank_environment import RankEnvironment
+from sdpg_megatron.rollout.transformers_check import check_reading
 
 TOLERANCE = 1e-3
 """Largest difference of logits, over the largest logit, that rounding explains.

@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import flatten, load
 from sdpg_megatron.errors import ConfigError, LaunchError
-from sdpg_megatron.launch.circle import Circle
-from sdpg_megatron.launch.meeting import Card, Plan, check_port, free_port, meet
-from sdpg_megatron.launch.ranks import Ranks
+from sdpg_megatron.launch.liveness import Circle
+from sdpg_megatron.launch.rendezvous import Card, Plan, check_port, free_port, meet
 from sdpg_megatron.launch.servers import Servers, prepare
-from sdpg_megatron.settings import flatten, load
+from sdpg_megatron.launch.torchrun_process import Ranks
 
 LOOK = 0.2
 """Seconds between looks at the ranks, the servers and the other machines."""
@@ -64,7 +64,7 @@ class Machine:
             options: more of ``sdpg-megatron train``, as on its command line.
 
         Raises:
-            ConfigError: see `sdpg_megatron.settings.load`.
+            ConfigError: see `sdpg_megatron.config.load.load`.
         """
         self._place = place
         self._arguments = [str(config), *overrides, *options]

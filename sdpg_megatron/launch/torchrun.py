@@ -19,10 +19,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sdpg_megatron.launch.ranks import shell_code
+from sdpg_megatron.launch.torchrun_process import shell_code
 from sdpg_megatron.process import streams
 from sdpg_megatron.process.signals import STOPPED
-from sdpg_megatron.train.presence import end_with_parent
+from sdpg_megatron.runtime.run_lock import end_with_parent
 
 TAIL = 20
 """Lines."""

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from sdpg_megatron.mcore.context import shards
+from sdpg_megatron.mcore.context_parallel import shards
 
 
 class Bucket(NamedTuple):

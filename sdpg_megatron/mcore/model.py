@@ -20,7 +20,7 @@ from torch.nn import functional
 from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
-from sdpg_megatron.mcore.device import check_layers, has_compiled_kernels, has_te
+from sdpg_megatron.mcore.compat.device import check_layers, has_compiled_kernels, has_te
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards

@@ -17,9 +17,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sdpg_megatron.config import ParallelConfig
 from sdpg_megatron.errors import ConfigError, LaunchError
-from sdpg_megatron.mcore import device
+from sdpg_megatron.mcore.compat import device
 from sdpg_megatron.mcore.rendezvous import rendezvous
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 
 T = TypeVar("T")
 

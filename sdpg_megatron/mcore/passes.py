@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from sdpg_megatron.mcore.context import exchange
+from sdpg_megatron.mcore.context_parallel import exchange
 from sdpg_megatron.mcore.forward_step import hidden_states, rows
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.records import MicroBatch, SequenceBatch

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from sdpg_megatron.errors import LaunchError
-from sdpg_megatron.process.ranks import RankEnvironment, name_ranks
+from sdpg_megatron.process.rank_environment import RankEnvironment, name_ranks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

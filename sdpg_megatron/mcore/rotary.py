@@ -17,7 +17,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
-from sdpg_megatron.mcore.device import has_compiled_kernels
+from sdpg_megatron.mcore.compat.device import has_compiled_kernels
 
 Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [P, B, N, D] or [P, N, D], cosines and sines that broadcast to its first R columns) -> hidden, rotated."""

@@ -14,7 +14,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.mcore.frozen import FrozenWeights
+from sdpg_megatron.mcore.frozen_weights import FrozenWeights
 from sdpg_megatron.mcore.model import output_weight
 from sdpg_megatron.mcore.transfer import host_copy
 

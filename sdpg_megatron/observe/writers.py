@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdpg_megatron.errors import DataError
-from sdpg_megatron.observe.cut import beyond, cut_events, cut_files, cut_lines
 from sdpg_megatron.observe.files import Appender, json_line, writing
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
+from sdpg_megatron.observe.truncate import beyond, cut_events, cut_files, cut_lines
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
@@ -111,7 +111,7 @@ def open_writers(run_dir: Path) -> MetricsWriter:
 
 
 def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
-    """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.cut`."""
+    """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.truncate`."""
     is_beyond = beyond(step, evaluated=evaluated)
     cut_lines(run_dir / METRICS_FILE, is_beyond)
     cut_events(run_dir / TENSORBOARD_FOLDER, is_beyond)

@@ -26,7 +26,7 @@ FIX = "give it one of these signatures; further parameters need defaults"
 VERIFIERS = {
     "number": "sdpg_megatron.rewards.number:number",
     "math": "sdpg_megatron.rewards.symbolic:math",
-    "answer": "sdpg_megatron.rewards.line:answer",
+    "answer": "sdpg_megatron.rewards.answer_line:answer",
     "exact": "sdpg_megatron.rewards.exact:exact",
     "reasoning_gym": "sdpg_megatron.rewards.gym:reasoning_gym",
 }
@@ -34,7 +34,7 @@ VERIFIERS = {
 EXTRACTS = {
     "number": "sdpg_megatron.rewards.number:extract_number",
     "math": "sdpg_megatron.rewards.symbolic:extract_math",
-    "answer": "sdpg_megatron.rewards.line:extract_answer",
+    "answer": "sdpg_megatron.rewards.answer_line:extract_answer",
     "exact": "sdpg_megatron.rewards.exact:extract_exact",
 }
 """What reads the answer of a response, by verifier."""

@@ -24,8 +24,8 @@ from sdpg_megatron.errors import NumericsError, RolloutError, WeightError, did_y
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
 from sdpg_megatron.rollout.experts import ExpertRecorder
-from sdpg_megatron.rollout.joined import as_saved
-from sdpg_megatron.rollout.reading import check_reading
+from sdpg_megatron.rollout.transformers_check import check_reading
+from sdpg_megatron.weights.hf_moe_names import as_saved
 
 UNCONSTRAINED: Mapping[str, Any] = {
     "num_beams": 1,

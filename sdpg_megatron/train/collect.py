@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from sdpg_megatron.checkpoint.drawn import Drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
@@ -16,8 +16,8 @@ from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Sampling
-from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.rollouts import Rollouts, describe, with_shaping
+from sdpg_megatron.train.seeds import draw_seed
 from sdpg_megatron.train.selection import Judge, Selection, select
 
 logger = logging.getLogger(__name__)

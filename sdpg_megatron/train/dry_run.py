@@ -15,16 +15,16 @@ from sdpg_megatron.checkpoint.branch import BranchRequest, explain_damage
 from sdpg_megatron.checkpoint.files import find_damage
 from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, MANIFEST, RunState, check_same_model, fingerprint
 from sdpg_megatron.config import CheckpointConfig, RunConfig
+from sdpg_megatron.estimate.shapes import walk
 from sdpg_megatron.evaluation.results import Request, Results
-from sdpg_megatron.mcore.shapes import walk
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.pool import check_verifier
+from sdpg_megatron.runtime.run_lock import check_unlocked
+from sdpg_megatron.train.eval_target import Subject
 from sdpg_megatron.train.inputs import Inputs, ModelInputs
-from sdpg_megatron.train.presence import check_unlocked
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER, check_writable
 from sdpg_megatron.train.start import find_start
-from sdpg_megatron.train.subject import Subject
 from sdpg_megatron.weights import check_values
 
 
@@ -70,7 +70,7 @@ def check_evaluation(
     Raises:
         SdpgError: as an evaluation's start.
     """
-    from sdpg_megatron.train.evaluator import for_evaluation  # takes seconds to import
+    from sdpg_megatron.train.eval_command import for_evaluation
 
     check_writable(folder)
     model, checkpoint = subject.config.model.path, subject.checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.mcore import device
+from sdpg_megatron.mcore.compat import device
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import OnProgress, RolloutEngine, Stop, never

@@ -14,8 +14,8 @@ from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rollout.base import Sampling
-from sdpg_megatron.train.draws import draw_seed
 from sdpg_megatron.train.rollouts import Rollouts
+from sdpg_megatron.train.seeds import draw_seed
 
 NAMES = {"pass@1": "sampled_accuracy", "greedy": "greedy_accuracy"}
 """Metrics that do not go by their quantity's own name."""

@@ -15,28 +15,28 @@ from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore import parallel
-from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.files import writing
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 from sdpg_megatron.weights import WeightStream, write_folder
 
 
-def stream_weights(config: RunConfig, learner: Learner, dtype: torch.dtype | None = None) -> WeightStream:
+def stream_weights(config: RunConfig, policy_trainer: PolicyTrainer, dtype: torch.dtype | None = None) -> WeightStream:
     """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
     return WeightStream(
-        learner.named_weights(),
-        learner.arch,
-        tp_group=learner.ranks.tensor_group,
-        pp_group=learner.ranks.pipeline_group,
-        expert_group=learner.ranks.expert_group,
-        expert_tensor=learner.ranks.expert_tensor_size,
+        policy_trainer.named_weights(),
+        policy_trainer.arch,
+        tp_group=policy_trainer.ranks.tensor_group,
+        pp_group=policy_trainer.ranks.pipeline_group,
+        expert_group=policy_trainer.ranks.expert_group,
+        expert_tensor=policy_trainer.ranks.expert_tensor_size,
         bucket_bytes=config.rollout.sglang.bucket_mib << 20,
         dtype=dtype,
     )
 
 
-def export_weights(config: RunConfig, learner: Learner, target: Path) -> None:
+def export_weights(config: RunConfig, policy_trainer: PolicyTrainer, target: Path) -> None:
     """Write the weights, with all else from the model that training started from, as a Hugging Face folder.
 
     Every rank calls it.
@@ -45,8 +45,8 @@ def export_weights(config: RunConfig, learner: Learner, target: Path) -> None:
         WriteError: the disk refused; on every rank.
         SdpgError: as `write_folder`, on every rank.
     """
-    ranks = learner.ranks
-    buckets = iter(stream_weights(config, learner) if ranks.replica == 0 else ())
+    ranks = policy_trainer.ranks
+    buckets = iter(stream_weights(config, policy_trainer) if ranks.replica == 0 else ())
 
     def write() -> None:
         try:
@@ -79,11 +79,11 @@ def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -
     check_parallel(arch, config.parallel)
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
-    learner = Learner(config, arch, objective, ranks)
-    CheckpointStore(checkpoint.parent, ranks, config.checkpoint).load(checkpoint, state, learner)
-    export_weights(config, learner, target)
+    policy_trainer = PolicyTrainer(config, arch, objective, ranks)
+    CheckpointStore(checkpoint.parent, ranks, config.checkpoint).load(checkpoint, state, policy_trainer)
+    export_weights(config, policy_trainer, target)
     ranks.barrier()
-    del learner
+    del policy_trainer
     gc.collect()  # Megatron's wrappers refer to one another
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.evaluation.results import SUMMARY_FILE as EVAL_SUMMARY_FILE
-from sdpg_megatron.mcore import device
+from sdpg_megatron.mcore.compat import device
 from sdpg_megatron.observe.progress import format_seconds
 from sdpg_megatron.observe.report import CURVE_FILE
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER

@@ -20,8 +20,8 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import DataError
-from sdpg_megatron.mcore.device import check_layers
-from sdpg_megatron.observe.loading import RowProgress
+from sdpg_megatron.mcore.compat.device import check_layers
+from sdpg_megatron.observe.reading_progress import RowProgress
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, find_verifier, is_own
 from sdpg_megatron.train.model_folder import read_model

@@ -11,17 +11,18 @@ from dataclasses import asdict
 from sdpg_megatron.checkpoint.branch import BranchStart
 from sdpg_megatron.checkpoint.state import CONFIG_FILE, RecordedChange
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import dump
 from sdpg_megatron.evaluation.problems import Problem
 from sdpg_megatron.evaluation.results import Request, Results, limit_responses
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
 from sdpg_megatron.observe.alarms import Alarms
-from sdpg_megatron.observe.cut import cut_folders
 from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import SUMMARY_FILE
+from sdpg_megatron.observe.truncate import cut_folders
 from sdpg_megatron.observe.writers import (
     METRICS_FILE,
     PROMPTS_FILE,
@@ -31,7 +32,6 @@ from sdpg_megatron.observe.writers import (
     read_metrics,
 )
 from sdpg_megatron.records import Prompt
-from sdpg_megatron.settings import dump
 from sdpg_megatron.train.run_dir import CHANGES_FILE, EVAL_FOLDER
 from sdpg_megatron.train.selection import Selection
 

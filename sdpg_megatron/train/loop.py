@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from sdpg_megatron import objectives
+from sdpg_megatron.batching.peer_context import describe_contexts
 from sdpg_megatron.checkpoint.branch import BranchRequest
 from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER
 from sdpg_megatron.checkpoint.store import CheckpointStore
@@ -16,9 +17,9 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import NumericsError, SdpgError, VerifierError, WriteError
 from sdpg_megatron.mcore import parallel
-from sdpg_megatron.mcore.learner import Learner
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.metrics import Metric, values
 from sdpg_megatron.observe.progress import EVAL_SECONDS, Progress
 from sdpg_megatron.observe.report import plot_learning_curve
@@ -27,24 +28,23 @@ from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
 from sdpg_megatron.observe.writers import METRICS_FILE, last_value
 from sdpg_megatron.process import streams
 from sdpg_megatron.rollout.base import Abandoned
+from sdpg_megatron.runtime.interrupt import Interrupt
+from sdpg_megatron.runtime.run_lock import RunLock
+from sdpg_megatron.runtime.watchdog import Watchdog
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.export import export_weights
 from sdpg_megatron.train.final_report import describe_run
 from sdpg_megatron.train.held_out import HeldOut, evaluations_after
 from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
-from sdpg_megatron.train.interrupt import Interrupt
 from sdpg_megatron.train.journal import Journal
-from sdpg_megatron.train.lessons import Lessons
-from sdpg_megatron.train.origin import Origin, find_origin
-from sdpg_megatron.train.peers import describe_contexts
 from sdpg_megatron.train.phases import Phases
-from sdpg_megatron.train.position import Position
-from sdpg_megatron.train.presence import RunLock
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER, LOG_FOLDER, make_run_dir
+from sdpg_megatron.train.run_fingerprint import Origin, find_origin
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
 from sdpg_megatron.train.start import Start, find_start
-from sdpg_megatron.train.watchdog import Watchdog
+from sdpg_megatron.train.state import Position
+from sdpg_megatron.train.update import Lessons
 
 
 class Outcome(Enum):
@@ -83,14 +83,14 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
             return Outcome.ALREADY_DONE
         store.sweep()
         objective = objectives.build(config.objective, config.total_optimizer_steps)
-        learner = Learner(config, inputs.arch, objective, ranks)
+        policy_trainer = PolicyTrainer(config, inputs.arch, objective, ranks)
         if start.checkpoint is not None and start.state is not None:
-            store.load(start.checkpoint, start.state, learner)
-            learner.check_weights(f"checkpoint of step {start.state.step}")
+            store.load(start.checkpoint, start.state, policy_trainer)
+            policy_trainer.check_weights(f"checkpoint of step {start.state.step}")
         position = Position.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
             return Outcome.INTERRUPTED  # all that there is has been read from the disk
-        trainer = Trainer(config, inputs, learner, store, position, origin, interrupt, watchdog, stack)
+        trainer = Trainer(config, inputs, policy_trainer, store, position, origin, interrupt, watchdog, stack)
         trainer.announce(start)
         return trainer.run()
 
@@ -113,7 +113,7 @@ class Trainer:
         self,
         config: RunConfig,
         inputs: Inputs,
-        learner: Learner,
+        policy_trainer: PolicyTrainer,
         store: CheckpointStore,
         position: Position,
         origin: Origin,
@@ -126,8 +126,8 @@ class Trainer:
             position: where the run stands, and the learner's weights with it.
             stack: gets what has to be closed when the run ends, however it ends.
         """
-        self.config, self.inputs, self.learner, self.store = config, inputs, learner, store
-        self.ranks, self.at, self.origin = learner.ranks, position, origin
+        self.config, self.inputs, self.policy_trainer, self.store = config, inputs, policy_trainer, store
+        self.ranks, self.at, self.origin = policy_trainer.ranks, position, origin
         self.interrupt = interrupt
         self.progress = Progress(
             config.steps,
@@ -142,7 +142,7 @@ class Trainer:
         self.serving = Serving(
             config,
             inputs,
-            learner,
+            policy_trainer,
             self.phases,
             on_progress=self.progress.count,
             stop=lambda: self.interrupt.requested,
@@ -151,7 +151,7 @@ class Trainer:
         rollouts = self.serving.rollouts
         rollouts.check_verifier(inputs.prompts[0])
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
-        self.lessons = Lessons(config, inputs, learner, position.skipped)
+        self.lessons = Lessons(config, inputs, policy_trainer, position.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
     def announce(self, start: Start) -> None:
@@ -161,7 +161,7 @@ class Trainer:
         r = self.ranks
         self.progress.message(
             f"{self.config.objective.name} on {self.config.model.path.name}: {self.inputs.prompts.describe()}, "
-            f"{r.world} ranks ({r.describe()}), {self.learner.device.type}; {first}"
+            f"{r.world} ranks ({r.describe()}), {self.policy_trainer.device.type}; {first}"
         )
         for line in more:
             self.progress.message(line)
@@ -288,17 +288,17 @@ class Trainer:
     def _save(self) -> None:
         """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
         model's, and a call that begins anew comes to the same place."""
-        if not self.learner.has_learned:
+        if not self.policy_trainer.has_learned:
             return
         with self.phases("checkpoint"):
-            self.store.save(self.learner, self.at.state(self.config, self.origin), self.at.more())
+            self.store.save(self.policy_trainer, self.at.state(self.config, self.origin), self.at.more())
         self.at.saved = self.at.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
         config = self.config
         if config.checkpoint.export:
-            export_weights(config, self.learner, config.run_dir / EXPORT_FOLDER)
+            export_weights(config, self.policy_trainer, config.run_dir / EXPORT_FOLDER)
 
         def conclude() -> None:
             plot_learning_curve(config.run_dir)

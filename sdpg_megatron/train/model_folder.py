@@ -8,7 +8,7 @@ from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.tokenizer import check_stops, load_tokenizer, stop_ids
 from sdpg_megatron.hf_files import check_files
-from sdpg_megatron.rollout.reading import check_reading
+from sdpg_megatron.rollout.transformers_check import check_reading
 from sdpg_megatron.weights import open_weights
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.observe.progress import Progress
-from sdpg_megatron.train.watchdog import Watchdog
+from sdpg_megatron.runtime.watchdog import Watchdog
 
 
 class Phases:

@@ -25,7 +25,7 @@ from sdpg_megatron.rollout.base import (
     WeightsWanted,
     never,
 )
-from sdpg_megatron.train.behind import Behind
+from sdpg_megatron.runtime.background import Behind
 
 logger = logging.getLogger(__name__)
 

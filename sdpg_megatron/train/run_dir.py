@@ -15,7 +15,7 @@ from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.run_log import LOG_FILE
 from sdpg_megatron.observe.summary import SUMMARY_FILE
 from sdpg_megatron.observe.writers import METRICS_FILE, PROMPTS_FILE, TENSORBOARD_FOLDER
-from sdpg_megatron.train.presence import LOCK_FILE
+from sdpg_megatron.runtime.run_lock import LOCK_FILE
 
 EXPORT_FOLDER, EVAL_FOLDER, LOG_FOLDER = "model", "eval", "logs"
 """The trained model, or in a checkpoint its weights once an evaluation has made them; results of each evaluation; logs

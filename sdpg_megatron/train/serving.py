@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.mcore.learner import Learner
+from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Stop
 from sdpg_megatron.train.engines import start_rollouts
 from sdpg_megatron.train.export import stream_weights
@@ -22,19 +22,19 @@ class Serving:
         self,
         config: RunConfig,
         inputs: Inputs,
-        learner: Learner,
+        policy_trainer: PolicyTrainer,
         phases: Phases,
         *,
         on_progress: OnProgress,
         stop: Stop,
     ) -> None:
         """Start what the configuration names; for the callbacks and what is raised see `start_rollouts`."""
-        self._config, self._learner, self._phases = config, learner, phases
+        self._config, self._learner, self._phases = config, policy_trainer, phases
         self._current = False
         if self._colocated:  # servers divide up the memory that they find
-            learner.offload()
-            learner.ranks.barrier()
-        self.rollouts = start_rollouts(config, inputs, learner.ranks, on_progress, stop)
+            policy_trainer.offload()
+            policy_trainer.ranks.barrier()
+        self.rollouts = start_rollouts(config, inputs, policy_trainer.ranks, on_progress, stop)
 
     def publish(self, step: int) -> None:
         """Bring the weights after `step` to the engine, unless it has them; where it shares the learner's devices, it

@@ -55,7 +55,7 @@ class Engine:
 def generate_behind() -> Any:
     """Versions of the groups' weights by prompt, and what was published; the prompts of a call that was cancelled."""
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.train.behind import Behind
+    from sdpg_megatron.runtime.background import Behind
     from sdpg_megatron.train.rollouts import Rollouts
 
     ranks = parallel.initialize(ParallelConfig(), 0)

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(model: Path, folder: Path) -> Any:
     """Terms so large that none can hide behind another, and steps so large that the second is of another policy."""
-    from sdpg_megatron.settings import parse
+    from sdpg_megatron.config.load import parse
 
     rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(4)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +56,7 @@ def two_steps(model: Path, folder: Path) -> tuple[list[tuple[float, float]], lis
     """Loss and gradient norm of two steps on the same responses: the trainer's and the plain loop's."""
     from benchmarks.step_plain import PlainLoop, responses_of
     from benchmarks.step_trainer import StandingLearner
-    from sdpg_megatron.mcore.device import training_device
+    from sdpg_megatron.mcore.compat.device import training_device
 
     config = config_of(model, folder)
     groups = given_groups(even_lengths(8, 20), 4, vocab=300)

@@ -71,7 +71,7 @@ def state_at(step: int) -> Any:
 def whole_weights(run: Run) -> dict[str, Tensor]:
     from sdpg_megatron.train.export import stream_weights
 
-    buckets = stream_weights(run.config, run.learner)
+    buckets = stream_weights(run.config, run.policy_trainer)
     return {name: tensor.clone() for bucket in buckets for name, tensor in bucket}
 
 
@@ -79,7 +79,7 @@ def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tupl
     """A checkpoint after the first step, the next while it is written; divergences and weights after that."""
     run = begin(model, {**EMA, **overrides})
     store = store_of(run, folder)
-    store.save(run.learner, state_at(1))
+    store.save(run.policy_trainer, state_at(1))
     found = run.step(1)
     store.finish()
     return found, whole_weights(run)
@@ -88,7 +88,7 @@ def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tupl
 def load_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     run = start(model, {**EMA, **overrides})
     store = store_of(run, folder)
-    store.load(*store.newest(), run.learner)
+    store.load(*store.newest(), run.policy_trainer)
     return run.step(1), whole_weights(run)
 
 
@@ -108,14 +108,14 @@ def test_the_same_layout_goes_on_bit_for_bit(
 
 def with_fused_adam(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with learners whose AdamW is one kernel, as on a GPU."""
-    from sdpg_megatron.mcore import learner, optimizer
+    from sdpg_megatron.mcore import optimizer, policy_trainer
 
     def build(chunks: Any, config: Any) -> Any:
         built = optimizer.build_optimizer(chunks, config)
         optimizer.fuse_torch_adam(built)
         return built
 
-    with mock.patch.object(learner, "build_optimizer", build):
+    with mock.patch.object(policy_trainer, "build_optimizer", build):
         return function(*args)
 
 
@@ -132,21 +132,21 @@ def go_on_offloaded(model: Path, folder: Path, offload: bool) -> list[float]:
 
     run = begin(model, EMA)
     if offload:
-        state = [(tensor, tensor.clone()) for tensor in _tensors(run.learner.optimizer)]
+        state = [(tensor, tensor.clone()) for tensor in _tensors(run.policy_trainer.optimizer)]
 
         def places() -> list[int]:
             assert all(torch.equal(tensor, values) for tensor, values in state)
             return [tensor.data_ptr() for tensor, _ in state]
 
         at_first = places()
-        run.learner.offload()
+        run.policy_trainer.offload()
         away = places()
-        run.learner.offload()
+        run.policy_trainer.offload()
         assert places() == away, "a second call moves nothing"
         moved = sum(here != there for here, there in zip(at_first, away, strict=True))
-        assert moved >= 2 * len(run.learner.optimizer.chained_optimizers[0].optimizer.state)
-        store_of(run, folder).save(run.learner, state_at(1))
-        run.learner.onload()
+        assert moved >= 2 * len(run.policy_trainer.optimizer.chained_optimizers[0].optimizer.state)
+        store_of(run, folder).save(run.policy_trainer, state_at(1))
+        run.policy_trainer.onload()
         assert sum(here != there for here, there in zip(places(), away, strict=True)) == moved
     return run.step(1)
 
@@ -171,21 +171,21 @@ def change_behind_a_save(model: Path, folder: Path, overrides: dict[str, Any]) -
         write(*args, **options)
 
     run = begin(model, overrides)
-    run.learner.offload()
-    for host in [*run.learner._offloaded._hosts, *run.learner.teacher.kept]:
+    run.policy_trainer.offload()
+    for host in [*run.policy_trainer._offloaded._hosts, *run.policy_trainer.teacher.kept]:
         host.share_memory_()
     store = store_of(run, folder)
-    state = [*run.learner.teacher.kept, *_tensors(run.learner.optimizer)]
+    state = [*run.policy_trainer.teacher.kept, *_tensors(run.policy_trainer.optimizer)]
     saved = [tensor.detach().clone() for tensor in state]
     with mock.patch.object(writing, "_write_and_seal", late):
-        store.save(run.learner, state_at(1))
+        store.save(run.policy_trainer, state_at(1))
     assert store._pending.writing._staged, "kept for the writer"
     for tensor in state:
         tensor.detach().fill_(7)
     store.finish()
-    run.learner.onload()
-    store.load(*store.newest(), run.learner)
-    now = [*run.learner.teacher.kept, *_tensors(run.learner.optimizer)]
+    run.policy_trainer.onload()
+    store.load(*store.newest(), run.policy_trainer)
+    now = [*run.policy_trainer.teacher.kept, *_tensors(run.policy_trainer.optimizer)]
     wrong = [number for number, (x, y) in enumerate(zip(now, saved, strict=True)) if not torch.equal(x, y)]
     return wrong, len(saved)
 
@@ -228,25 +228,25 @@ def changed(model: Path, folder: Path, before: dict[str, Any], after: dict[str, 
     run = begin(model, before)
     store = store_of(run, folder)
     state = dataclasses.replace(state_at(1), config=run.config.model_dump(mode="json"))
-    store.save(run.learner, state)
+    store.save(run.policy_trainer, state)
     store.finish()
-    moments = [dict(values) for values in state_tensors(run.learner.optimizer)]
+    moments = [dict(values) for values in state_tensors(run.policy_trainer.optimizer)]
     weights = whole_weights(run)
     other = start(model, after)
-    store_of(other, folder).load(*store.newest(), other.learner)
-    learner = other.learner
+    store_of(other, folder).load(*store.newest(), other.policy_trainer)
+    policy_trainer = other.policy_trainer
     same = {name: torch.equal(tensor, weights[name]) for name, tensor in whole_weights(other).items()}
-    kept = [p.detach() for chunk in learner.chunks for p in chunk.parameters()]
+    kept = [p.detach() for chunk in policy_trainer.chunks for p in chunk.parameters()]
     return {
-        "groups": [dict(group, params=None) for group in learner.optimizer.param_groups],
-        "num_steps": learner.scheduler.num_steps,
+        "groups": [dict(group, params=None) for group in policy_trainer.optimizer.param_groups],
+        "num_steps": policy_trainer.scheduler.num_steps,
         "same_weights": all(same.values()),
         "same_moments": all(
             torch.equal(one[name], two[name])
-            for one, two in zip(moments, state_tensors(learner.optimizer), strict=True)
+            for one, two in zip(moments, state_tensors(policy_trainer.optimizer), strict=True)
             for name in ("exp_avg", "exp_avg_sq")
         ),
-        "teacher_is_student": [torch.equal(a, b) for a, b in zip(learner.teacher.kept, kept, strict=False)],
+        "teacher_is_student": [torch.equal(a, b) for a, b in zip(policy_trainer.teacher.kept, kept, strict=False)],
         "next": other.step(1),
     }
 
@@ -299,7 +299,7 @@ def damaged(model: Path, folder: Path) -> list[str]:
     run = begin(model, EMA)
     store = store_of(run, folder)
     for step in (1, 2):
-        store.save(run.learner, state_at(step))
+        store.save(run.policy_trainer, state_at(step))
     store.finish()
     found = []
     newest, _ = store.newest()
@@ -310,12 +310,12 @@ def damaged(model: Path, folder: Path) -> list[str]:
         for damage in (content[: len(content) // 2], flipped, None):
             path.unlink() if damage is None else path.write_bytes(damage)
             try:
-                store.load(*store.newest(), run.learner)
+                store.load(*store.newest(), run.policy_trainer)
                 found.append("nothing")
             except CheckpointError as error:
                 found.append(str(error))
             path.write_bytes(content)
-    store.load(*store.newest(), run.learner)
+    store.load(*store.newest(), run.policy_trainer)
     return found
 
 
@@ -339,14 +339,14 @@ def with_a_disk_that_refuses(model: Path, folder: Path, overrides: dict[str, Any
 
     run = begin(model, {**EMA, **overrides})
     store = store_of(run, folder)
-    store.save(run.learner, state_at(1))
+    store.save(run.policy_trainer, state_at(1))
     store.finish()
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.ranks.rank == limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
     said = "nothing"
     try:
-        store.save(run.learner, state_at(2))
+        store.save(run.policy_trainer, state_at(2))
         store.finish()
     except CheckpointError as error:
         said = str(error)
@@ -355,10 +355,10 @@ def with_a_disk_that_refuses(model: Path, folder: Path, overrides: dict[str, Any
     run.ranks.barrier()
     left = [path.name for path in sorted(folder.iterdir())]
     run.ranks.barrier()
-    store.save(run.learner, state_at(3))
+    store.save(run.policy_trainer, state_at(3))
     store.finish()
     path, state = store.newest()
-    store.load(path, state, run.learner)
+    store.load(path, state, run.policy_trainer)
     return said, left == ["latest", "step_00000001"] and state.step == 3
 
 
@@ -391,13 +391,13 @@ def fill(model: Path, folder: Path) -> tuple[str, list[str]]:
 
     run = begin(model, EMA)
     store = store_of(run, folder)
-    store.save(run.learner, state_at(1))
+    store.save(run.policy_trainer, state_at(1))
     store.finish()
     try:
-        store.save(run.learner, state_at(2))
+        store.save(run.policy_trainer, state_at(2))
         store.finish()
     except CheckpointError as error:
-        store.load(*store.newest(), run.learner)
+        store.load(*store.newest(), run.policy_trainer)
         return str(error), sorted(os.listdir(folder))
     return "nothing", []
 
@@ -414,9 +414,9 @@ def without_a_writer(model: Path, folder: Path) -> tuple[str, list[str]]:
 
     run = begin(model, {**EMA, "parallel.tensor": 2})
     store = store_of(run, folder)
-    store.save(run.learner, state_at(1))
+    store.save(run.policy_trainer, state_at(1))
     store.finish()
-    store.save(run.learner, state_at(2))
+    store.save(run.policy_trainer, state_at(2))
     if run.ranks.rank == 1:
         store._pending.writing._queue.async_calls[0].async_caller.process.kill()
     try:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
-from sdpg_megatron.checkpoint.weights_only import load_weights_only
 from sdpg_megatron.config import ModelConfig, ParallelConfig
+from sdpg_megatron.convert.load_weights import load_weights_only
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
 from sdpg_megatron.mcore.parallel import initialize
 from sdpg_megatron.weights import WeightStream

@@ -61,10 +61,10 @@ class Layout:
 
 def step_batches(config: RunConfig, vocab: int, ranks: Any) -> list[Any]:
     from sdpg_megatron import objectives
-    from sdpg_megatron.train.batch import build_step
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples
+    from sdpg_megatron.batching.step_batch import build_step
 
     taught = objectives.build(config.objective, config.total_optimizer_steps).taught
     return build_step(
@@ -253,8 +253,8 @@ def trained(folder: Path, layout: Layout) -> tuple[list[float], dict[str, Tensor
     """Gradient norms of two updates, and the weights after them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.mcore import learner as learning
     from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.mcore import policy_trainer as learning
     from sdpg_megatron.objectives.base import StepContext
 
     config = layout.config(folder)
@@ -263,14 +263,14 @@ def trained(folder: Path, layout: Layout) -> tuple[list[float], dict[str, Tensor
     with mock.patch.object(
         learning, "wrap", lambda chunks, _: wrap(chunks, layout, float32=True, distributed=config.optimizer.distributed)
     ):
-        learner = learning.Learner(config, read_architecture(folder), objective, ranks)
-    assert not layout.overlap or len(learner.chunks[0].bucket_groups) > 1
-    batches = step_batches(config, learner.arch.vocab_size, ranks)
-    steps = [learner.update(batches, StepContext(step, 4)) for step in range(2)]
-    for chunk in learner.chunks:
+        policy_trainer = learning.PolicyTrainer(config, read_architecture(folder), objective, ranks)
+    assert not layout.overlap or len(policy_trainer.chunks[0].bucket_groups) > 1
+    batches = step_batches(config, policy_trainer.arch.vocab_size, ranks)
+    steps = [policy_trainer.update(batches, StepContext(step, 4)) for step in range(2)]
+    for chunk in policy_trainer.chunks:
         chunk.start_param_sync(force_sync=True)
     norms = [metrics["optimizer/grad_norm"].value for metrics in steps]
-    return norms, {name: weight.clone() for name, weight in learner.named_weights().items()}
+    return norms, {name: weight.clone() for name, weight in policy_trainer.named_weights().items()}
 
 
 @tied

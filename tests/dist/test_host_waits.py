@@ -44,22 +44,22 @@ class Waits(TorchDispatchMode):
 def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -> tuple[Any, list[Any]]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples
+    from sdpg_megatron.batching.step_batch import build_step
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
-    from sdpg_megatron.train.batch import build_step
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
     config = config_of(folder, {"objective.gate": False, "optimizer.micro_batch_size": size, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     objective = objectives.build(config.objective, 4)
-    learner = Learner(config, read_architecture(folder), objective, ranks)
-    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, taught=objective.taught)
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
+    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=objective.taught)
     batch = build_step(
-        samples, regularized=True, limit=Limit.of(config), layout=Layout.of(config, ranks), device=learner.device
+        samples, regularized=True, limit=Limit.of(config), layout=Layout.of(config, ranks), device=policy_trainer.device
     )
-    return learner, learner.with_reference(batch.micro_batches)
+    return policy_trainer, policy_trainer.with_reference(batch.micro_batches)
 
 
 def waits_of_a_micro_batch(folder: Path, overrides: dict[str, object]) -> tuple[Counter[str], Counter[str]]:
@@ -68,12 +68,12 @@ def waits_of_a_micro_batch(folder: Path, overrides: dict[str, object]) -> tuple[
     from sdpg_megatron.mcore.forward_step import ForwardStep
     from sdpg_megatron.objectives.base import StepContext
 
-    learner, (batch, *_) = learner_and_batches(folder, overrides, 4)
-    step = ForwardStep(learner.objective, StepContext(0, 4), learner.head, measures_pulls=True)
-    (chunk,) = learner.chunks
+    policy_trainer, (batch, *_) = learner_and_batches(folder, overrides, 4)
+    step = ForwardStep(policy_trainer.objective, StepContext(0, 4), policy_trainer.head, measures_pulls=True)
+    (chunk,) = policy_trainer.chunks
     with Waits() as waits:
-        passes.logprobs(learner.chunks, [batch], learner.head)
-        (hidden_GH,) = passes.teacher_hidden(learner.chunks, [batch])
+        passes.logprobs(policy_trainer.chunks, [batch], policy_trainer.head)
+        (hidden_GH,) = passes.teacher_hidden(policy_trainer.chunks, [batch])
         batch = dataclasses.replace(batch, teacher_hidden_GH=hidden_GH)
         hidden_BSH, loss_of = step(iter([batch]), chunk)
         with Waits() as in_loss:
@@ -93,12 +93,12 @@ def waits_of_a_step(folder: Path, overrides: dict[str, object], size: int) -> tu
     """Count the host's waits while router tokens are numbered, and in a whole update."""
     from sdpg_megatron.objectives.base import StepContext
 
-    learner, batches = learner_and_batches(folder, overrides, size)
-    learner.update(batches, StepContext(0, 4))
-    with Waits() as of_routing, learner.routing.step(batches):
+    policy_trainer, batches = learner_and_batches(folder, overrides, size)
+    policy_trainer.update(batches, StepContext(0, 4))
+    with Waits() as of_routing, policy_trainer.routing.step(batches):
         pass
     with Waits() as of_update:
-        learner.update(batches, StepContext(1, 4))
+        policy_trainer.update(batches, StepContext(1, 4))
     for waits in (of_routing, of_update):
         del waits.count[LITERAL]
     return of_routing.count.total(), of_update.count.total()

@@ -24,18 +24,18 @@ def updates(
     """Gradient norms of two updates on advantages multiplied by `scale`; None where one was skipped."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples, nobody
+    from sdpg_megatron.batching.step_batch import build_step
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples, nobody
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, taught=nobody)
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=nobody)
     batch = build_step(
         [
             dataclasses.replace(sample, advantage=sample.advantage * scale)
@@ -45,9 +45,9 @@ def updates(
         regularized=regularized,
         limit=Limit.of(config),
         layout=Layout.of(config, ranks),
-        device=learner.device,
+        device=policy_trainer.device,
     )
-    found = [learner.update(batch.micro_batches, StepContext(step, 4)) for step in range(2)]
+    found = [policy_trainer.update(batch.micro_batches, StepContext(step, 4)) for step in range(2)]
     return [None if step["optimizer/skipped"].value else step["optimizer/grad_norm"].value for step in found]
 
 
@@ -105,27 +105,27 @@ def swap(folder: Path) -> tuple[bool, bool, bool]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.frozen import FrozenWeights
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.frozen_weights import FrozenWeights
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
     config = config_of(folder, {})
     ranks = parallel.initialize(config.parallel, 0)
-    learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    frozen = FrozenWeights(learner.chunks)
-    first = {name: weight.clone() for name, weight in learner.named_weights().items()}
-    for weight in learner.named_weights().values():
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    frozen = FrozenWeights(policy_trainer.chunks)
+    first = {name: weight.clone() for name, weight in policy_trainer.named_weights().items()}
+    for weight in policy_trainer.named_weights().values():
         weight += 1
-    live = {name: (weight.data_ptr(), weight.clone()) for name, weight in learner.named_weights().items()}
+    live = {name: (weight.data_ptr(), weight.clone()) for name, weight in policy_trainer.named_weights().items()}
 
     def is_live() -> bool:
-        now = learner.named_weights()
+        now = policy_trainer.named_weights()
         return all(now[n].data_ptr() == place and torch.equal(now[n], value) for n, (place, value) in live.items())
 
-    with frozen.swapped_in(learner.chunks):
-        in_place = all(torch.equal(weight, first[name]) for name, weight in learner.named_weights().items())
+    with frozen.swapped_in(policy_trainer.chunks):
+        in_place = all(torch.equal(weight, first[name]) for name, weight in policy_trainer.named_weights().items())
     back = is_live()
     try:
-        with frozen.swapped_in(learner.chunks):
+        with frozen.swapped_in(policy_trainer.chunks):
             raise RuntimeError
     except RuntimeError:
         return in_place, back, is_live()

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
-from sdpg_megatron.settings import parse
 from tests.objective_samples import Sample
 from tests.pool import RankPool
 

@@ -68,7 +68,7 @@ def test_logits_of_smollm2(ranks: RankPool) -> None:
 
 
 def run_shim_twice() -> tuple[str, str, str]:
-    from sdpg_megatron.mcore import device
+    from sdpg_megatron.mcore.compat import device
 
     device.install()
     device.install()
@@ -82,7 +82,7 @@ def test_cuda_means_cpu_where_there_is_none(ranks: RankPool) -> None:
 
 def compiled_sum() -> tuple[bool, bool]:
     """Whether a function that torch.compile has traced gives the value and the gradient of the same one untraced."""
-    from sdpg_megatron.mcore import device
+    from sdpg_megatron.mcore.compat import device
 
     device.install()
 
@@ -104,7 +104,7 @@ def router_gate_with_a_gpu() -> list[float]:
     """A router's logits after `install` on a machine that says it has a GPU, without Transformer Engine."""
     from megatron.core.transformer.moe import moe_utils
 
-    from sdpg_megatron.mcore import device
+    from sdpg_megatron.mcore.compat import device
 
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         vars(moe_utils).pop("te_general_gemm", None)  # as megatron-core 0.16 leaves it
@@ -136,7 +136,7 @@ def test_transformer_engine_is_chosen_for_what_its_attention_takes(spec: str, dt
 def test_the_activation_is_one_kernel_where_a_gpu_compiles_it(tmp_path: Path) -> None:
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.config import ModelConfig, ParallelConfig
-    from sdpg_megatron.mcore import device
+    from sdpg_megatron.mcore.compat import device
     from sdpg_megatron.mcore.model import transformer_config
 
     folder = write_tiny_model(tmp_path / "model", "qwen3", tied=True, seed=1)

@@ -35,7 +35,7 @@ def save_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tupl
     run = start(model, {**EMA, **overrides})
     run.step(0)
     store = store_of(run, folder)
-    store.save(run.learner, state_at(1))
+    store.save(run.policy_trainer, state_at(1))
     store.finish()
     return run.step(1), whole_weights(run)
 
@@ -44,7 +44,7 @@ def load_and_go_on(model: Path, folder: Path, overrides: dict[str, Any]) -> tupl
     run = start(model, {**EMA, **overrides})
     store = store_of(run, folder)
     path, state = store.newest()
-    store.load(path, state, run.learner)
+    store.load(path, state, run.policy_trainer)
     return run.step(1), whole_weights(run)
 
 

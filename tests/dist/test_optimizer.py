@@ -40,7 +40,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(folder: Path, overrides: dict[str, Any], steps: int = STEPS) -> tuple[list[float], dict[str, Tensor], Any]:
     """Divergences of all mini-batches, this rank's weights, and (buckets, whether updates were ever left to a pass)."""
-    from sdpg_megatron.mcore import learner as learning
+    from sdpg_megatron.mcore import policy_trainer as learning
 
     gathered: list[bool] = []
     gather = learning.gather_parameters
@@ -52,8 +52,8 @@ def trained(folder: Path, overrides: dict[str, Any], steps: int = STEPS) -> tupl
     with mock.patch.object(learning, "gather_parameters", counted):
         run = start(folder, overrides)
         found = [value for step in range(steps) for value in run.step(step)]
-    weights = {name: weight.clone() for name, weight in run.learner.named_weights().items()}
-    return found, weights, (len(run.learner.chunks[0].bucket_groups), len(gathered))
+    weights = {name: weight.clone() for name, weight in run.policy_trainer.named_weights().items()}
+    return found, weights, (len(run.policy_trainer.chunks[0].bucket_groups), len(gathered))
 
 
 @pytest.mark.parametrize("teacher", ["current", "rollout", "ema"])
@@ -159,12 +159,12 @@ def bfloat16_steps(folder: Path, overrides: dict[str, Any]) -> tuple[dict[str, T
     run = start(folder, {"model.dtype": "bfloat16", "optimizer.distributed": False, **overrides})
     for step in range(STEPS):
         run.step(step)
-    named: dict[str, Any] = dict(named_parameters(run.learner.chunks))
+    named: dict[str, Any] = dict(named_parameters(run.policy_trainer.chunks))
     main = {name: parameter.main_param.detach().clone() for name, parameter in named.items()}
     types = {parameter.main_grad.dtype for parameter in named.values()}
-    inner = run.learner.optimizer.chained_optimizers[0].optimizer
+    inner = run.policy_trainer.optimizer.chained_optimizers[0].optimizer
     types |= {value.dtype for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)}
-    return {name: weight.clone() for name, weight in run.learner.named_weights().items()}, main, types
+    return {name: weight.clone() for name, weight in run.policy_trainer.named_weights().items()}, main, types
 
 
 def test_bfloat16_weights_follow_float32_ones(model: Path, ranks: RankPool) -> None:

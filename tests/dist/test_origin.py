@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
 def find(folders: list[Path], digests: list[str]) -> Any:
     from sdpg_megatron.errors import ConfigError
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.train.origin import find_origin
+    from sdpg_megatron.train.run_fingerprint import find_origin
 
     ranks = parallel.initialize(ParallelConfig(), 0)
     config: Any = SimpleNamespace(model=SimpleNamespace(path=folders[ranks.rank]))

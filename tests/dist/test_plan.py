@@ -55,17 +55,17 @@ def allocated(folder: Path, overrides: dict[str, Any]) -> dict[str, int]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    learner = Learner(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    for chunk in learner.chunks:
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    for chunk in policy_trainer.chunks:
         chunk.zero_grad_buffer()
-    learner.optimizer.step()
-    parameters = [p.data for chunk in learner.chunks for p in chunk.parameters()]
-    laid = [buffer for chunk in learner.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    held = [t for part in learner.optimizer.chained_optimizers for t in kept(part)]
+    policy_trainer.optimizer.step()
+    parameters = [p.data for chunk in policy_trainer.chunks for p in chunk.parameters()]
+    laid = [buffer for chunk in policy_trainer.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    held = [t for part in policy_trainer.optimizer.chained_optimizers for t in kept(part)]
     places = {t.untyped_storage().data_ptr() for t in parameters}
     return {
         "numel": sum(p.numel() for p in parameters),
@@ -84,9 +84,9 @@ def kept(part: Any) -> list[torch.Tensor]:
 
 def planned(folder: Path, overrides: dict[str, Any], world: int, rank: int) -> dict[str, int]:
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.plan.load import Load
-    from sdpg_megatron.plan.memory import stage_memory
-    from sdpg_megatron.plan.shards import Grid
+    from sdpg_megatron.estimate.load import Load
+    from sdpg_megatron.estimate.memory import stage_memory
+    from sdpg_megatron.estimate.shards import Grid
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     grid = Grid.of(config.parallel, world)
@@ -118,7 +118,7 @@ def test_parameters_of_the_whole_model(folders: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.plan.shards import count_parameters
+    from sdpg_megatron.estimate.shards import count_parameters
 
     for family, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -161,7 +161,7 @@ def saved(folder: Path, dtype: str, recompute: bool, tokens: int, fused: bool = 
 def test_layers_keep_what_was_planned(folders: dict[str, Path], ranks: RankPool, dtype: str, fused: bool) -> None:
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.config import ModelConfig, ParallelConfig
-    from sdpg_megatron.plan.activations import Activations
+    from sdpg_megatron.estimate.activations import Activations
 
     for family, folder in folders.items():
         arch, tokens = read_architecture(folder), 96

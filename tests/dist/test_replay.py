@@ -59,27 +59,27 @@ def logprobs(folder: Path, overrides: dict[str, Any], replays: bool) -> dict[tup
     """Old log-probs of each response's tokens, by the tokens of prompt and response."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples
+    from sdpg_megatron.batching.step_batch import build_step
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
-    from sdpg_megatron.train.batch import build_step
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
-    learner = Learner(config, read_architecture(folder), objective, ranks)
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     groups = (recorded if replays else scored_groups)(VOCAB)
     batch = build_step(
         make_samples(groups, config.objective, taught=objective.taught),
         regularized=True,
         limit=Limit(3),
         layout=Layout.of(config, ranks),
-        device=learner.device,
+        device=policy_trainer.device,
     )
     found = {}
-    for done in learner.with_old_logprobs(batch.micro_batches):
+    for done in policy_trainer.with_old_logprobs(batch.micro_batches):
         assert done.old_logprobs_T is not None and done.student.sequence_BS is not None
         for number in range(done.student.count):
             tokens = done.student.tokens_BS[done.student.sequence_BS == number]

@@ -55,22 +55,28 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
     from sdpg_megatron.train.inputs import Inputs
-    from sdpg_megatron.train.lessons import Lessons
+    from sdpg_megatron.train.update import Lessons
     from sdpg_megatron.weights import WeightStream
 
     config = config_of(folder, {**RLSD, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     arch = read_architecture(folder)
-    learner = Learner(config, arch, objectives.build(config.objective, config.total_optimizer_steps), ranks)
+    policy_trainer = PolicyTrainer(
+        config, arch, objectives.build(config.objective, config.total_optimizer_steps), ranks
+    )
     unread: Any = None
-    lessons = Lessons(config, Inputs(arch, tokenizer=unread, stop_ids=(), prompts=unread, held_out=unread), learner)
+    lessons = Lessons(
+        config, Inputs(arch, tokenizer=unread, stop_ids=(), prompts=unread, held_out=unread), policy_trainer
+    )
     groups, metrics = some_right(arch.vocab_size), []
     for step in range(STEPS):
         found = lessons.learn(step, lessons.prepare(step, groups))
         metrics.append({name: metric.value for name, metric in found.items()})
-    stream = WeightStream(learner.named_weights(), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group)
+    stream = WeightStream(
+        policy_trainer.named_weights(), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group
+    )
     weights = {name: tensor for bucket in stream for name, tensor in bucket}
     return metrics, weights if ranks.is_main else None
 

@@ -46,9 +46,9 @@ def spoilt(fault: str, run: Run) -> Iterator[None]:
 
     "hidden": a row of NaN; "loss": infinite with finite gradients; "gradient": infinite, and nothing else.
     """
-    from sdpg_megatron.mcore import forward_step, learner
+    from sdpg_megatron.mcore import forward_step, policy_trainer
 
-    rows, schedule = forward_step.rows, learner.passes.run_schedule
+    rows, schedule = forward_step.rows, policy_trainer.passes.run_schedule
     calls: list[str] = []
 
     def broken_rows(*arguments: Any) -> Tensor:
@@ -58,7 +58,7 @@ def spoilt(fault: str, run: Run) -> Iterator[None]:
 
     def broken_loss(terms: Any, context: Any) -> Any:
         calls.append(fault)
-        found = type(run.learner.objective).loss(run.learner.objective, terms, context)
+        found = type(run.policy_trainer.objective).loss(run.policy_trainer.objective, terms, context)
         infinite_T = torch.full_like(found.loss_T.detach(), math.inf)
         return type(found)(found.loss_T + infinite_T, found.metrics)
 
@@ -72,13 +72,13 @@ def spoilt(fault: str, run: Run) -> Iterator[None]:
 
     if fault == "gradient":
         here = run.ranks.rank == run.ranks.world - 1
-        patch: Any = mock.patch.object(learner.passes, "run_schedule", broken_gradient)
+        patch: Any = mock.patch.object(policy_trainer.passes, "run_schedule", broken_gradient)
     else:
         here = run.ranks.data == run.ranks.data_size - 1 and run.ranks.on_last_stage
         patch = (
             mock.patch.object(forward_step, "rows", broken_rows)
             if fault == "hidden"
-            else mock.patch.object(run.learner.objective, "loss", broken_loss, create=True)
+            else mock.patch.object(run.policy_trainer.objective, "loss", broken_loss, create=True)
         )
     with patch if here else nullcontext():
         yield
@@ -90,24 +90,27 @@ def trained(folder: Path, overrides: dict[str, Any], fault: str | None) -> dict[
     from sdpg_megatron.objectives.base import StepContext
 
     run = start(folder, {**TEACHER, **overrides})
-    learner = run.learner
+    policy_trainer = run.policy_trainer
     metrics = []
     for step in range(STEPS):
-        learner.begin(step)
+        policy_trainer.begin(step)
         for number, batches in enumerate(run.minibatches()):
             context = StepContext(step * MINIBATCHES + number, STEPS * MINIBATCHES)
             if (step, number) != SPOILT:
-                metrics.append(learner.update(batches, context))
+                metrics.append(policy_trainer.update(batches, context))
             elif fault is not None:
                 with spoilt(fault, run):
-                    metrics.append(learner.update(batches, context))
-    states = [part.optimizer.state for part in getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])]
+                    metrics.append(policy_trainer.update(batches, context))
+    states = [
+        part.optimizer.state
+        for part in getattr(policy_trainer.optimizer, "chained_optimizers", [policy_trainer.optimizer])
+    ]
     return {
         "metrics": [{name: metric.value for name, metric in found.items()} for found in metrics],
-        "weights": {name: weight.clone() for name, weight in learner.named_weights().items()},
+        "weights": {name: weight.clone() for name, weight in policy_trainer.named_weights().items()},
         "moments": [value.clone() for state in states for values in state.values() for value in values.values()],
-        "teacher": [kept.clone() for kept in learner.teacher.kept],
-        "schedule": learner.scheduler.state_dict(),
+        "teacher": [kept.clone() for kept in policy_trainer.teacher.kept],
+        "schedule": policy_trainer.scheduler.state_dict(),
     }
 
 
@@ -155,14 +158,14 @@ def skipped_second(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         batches, _ = run.minibatches()
     skipped = []
     for step in range(3):
-        run.learner.begin(step)
+        run.policy_trainer.begin(step)
         with spoilt("gradient", run) if step == 1 else nullcontext():
-            metrics = run.learner.update(batches, StepContext(step, 3))
+            metrics = run.policy_trainer.update(batches, StepContext(step, 3))
         skipped.append(metrics["optimizer/skipped"].value)
     return {
         "taught": sum(batch.teacher is not None for batch in batches),
         "skipped": skipped,
-        "weights": {name: weight.clone() for name, weight in run.learner.named_weights().items()},
+        "weights": {name: weight.clone() for name, weight in run.policy_trainer.named_weights().items()},
     }
 
 

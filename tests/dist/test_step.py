@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.settings import parse
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -76,40 +76,40 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
+    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.micro_batches import Limit
+    from sdpg_megatron.batching.samples import make_samples
+    from sdpg_megatron.batching.step_batch import build_step, with_corrections
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
     from sdpg_megatron.mcore.model import named_parameters
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
     from sdpg_megatron.objectives.base import StepContext
-    from sdpg_megatron.train.batch import build_step, with_corrections
-    from sdpg_megatron.train.collate import Layout
-    from sdpg_megatron.train.plan import Limit
-    from sdpg_megatron.train.sample import make_samples
     from sdpg_megatron.weights import WeightStream
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
-    learner = Learner(config, read_architecture(folder), objective, ranks)
-    samples = make_samples(scored_groups(learner.arch.vocab_size), config.objective, taught=objective.taught)
+    policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
+    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=objective.taught)
     batch = build_step(
         samples,
         regularized=True,
         limit=Limit.of(config),
         layout=Layout.of(config, ranks),
-        device=learner.device,
+        device=policy_trainer.device,
     )
     batches = batch.micro_batches
     if config.objective.correction != "none":
-        batches = with_corrections(learner.with_old_logprobs(batches), config.objective, ranks.context_group)
+        batches = with_corrections(policy_trainer.with_old_logprobs(batches), config.objective, ranks.context_group)
     metrics = [
-        learner.update(learner.with_reference(batches), StepContext(step, config.total_optimizer_steps))
+        policy_trainer.update(policy_trainer.with_reference(batches), StepContext(step, config.total_optimizer_steps))
         for step in range(2)
     ]
 
     def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         buckets = WeightStream(
             tensors,
-            learner.arch,
+            policy_trainer.arch,
             tp_group=ranks.tensor_group,
             pp_group=ranks.pipeline_group,
             expert_group=ranks.expert_group,
@@ -117,8 +117,8 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         )
         return {name: tensor for bucket in buckets for name, tensor in bucket}
 
-    weights = whole(learner.named_weights())
-    gradients = whole({name: p.main_grad for name, p in named_parameters(learner.chunks)})
+    weights = whole(policy_trainer.named_weights())
+    gradients = whole({name: p.main_grad for name, p in named_parameters(policy_trainer.chunks)})
     values = [{name: metric.value for name, metric in step.items()} for step in metrics]
     return {"metrics": values, "weights": weights, "gradients": gradients} if ranks.is_main else None
 

@@ -55,24 +55,24 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """A learner and the mini-batches of every rollout step, all of them of the same four groups."""
 
-    learner: Any
+    policy_trainer: Any
     ranks: Any
     config: Any
 
     def minibatches(self) -> list[Any]:
-        from sdpg_megatron.train.batch import build_step
-        from sdpg_megatron.train.collate import Layout
-        from sdpg_megatron.train.plan import Limit
-        from sdpg_megatron.train.sample import make_samples
+        from sdpg_megatron.batching.collate import Layout
+        from sdpg_megatron.batching.micro_batches import Limit
+        from sdpg_megatron.batching.samples import make_samples
+        from sdpg_megatron.batching.step_batch import build_step
 
-        groups = scored_groups(self.learner.arch.vocab_size)
+        groups = scored_groups(self.policy_trainer.arch.vocab_size)
         return [
             build_step(
-                make_samples(part, self.config.objective, taught=self.learner.objective.taught, outcome=False),
+                make_samples(part, self.config.objective, taught=self.policy_trainer.objective.taught, outcome=False),
                 regularized=False,
                 limit=Limit.of(self.config),
                 layout=Layout.of(self.config, self.ranks),
-                device=self.learner.device,
+                device=self.policy_trainer.device,
             ).micro_batches
             for part in (groups[:2], groups[2:])
         ]
@@ -81,10 +81,10 @@ class Run:
         """One rollout step as the trainer makes it; the divergence of each of its mini-batches."""
         from sdpg_megatron.objectives.base import StepContext
 
-        self.learner.begin(number)
-        prepared = [self.learner.with_early_teacher(batches) for batches in self.minibatches()]
+        self.policy_trainer.begin(number)
+        prepared = [self.policy_trainer.with_early_teacher(batches) for batches in self.minibatches()]
         contexts = [StepContext(number * MINIBATCHES + i, STEPS * MINIBATCHES) for i in range(MINIBATCHES)]
-        found = [self.learner.update(b, c) for b, c in zip(prepared, contexts, strict=True)]
+        found = [self.policy_trainer.update(b, c) for b, c in zip(prepared, contexts, strict=True)]
         return [metrics["distill/kl"].value for metrics in found]
 
 
@@ -92,12 +92,12 @@ def start(folder: Path, overrides: Mapping[str, Any]) -> Run:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.mcore.learner import Learner
+    from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.7, **DISTILL, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     objective = objectives.build(config.objective, STEPS * MINIBATCHES)
-    return Run(Learner(config, read_architecture(folder), objective, ranks), ranks, config)
+    return Run(PolicyTrainer(config, read_architecture(folder), objective, ranks), ranks, config)
 
 
 def divergences(folder: Path, overrides: Mapping[str, Any]) -> tuple[list[float], Any]:
@@ -107,7 +107,7 @@ def divergences(folder: Path, overrides: Mapping[str, Any]) -> tuple[list[float]
     run = start(folder, overrides)
     found = [value for step in range(STEPS) for value in run.step(step)]
     groups = {"tp_group": run.ranks.tensor_group, "pp_group": run.ranks.pipeline_group}
-    buckets = WeightStream(run.learner.named_weights(), run.learner.arch, **groups)
+    buckets = WeightStream(run.policy_trainer.named_weights(), run.policy_trainer.arch, **groups)
     weights = {name: tensor for bucket in buckets for name, tensor in bucket}
     return found, weights if run.ranks.is_main else None
 
@@ -208,7 +208,7 @@ def rows_under_dropout(folder: Path) -> tuple[list[Tensor], list[Tensor], list[T
     from sdpg_megatron.mcore.passes import logprobs, teacher_hidden
 
     plain = start(folder, {})
-    expected = teacher_hidden(plain.learner.chunks, plain.minibatches()[0])
+    expected = teacher_hidden(plain.policy_trainer.chunks, plain.minibatches()[0])
     build_config = model.transformer_config
 
     def with_dropout(*args: Any) -> Any:
@@ -218,12 +218,15 @@ def rows_under_dropout(folder: Path) -> tuple[list[Tensor], list[Tensor], list[T
 
     with mock.patch.object(model, "transformer_config", with_dropout):
         run = start(folder, {})
-    (chunk,), batches = run.learner.chunks, run.minibatches()[0]
+    (chunk,), batches = run.policy_trainer.chunks, run.minibatches()[0]
     chunk.train()
     with torch.no_grad():
         one, other = (hidden_states(chunk, batches[0].student) for _ in range(2))
     rows = teacher_hidden([chunk], batches)
-    scored = [*logprobs([chunk], batches, run.learner.head), *logprobs([chunk], batches, run.learner.head)]
+    scored = [
+        *logprobs([chunk], batches, run.policy_trainer.head),
+        *logprobs([chunk], batches, run.policy_trainer.head),
+    ]
     return rows, expected, scored, all(m.training for m in chunk.modules()), not torch.equal(one, other)
 
 

@@ -25,8 +25,8 @@ def counted(real: Callable[..., Any], counts: Counter[str], name: str) -> Callab
 
 
 def main(paths: list[Path]) -> None:
+    from sdpg_megatron.config.load import load
     from sdpg_megatron.mcore import passes
-    from sdpg_megatron.settings import load
     from sdpg_megatron.train.loop import Outcome, train
 
     counts: Counter[str] = Counter()

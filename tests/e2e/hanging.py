@@ -36,11 +36,11 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 
 def hang(how: str, place: str) -> None:
-    from sdpg_megatron.mcore import learner
+    from sdpg_megatron.mcore import policy_trainer
     from sdpg_megatron.train import inputs, rollouts
 
     owner, name, count = {
-        "update": (learner.passes, "run_schedule", 2),
+        "update": (policy_trainer.passes, "run_schedule", 2),
         "eval": (rollouts.Rollouts, "run", 1),
         "start": (inputs, "load_model_inputs", 1),
     }[place]

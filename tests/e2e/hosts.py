@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpg_megatron.train.presence import end_with_parent
+from sdpg_megatron.runtime.run_lock import end_with_parent
 
 PREFIX = "sdpg-test"
 INTERFACE = "veth0"

@@ -27,9 +27,9 @@ import psutil
 
 IMPORTED = (
     "matplotlib.backends.backend_agg",
-    "sdpg_megatron.train.evaluator",
+    "sdpg_megatron.train.eval_command",
     "sdpg_megatron.train.loop",
-    "sdpg_megatron.train.subject",
+    "sdpg_megatron.train.eval_target",
     "tensorboard.summary.writer.record_writer",
     "transformers.models.qwen3.modeling_qwen3",
 )

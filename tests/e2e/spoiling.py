@@ -14,9 +14,9 @@ VARIABLE = "SDPG_TEST_SPOILT"
 
 
 def spoil(steps: Collection[int]) -> None:
-    from sdpg_megatron.mcore import learner
+    from sdpg_megatron.mcore import policy_trainer
 
-    update, schedule = learner.Learner.update, learner.passes.run_schedule
+    update, schedule = policy_trainer.PolicyTrainer.update, policy_trainer.passes.run_schedule
     current = -1
 
     def updating(self: Any, batches: Any, context: Any) -> Any:
@@ -30,7 +30,7 @@ def spoil(steps: Collection[int]) -> None:
             next(chunks[0].parameters()).main_grad.fill_(math.inf)
         return found
 
-    learner.Learner.update, learner.passes.run_schedule = updating, running  # type: ignore[method-assign]
+    policy_trainer.PolicyTrainer.update, policy_trainer.passes.run_schedule = updating, running  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

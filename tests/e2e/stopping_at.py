@@ -27,7 +27,7 @@ def stop_while_reading() -> None:
 
 
 def stop_at(method: str, step: int) -> None:
-    from sdpg_megatron.train.lessons import Lessons
+    from sdpg_megatron.train.update import Lessons
 
     inner = getattr(Lessons, method)
 

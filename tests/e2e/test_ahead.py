@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpg_megatron.checkpoint.drawn import DRAWN
+from sdpg_megatron.checkpoint.prefetched_rollouts import DRAWN
 from sdpg_megatron.checkpoint.state import checkpoint_name
 from tests.e2e.runs import contents, metrics, train, weights, write_run
 from tests.e2e.stopping_at import VARIABLE

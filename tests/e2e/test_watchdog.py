@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpg_megatron.train.watchdog import HUNG
+from sdpg_megatron.runtime.watchdog import HUNG
 from tests.e2e.hanging import VARIABLE
 from tests.e2e.runs import train, train_with_lost_rank, write_run
 

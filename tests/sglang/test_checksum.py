@@ -15,7 +15,7 @@ from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.errors import WeightError
 from sdpg_megatron.rollout.sglang.checksum import Comparison, Served, ask, verify
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.layout import Layout
+from sdpg_megatron.rollout.sglang.server_layout import Layout
 from tests.rollout.contract import stream
 from tests.sglang.conftest import Running
 from tests.tiny import write_tiny_model

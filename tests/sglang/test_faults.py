@@ -21,7 +21,7 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.member import Member, State
+from sdpg_megatron.rollout.sglang.server_handle import Member, State
 from tests.rollout.contract import completions, prompts_of, stream, versions
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, members, wait_until_gone
 from tests.sglang.served import served_model

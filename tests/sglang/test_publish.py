@@ -24,10 +24,10 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.rollout.base import Bucket, Sampling
 from sdpg_megatron.rollout.sglang.client import Client, Sample, Timeouts
-from sdpg_megatron.rollout.sglang.loop import LoopThread
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher, PublishReport
-from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink, segment
-from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER
+from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink, shared_buffer
+from sdpg_megatron.rollout.transports.shared_buffer import FOLDER
 from sdpg_megatron.weights import WeightStream, hf_shapes, load_shards, write_folder
 from tests.dist.test_weights_stream import megatron_shapes
 from tests.rollout.contract import stream
@@ -265,7 +265,7 @@ def test_nothing_is_left_of_shared_memory_and_folders(
     weights: Weights,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(segment, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
+    monkeypatch.setattr(shared_buffer, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     (FOLDER / f"{prefix}left-by-a-killed-run").write_bytes(b"")
     publisher = Publisher(SharedSink(), hf_shapes(read_architecture(model)), thread)
     counts = []

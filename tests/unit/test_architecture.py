@@ -11,8 +11,8 @@ from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Q
 
 from sdpg_megatron.architecture import Experts, check_lengths, check_model, check_parallel, read_architecture
 from sdpg_megatron.config import ModelConfig, ParallelConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.settings import parse
 
 SIZES = {
     "num_hidden_layers": 6,

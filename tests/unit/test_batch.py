@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.micro_batches import Limit, balance, plan
+from sdpg_megatron.batching.samples import Sample, nobody
+from sdpg_megatron.batching.samples import make_samples as samples_of
+from sdpg_megatron.batching.step_batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
-from sdpg_megatron.train.batch import StepBatch, build_step, with_corrections
-from sdpg_megatron.train.collate import Layout, collate
-from sdpg_megatron.train.plan import Limit, balance, plan
-from sdpg_megatron.train.sample import Sample, nobody
-from sdpg_megatron.train.sample import make_samples as samples_of
 
 CPU = torch.device("cpu")
 PADDED = Layout(packed=False)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdpg_megatron.mcore.context import shards
+from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.samples import Sample
+from sdpg_megatron.mcore.context_parallel import shards
 from sdpg_megatron.records import MicroBatch, SequenceBatch
-from sdpg_megatron.train.collate import Layout, collate
-from sdpg_megatron.train.sample import Sample
 
 
 def some_samples(count: int = 9) -> list[Sample]:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section
+from sdpg_megatron.config.field_values import plain_data
+from sdpg_megatron.config.load import apply_override, dump, load, parse
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.field_values import plain_data
-from sdpg_megatron.settings import apply_override, dump, load, parse
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
 MINIMAL: dict[str, Any] = {

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from sdpg_megatron.config import MAX_SECONDS, RunConfig
-from sdpg_megatron.config_names import FIELD_OF
+from sdpg_megatron.config.aliases import FIELD_OF
+from sdpg_megatron.config.field_values import without_none
+from sdpg_megatron.config.load import dump, load, parse
+from sdpg_megatron.config.yaml_reader import read_yaml
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.field_values import without_none
-from sdpg_megatron.settings import dump, load, parse
-from sdpg_megatron.yaml_reader import read_yaml
 
 TREE: dict[str, Any] = {"run_dir": "runs/x", "steps": 100, "model": {"path": "model"}, "data": {"train": ["a.jsonl"]}}
 Written = Callable[[Path, str, str], RunConfig]

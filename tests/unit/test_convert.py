@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpg_megatron import cli
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.checkpoint.pickles import read_tensor_list
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
-from sdpg_megatron.checkpoint.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert import convert as conversion
 from sdpg_megatron.convert import tensors, verify
 from sdpg_megatron.convert.arguments import arguments_of
 from sdpg_megatron.convert.command import convert
-from sdpg_megatron.convert.proof import check_same_tensors
+from sdpg_megatron.convert.roundtrip_check import check_same_tensors
+from sdpg_megatron.convert.torch_dist import TorchDist
+from sdpg_megatron.convert.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.convert.verify import logit_difference
 from sdpg_megatron.errors import CheckpointError, ConfigError, ConversionError, WeightError
 from tests.tiny import write_tiny_model

@@ -16,7 +16,7 @@ from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.dataset import PromptDataset, digest_of
 from sdpg_megatron.data.source import load_prompts
 from sdpg_megatron.errors import DataError, WriteError
-from sdpg_megatron.observe.loading import INTERVAL, RowProgress
+from sdpg_megatron.observe.reading_progress import INTERVAL, RowProgress
 from sdpg_megatron.train.inputs import check_answers
 from tests.tiny import tiny_tokenizer
 

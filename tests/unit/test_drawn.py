@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdpg_megatron.checkpoint.drawn import DRAWN, Drawn, read_drawn, write_drawn
 from sdpg_megatron.checkpoint.files import FileSum
+from sdpg_megatron.checkpoint.prefetched_rollouts import DRAWN, Drawn, read_drawn, write_drawn
 from sdpg_megatron.checkpoint.state import RunState
+from sdpg_megatron.config.load import load
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.settings import load
-from sdpg_megatron.train.position import Position
 from sdpg_megatron.train.start import Start
+from sdpg_megatron.train.state import Position
 from tests.disk import files_end_at
 from tests.e2e.runs import ROOT
 

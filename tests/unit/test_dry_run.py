@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdpg_megatron.cli import main
-from sdpg_megatron.train.presence import LOCK_FILE
+from sdpg_megatron.runtime.run_lock import LOCK_FILE
 from tests.e2e.runs import write_run
 
 WEIGHTS = "model.safetensors"
@@ -140,7 +140,7 @@ def test_a_verifier_that_fails_on_the_sample_is_reported(run: Path, capsys: pyte
 def test_a_folder_that_another_run_writes_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run.parent / "run").mkdir()
     code = (
-        "import sys, pathlib; from sdpg_megatron.train.presence import RunLock\n"
+        "import sys, pathlib; from sdpg_megatron.runtime.run_lock import RunLock\n"
         "lock = RunLock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(run.parent / "run")]

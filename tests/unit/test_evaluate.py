@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import pytest
 
+from sdpg_megatron.config.load import load, parse
 from sdpg_megatron.data import source as data_source
 from sdpg_megatron.errors import ConfigError, DataError, VerifierError
 from sdpg_megatron.evaluation.problems import by_file
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
-from sdpg_megatron.settings import load, parse
+from sdpg_megatron.train.eval_command import load_prompts
 from sdpg_megatron.train.evaluate import evaluate, metrics
-from sdpg_megatron.train.evaluator import load_prompts
 from sdpg_megatron.train.held_out import evaluations_after
 from sdpg_megatron.train.inputs import ModelInputs
 from tests.e2e.runs import ROOT

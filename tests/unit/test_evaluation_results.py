@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.errors import EvaluationError, WriteError
 from sdpg_megatron.evaluation.compare import compare
 from sdpg_megatron.evaluation.problems import Draws, Problem, as_lines, by_file, read_problems
@@ -19,7 +20,6 @@ from sdpg_megatron.evaluation.results import Evaluation, Request, Results, limit
 from sdpg_megatron.evaluation.scores import per_problem, score
 from sdpg_megatron.evaluation.table import scores_table, show
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.settings import parse
 
 
 def config(**evaluation: Any) -> RunConfig:

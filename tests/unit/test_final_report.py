@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.observe.summary import Summary
-from sdpg_megatron.settings import parse
 from sdpg_megatron.train.final_report import describe_run, program
 
 NUMBERS: dict[str, Any] = {"accuracy_before": 0.05, "accuracy_after": 0.6, "greedy_before": 0.4, "greedy_after": 0.8}

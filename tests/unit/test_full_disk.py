@@ -14,14 +14,14 @@ import torch
 from sdpg_megatron.config import RolloutLogConfig
 from sdpg_megatron.errors import WriteError
 from sdpg_megatron.evaluation.results import Request, Results
-from sdpg_megatron.observe.cut import beyond, cut_lines
 from sdpg_megatron.observe.files import Appender, free_mib, write_whole
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import Summary, write_summary
+from sdpg_megatron.observe.truncate import beyond, cut_lines
 from sdpg_megatron.observe.writers import JsonlWriter, TensorBoardWriter, open_writers, read_metrics
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.train.presence import RunLock
+from sdpg_megatron.runtime.run_lock import RunLock
 from sdpg_megatron.weights import write_folder
 from tests.disk import files_end_at
 from tests.tiny import write_tiny_model

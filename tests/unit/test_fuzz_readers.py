@@ -23,23 +23,23 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save
 
 from sdpg_megatron.architecture import Architecture, read_architecture
-from sdpg_megatron.checkpoint.drawn import Drawn, read_drawn, write_drawn
 from sdpg_megatron.checkpoint.files import FileSum, find_damage
 from sdpg_megatron.checkpoint.pickles import read_tensor_list
+from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn, read_drawn, write_drawn
 from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.checkpoint.torch_dist import TorchDist
 from sdpg_megatron.config import DataConfig
+from sdpg_megatron.config.load import load
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
 from sdpg_megatron.convert.tensors import CheckpointTensors
+from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.examples import parse_row
 from sdpg_megatron.data.readers import read_rows
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.settings import load
 from sdpg_megatron.weights import read_folder
 from sdpg_megatron.weights.map import hf_shapes
 from tests.tiny import write_tiny_model

@@ -15,7 +15,7 @@ from typing import IO
 import psutil
 import pytest
 
-from sdpg_megatron.rollout.sglang import guard, server
+from sdpg_megatron.rollout.sglang import process_guard, server
 
 LIMIT = 15.0
 """Seconds within which anything here happens."""
@@ -53,14 +53,14 @@ def start(log: Path) -> Iterator[Start]:
     ) -> subprocess.Popen[bytes]:
         with to.open("ab") as target:
             process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__],
+                [sys.executable, "-I", process_guard.__file__],
                 stdin=subprocess.PIPE,
                 stdout=target,
                 stderr=target,
                 start_new_session=True,
             )
         processes.append(process)
-        job: guard.Job = {
+        job: process_guard.Job = {
             "command": [sys.executable, "-c", program],
             "parent": os.getpid(),
             "input": given,
@@ -195,7 +195,7 @@ def test_the_command_ends_with_a_parent_whose_pipe_stays_open(log: Path) -> None
     program = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True).wait()"
     with log.open("ab") as target:
         parent = subprocess.Popen(
-            [sys.executable, "-c", program, sys.executable, "-I", guard.__file__],
+            [sys.executable, "-c", program, sys.executable, "-I", process_guard.__file__],
             stdin=subprocess.PIPE,
             stdout=target,
             stderr=target,
@@ -213,7 +213,7 @@ def test_the_command_ends_with_a_parent_whose_pipe_stays_open(log: Path) -> None
 
 
 def test_a_parent_that_is_gone_before_the_job_starts_nothing(log: Path) -> None:
-    process = subprocess.run([sys.executable, "-I", guard.__file__], stdin=subprocess.DEVNULL, timeout=LIMIT)
+    process = subprocess.run([sys.executable, "-I", process_guard.__file__], stdin=subprocess.DEVNULL, timeout=LIMIT)
     assert process.returncode == 1
 
 

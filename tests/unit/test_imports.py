@@ -73,7 +73,7 @@ def test_imports_go_down_only() -> None:
         ("observe/progress.py", "from sdpg_megatron.train.loop import run"),
         ("head/torch_head.py", "from ..objectives import base"),
         ("config.py", "def f():\n    from sdpg_megatron import observe"),
-        ("rollout/hf.py", "import sdpg_megatron.mcore.device"),
+        ("rollout/hf.py", "import sdpg_megatron.mcore.compat.device"),
         ("head/torch_head.py", "from megatron.core import parallel_state"),
         ("train/loop.py", "import megatron.core as mc"),
         ("rollout/hf.py", "import sglang"),
@@ -87,7 +87,7 @@ def test_a_violation_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("train/loop.py", "from sdpg_megatron.mcore import device\nfrom . import batch"),
-        ("mcore/device.py", "from megatron.core import parallel_state"),
+        ("mcore/compat/device.py", "from megatron.core import parallel_state"),
         ("rollout/sglang/client.py", "import sglang"),
         ("cli.py", "from sdpg_megatron import __version__"),
     ],

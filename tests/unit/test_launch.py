@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import pytest
 
 from sdpg_megatron.errors import LaunchError
-from sdpg_megatron.launch import circle, machine, meeting, torchrun
 from sdpg_megatron.launch import command as entry
-from sdpg_megatron.launch.circle import Circle
-from sdpg_megatron.launch.line import Line
+from sdpg_megatron.launch import liveness, machine, rendezvous, torchrun
+from sdpg_megatron.launch.connection import Line
+from sdpg_megatron.launch.liveness import Circle
 from sdpg_megatron.launch.machine import Machine, Place, _card
-from sdpg_megatron.launch.meeting import Card, Plan
-from sdpg_megatron.launch.ranks import Ranks
+from sdpg_megatron.launch.rendezvous import Card, Plan
 from sdpg_megatron.launch.servers import Servers
+from sdpg_megatron.launch.torchrun_process import Ranks
 
 ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -35,9 +35,9 @@ HERE = "127.0.0.1"
 def two_free_ports() -> int:
     """The first of them."""
     while True:
-        port = meeting.free_port()
+        port = rendezvous.free_port()
         try:
-            return meeting.check_port(port + 1) - 1
+            return rendezvous.check_port(port + 1) - 1
         except LaunchError:
             continue
 
@@ -58,7 +58,7 @@ async def come(card: Card, port: int, run_dir: Path, *, seconds: float = 20.0) -
     """What one machine gets from the meeting."""
     async with AsyncExitStack() as stack:
         try:
-            plan, _, _ = await meeting.meet(
+            plan, _, _ = await rendezvous.meet(
                 card,
                 HERE,
                 port,
@@ -108,7 +108,7 @@ def test_machines_that_differ_are_refused_on_both_sides(tmp_path: Path, changes:
 
 
 def test_a_run_dir_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "LOOK_SECONDS", 0.1)
     folders = {0: tmp_path / "a", 1: tmp_path / "b"}
     found = meet(card(0), card(1), folders=folders)
     assert str(found[0]) == str(found[1])
@@ -134,7 +134,7 @@ def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Pa
     async def scene() -> list[Plan | LaunchError]:
         port = two_free_ports()
         first = asyncio.create_task(come(card(0, nodes=3), port, tmp_path))
-        line = await meeting._reach(HERE, port + 1, 20.0)
+        line = await rendezvous._reach(HERE, port + 1, 20.0)
         line.say(**asdict(card(1, nodes=3)))
         await asyncio.sleep(0.2)
         await line.close()
@@ -149,7 +149,7 @@ def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Pa
 
 def test_a_free_port_is_none_that_an_outgoing_connection_may_get() -> None:
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert all(meeting.free_port() < lowest for _ in range(20))
+    assert all(rendezvous.free_port() < lowest for _ in range(20))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -162,7 +162,7 @@ def test_a_port_in_use_is_named(tmp_path: Path, which: int) -> None:
 
 def test_an_unknown_address_is_named(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"MASTER_ADDR: found no\.such\.host\.invalid"):
-        meeting.resolve("no.such.host.invalid", 29500)
+        rendezvous.resolve("no.such.host.invalid", 29500)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ async def soon(what: Any, seconds: float = 20.0) -> Any:
 
 
 def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circle, "FAILED_GRACE", 0.1)
+    monkeypatch.setattr(liveness, "FAILED_GRACE", 0.1)
 
     async def scene() -> None:
         async with AsyncExitStack() as stack:
@@ -394,7 +394,7 @@ def test_so_is_one_that_torchrun_has_caught(monkeypatch: pytest.MonkeyPatch) -> 
 def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, code: object, expected: int) -> None:
     line = [sys.executable, "-m", "sdpg_megatron.launch.torchrun", str(os.getpid()), "--nnodes=1", "--node-rank=0"]
     line += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
-    line += [f"--master-port={meeting.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
+    line += [f"--master-port={rendezvous.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
     program = f'echo "reason $RANK" >&2; sleep $((1 - RANK)); exit {code}'
     done = subprocess.run(
         [*line, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -18,14 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.convert.source import find_source
 from sdpg_megatron.data.tokenizer import SAMPLE, check_stops, load_tokenizer, stop_ids, turn_end
 from sdpg_megatron.errors import ConfigError, SdpgError
-from sdpg_megatron.rollout import reading
-from sdpg_megatron.rollout.reading import check_reading, inverse_frequencies
-from sdpg_megatron.settings import parse
+from sdpg_megatron.rollout import transformers_check
+from sdpg_megatron.rollout.transformers_check import check_reading, inverse_frequencies
+from sdpg_megatron.train.eval_target import find_subject
 from sdpg_megatron.train.inputs import load_inputs, load_model_inputs
-from sdpg_megatron.train.subject import find_subject
 from tests.tiny import EOS, TURN_END, VOCAB, write_tiny_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -312,7 +312,7 @@ class OldRotary:
 
 def test_a_transformers_that_takes_another_rotary_base_is_refused(folder: Path) -> None:
     edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})(folder)
-    with mock.patch.object(reading, "_rotary_class", lambda config: OldRotary):
+    with mock.patch.object(transformers_check, "_rotary_class", lambda config: OldRotary):
         with pytest.raises(
             ConfigError, match=r"config\.json: rotary embedding: found 'base 10000 .*expected base 1e\+06 "
         ):

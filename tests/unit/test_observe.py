@@ -19,12 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from sdpg_megatron.errors import CheckpointError, DataError, WriteError
-from sdpg_megatron.observe import transfer as transfers
-from sdpg_megatron.observe.cut import beyond, cut_folders, cut_lines
+from sdpg_megatron.observe import byte_progress as transfers
 from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
 from sdpg_megatron.observe.progress import HEADER_EVERY, Progress, format_seconds
 from sdpg_megatron.observe.report import GREEDY, KL, REWARD, SAMPLED, plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
+from sdpg_megatron.observe.truncate import beyond, cut_folders, cut_lines
 from sdpg_megatron.observe.writers import JsonlWriter, MultiWriter, cut_records, open_writers, read_metrics
 
 STEP = {

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.peer_context import describe_contexts, with_peers, without_thinking
+from sdpg_megatron.batching.samples import make_samples
 from sdpg_megatron.config import DataConfig, ObjectiveConfig
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.train.collate import Layout, collate
-from sdpg_megatron.train.peers import describe_contexts, with_peers, without_thinking
-from sdpg_megatron.train.sample import make_samples
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = "{question}|{context}|{answer}"

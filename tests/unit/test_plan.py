@@ -12,12 +12,12 @@ import pytest
 from sdpg_megatron.architecture import check_served, read_architecture
 from sdpg_megatron.cli import main
 from sdpg_megatron.config import RunConfig, SGLangConfig
+from sdpg_megatron.config.load import load
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.plan.advice import advise
-from sdpg_megatron.plan.gpus import GPUS, find_gpu
-from sdpg_megatron.plan.plan import Plan, make_plan
-from sdpg_megatron.plan.shards import Grid, count_active, count_parameters
-from sdpg_megatron.settings import load
+from sdpg_megatron.estimate.advice import advise
+from sdpg_megatron.estimate.gpus import GPUS, find_gpu
+from sdpg_megatron.estimate.plan import Plan, make_plan
+from sdpg_megatron.estimate.shards import Grid, count_active, count_parameters
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "recipes"
@@ -75,7 +75,7 @@ def test_a_method_keeps_its_teachers_rows_as_long_as_it_reads_them(
 
 
 def test_a_walk_over_pipeline_stages(models: Path) -> None:
-    from sdpg_megatron.mcore.shapes import walk
+    from sdpg_megatron.estimate.shapes import walk
 
     changes = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2", "parallel.sequence=true"]
     changes += ["rollout.sglang.servers=4"]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.config import RunConfig, SGLangConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.errors import ConfigError, RolloutError
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang import preflight
 from sdpg_megatron.rollout.sglang.preflight import (
     check_devices,
@@ -21,7 +22,6 @@ from sdpg_megatron.rollout.sglang.preflight import (
     check_servers,
     check_trainer,
 )
-from sdpg_megatron.settings import parse
 
 TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "data": {"train": ["x"]}}
 ALONE = RankEnvironment()

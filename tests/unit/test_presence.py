@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.train.presence import RunLock, end_with_launcher
+from sdpg_megatron.runtime.run_lock import RunLock, end_with_launcher
 
 HOLD = """
 import sys
 from pathlib import Path
-from sdpg_megatron.train.presence import RunLock
+from sdpg_megatron.runtime.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -39,7 +39,7 @@ def test_a_folder_is_one_runs_until_its_process_is_gone(tmp_path: Path) -> None:
 
 CHILD = """
 import os, sys, time
-from sdpg_megatron.train.presence import end_with_parent
+from sdpg_megatron.runtime.run_lock import end_with_parent
 end_with_parent(int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid())
 print("here", flush=True)
 time.sleep(120)

@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.head import (
-    Divergence,
-    HeadOptions,
-    TeacherRows,
-    VocabShard,
-    head_gradient_squares,
-)
+from sdpg_megatron.head import Divergence, HeadOptions, TeacherRows, VocabShard, head_gradient_squares
 from sdpg_megatron.objectives import build
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
 from sdpg_megatron.objectives.pulls import gradient_ratio, pulls, term_gradients

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdpg_megatron.errors import LaunchError
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 
 JOB = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}

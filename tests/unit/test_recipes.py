@@ -20,11 +20,11 @@ import pytest
 from sdpg_megatron import objectives
 from sdpg_megatron.cli import main
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.estimate.gpus import find_gpu
+from sdpg_megatron.estimate.plan import make_plan
 from sdpg_megatron.objectives.rlsd import RLSD
 from sdpg_megatron.objectives.sdpg import SDPG
-from sdpg_megatron.plan.gpus import find_gpu
-from sdpg_megatron.plan.plan import make_plan
-from sdpg_megatron.settings import dump, load
 from tests.server_python import write_server_python
 from tests.tiny import EOS, TURN_END, tiny_tokenizer, write_hollow_weights
 
@@ -309,8 +309,8 @@ def test_a_method_that_a_recipe_does_not_have_is_refused(sandbox: Sandbox) -> No
 
 
 def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: Sandbox) -> None:
-    from sdpg_megatron.train.evaluator import for_evaluation
-    from sdpg_megatron.train.subject import find_subject
+    from sdpg_megatron.train.eval_command import for_evaluation
+    from sdpg_megatron.train.eval_target import find_subject
 
     machines = {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
     code, said = sandbox.run("qwen3-30b-a3b three", **machines)

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from sdpg_megatron.errors import LaunchError
 from sdpg_megatron.mcore import rendezvous as module
 from sdpg_megatron.mcore.rendezvous import Arrival, contradiction, rendezvous
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 
 HERE = "127.0.0.1"
 SOON, LATE = 0.5, 30.0

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.checkpoint.changes import config_changes
-from sdpg_megatron.methods import Method
-from sdpg_megatron.settings import parse
+from sdpg_megatron.config.load import parse
+from sdpg_megatron.config.method_defaults import Method
 
 NEW = ("advantage_deviation", "credit_ratio", "distill_loss", "strip_peer_thinking")
 

@@ -10,7 +10,7 @@ from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.equality import decide, plain, spelling
 
 symbolic = pytest.importorskip("sdpg_megatron.rewards.symbolic", reason="needs math-verify: pip install -e '.[math]'")
-line = pytest.importorskip("sdpg_megatron.rewards.line")
+line = pytest.importorskip("sdpg_megatron.rewards.answer_line")
 
 TRUE = ["True", "true", "TRUE", r"\text{True}", r"\textbf{true}", r"\mathrm{True}", "True.", "**True**", "$True$"]
 FALSE = [text.replace("rue", "alse").replace("T", "F").replace("t", "f", 1) for text in ("True", "true")]

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from sdpg_megatron.checkpoint.drawn import Drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn
 from sdpg_megatron.config import RewardConfig
+from sdpg_megatron.config.load import parse
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping, overlong_penalty
-from sdpg_megatron.settings import parse
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.rollouts import describe, with_shaping
 

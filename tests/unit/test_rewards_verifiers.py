@@ -12,7 +12,7 @@ import pytest
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.records import Completion, Group, Prompt
-from sdpg_megatron.rewards import line
+from sdpg_megatron.rewards import answer_line
 from sdpg_megatron.rewards.base import Extracting
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
@@ -158,7 +158,7 @@ def test_answer_line() -> None:
 def test_answer_line_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "sdpg_megatron.rewards.symbolic", raising=False)
-    plain = importlib.reload(line)
+    plain = importlib.reload(answer_line)
     try:
         verdicts = [
             plain.answer(Prompt("a:1", (1,), (1,), answer), f"Answer: {stated}")
@@ -166,7 +166,7 @@ def test_answer_line_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> Non
         ]
     finally:
         monkeypatch.undo()
-        importlib.reload(line)
+        importlib.reload(answer_line)
     assert verdicts == [1.0, 1.0, 0.0]
 
 

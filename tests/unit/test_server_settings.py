@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.config.load import parse
+from sdpg_megatron.config.server_checks import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, is_host, server_faults
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.server_settings import OWNED_ARGUMENTS, SAMPLING_ARGUMENTS, is_host, server_faults
-from sdpg_megatron.settings import parse
 
 TREE: dict[str, Any] = {"run_dir": "x", "steps": 20, "model": {"path": "x"}, "data": {"train": ["x"]}}
 

@@ -28,7 +28,7 @@ from sdpg_megatron.rollout.sglang.checksum import (
     verify,
 )
 from sdpg_megatron.rollout.sglang.client import RankChecksums
-from sdpg_megatron.rollout.sglang.layout import Layout
+from sdpg_megatron.rollout.sglang.server_layout import Layout
 from sdpg_megatron.weights import Bucket, hf_shapes
 
 URL = "http://server:1"

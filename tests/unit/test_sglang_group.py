@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from sdpg_megatron.errors import ServerError
-from sdpg_megatron.rollout.sglang.sinks import broadcast as broadcast_module
-from sdpg_megatron.rollout.sglang.sinks.broadcast import PROBE, BroadcastSink, _with_nccl
-from sdpg_megatron.rollout.sglang.sinks.group import BLOCKING_WAIT, MARGIN, WeightGroup
+from sdpg_megatron.rollout.transports import broadcast as broadcast_module
+from sdpg_megatron.rollout.transports.broadcast import PROBE, BroadcastSink, _with_nccl
+from sdpg_megatron.rollout.transports.weight_group import BLOCKING_WAIT, MARGIN, WeightGroup
 
 # How it is made
 

@@ -19,7 +19,7 @@ from sdpg_megatron.records import Group
 from sdpg_megatron.rollout.base import WeightsWanted
 from sdpg_megatron.rollout.sglang import groups
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
-from sdpg_megatron.rollout.sglang.member import State
+from sdpg_megatron.rollout.sglang.server_handle import State
 from tests.sglang_fakes import (
     BOUND,
     QUICK,

@@ -22,7 +22,7 @@ from sdpg_megatron.rollout.base import Abandoned, Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.identity import Wanted
+from sdpg_megatron.rollout.sglang.requirements import Wanted
 from tests.rollout.contract import stream
 from tests.tiny import write_tiny_model
 

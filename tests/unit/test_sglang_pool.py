@@ -9,9 +9,9 @@ from aiohttp import web
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.base import Abandoned, WeightsWanted
+from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.member import State
-from sdpg_megatron.rollout.sglang.tasks import unless
+from sdpg_megatron.rollout.sglang.server_handle import State
 from tests.sglang_fakes import (
     BOUND,
     QUICK,

@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.rollout.base import Bucket
 from sdpg_megatron.rollout.sglang.client import Timeouts
-from sdpg_megatron.rollout.sglang.loop import LoopThread
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher
-from sdpg_megatron.rollout.sglang.sinks import attempt as attempt_module
-from sdpg_megatron.rollout.sglang.sinks.attempt import Outcome, attempt
+from sdpg_megatron.rollout.transports import attempt as attempt_module
+from sdpg_megatron.rollout.transports.attempt import Outcome, attempt
 
 # Whose fault it was
 

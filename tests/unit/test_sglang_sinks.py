@@ -22,12 +22,12 @@ from torch import Tensor
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.base import Bucket
-from sdpg_megatron.rollout.sglang.sinks import SharedSink
-from sdpg_megatron.rollout.sglang.sinks import segment as segment_module
-from sdpg_megatron.rollout.sglang.sinks.flat import as_run, copy_to, lay_out
-from sdpg_megatron.rollout.sglang.sinks.segment import FOLDER, Segment, remove_leftovers
-from sdpg_megatron.rollout.sglang.sinks.shared import _handle
-from sdpg_megatron.rollout.sglang.sinks.turns import Private, Turns
+from sdpg_megatron.rollout.transports import SharedSink
+from sdpg_megatron.rollout.transports import shared_buffer as segment_module
+from sdpg_megatron.rollout.transports.double_buffer import Private, Turns
+from sdpg_megatron.rollout.transports.flat import as_run, copy_to, lay_out
+from sdpg_megatron.rollout.transports.shared import _handle
+from sdpg_megatron.rollout.transports.shared_buffer import FOLDER, Segment, remove_leftovers
 
 # A bucket as one run of bytes
 
@@ -88,7 +88,7 @@ for handle in sys.stdin.read().split():
 """
 HOLDER = """
 import sys
-from sdpg_megatron.rollout.sglang.sinks.segment import Segment
+from sdpg_megatron.rollout.transports.shared_buffer import Segment
 segment = Segment(1000)
 print(segment._file, flush=True)
 sys.stdin.read()

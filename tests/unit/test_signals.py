@@ -23,7 +23,7 @@ def stick():  # as a collective does: in C, without Python's lock, for ever
 RUN = (
     STUCK
     + """
-from sdpg_megatron.train.interrupt import Interrupt
+from sdpg_megatron.runtime.interrupt import Interrupt
 with Interrupt() as interrupt:
     {defer}
     stick()
@@ -132,7 +132,7 @@ def swallowing(then: str) -> str:
 def test_a_forked_child_keeps_its_signals_to_itself(tmp_path: Path) -> None:
     program = """
 import os, signal, time
-from sdpg_megatron.train.interrupt import Interrupt
+from sdpg_megatron.runtime.interrupt import Interrupt
 with Interrupt() as interrupt:
     interrupt.defer()
     child = os.fork()

@@ -15,9 +15,9 @@ from sdpg_megatron.checkpoint.branch import BranchRequest, BranchStart
 from sdpg_megatron.checkpoint.changes import Change
 from sdpg_megatron.checkpoint.state import MANIFEST, BranchPoint, RecordedChange, RunState, checkpoint_name
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import dump, load
 from sdpg_megatron.errors import CheckpointError, ConfigError
 from sdpg_megatron.observe.summary import Summary, write_summary
-from sdpg_megatron.settings import dump, load
 from sdpg_megatron.train.start import Start, find_start
 
 TREE: Mapping[str, Any] = {

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdpg_megatron.batching.collate import Layout, collate
 from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.records import MicroBatch
-from sdpg_megatron.train.collate import Layout, collate
 from tests.unit.test_batch import sample
 
 

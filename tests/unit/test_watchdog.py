@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sdpg_megatron.config import WatchdogConfig
-from sdpg_megatron.process.ranks import name_ranks
-from sdpg_megatron.train.board import Clock
-from sdpg_megatron.train.watchdog import BETWEEN
-from sdpg_megatron.train.whereabouts import State, describe, find_missing, place_of_main_thread
+from sdpg_megatron.process.rank_environment import name_ranks
+from sdpg_megatron.runtime.heartbeats import Clock
+from sdpg_megatron.runtime.rank_status import State, describe, find_missing, place_of_main_thread
+from sdpg_megatron.runtime.watchdog import BETWEEN
 
 ROOT = Path(__file__).parents[2]
 

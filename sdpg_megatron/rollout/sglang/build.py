@@ -13,13 +13,13 @@ import torch
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
-from sdpg_megatron.rollout.sglang.identity import Wanted
-from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
+from sdpg_megatron.rollout.sglang.requirements import Wanted
 from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, default_python
-from sdpg_megatron.rollout.sglang.sinks import BroadcastSink, DiskSink, SharedSink, Sink
+from sdpg_megatron.rollout.sglang.server_handle import Member
+from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink
 
 CONTROL_SECONDS = 60.0
 """Bound of calls to a server that answer when something small is done."""

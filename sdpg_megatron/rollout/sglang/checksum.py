@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import RolloutError, WeightError
 from sdpg_megatron.rollout.sglang.client import Client, RankChecksums
-from sdpg_megatron.rollout.sglang.layout import Layout, check_layout, server_parameter, share
+from sdpg_megatron.rollout.sglang.server_layout import Layout, check_layout, server_parameter, share
 from sdpg_megatron.weights import Bucket, hf_shapes
 
 LISTED = 8

@@ -15,14 +15,14 @@ from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
 from sdpg_megatron.rollout.sglang import checksum, memory
+from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_sink
 from sdpg_megatron.rollout.sglang.checksum import Served
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.groups import GroupSource
-from sdpg_megatron.rollout.sglang.loop import LoopThread
-from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
-from sdpg_megatron.rollout.sglang.tasks import unless
+from sdpg_megatron.rollout.sglang.server_handle import Member
 from sdpg_megatron.weights import hf_shapes
 
 __all__ = ["SGLangEngine", "ServedModel"]

@@ -15,8 +15,8 @@ import asyncio
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.member import Member
 from sdpg_megatron.rollout.sglang.pool import Pool
+from sdpg_megatron.rollout.sglang.server_handle import Member
 
 WEIGHTS = "weights"
 MEMORY = frozenset({WEIGHTS, "kv_cache", "cuda_graph"})

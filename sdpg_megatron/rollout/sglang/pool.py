@@ -18,10 +18,10 @@ import aiohttp
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.base import WeightsWanted
+from sdpg_megatron.rollout.sglang.async_tools import Threads, nap, together
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.member import Member, State
 from sdpg_megatron.rollout.sglang.server import ServerProcess
-from sdpg_megatron.rollout.sglang.tasks import Threads, nap, together
+from sdpg_megatron.rollout.sglang.server_handle import Member, State
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

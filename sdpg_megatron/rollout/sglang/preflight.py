@@ -12,12 +12,12 @@ import torch
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.process.ranks import RankEnvironment
+from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
 from sdpg_megatron.rollout.sglang.checksum import hash_on
 from sdpg_megatron.rollout.sglang.nccl import check_nccl, own_version
-from sdpg_megatron.rollout.sglang.reading import check_server_reading
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
+from sdpg_megatron.rollout.sglang.transformers_check import check_server_reading
 
 
 def check_servers(config: RunConfig, environment: RankEnvironment) -> None:

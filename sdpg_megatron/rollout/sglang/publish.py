@@ -20,8 +20,8 @@ from typing import Any
 
 from sdpg_megatron.errors import ServerError, WeightError, did_you_mean
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.loop import LoopThread
-from sdpg_megatron.rollout.sglang.sinks.base import Failures, Send, Sink
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread
+from sdpg_megatron.rollout.transports.base import Failures, Send, Sink
 from sdpg_megatron.weights import Bucket, WeightStream
 
 UNFINISHED = "unfinished"

@@ -1,6 +1,6 @@
 """One SGLang server as a process of this machine: start it, see what it says, and leave nothing of it behind.
 
-    this process --(pipe: job, then the order to stop)--> guard.py --> serve.py, which becomes the server --> its ranks
+    this process --(pipe: job, then the order to stop)--> process_guard.py --> serve.py (becomes the server) --> its ranks
 
 All but this process form one session and process group, the guard's. The guard ends the rest when this process says so
 or is gone, takes API keys out of what the server prints, and exits when the server does.
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Literal
 
 from sdpg_megatron.errors import RolloutError, fix_of, reason_of
-from sdpg_megatron.rollout.sglang import guard, serve
+from sdpg_megatron.rollout.sglang import process_guard, serve
 
 PYTHON_VARIABLE = "SDPG_SGLANG_PYTHON"
 PORTS = range(20000, 30000)
 """Free ports are taken from here: below those that Linux gives to outgoing connections. A server listens only when its
 model is loaded, and such a connection could take its port until then."""
 TRIES = 64
-MARGIN = 2 * guard.KILL_LIMIT + 5
+MARGIN = 2 * process_guard.KILL_LIMIT + 5
 """Seconds that the guard gets beyond the server's grace."""
 TAIL_BYTES = 64 * 1024
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
@@ -119,7 +119,7 @@ class ServerProcess:
         check_interpreter(self.launch.python)
         if self._held is None:
             self._held = hold_port(self.launch.host, self.port)
-        job: guard.Job = {
+        job: process_guard.Job = {
             "command": command(self.launch, self.port),
             "parent": os.getpid(),
             "input": json.dumps(_key_arguments(self.launch)),
@@ -128,12 +128,12 @@ class ServerProcess:
         self._guard = self._start_guard(job)
         self.starts += 1
 
-    def _start_guard(self, job: guard.Job) -> subprocess.Popen[bytes]:
+    def _start_guard(self, job: process_guard.Job) -> subprocess.Popen[bytes]:
         try:
             self.launch.log.parent.mkdir(parents=True, exist_ok=True)
             with self.launch.log.open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", guard.__file__],
+                    [sys.executable, "-I", process_guard.__file__],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,

@@ -1,0 +1,120 @@
+"""A Megatron checkpoint of the format torch_dist, written a block of rows at a time by one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from sdpg_megatron.convert.torch_dist import BACKEND, BACKEND_FILE, COMMON_FILE, Index
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of a slice of a tensor, which are made when it is their turn to be written."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Of the whole tensor: its leading dimensions, rows, columns."""
+    dtype: torch.dtype
+    index: Index
+    start: int
+    length: int
+    make: Callable[[], Tensor]
+    """Gives the rows, [length, ...], of `dtype`."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (*(1 for _ in self.index), self.length, *self.shape[len(self.index) + 1 :])
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (*self.index, self.start, *(0 for _ in self.shape[len(self.index) + 1 :]))
+
+
+def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Sequence[str], common: Mapping[str, Any]) -> None:
+    """Write a checkpoint into an empty folder.
+
+    Args:
+        blocks: cover every tensor once. One at a time is held.
+        objects: keys of things other than tensors that a model expects, and that say nothing.
+        common: plain data, and Megatron-LM's arguments.
+    """
+    planner = _Planner(blocks, objects)
+    try:
+        # The warning tells of a single process.
+        with warnings.catch_warnings(action="ignore", category=UserWarning), _without_checksums():
+            save({}, storage_writer=FileSystemWriter(folder, sync_files=False), planner=planner, no_dist=True)
+    except CheckpointException as error:  # torch's wrapper of whatever went wrong
+        raise next(iter(error.failures.values()))[0] from None
+    with (folder / COMMON_FILE).open("wb") as file:
+        torch.save(dict(common), file)
+    (folder / BACKEND_FILE).write_text(json.dumps(_BACKENDS), encoding="utf-8")
+
+
+_BACKENDS = {"sharded_backend": BACKEND, "sharded_backend_version": 1, "common_backend": "torch"} | {
+    "common_backend_version": 1
+}
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans from a list of blocks instead of a state dict of tensors, which would have to be there all at once."""
+
+    def __init__(self, blocks: Sequence[Block], objects: Sequence[str]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._blocks = {MetadataIndex(block.key, block.offsets): block for block in blocks}
+        self._objects = objects
+
+    def create_local_plan(self) -> SavePlan:
+        tensors = [_item(at, block) for at, block in self._blocks.items()]
+        return SavePlan([*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects)])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return _nothing()
+        block = self._blocks[write_item.index]
+        return _alone(block.make()).view(block.sizes)
+
+
+def _alone(rows: Tensor) -> Tensor:
+    """The same memory as a storage of its own: torch copies what is a part of a larger one before it writes it."""
+    return torch.from_numpy(rows.contiguous().flatten().view(torch.uint8).numpy()).view(rows.dtype).view(rows.shape)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Archives without CRC-32, which take as long as the writing: torch never looks at those of an archive."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _item(at: MetadataIndex, block: Block) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=block.dtype), torch.Size(block.shape))
+    return WriteItem(at, WriteItemType.SHARD, tensor_data=data)
+
+
+def _nothing() -> io.BytesIO:
+    """As megatron-core writes the extra state of a module that has none."""
+    room = io.BytesIO()
+    torch.save([None], room)
+    room.seek(0)
+    return room

@@ -1,0 +1,170 @@
+"""What a micro-batch keeps for the backward pass, and what the head holds.
+
+Counted from what autograd saves in this package's layers (`mcore.layers`), one tensor after the other. On a GPU a norm
+is one kernel, and so is attention over packed sequences; a CPU keeps more. A test counts the same on a CPU.
+
+w is the bytes of a number: 2 or 4. Experts are assumed to get equal shares of the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import HeadConfig, ModelConfig, ParallelConfig
+from sdpg_megatron.estimate.shards import Grid
+from sdpg_megatron.head.sizes import HeadShape, Schedule
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes on a rank, for each token that it has."""
+
+    layer: float
+    """That a layer keeps."""
+    layer_input: float
+    final_norm: float
+    """Kept by the norm after the last layer, and its output."""
+    working: float
+    """Beside what is kept, in the backward pass of one layer."""
+
+    @classmethod
+    def of(
+        cls,
+        arch: Architecture,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        cuda: bool,
+        fused: bool | None = None,
+    ) -> Activations:
+        """`fused`: the gated activation is one kernel; None for what a run does there."""
+        fused = cuda and model.activation_fusion if fused is None else fused
+        w, t = BYTES[model.dtype], parallel.tensor
+        hidden = arch.hidden_size / (t if parallel.sequence else 1)
+        query, key = arch.num_heads * arch.head_dim / t, arch.num_kv_heads * arch.head_dim / t
+        kept = 2 * _norm(hidden, w) + _attention(arch, query, key, t, w)
+        kept += _feed_forward(arch, parallel, w, fused=fused)
+        if not cuda:
+            kept += _more_on_cpu(arch, hidden, query, key, w)
+        if parallel.context > 1:
+            kept += (parallel.context - 1) * 2 * key * w  # the other ranks' keys and values
+        width = arch.ffn_size / t if arch.experts is None else _routed(arch, parallel) * arch.ffn_size
+        return cls(
+            layer=kept,
+            layer_input=hidden * w,
+            final_norm=hidden * (w if cuda else 8) + 4 + arch.hidden_size * w,
+            working=w * (5 * width + 2 * hidden),
+        )
+
+
+def _more_on_cpu(arch: Architecture, hidden: float, query: float, key: float, w: int) -> float:
+    """What a layer keeps on a CPU beyond that on a GPU.
+
+    A norm keeps a float32 copy of its input instead of the input, and the result before scales. Attention keeps copies
+    of queries, keys and values instead of the projection's output, and its output twice.
+    """
+    kept = 2 * (8 - w) * hidden - key * w
+    if arch.qk_norm:
+        # in float32 the keys need no copy, and keep the projection's output
+        kept += 4 * (query + key) + (4 * query + (query + 2 * key) * w if w == 4 else 4 * (query + key))
+    return kept
+
+
+def _norm(hidden: float, w: int) -> float:
+    """Input and output, and what the input is divided by."""
+    return hidden * 2 * w + 4
+
+
+def _attention(arch: Architecture, query: float, key: float, t: int, w: int) -> float:
+    kept = (query + 2 * key) * w  # the projection's output, which the values are a part of
+    kept += (query + key) * w  # turned; all layers share cosines and sines
+    kept += query * w + 4 * arch.num_heads / t  # output; the softmax's sums
+    if arch.qk_norm:
+        kept += 4 * (arch.num_heads + arch.num_kv_heads) / t  # the inputs are the projection's output
+    return kept
+
+
+def _routed(arch: Architecture, parallel: ParallelConfig) -> float:
+    """Tokens of a rank's experts, for each that a tensor-parallel group has; over the ranks of an expert."""
+    assert arch.experts is not None
+    return arch.experts.per_token / parallel.tensor
+
+
+def _feed_forward(arch: Architecture, parallel: ParallelConfig, w: int, *, fused: bool) -> float:
+    """Gate and up together and their product; unless the activation is `fused`, up again and the gate's activation."""
+    columns = 3 if fused else 5
+    if arch.experts is None:
+        return columns * arch.ffn_size / parallel.tensor * w
+    experts, routed = arch.experts, _routed(arch, parallel)
+    choices = (20 * experts.per_token + experts.count * (1 + w)) / (parallel.tensor if parallel.sequence else 1)
+    if not fused:
+        columns += 1  # the product before it is scaled
+    # An expert's ranks each get all of its tokens, and compute a share of its columns.
+    return choices + routed * (parallel.expert_tensor_size * (arch.hidden_size + 1) + columns * arch.ffn_size) * w
+
+
+def in_flight(grid: Grid, stage: int, micro_batches: int) -> float:
+    """Passes through all of a stage's layers whose activations it keeps at a time."""
+    if grid.chunks == 1:
+        return min(grid.pipeline - stage, micro_batches)
+    warm_up = 2 * (grid.pipeline - stage - 1) + (grid.chunks - 1) * grid.pipeline + 1
+    return min(warm_up, micro_batches * grid.chunks) / grid.chunks
+
+
+def kept(
+    a: Activations, layers: int, tokens: float, passes: float, *, recompute: bool, received: bool, last: bool
+) -> float:
+    """Bytes of a stage's activations in the update, beside what one layer works with.
+
+    Args:
+        layers: of the stage.
+        tokens: of a micro-batch, on this rank.
+        passes: see `in_flight`.
+        received: a stage before this one sends its input.
+    """
+    of_layers = layers * (a.layer_input if recompute else a.layer)
+    one = of_layers + (a.layer_input if received else 0) + (a.final_norm if last else 0)
+    return tokens * (passes * one + (a.layer if recompute else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBytes:
+    """What the head holds beside its inputs."""
+
+    chunk: int
+    """Logits, scratch and kept logit gradients."""
+    rows: int
+    """Hidden rows and their gradients."""
+    matrix: int
+    """The vocabulary matrix's gradient, until the backward pass."""
+
+    @property
+    def all(self) -> int:
+        return self.chunk + self.rows + self.matrix
+
+
+def head_bytes(
+    arch: Architecture, head: HeadConfig, grid: Grid, dtype: str, rows: int, *, taught: bool, cuda: bool, train: bool
+) -> HeadBytes:
+    """`rows`: response tokens of a micro-batch on this rank. `train`: with gradients; otherwise log-probs alone.
+
+    The schedule "auto" counts as "grad_in_forward", which it is where that fits.
+    """
+    columns, w = arch.padded_vocab(grid.tensor) // grid.tensor, BYTES[dtype]
+    shape = HeadShape(columns=columns, hidden=arch.hidden_size, cuda=cuda, gradient_bytes=w, fused=cuda)
+    of_run: Schedule = "recompute" if head.schedule == "recompute" else "grad_in_forward"
+    schedule: Schedule = of_run if train else "recompute"
+    # A run chooses its chunk once, by the schedule of its updates.
+    chunk = head.chunk_rows or shape.chunk_rows(of_run, shape.default_bytes())
+    distributions = 2 if taught and train else 1
+    ordered = w if taught else 0
+    held = min(rows, chunk * 2 // distributions)
+    kept = w * columns * min(rows, shape.group_rows(schedule, shape.default_bytes(), chunk))
+    return HeadBytes(
+        chunk=held * shape.logits_bytes(schedule, distributions) + kept,
+        rows=rows * arch.hidden_size * ((4 + w + ordered) if train else w),
+        matrix=shape.matrix_bytes if schedule == "grad_in_forward" else 0,
+    )

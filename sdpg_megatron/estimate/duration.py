@@ -1,0 +1,129 @@
+"""A time for each phase of a step: operations, bytes read and sent, over a GPU's rates and assumed efficiencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.estimate.activations import BYTES
+from sdpg_megatron.estimate.gpus import Gpu
+from sdpg_megatron.estimate.load import Load
+from sdpg_megatron.estimate.memory import ServerMemory, kv_bytes
+from sdpg_megatron.estimate.shards import Grid, count_active, count_parameters
+from sdpg_megatron.estimate.traffic import Flow
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Assumed shares of the theoretical rates, not fitted to any measurement on a GPU."""
+
+    products: float = 0.4
+    """Of the trainer's operations, attention and elementwise work included."""
+    reading: float = 0.6
+    """Of the servers' memory bandwidth, while they generate."""
+    embedded: float = 0.1
+    """Likewise, of transformers in the trainer."""
+    sending: float = 0.7
+    """Of links, in the trainer."""
+    publishing: float = 0.4
+    """Of links, while a server copies what it gets."""
+
+
+ASSUMED = Efficiency()
+CALL = 0.02
+"""Seconds, assumed, of one call to the servers."""
+
+
+def durations(
+    arch: Architecture,
+    config: RunConfig,
+    grid: Grid,
+    load: Load,
+    gpu: Gpu,
+    traffic: Mapping[str, Flow],
+    server: ServerMemory | None,
+) -> dict[str, float]:
+    """Seconds of a rollout step's phases."""
+    forward = _forward(arch, load.mean_prompt + load.mean_response)
+    row = 2 * arch.hidden_size * arch.vocab_size
+    several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
+    forwards = load.mean_student * (several + load.needs.reference)
+    reads = load.mean_teacher * (2 if config.objective.contrast else 1)
+    heads = several + load.needs.reference + load.gated * load.needs.teacher_logprob
+    passes = (forwards + reads) * forward + load.mean_responses * row * heads
+    again = 1 if config.model.recompute else 0
+    made = (4 if config.head.schedule == "recompute" else 3) * load.mean_responses  # logits and both gradients
+    if load.needs.teacher:
+        made += (2 if config.head.schedule == "recompute" else 1) * load.gated * load.mean_responses
+    update = load.mean_student * (3 + again) * forward + made * row
+    rate = grid.world * gpu.flops * ASSUMED.products
+    bubble = 1 + (grid.pipeline - 1) / (load.micro_batches * grid.chunks)
+    return {
+        "rollout": _rollout(arch, config, grid, load, gpu, server),
+        "passes": passes / rate * bubble + _sending("passes", traffic, gpu),
+        "update": update / rate * bubble + _sending("update", traffic, gpu),
+        "publish": _sending("publish", traffic, gpu)
+        + traffic["publish"].sent["publish"] / (config.rollout.sglang.bucket_mib << 20) * CALL,
+    }
+
+
+def step_seconds(seconds: Mapping[str, float], ahead: int) -> float:
+    """Of a whole step; `ahead` is `RolloutConfig`'s: generation then goes on beside the rest, but for the publish."""
+    learning = seconds["passes"] + seconds["update"]
+    together = max(seconds["rollout"], learning) if ahead else seconds["rollout"] + learning
+    return together + seconds["publish"]
+
+
+def _sending(phase: str, traffic: Mapping[str, Flow], gpu: Gpu) -> float:
+    seconds = 0.0
+    for kind, flow in traffic.items():
+        share = ASSUMED.publishing if kind == "publish" else ASSUMED.sending
+        seconds += flow.sent.get(phase, 0.0) / ((gpu.link if flow.local else gpu.network) * share)
+    return seconds
+
+
+def _forward(arch: Architecture, length: float) -> float:
+    """Operations of a token's way through the layers, in a sequence of `length`."""
+    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length  # half of the positions, two products
+    return 2 * count_active(arch) + attention
+
+
+def _rollout(
+    arch: Architecture, config: RunConfig, grid: Grid, load: Load, gpu: Gpu, server: ServerMemory | None
+) -> float:
+    """Generation, bound by reading weights, keys and values; no sooner done than the longest response by itself."""
+    served = config.rollout.sglang
+    if server is None:
+        engines, devices = max(1, grid.world // (grid.tensor * grid.pipeline)), 1
+        together, share = float(config.rollout.batch_size), ASSUMED.embedded
+    else:
+        engines = (len(served.urls) or served.servers) * served.data
+        devices, share = served.tensor, ASSUMED.reading
+        room = server.pool / (server.token * (load.mean_prompt + load.mean_response))
+        together = max(1.0, room)
+    together = min(together, max(1.0, load.samples / engines))
+    width = BYTES[served.dtype or config.model.dtype]
+    context = load.mean_prompt + load.mean_response / 2
+    rate = gpu.bandwidth * share * devices
+
+    def step(sequences: float) -> float:
+        keys = sequences * context * kv_bytes(arch, width)
+        read = (_weights_read(arch, sequences) * width + keys) / rate
+        operations = 2 * sequences * (count_active(arch) + arch.hidden_size * arch.vocab_size)
+        return max(read, operations / (gpu.flops * devices * ASSUMED.products))
+
+    tokens = load.mean_responses / engines
+    prompts = load.mean_prompt * config.rollout.prompts_per_step / engines  # each is read once for its group
+    reading = prompts * _forward(arch, load.mean_prompt) / (gpu.flops * devices * ASSUMED.products)
+    return reading + max(tokens / together * step(together), config.rollout.max_response_tokens * step(1))
+
+
+def _weights_read(arch: Architecture, sequences: float) -> float:
+    """Parameters that a step of generation reads: of the experts those that some sequence is sent to, at most all."""
+    whole = count_parameters(arch)
+    if arch.experts is None:
+        return float(whole)
+    idle = arch.experts.count - min(arch.experts.count, sequences * arch.experts.per_token)
+    return whole - arch.num_layers * idle * 3 * arch.hidden_size * arch.ffn_size

@@ -1,0 +1,307 @@
+"""Bytes of each rank, part by part and phase by phase, on its device and in host memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.estimate.activations import BYTES, Activations, HeadBytes, head_bytes, in_flight, kept
+from sdpg_megatron.estimate.gpus import GIB
+from sdpg_megatron.estimate.load import Load
+from sdpg_megatron.estimate.shards import Buffer, Grid, buffers, stage_shards
+from sdpg_megatron.weights.map import hf_shapes
+
+CONTEXT = 2 * GIB
+"""Assumed of each process on a GPU: CUDA's context, NCCL's and cuBLAS's buffers."""
+FRAGMENTS = 0.05
+"""Assumed share of a GPU that its allocator cannot use."""
+SLEEPING = 2 * GIB
+"""Assumed of a colocated server that has given its memory back."""
+SERVER_SHARE = 0.85
+"""Assumed of `rollout.sglang.mem_fraction` where it is null."""
+
+Parts = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """A rank of a pipeline stage, the one of it that holds most."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    """Its share of the moments and, in bfloat16, of the float32 weights. There from the first update on."""
+    numel: int
+    """Parameters, without padding."""
+    buffers: tuple[Buffer, ...]
+    phases: Mapping[str, Parts]
+    """What is on the device beside these three, while a phase lasts."""
+    absent: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Which of these three a phase is without."""
+    host: Parts = field(default_factory=dict)
+
+    def parts(self, phase: str) -> dict[str, float]:
+        own = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        here = {name: float(size) for name, size in own.items() if name not in self.absent.get(phase, ())}
+        return {**here, **self.phases[phase]}
+
+    def total(self, phase: str) -> float:
+        return sum(self.parts(phase).values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        return self.total(self.fullest)
+
+
+def stage_memory(
+    arch: Architecture,
+    config: RunConfig,
+    grid: Grid,
+    load: Load,
+    stage: int,
+    memory: int | None,
+    *,
+    rank: int = 0,
+    expert_rank: int = 0,
+) -> StageMemory:
+    """Plan the memory of one pipeline stage.
+
+    Args:
+        memory: of the GPU; None on a CPU, where the head's chunks are others, and there is no context.
+        rank, expert_rank: whose share of the optimizer's state, see `buffers`.
+    """
+    cuda = memory is not None
+    chunks = stage_shards(arch, grid, stage)
+    laid = [
+        found
+        for number, shards in enumerate(chunks)
+        for found in buffers(
+            shards, grid, config.optimizer, first=stage == 0 and number == 0, rank=rank, expert_rank=expert_rank
+        )
+    ]
+    w = BYTES[config.model.dtype]
+    numel = sum(shard.numel for shards in chunks for shard in shards)
+    moments = 8 if w == 4 else 12  # in bfloat16 the optimizer has float32 weights of its own
+    work = _Work(arch, config, grid, load, stage, cuda, w * numel, max(s.numel for shards in chunks for s in shards))
+    served = config.rollout.engine == "sglang"
+    colocated = served and config.rollout.sglang.colocated
+    weights = w * sum(buffer.numel if buffer.padded else 0 for buffer in laid)
+    own_copies = 0 if config.optimizer.distributed else w * numel
+    optimizer = moments * sum(buffer.own for buffer in laid)
+    phases: dict[str, dict[str, float]] = {"passes": work.passes(), "update": work.update(), "publish": work.publish()}
+    if not served:
+        phases["rollout"] = work.embedded()
+    if memory is not None:
+        beside: dict[str, float] = {"context": CONTEXT}
+        for name in (*phases, *(["rollout"] if served else [])):
+            parts = {**phases.get(name, {}), **beside}
+            if colocated:
+                awake = name in ("rollout", "publish")
+                parts["server"] = _server_room(config, memory, weights + own_copies) if awake else SLEEPING
+            phases[name] = parts
+    away = frozenset({"gradients", "optimizer"} if colocated else ())
+    return StageMemory(
+        stage=stage,
+        weights=weights + own_copies,
+        gradients=4 * sum(buffer.numel for buffer in laid),
+        optimizer=optimizer,
+        numel=numel,
+        buffers=tuple(laid),
+        phases=phases,
+        absent={"rollout": away, "publish": away},
+        host=work.host(optimizer),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a stage's passes, updates and publishes need beside weights, gradients and optimizer."""
+
+    arch: Architecture
+    config: RunConfig
+    grid: Grid
+    load: Load
+    stage: int
+    cuda: bool
+    weights: int
+    """Bytes, without padding."""
+    largest: int
+    """Elements of the largest parameter."""
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.grid.pipeline - 1
+
+    @property
+    def width(self) -> int:
+        return BYTES[self.config.model.dtype]
+
+    def _head(self, *, train: bool) -> HeadBytes:
+        rows = -(-self.load.response // self.grid.context)
+        taught = self.load.needs.teacher
+        return head_bytes(
+            self.arch,
+            self.config.head,
+            self.grid,
+            self.config.model.dtype,
+            rows,
+            taught=taught,
+            cuda=self.cuda,
+            train=train,
+        )
+
+    def update(self) -> dict[str, float]:
+        """The training pass."""
+        model, grid = self.config.model, self.grid
+        a = Activations.of(self.arch, model, self.config.parallel, cuda=self.cuda)
+        tokens = self.load.student / grid.context
+        layers = self.arch.num_layers // grid.pipeline
+        passes = in_flight(grid, self.stage, self.load.micro_batches)
+        held = kept(a, layers, tokens, passes, recompute=model.recompute, received=self.stage > 0, last=self.last)
+        # The embedding's gradient comes when the head's memory is free again; the rest of the backward pass likewise.
+        embedding = 2 * self.width * self.largest if self.stage == 0 else 0
+        layer = tokens * a.working
+        parts = {"activations": held}
+        if self.last:
+            head = self._head(train=True)
+            parts |= {"head": float(max(head.all, layer)), "teacher rows": float(self._teacher_rows(train=True))}
+        else:
+            parts["gradients of a layer"] = layer
+        if embedding > sum(parts.values()):
+            parts["gradient of the embedding"] = embedding - sum(parts.values())
+        return parts
+
+    def _teacher_rows(self, *, train: bool) -> int:
+        """Of all micro-batches: on the device, but where they were made before the step's first update.
+
+        Where log-probs are all that is wanted of them, they are gone when training begins.
+        """
+        needs = self.load.needs
+        if not (needs.teacher or (needs.teacher_logprob and not train)) or self._early:
+            return 0
+        taught = self.load.taught * (2 if self.config.objective.contrast else 1)
+        return -(-taught // self.grid.context) * self.arch.hidden_size * self.width
+
+    @property
+    def _early(self) -> bool:
+        objective, minibatches = self.config.objective, self.config.optimizer.minibatches
+        return self.load.needs.teacher and objective.teacher == "rollout" and minibatches > 1
+
+    @property
+    def _swaps(self) -> bool:
+        needs = self.load.needs
+        return needs.reference or (needs.privileged and self.config.objective.teacher in ("every", "initial", "ema"))
+
+    def passes(self) -> dict[str, float]:
+        """Those without gradients: old and reference log-probs, teacher."""
+        a = Activations.of(self.arch, self.config.model, self.config.parallel, cuda=self.cuda)
+        tokens = max(self.load.student, self.load.teacher) / self.grid.context
+        parts = {"activations": tokens * (a.layer + a.final_norm)}
+        if self.last:
+            head = self._head(train=False)
+            parts |= {"head": float(head.all), "teacher rows": float(self._teacher_rows(train=False))}
+        if self._swaps and self.cuda:  # on CPUs the copy in host memory is what the model computes with
+            parts["other weights"] = float(self.weights)
+        return parts
+
+    def publish(self) -> dict[str, float]:
+        """The leader's buckets; the first rank of another stage has one parameter."""
+        served = self.config.rollout.sglang
+        w = BYTES[served.dtype or self.config.model.dtype]
+        tensor = max(math.prod(shape) for shape in hf_shapes(self.arch).values()) * w
+        shards = tensor * (self.grid.tensor - 1) / self.grid.tensor
+        if self.stage:
+            return {"publish buckets": tensor + shards}
+        bucket = max(served.bucket_mib << 20, tensor)
+        return {"publish buckets": 2 * bucket + shards}
+
+    def embedded(self) -> dict[str, float]:
+        """transformers' model and its keys and values, on a replica's first rank."""
+        if self.stage:
+            return {}
+        whole = sum(math.prod(shape) for shape in hf_shapes(self.arch).values())
+        rollout = self.config.rollout
+        tokens = rollout.batch_size * (self.config.data.max_prompt_tokens + rollout.max_response_tokens)
+        logits = 2 * 4 * rollout.batch_size * self.arch.vocab_size
+        keys = float(tokens * kv_bytes(self.arch, self.width))
+        return {"rollout engine": float(whole * self.width + logits), "keys and values": keys}
+
+    def host(self, optimizer: int) -> dict[str, float]:
+        """Copies in host memory."""
+        objective, needs = self.config.objective, self.load.needs
+        parts: dict[str, float] = {}
+        initial = needs.privileged and objective.teacher == "initial"
+        if needs.reference or initial:
+            parts["reference" if needs.reference else "teacher"] = self.weights
+        if needs.privileged and objective.teacher == "every":
+            parts["teacher"] = self.weights
+        if needs.privileged and objective.teacher == "ema":
+            parts["teacher"] = self.weights * 4 // self.width
+        if self._early and self.last:
+            rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)
+            parts["teacher rows"] = rows * self.arch.hidden_size * self.width
+        if self.config.checkpoint.asynchronous:
+            moving = self.cuda and objective.teacher in ("every", "ema")  # pinned, so that it is copied
+            parts["checkpoint being written"] = self.weights + optimizer + (parts.get("teacher", 0) if moving else 0)
+        if self.cuda and self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated:
+            parts["optimizer while serving"] = optimizer
+        return parts
+
+
+def kv_bytes(arch: Architecture, width: int) -> int:
+    """Keys and values of a token."""
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * width
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMemory:
+    """One GPU of a rollout server."""
+
+    weights: int
+    pool: float
+    """Room for keys and values; below 0 where not even the weights fit."""
+    token: float
+    """Keys and values of a token."""
+    longest: int
+    """Tokens of the longest sequence."""
+
+    @property
+    def sequences(self) -> int:
+        """Of the longest that can run at a time."""
+        return max(0, int(self.pool // (self.token * self.longest)))
+
+
+def server_memory(arch: Architecture, config: RunConfig, memory: int, trainer: float) -> ServerMemory:
+    """Plan a server's GPU.
+
+    Args:
+        memory: of the GPU.
+        trainer: what a colocated trainer holds of it when the server starts.
+    """
+    served = config.rollout.sglang
+    w = BYTES[served.dtype or config.model.dtype]
+    split = served.tensor
+    whole = sum(math.prod(shape) for shape in hf_shapes(arch).values())
+    weights = w * -(-whole // split)
+    keys = kv_bytes(arch, w) / min(split, arch.num_kv_heads)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return ServerMemory(weights, _server_room(config, memory, trainer) - weights, keys, longest)
+
+
+def _server_room(config: RunConfig, memory: int, trainer: float) -> float:
+    """Weights, keys and values: a share of what a server finds free."""
+    return (memory - CONTEXT - trainer) * (config.rollout.sglang.mem_fraction or SERVER_SHARE)
+
+
+def room(memory: int) -> float:
+    """Of a GPU's memory, what a run may count on."""
+    return memory * (1 - FRAGMENTS)

@@ -1,0 +1,231 @@
+"""The trainable model on this rank: passes and optimizer steps over micro-batches, wherever these come from.
+
+All ranks of a replica call every method with the same micro-batches, and all replicas with the same number of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpg_megatron.architecture import Architecture
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.errors import NonFiniteWeightsError
+from sdpg_megatron.mcore import passes
+from sdpg_megatron.mcore.compat import device
+from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep, read_reports
+from sdpg_megatron.mcore.frozen_weights import FrozenWeights
+from sdpg_megatron.mcore.head import Head
+from sdpg_megatron.mcore.model import build_chunks, first_non_finite, load_weights, named_parameters
+from sdpg_megatron.mcore.offload import OffloadedState
+from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.routing import Routing
+from sdpg_megatron.mcore.teachers import Teacher, build_teacher
+from sdpg_megatron.mcore.transfer import host_copy
+from sdpg_megatron.objectives import needs_of_run
+from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.objectives.mismatch import effective_sample_size
+from sdpg_megatron.objectives.pulls import gradient_ratio
+from sdpg_megatron.observe.metrics import Metric, Reduction, merge
+from sdpg_megatron.records import MicroBatch
+
+SKIPPED = "optimizer/skipped"
+"""Metric: optimizer steps that were not taken, as loss or gradient was not finite."""
+
+
+class PolicyTrainer:
+    """Model chunks, optimizer and schedule of this rank, with the weights of `config.model.path`."""
+
+    def __init__(self, config: RunConfig, arch: Architecture, objective: Objective, ranks: Ranks) -> None:
+        self.arch = arch
+        chunks = build_chunks(self.arch, config.model, config.parallel, ranks)
+        load_weights(chunks, config.model.path, self.arch, ranks)
+        self.ranks = ranks
+        self.objective = objective
+        self._pull_every = config.alarms.gradient_every
+        self.device = device.training_device()
+        self.chunks = wrap(chunks, config.optimizer)
+        self._minibatches = config.optimizer.minibatches
+        self._contrasts = config.objective.contrast > 0
+        self._gathers_late = config.optimizer.overlap_param_gather
+        self._gathered = not self._gathers_late
+        """Whether the weights are whole, and no pass gathers any: so at a rollout step's end, for others to read."""
+        self._gather()  # they are whole, but Megatron would have the first forward pass do so
+        self.routing = Routing(self.chunks, config.model, arch.num_layers)
+        self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
+        self._offloaded = OffloadedState(self.optimizer, self.chunks)
+        self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
+        self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
+        needs = needs_of_run(objective, config.total_optimizer_steps)
+        # The model that the run starts from: a resumed run reads it from the same folder.
+        kept = needs.reference or (needs.privileged and config.objective.teacher == "initial")
+        initial = FrozenWeights(self.chunks) if kept else None
+        self._reference = initial if needs.reference else None
+        # Log-probs are computed before the first update anyway: nothing of the teacher has to outlive that moment.
+        updates = self._minibatches if needs.teacher else 1
+        self.teacher = (
+            build_teacher(config.objective, self.chunks, initial, updates) if needs.privileged else Teacher(self.chunks)
+        )
+
+    def _gather(self) -> None:
+        """Have whole weights: whoever reads them between mini-batches, but for the training pass, asks for this first.
+
+        Forward-only passes, too: they would gather what they need as they go, and some ranks may have none to run.
+        """
+        if not self._gathered:
+            gather_parameters(self.chunks)
+            self._gathered = True
+
+    def offload(self) -> None:
+        """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
+        cuda = self.device.type == "cuda"
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers(synchronize=cuda, empty_cache=False)
+        self._offloaded.offload()
+        if cuda:
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Undo `offload`; the gradients are 0. Nothing where it was not called."""
+        cuda = self.device.type == "cuda"
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers(synchronize=cuda)
+        self._offloaded.restore()
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """This rank's weight shards under global Megatron names: live storage, not copies."""
+        assert self._gathered, "weights are read between rollout steps"
+        return {name: parameter.data for name, parameter in named_parameters(self.chunks)}
+
+    def with_reference(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the reference model's log-probs."""
+        assert self._reference is not None, "an objective that needs the reference has alpha > 0"
+        self._gather()
+        with self._reference.swapped_in(self.chunks):
+            found = passes.logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, reference_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
+    def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the present weights' log-probs, as those that later mini-batches are compared with."""
+        self._gather()
+        with self.routing.step(batches) as numbered:
+            found = passes.logprobs(self.chunks, numbered, self.head)
+        return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
+    def begin(self, step: int) -> None:
+        """A rollout step's training begins: to be called once, before its passes and updates."""
+        self.teacher.begin(step)
+
+    def with_early_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the rows of a teacher that has to read before the step's first update, in host memory; else nothing."""
+        return self._with_teacher(batches) if self.teacher.early else list(batches)
+
+    def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the teacher's hidden rows under the privileged context and, where there is one, under a wrong one."""
+
+        def read(batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+            found = passes.teacher_hidden(self.chunks, batches)
+            return [None if x is None else host_copy(x) for x in found] if self.teacher.early else found
+
+        self._gather()
+        with self.teacher.reading():
+            found = read(batches)
+            misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
+            # Not by what is here to read: ranks that share experts run in step, and another may have some.
+            contrast = read(misled) if self._contrasts else [None] * len(batches)
+        return [
+            dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
+            for b, x, y in zip(batches, found, contrast, strict=True)
+        ]
+
+    def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Add the teacher's log-probs of the sampled tokens at open gates. To be called before a rollout's updates."""
+        self._gather()
+        with self.teacher.reading():
+            found = passes.teacher_logprobs(self.chunks, batches, self.head)
+        return [dataclasses.replace(b, teacher_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+
+    def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
+        """Run the passes that the objective still needs, then one optimizer step over the batch.
+
+        A step whose loss or gradient is not finite is skipped, on all ranks: weights, optimizer, learning rate and
+        teacher stay as they were. `optimizer/skipped` is then 1, and nothing is reported of the rest but `NONFINITE`.
+
+        Returns:
+            The step's metrics, the same on every rank.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, where the step made a weight infinite or NaN.
+        """
+        needs: Needs = self.objective.needs(context)
+        if needs.teacher and not self.teacher.early:
+            batches = self._with_teacher(batches)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        matrix_VH = self.teacher.matrix() if needs.teacher else None
+        measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
+        step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
+        with self.routing.step(batches) as numbered:
+            reports = passes.run_schedule(self.chunks, step, numbered)
+        # Of a skipped step, too: Megatron has its next pass, whichever that is, gather weights layer by layer.
+        self._gathered = not self._gathers_late
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        grad_norm = ready_gradients(self.optimizer)
+        # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
+        local = merge(read_reports(reports)) if self.ranks.tensor == 0 else {}
+        finite, found = zip(
+            *self.ranks.gather_all((math.isfinite(grad_norm), {**local, **self.routing.metrics()})), strict=True
+        )
+        merged = merge(found)
+        if all(finite):
+            self._step()
+            self.check_weights(f"after optimizer step {context.step}")
+        if (context.step + 1) % self._minibatches == 0:
+            self._gather()
+        if not all(finite):
+            return {SKIPPED: Metric(1.0, Reduction.SUM), NONFINITE: merged.get(NONFINITE, Metric(0.0, Reduction.SUM))}
+        return {
+            **merged,
+            **effective_sample_size(merged),
+            **gradient_ratio(merged),
+            "optimizer/grad_norm": Metric(grad_norm),
+            "optimizer/lr": Metric(learning_rate),
+            SKIPPED: Metric(0.0, Reduction.SUM),
+        }
+
+    def _step(self) -> None:
+        """Have weights, learning rate and teacher follow the gradients, which are ready."""
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        if self.teacher.follows_updates:
+            self._gather()
+        self.teacher.updated()
+
+    def check_weights(self, when: str) -> None:
+        """Check that every weight of the model is finite. Collective over all ranks.
+
+        A weight that is gathered late is looked at by the rank that updates it.
+
+        Raises:
+            NonFiniteWeightsError: on every rank, naming the first such tensor; `when` says which weights they are.
+        """
+        found = next(filter(None, self.ranks.gather_all(first_non_finite(self.chunks, self.arch))), None)
+        if found is not None:
+            raise NonFiniteWeightsError(when, found)
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps of a rollout step."""
+        return self._minibatches
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether an optimizer step was ever taken: before, there is no state of the optimizer to save."""
+        return bool(self.scheduler.num_steps)

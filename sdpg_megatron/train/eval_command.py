@@ -1,0 +1,155 @@
+"""``sdpg-megatron eval``: a model's responses to held-out prompts, over all ranks, into a folder of results."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sdpg_megatron.checkpoint.state import fingerprint
+from sdpg_megatron.config import ParallelConfig, RunConfig
+from sdpg_megatron.data.dataset import PromptDataset
+from sdpg_megatron.data.readers import find_files
+from sdpg_megatron.data.source import load_prompts as load_all_prompts
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.evaluation.problems import by_file
+from sdpg_megatron.evaluation.results import Request, Results
+from sdpg_megatron.evaluation.scores import Scores
+from sdpg_megatron.mcore import parallel
+from sdpg_megatron.mcore.compat import device
+from sdpg_megatron.mcore.main_rank import on_main
+from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.observe.reading_progress import RowProgress
+from sdpg_megatron.records import Prompt
+from sdpg_megatron.train.engines import start_rollouts
+from sdpg_megatron.train.eval_target import Subject
+from sdpg_megatron.train.evaluate import evaluate
+from sdpg_megatron.train.export import export_checkpoint
+from sdpg_megatron.train.inputs import ModelInputs, check_answers, warn_of
+from sdpg_megatron.weights import read_folder
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Prompt]]:
+    """The held-out prompts by data file, or by reasoning-gym task.
+
+    Raises:
+        ConfigError: no data file is named, or no problems of the tasks are held out.
+        DataError: a row cannot be used, or a file has none with a prompt that is short enough.
+    """
+    if config.data.reasoning_gym.tasks:
+        _, held_out = load_all_prompts(config.data, inputs.tokenizer, config.seed)
+        if held_out is None:
+            fix = "set it, for example to 64; training may have shown these problems"
+            raise ConfigError("data.reasoning_gym.held_out", 0, "problems to evaluate on", fix)
+        return by_file(held_out.prompts)
+    if not config.data.eval:
+        raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
+    main = os.environ.get("RANK", "0") == "0"
+    with RowProgress(enabled=main) as progress:
+        dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer, taught=False, on_rows=progress)
+    if main and (dataset.dropped or dataset.truncated):
+        counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens, dataset.overlong
+        logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens, the first: %s", *counts)
+    check_answers(config.reward.verifier, [dataset])
+    if main:
+        warn_of(dataset)
+    files = by_file(dataset.prompts)
+    paths = find_files(config.data.eval)
+    if len(files) < len(paths):
+        for path in paths:
+            PromptDataset.load(config.data, [path], inputs.tokenizer, taught=False)  # says which one is empty, and why
+    return files
+
+
+def evaluate_subject(
+    subject: Subject, inputs: ModelInputs, files: Mapping[str, list[Prompt]], folder: Path
+) -> dict[str, Scores] | None:
+    """Evaluate a model, or go on with its evaluation, into `folder`. Every rank calls it once.
+
+    Each rank is a replica of its own, whatever layout the model was trained under.
+
+    Returns:
+        The scores by data file on the main rank, None on the others.
+
+    Raises:
+        SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
+    """
+    parallel_config = subject.config.parallel
+    alone = ParallelConfig(timeout=parallel_config.timeout, rendezvous_timeout=parallel_config.rendezvous_timeout)
+    with ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        ranks = parallel.initialize(alone, subject.config.seed)
+        subject = ranks.gather_all(subject)[0]  # a run that goes on may have shown ranks different checkpoints
+        model = subject.config.model.path
+        if subject.checkpoint is not None:
+            model = export_checkpoint(subject.config, inputs.arch, subject.checkpoint)
+            ranks = parallel.initialize(alone, subject.config.seed)
+        config = for_evaluation(subject.config, model, folder)
+        results = _agree(ranks, config, files, subject.name)
+        missing = ranks.gather_all(results.missing)[0]
+        if missing:
+            _fill(config, inputs, ranks, {name: files[name] for name in missing}, results)
+        return results.finish() if ranks.is_main else None
+
+
+def _agree(ranks: Ranks, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
+    """The folder, begun by the main rank; where it cannot, every rank says why."""
+    request = Request.of(config, files, model=name, fingerprint=fingerprint(config.model.path))
+    return on_main(ranks, lambda: Results.start_or_continue(config.run_dir, request))
+
+
+def _fill(
+    config: RunConfig, inputs: ModelInputs, ranks: Ranks, files: Mapping[str, list[Prompt]], results: Results
+) -> None:
+    """Evaluate on data files, each kept when it is done."""
+    served = config.rollout.engine == "sglang"
+    dtype = getattr(torch, config.rollout.sglang.dtype or config.model.dtype) if served else None
+    bucket_bytes = config.rollout.sglang.bucket_mib << 20
+    with ExitStack() as stack:
+        status = stack.enter_context(Console(stderr=True, quiet=not ranks.is_main).status("starting"))
+        current = ""
+
+        def on_progress(done: int, total: int) -> None:
+            status.update(f"{current} {done}/{total}")
+
+        rollouts = start_rollouts(config, inputs, ranks, on_progress)
+        stack.callback(rollouts.close)
+        rollouts.check_verifier(next(iter(files.values()))[0])
+        where = device.training_device()
+        rollouts.publish(
+            0, lambda: read_folder(config.model.path, bucket_bytes=bucket_bytes, dtype=dtype, device=where)
+        )
+        for current, prompts in files.items():
+            status.update(current)
+            problems = evaluate(config, rollouts, prompts, ranks.replica, current)
+            on_main(ranks, partial(results.write, current, problems))
+
+
+def for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
+    """Return the configuration with the weights at `model` and everything written to `folder`.
+
+    Servers that are started have the devices to themselves: nothing is trained beside them.
+    """
+    sglang = config.rollout.sglang
+    if not sglang.urls:
+        update = {
+            "colocated": False,
+            "first_gpu": sglang.first_gpu or 0,
+            "sink": "shared" if sglang.sink == "broadcast" else sglang.sink,
+        }
+        sglang = sglang.model_copy(update=update)
+    return config.model_copy(
+        update={
+            "run_dir": folder,
+            "model": config.model.model_copy(update={"path": model}),
+            "rollout": config.rollout.model_copy(update={"sglang": sglang}),
+        }
+    )

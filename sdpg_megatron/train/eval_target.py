@@ -1,0 +1,94 @@
+"""What ``sdpg-megatron eval`` is pointed at: settings, and where the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, CONFIG_FILE, checkpoint_folders, step_of
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.load import apply_override, load, parse
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.evaluation.results import response_limit
+from sdpg_megatron.hf_files import fix_for_missing
+from sdpg_megatron.observe.summary import read_summary
+from sdpg_megatron.train.run_dir import EXPORT_FOLDER
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to evaluate, under a configuration that allows responses no longer than an evaluation's."""
+
+    name: str
+    """For people."""
+    config: RunConfig
+    """`model.path` has the weights, unless a checkpoint has them: then it is what the run was started from."""
+    checkpoint: Path | None = None
+
+
+def find_subject(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
+    """The model and settings that the command line names.
+
+    Args:
+        target: a run's YAML file, for the model that it starts from; a run's folder, for what it has trained; or a
+            Hugging Face folder.
+        step: of a run's training; None for a folder's newest, and for a file's model.
+        overrides: ``section.field=value`` items.
+
+    Raises:
+        ConfigError: `target` is nothing of these, the run has no such step, or the configuration is faulty.
+    """
+    subject = _find(target, step, overrides)
+    limits = {"max_response_tokens": response_limit(subject.config)}  # no model need be longer
+    rollout = subject.config.rollout.model_copy(update=limits)
+    return replace(subject, config=subject.config.model_copy(update={"rollout": rollout}))
+
+
+def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
+    if target.is_file():
+        config = load(target, overrides)
+        return Subject(str(config.model.path), config) if step is None else _of_run(config, step)
+    if (target / CONFIG_FILE).is_file():
+        return _of_run(load(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
+    if (target / "config.json").is_file():
+        if step is not None:
+            raise ConfigError("--step", step, f"none with a Hugging Face folder ({target})", "name a run's folder")
+        return Subject(str(target), _bare(target, overrides))
+    raise ConfigError(
+        "TARGET",
+        str(target),
+        f"a run's YAML file, a run's folder (with {CONFIG_FILE}) or a Hugging Face folder (with config.json)",
+        fix_for_missing(target),
+    )
+
+
+def _bare(model: Path, overrides: Sequence[str]) -> RunConfig:
+    """Defaults, for a model that no run is known of; what only training reads is filled in."""
+    tree: dict[str, Any] = {
+        "run_dir": ".",
+        "steps": 1,
+        "model": {"path": str(model)},
+        "data": {"train": []},
+        "optimizer": {"warmup_steps": 0},
+    }
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
+
+
+def _of_run(config: RunConfig, step: int | None) -> Subject:
+    """The run's model after `step` steps, or the newest."""
+    if step == 0:
+        return Subject(f"{config.run_dir}, before training", config)
+    summary, exported = read_summary(config.run_dir), config.run_dir / EXPORT_FOLDER
+    if summary is not None and step in (None, summary.steps) and (exported / "config.json").is_file():
+        model = config.model.model_copy(update={"path": exported})
+        return Subject(f"{config.run_dir}, step {summary.steps}", config.model_copy(update={"model": model}))
+    checkpoints = {step_of(path): path for path in checkpoint_folders(config.run_dir / CHECKPOINT_FOLDER)}
+    chosen = max(checkpoints, default=0) if step is None else step
+    if chosen not in checkpoints:
+        there = f"one of its checkpoints (steps {', '.join(map(str, checkpoints)) or 'none'})"
+        raise ConfigError("--step", step, f"{there} of {config.run_dir}", "name one of these, or 0 for the start")
+    return Subject(f"{config.run_dir}, step {chosen}", config, checkpoints[chosen])
