@@ -398,7 +398,7 @@ def parquet(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    sink = pyarrow.BufferOutputStream()
+    transport = pyarrow.BufferOutputStream()
     kind = draw.choice(
         [pyarrow.float32(), pyarrow.int8(), pyarrow.bool_(), pyarrow.decimal128(12, 2), pyarrow.date32()]
     )
@@ -410,8 +410,8 @@ def parquet(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
         found = pyarrow.Table.from_pylist(table) if table and draw.random() < 0.5 else pyarrow.table(columns)
     except (pyarrow.ArrowException, OverflowError, ValueError):
         found = pyarrow.table({"question": ["1 + 1"], "answer": ["2"]})
-    pyarrow.parquet.write_table(found, sink)
-    return bytes(sink.getvalue())
+    pyarrow.parquet.write_table(found, transport)
+    return bytes(transport.getvalue())
 
 
 def damage_model(draw: random.Random, model: Path) -> None:

@@ -356,7 +356,7 @@ def sglang(options: Options) -> dict[str, Any]:
         served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
         if options.rehearse:  # the tiny model's sizes are not those that a CPU server can be checked with
             return run(options, *served)
-        served += ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
+        served += ["rollout.sglang.colocated=true", "rollout.sglang.transport=shared"]
         served.append(f"rollout.sglang.arguments={json.dumps(SERVER_ARGUMENTS)}")
         checked = find_spec("sglang") is not None  # SGLang's hash, for the trainer
         return {**run(options, *served, f"rollout.sglang.verify_every={int(checked)}"), "checked": checked}

@@ -193,7 +193,7 @@ def all_reduce(values: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.Red
     return values
 
 
-def spread(values: Tensor, group: ProcessGroup | None) -> Tensor:
+def weighted_logit_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """`Spread`, where there is a group."""
     if group is None:
         return values
@@ -220,7 +220,7 @@ def log_softmax(logits_TV: Tensor, group: ProcessGroup | None) -> Tensor:
         return torch.log_softmax(logits_TV, 1)
     max_T = all_reduce(logits_TV.detach().amax(1), group, dist.ReduceOp.MAX)
     shifted_TV = logits_TV - max_T[:, None]
-    return shifted_TV - spread(rank_sum(shifted_TV.exp().sum(1), group), group).log()[:, None]
+    return shifted_TV - weighted_logit_sum(rank_sum(shifted_TV.exp().sum(1), group), group).log()[:, None]
 
 
 def local_labels(labels_T: Tensor, vocab: VocabShard, columns: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +238,7 @@ def at_labels(logp_TV: Tensor, labels_T: Tensor, vocab: VocabShard) -> Tensor:
 def naive(problem: Problem) -> Outcome:
     """Both logits in memory in float32, log-softmax, autograd. Over several ranks with all-reduces of rows."""
     group = problem.vocab.group
-    logp_TV = log_softmax(wide(spread(problem.hidden_TH, group) @ problem.weight_VH.T), group)
+    logp_TV = log_softmax(wide(weighted_logit_sum(problem.hidden_TH, group) @ problem.weight_VH.T), group)
     with torch.no_grad():
         logq_TV = log_softmax(wide(problem.teacher_TH @ problem.weight_VH.T), group)
     divergence_T = rank_sum((logp_TV.exp() * (logp_TV - logq_TV)).sum(1), group)
@@ -320,9 +320,9 @@ class ChunkedReverseKL(torch.autograd.Function):
     def chunk(logits_CV: Tensor, teacher_CV: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
         """p [C, V], log p - log q [C, V] and KL [C]."""
         logp_CV = log_softmax(wide(logits_CV), vocab.group)
-        gap_CV = logp_CV - log_softmax(wide(teacher_CV), vocab.group)
+        log_ratio_CV = logp_CV - log_softmax(wide(teacher_CV), vocab.group)
         p_CV = logp_CV.exp()
-        return p_CV, gap_CV, rank_sum((p_CV * gap_CV).sum(1), vocab.group)
+        return p_CV, log_ratio_CV, rank_sum((p_CV * log_ratio_CV).sum(1), vocab.group)
 
     @staticmethod
     @once_differentiable
@@ -330,8 +330,8 @@ class ChunkedReverseKL(torch.autograd.Function):
         logits_TV, teacher_TV = ctx.saved_tensors
         gradient_TV = torch.empty_like(logits_TV, dtype=wide(logits_TV[:0]).dtype)
         for rows in chunks(logits_TV.shape[0], NEMO_RL_CHUNK):
-            p_CV, gap_CV, divergence_C = ChunkedReverseKL.chunk(logits_TV[rows], teacher_TV[rows], ctx.vocab)
-            gradient_TV[rows] = p_CV.mul_(gap_CV - divergence_C[:, None]).mul_(grad_T[rows, None])
+            p_CV, log_ratio_CV, divergence_C = ChunkedReverseKL.chunk(logits_TV[rows], teacher_TV[rows], ctx.vocab)
+            gradient_TV[rows] = p_CV.mul_(log_ratio_CV - divergence_C[:, None]).mul_(grad_T[rows, None])
         return gradient_TV, None, None
 
 
@@ -349,7 +349,7 @@ def nemo_rl(problem: Problem) -> Outcome:
     Kinder than the original: the label's column is marked by a scatter instead of an int64 one-hot of the whole chunk,
     and the log-prob is chunked too, which there is an option.
     """
-    logits_TV = spread(problem.hidden_TH, problem.vocab.group) @ problem.weight_VH.T
+    logits_TV = weighted_logit_sum(problem.hidden_TH, problem.vocab.group) @ problem.weight_VH.T
     with torch.no_grad():
         teacher_TV = problem.teacher_TH @ problem.weight_VH.T
     divergence_T = ChunkedReverseKL.apply(logits_TV, teacher_TV, problem.vocab)  # type: ignore[no-untyped-call]

@@ -79,8 +79,10 @@ def plan_of(config: RunConfig) -> StageMemory:
     """Of a CPU. As in `groups_of`, half of the responses are taught."""
     load = Load.of(config, 1)
     read = SIZE // 2 * GROUPS
-    taught = dataclasses.replace(load, taught=read * RESPONSE, teacher=read * (PROMPT + RESPONSE))
-    return stage_memory(read_architecture(config.model.path), config, Grid.of(config.parallel), taught, 0, None)
+    distill_enabled = dataclasses.replace(load, distill_enabled=read * RESPONSE, teacher=read * (PROMPT + RESPONSE))
+    return stage_memory(
+        read_architecture(config.model.path), config, Grid.of(config.parallel), distill_enabled, 0, None
+    )
 
 
 def groups_of(vocab: int) -> list[ScoredGroup]:
@@ -115,7 +117,7 @@ def measure(config: RunConfig) -> int:
         objective = objectives.build(config.objective, config.total_optimizer_steps)
         policy_trainer = PolicyTrainer(config, arch, objective, ranks)
         for step in range(2):
-            samples = make_samples(groups, config.objective, taught=objective.taught)
+            samples = make_samples(groups, config.objective, distill_enabled=objective.distill_enabled)
             batch = build_step(
                 samples,
                 regularized=True,

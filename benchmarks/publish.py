@@ -1,4 +1,4 @@
-"""Time and memory of publishing weights from Megatron shards into a running SGLang server, by every sink.
+"""Time and memory of publishing weights from Megatron shards into a running SGLang server, by every transport.
 
     SDPG_SGLANG_PYTHON=.venv-sglang/bin/python python benchmarks/publish.py
     SDPG_SGLANG_PYTHON=... python benchmarks/publish.py --models qwen3 --layouts 1x1,2x1 --out publish.json
@@ -8,12 +8,12 @@ on the same machine. `smollm2` is SmolLM2-135M-Instruct where scripts/setup.sh p
 Qwen3-0.6B with 12 layers and random weights, 1.4 GB in float32.
 
 Seconds. A whole publish as the trainer sees it, from the pause to the server's own word that it has the version. The
-first one of each sink, which makes process groups, does not count; of the others the best does.
+first one of each transport, which makes process groups, does not count; of the others the best does.
 
 Raw. What the bytes alone cost: one Gloo broadcast after the other of as many bytes as the stream's buckets have, from
 one process to another, out of memory and into memory that both have used before; no server, no HTTP, no tensors.
 
-Phases, as shares of the whole: "gather" makes whole tensors of shards, "convert" brings them into the sink's form,
+Phases, as shares of the whole: "gather" makes whole tensors of shards, "convert" brings them into the transport's form,
 "send" is their way into the server with its copying into place. They overlap, so that the shares may add up to more
 than 1; "control" is what comes before and after.
 
@@ -58,7 +58,7 @@ from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import Publisher
 from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess, default_python
-from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink
+from sdpg_megatron.rollout.transports import BroadcastTransport, DiskTransport, SharedMemoryTransport, Transport
 from sdpg_megatron.weights import WeightStream, hf_shapes, weight_map
 
 SMOLLM2 = Path("~/.cache/sdpg_megatron/smollm2-135m-instruct").expanduser()
@@ -92,7 +92,7 @@ class Result:
     model: str
     tp: int
     pp: int
-    sink: str
+    transport: str
     bytes: int
     seconds: float
     raw_seconds: float
@@ -107,7 +107,7 @@ class Setting:
     url: str
     tp: int
     pp: int
-    sinks: tuple[str, ...]
+    transports: tuple[str, ...]
     bucket_mib: int
     repeats: int
     threads: int
@@ -186,15 +186,18 @@ def local_shapes(arch: Architecture, *, tp: int, stage: int, stages: int) -> dic
 
 
 def publish_job(rank: int, setting: Setting) -> dict[str, Any]:
-    """By sink: this rank's peak, and from the first rank seconds, bytes and phases as well."""
+    """By transport: this rank's peak, and from the first rank seconds, bytes and phases as well."""
     trainer = Trainer(rank, setting)
     with publishers(setting) if rank == 0 else no_publishers(setting) as publish:
-        return {sink: _measure(sink, publish[sink], trainer, setting.repeats) for sink in setting.sinks}
+        return {
+            transport: _measure(transport, publish[transport], trainer, setting.repeats)
+            for transport in setting.transports
+        }
 
 
-def _measure(sink: str, publish: Callable[[Iterator[Any]], Any], trainer: Trainer, repeats: int) -> dict[str, Any]:
+def _measure(transport: str, publish: Callable[[Iterator[Any]], Any], trainer: Trainer, repeats: int) -> dict[str, Any]:
     dist.barrier()
-    with peak_memory(torch.device("cpu")) as extra:  # of the first: sinks keep their buffers
+    with peak_memory(torch.device("cpu")) as extra:  # of the first: transports keep their buffers
         publish(trainer.stream())
         dist.barrier()
     best: dict[str, Any] = {"seconds": float("inf")}
@@ -209,21 +212,21 @@ def _measure(sink: str, publish: Callable[[Iterator[Any]], Any], trainer: Traine
     return best | {"peak": extra[0]}
 
 
-def make_sink(name: str, setting: Setting) -> Sink:
+def make_transport(name: str, setting: Setting) -> Transport:
     match name:
         case "broadcast":
             nonce, cpu = f"benchmark-{os.getpid()}", torch.device("cpu")
-            return BroadcastSink(nonce=nonce, device=cpu, address=None, seconds=Timeouts().update)
+            return BroadcastTransport(nonce=nonce, device=cpu, address=None, seconds=Timeouts().update)
         case "shared":
-            return SharedSink()
+            return SharedMemoryTransport()
         case _:
             folder = setting.scratch / "published"
-            return DiskSink(folder=folder, source_folder=setting.folder, shard_bytes=setting.bucket_mib * MIB)
+            return DiskTransport(folder=folder, source_folder=setting.folder, shard_bytes=setting.bucket_mib * MIB)
 
 
 @contextmanager
 def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]], Any]]]:
-    """The first rank's way to publish a stream, by sink."""
+    """The first rank's way to publish a stream, by transport."""
     thread = LoopThread("publish-benchmark")
 
     async def make_client() -> Client:
@@ -234,8 +237,8 @@ def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]],
     versions = iter(range(10**6))
 
     def make(name: str) -> Callable[[Iterator[Any]], Any]:
-        sink = make_sink(name, setting)
-        made.append(publisher := Publisher(sink, shapes, thread))
+        transport = make_transport(name, setting)
+        made.append(publisher := Publisher(transport, shapes, thread))
 
         def publish(buckets: Iterator[Any]) -> Any:
             report = publisher.publish([client], f"{name}-{next(versions)}", buckets)
@@ -246,7 +249,7 @@ def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]],
         return publish
 
     made: list[Publisher] = []
-    yield {name: make(name) for name in setting.sinks}
+    yield {name: make(name) for name in setting.transports}
     for publisher in made:
         publisher.close()
     thread.run(client.close())
@@ -261,7 +264,7 @@ def no_publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any
         for _ in buckets:
             pass
 
-    yield dict.fromkeys(setting.sinks, drain)
+    yield dict.fromkeys(setting.transports, drain)
 
 
 def sizes_job(rank: int, setting: Setting) -> list[int]:
@@ -296,15 +299,15 @@ def raw_seconds(setting: Setting) -> float:
 
 
 def measure(model: str, setting: Setting) -> tuple[list[Result], dict[str, dict[str, float]]]:
-    """Results by sink, and the phases of each."""
+    """Results by transport, and the phases of each."""
     raw = raw_seconds(setting)
     ranks = run_ranks(setting.tp * setting.pp, setting, publish_job, threads=setting.threads)
     results, phases = [], {}
-    for sink in setting.sinks:
-        first = ranks[0][sink]
-        peak = max(rank[sink]["peak"] for rank in ranks)
-        results.append(Result(model, setting.tp, setting.pp, sink, first["bytes"], first["seconds"], raw, peak))
-        phases[f"{model} {setting.tp}x{setting.pp} {sink}"] = first["phases"]
+    for transport in setting.transports:
+        first = ranks[0][transport]
+        peak = max(rank[transport]["peak"] for rank in ranks)
+        results.append(Result(model, setting.tp, setting.pp, transport, first["bytes"], first["seconds"], raw, peak))
+        phases[f"{model} {setting.tp}x{setting.pp} {transport}"] = first["phases"]
     return results, phases
 
 
@@ -372,16 +375,16 @@ def misfit(arch: Architecture, tp: int, pp: int) -> str | None:
 def table(results: Sequence[Result], phases: dict[str, dict[str, float]], bounds: dict[str, int]) -> str:
     """Lines of all results."""
     lines = [
-        f"{'model':8} {'tpxpp':6}{'sink':10}{'MB':>7}{'s':>7}{'GB/s':>6}{'raw s':>7}{'of raw':>7}"
+        f"{'model':8} {'tpxpp':6}{'transport':10}{'MB':>7}{'s':>7}{'GB/s':>6}{'raw s':>7}{'of raw':>7}"
         f"{'gather':>8}{'convert':>8}{'send':>6}{'control':>8}{'peak MiB':>9}{'bound':>7}"
     ]
     for one in results:
-        parts = phases[f"{one.model} {one.tp}x{one.pp} {one.sink}"]
+        parts = phases[f"{one.model} {one.tp}x{one.pp} {one.transport}"]
         gather, convert, send, control = (
             parts[name] / one.seconds for name in ("gather", "convert", "send", "control")
         )
         lines.append(
-            f"{one.model:8} {f'{one.tp}x{one.pp}':6}{one.sink:10}{one.bytes / 1e6:7.0f}{one.seconds:7.2f}"
+            f"{one.model:8} {f'{one.tp}x{one.pp}':6}{one.transport:10}{one.bytes / 1e6:7.0f}{one.seconds:7.2f}"
             f"{one.bytes / one.seconds / 1e9:6.2f}{one.raw_seconds:7.2f}{one.raw_seconds / one.seconds:7.2f}"
             f"{gather:8.2f}{convert:8.2f}{send:6.2f}{control:8.2f}{one.peak_bytes / MIB:9.0f}"
             f"{bounds[one.model] / MIB:7.0f}"
@@ -400,7 +403,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/publish.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--models", type=_some("smollm2", "qwen3"), default=["smollm2", "qwen3"], metavar="NAMES")
     parser.add_argument("--layouts", type=_layouts, default=[(1, 1), (2, 1), (1, 2)], metavar="TPxPP,...")
-    parser.add_argument("--sinks", type=_some("broadcast", "shared", "disk"), default=["broadcast", "shared", "disk"])
+    parser.add_argument(
+        "--transports", type=_some("broadcast", "shared", "disk"), default=["broadcast", "shared", "disk"]
+    )
     parser.add_argument("--bucket-mib", type=int, default=SGLangConfig().bucket_mib, metavar="MIB")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed publishes, after one that is not")
     parser.add_argument(
@@ -450,8 +455,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                         left_out[f"{model} {tp}x{pp}"] = reason
                         continue
                     sys.stderr.write(f"{model}, {tp} x {pp} ranks\n")
-                    sinks = tuple(options.sinks)
-                    setting = Setting(folder, url, tp, pp, sinks, options.bucket_mib, options.repeats, threads, scratch)
+                    transports = tuple(options.transports)
+                    setting = Setting(
+                        folder, url, tp, pp, transports, options.bucket_mib, options.repeats, threads, scratch
+                    )
                     found, parts = measure(model, setting)
                     results += found
                     phases |= parts

@@ -146,8 +146,8 @@ class PlainLoop:
             reference_T = _picked(self._logp(self.reference, texts), labels_T)
         right_T = advantage_T > 0
         with self._timed("teacher"), torch.no_grad():
-            taught = [(r.teacher_prompt, r.tokens) for r in batch if r.advantage > 0]
-            logq_GV = self._logp(self.model, taught) if taught else None
+            distill_enabled = [(r.teacher_prompt, r.tokens) for r in batch if r.advantage > 0]
+            logq_GV = self._logp(self.model, distill_enabled) if distill_enabled else None
         with self._timed("student"):
             logp_TV = self._logp(self.model, texts)
             logprob_T = _picked(logp_TV, labels_T)

@@ -18,10 +18,10 @@ from sdpg_megatron.runtime.interrupt import Interrupt
 from sdpg_megatron.runtime.watchdog import Watchdog
 from sdpg_megatron.train.inputs import load_inputs
 from sdpg_megatron.train.loop import Trainer
-from sdpg_megatron.train.run_fingerprint import Origin
+from sdpg_megatron.train.run_fingerprint import RunFingerprint
 from sdpg_megatron.train.seeds import draw_seed
 from sdpg_megatron.train.state import Position
-from sdpg_megatron.train.update import Lessons
+from sdpg_megatron.train.update import PolicyUpdater
 
 
 class StandingLearner:
@@ -36,8 +36,8 @@ class StandingLearner:
     def learn(self, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> dict[str, float]:
         """Passes and update of one optimizer step. `changes`: of the section `model`, for this step alone."""
         model = self.config.model.model_copy(update=changes)
-        lessons = Lessons(self.config.model_copy(update={"model": model}), self.inputs, self.policy_trainer)
-        return values(lessons.learn(step, lessons.prepare(step, groups)))
+        updater = PolicyUpdater(self.config.model_copy(update={"model": model}), self.inputs, self.policy_trainer)
+        return values(updater.learn(step, updater.prepare(step, groups)))
 
 
 class StandingTrainer(StandingLearner):
@@ -49,7 +49,7 @@ class StandingTrainer(StandingLearner):
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
         nobody = Interrupt(), Watchdog(config.watchdog)  # not entered: they watch nothing
         self._trainer = Trainer(
-            config, self.inputs, self.policy_trainer, store, self._first(), Origin("", ""), *nobody, stack
+            config, self.inputs, self.policy_trainer, store, self._first(), RunFingerprint("", ""), *nobody, stack
         )
         self._trainer.serving.publish(0)
 

@@ -101,7 +101,7 @@ def main() -> None:
     for step in range(STEPS):
         batch = your_batch().to(device.training_device())
         context = StepContext(step, STEPS)
-        if objective.needs(context).teacher:
+        if objective.required_passes(context).teacher:
             (rows,) = teacher_hidden([model], [batch])
             batch = dataclasses.replace(batch, teacher_hidden_GH=rows)
         model.zero_grad_buffer()

@@ -196,12 +196,12 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.ranks is not None:
         raise ConfigError("--ranks", options.ranks, "none without --dry-run", "the launcher says how many ranks start")
     streams.keep_going()
-    from sdpg_megatron.train.loop import Outcome, done_message, train
+    from sdpg_megatron.train.loop import RunOutcome, done_message, train
 
     outcome = train(config, branch_from)
-    if outcome is Outcome.ALREADY_DONE and environment.is_main:
+    if outcome is RunOutcome.ALREADY_DONE and environment.is_main:
         sys.stdout.write(done_message(config) + "\n")
-    return STOPPED if outcome is Outcome.INTERRUPTED else 0
+    return STOPPED if outcome is RunOutcome.INTERRUPTED else 0
 
 
 def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
@@ -239,23 +239,25 @@ def _show_checks(config: RunConfig, lines: Iterable[str], environment: RankEnvir
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from sdpg_megatron.evaluation.table import scores_table, show
-    from sdpg_megatron.train.eval_command import evaluate_subject, load_prompts
-    from sdpg_megatron.train.eval_target import find_subject
+    from sdpg_megatron.train.eval_command import evaluate_target, load_prompts
+    from sdpg_megatron.train.eval_target import find_eval_target
     from sdpg_megatron.train.inputs import load_model_inputs
 
     environment = RankEnvironment.read()
-    subject = find_subject(options.target, options.step, overrides)
-    inputs = load_model_inputs(subject.config)
-    files = load_prompts(subject.config, inputs)
+    eval_target = find_eval_target(options.target, options.step, overrides)
+    inputs = load_model_inputs(eval_target.config)
+    files = load_prompts(eval_target.config, inputs)
     if options.dry_run:
         from sdpg_megatron.train.dry_run import check_evaluation
 
-        _show_checks(subject.config, check_evaluation(subject, inputs, files, options.out, environment), environment)
+        _show_checks(
+            eval_target.config, check_evaluation(eval_target, inputs, files, options.out, environment), environment
+        )
         return 0
     with interruptible():
-        scores = evaluate_subject(subject, inputs, files, options.out)
+        scores = evaluate_target(eval_target, inputs, files, options.out)
     if scores is not None:
-        show(subject.name, scores_table(scores), sys.stdout)
+        show(eval_target.name, scores_table(scores), sys.stdout)
         sys.stdout.write(f"{options.out}: each problem with its responses, *.jsonl; all numbers, summary.json\n")
     return 0
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.head import tile
-from sdpg_megatron.head.tile import Gap, RowCoefficients
+from sdpg_megatron.head.tile import RowCoefficients, WeightedLogRatio
 
 ROUNDINGS = 4
 VANISHING = 1e-30
@@ -30,14 +30,14 @@ PARTS = {
     "entropy": ("label", "student"),
     "reverse KL": ("label", "student", "teacher"),
     "reverse KL alone": ("student", "teacher"),
-    "forward KL": ("label", "student", "drawn"),
-    "forward KL alone": ("drawn",),
+    "forward KL": ("label", "student", "teacher_weight"),
+    "forward KL alone": ("teacher_weight",),
     "mixture": ("label", "student", "mixture"),
     "mixture alone": ("mixture",),
     "constant alone": (),
 }
 """Optional parts of `RowCoefficients` that occur together."""
-TAUGHT = {"teacher", "drawn", "mixture"}
+TAUGHT = {"teacher", "teacher_weight", "mixture"}
 """Those that need a teacher."""
 
 
@@ -78,14 +78,16 @@ class Tiles:
         return replace(self, student_CW=self.student_CW.clone(), teacher_CW=self.teacher_CW.clone())
 
 
-def make_tiles(student_CW: Tensor, teacher_CW: Tensor, labels_C: Tensor, *, seed: int = 0, keep: float = 0.5) -> Tiles:
+def make_tiles(
+    student_CW: Tensor, teacher_CW: Tensor, labels_C: Tensor, *, seed: int = 0, student_mix: float = 0.5
+) -> Tiles:
     """The vocabulary is the tile and one column more, so that rows of the tile alone may be all -inf."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (
-        tile.measure(logits_CW[:, MARGIN : 1 - MARGIN].double(), None, labels_C, Gap.NONE, masked=True)
+        tile.measure(logits_CW[:, MARGIN : 1 - MARGIN].double(), None, labels_C, WeightedLogRatio.NONE, masked=True)
         for logits_CW in (student_CW, teacher_CW)
     )
-    names = ("constant", "label", "student", "teacher", "drawn", "mixture")
+    names = ("constant", "label", "student", "teacher", "teacher_weight", "mixture")
     # A row's numbers lie side by side, so that no coefficient is contiguous.
     drawn = torch.randn(labels_C.numel(), len(names), generator=generator, dtype=torch.float64).to(labels_C.device)
     row = RowCoefficients(
@@ -93,7 +95,7 @@ def make_tiles(student_CW: Tensor, teacher_CW: Tensor, labels_C: Tensor, *, seed
         log_sum=student[1].log(),
         teacher_max=teacher[0],
         teacher_log_sum=teacher[1].log(),
-        keep=keep,
+        student_mix=student_mix,
         **dict(zip(names, drawn.unbind(1), strict=True)),
     )
     return Tiles(student_CW, teacher_CW, labels_C, row)
@@ -102,17 +104,26 @@ def make_tiles(student_CW: Tensor, teacher_CW: Tensor, labels_C: Tensor, *, seed
 # --- checks: each runs a kernel and asserts
 
 
-def check_measure(kernels: ModuleType, tiles: Tiles, gap: Gap | None, **options: int) -> None:
+def check_measure(
+    kernels: ModuleType, tiles: Tiles, weighted_log_ratio: WeightedLogRatio | None, **options: int
+) -> None:
     """`gap` None stands for no teacher."""
     exact = tiles.double()
-    how = gap or Gap.NONE
-    expected_KC = tile.measure(exact.student_CV, exact.teacher_CV if gap else None, tiles.labels_C, how, masked=True)
+    how = weighted_log_ratio or WeightedLogRatio.NONE
+    expected_KC = tile.measure(
+        exact.student_CV, exact.teacher_CV if weighted_log_ratio else None, tiles.labels_C, how, masked=True
+    )
     expected_KC[::4].clamp_(min=torch.finfo(tiles.student_CW.dtype).min)  # the maxima of nothing
     bound_KC = _roundings(tiles) * _measure_bound(exact, how)[: len(expected_KC)]
     for masked in {True, tiles.masked}:
         given = tiles.clone()
         found_KC = kernels.measure(
-            given.student_CV, given.teacher_CV if gap else None, tiles.labels_C, how, masked=masked, **options
+            given.student_CV,
+            given.teacher_CV if weighted_log_ratio else None,
+            tiles.labels_C,
+            how,
+            masked=masked,
+            **options,
         )
         assert found_KC.dtype == torch.float64
         assert_within(found_KC, expected_KC, bound_KC)
@@ -141,13 +152,13 @@ def check_gradient(
     given, exact = tiles.clone(), tiles.double()
     dropped = {"label", "student", *TAUGHT} - set(parts)
     row = replace(tiles.row, **dict.fromkeys(dropped))
-    taught = bool(TAUGHT & set(parts))
+    has_teacher = bool(TAUGHT & set(parts))
     bound_CV = _roundings(tiles) * _gradient_bound(exact, row)
     out_CW = None if out_dtype is None else _sevens(tiles.student_CW, out_dtype)
     out_CV = given.student_CV if out_CW is None else out_CW[:, MARGIN : MARGIN + tiles.columns]
     found_CV = kernels.gradient_(
         given.student_CV if out_CW is not None else out_CV,
-        given.teacher_CV if taught else None,
+        given.teacher_CV if has_teacher else None,
         tiles.labels_C,
         row,
         masked=tiles.masked,
@@ -155,7 +166,7 @@ def check_gradient(
         **options,
     )
     expected_CV = tile.gradient_(
-        exact.student_CV, exact.teacher_CV if taught else None, tiles.labels_C, row, masked=tiles.masked
+        exact.student_CV, exact.teacher_CV if has_teacher else None, tiles.labels_C, row, masked=tiles.masked
     )
     assert found_CV is out_CV
     bound_CV += ulp * torch.finfo(found_CV.dtype).eps * expected_CV.abs()
@@ -211,13 +222,17 @@ def _lower(logits_CV: Tensor, max_C: Tensor) -> tuple[Tensor, Tensor]:
 def _own_lower(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     """With the maximum of the tile itself."""
     nowhere_C = torch.full_like(logits_CV[:, :1].sum(1), -1).long()
-    return _lower(logits_CV, tile.measure(logits_CV, None, nowhere_C, Gap.NONE, masked=True)[0])
+    return _lower(logits_CV, tile.measure(logits_CV, None, nowhere_C, WeightedLogRatio.NONE, masked=True)[0])
 
 
-def _measure_bound(exact: Tiles, gap: Gap) -> Tensor:
+def _measure_bound(exact: Tiles, weighted_log_ratio: WeightedLogRatio) -> Tensor:
     size_CV, weight_CV = _own_lower(exact.student_CV)
     teacher_size_CV, drawn_CV = _own_lower(exact.teacher_CV)
-    over_CV = {Gap.STUDENT: weight_CV, Gap.TEACHER: drawn_CV, Gap.NONE: torch.zeros_like(drawn_CV)}[gap]
+    over_CV = {
+        WeightedLogRatio.STUDENT: weight_CV,
+        WeightedLogRatio.TEACHER: drawn_CV,
+        WeightedLogRatio.NONE: torch.zeros_like(drawn_CV),
+    }[weighted_log_ratio]
     gap_C = (over_CV * (1 + size_CV + teacher_size_CV)).sum(1)
     none_C = torch.zeros_like(gap_C)
     spread_C = (weight_CV * size_CV).sum(1)
@@ -244,7 +259,7 @@ def _gradient_bound(exact: Tiles, row: RowCoefficients) -> Tensor:
     teacher_size_CV, drawn_CV = _lower(exact.teacher_CV, row.teacher_max)
     share_CV = 1 + size_CV + row.log_sum[:, None].abs()
     slope_CV = size(row.student) * size_CV + size(row.teacher) * teacher_size_CV + size(row.mixture) * share_CV
-    bound_CV = weight_CV * (size(row.constant) + slope_CV) + size(row.drawn) * drawn_CV
+    bound_CV = weight_CV * (size(row.constant) + slope_CV) + size(row.teacher_weight) * drawn_CV
     # The label's coefficient stands in one column, but is added to what it may cancel.
     column_V = torch.arange(bound_CV.shape[1], device=bound_CV.device)
     return bound_CV + size(row.label) * (column_V == exact.labels_C[:, None])

@@ -24,7 +24,7 @@ from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.server import ServerProcess
-from sdpg_megatron.rollout.sglang.server_handle import Member
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 
 WIRE, STOP = "run-3", 9
 QUICK = SGLangConfig(
@@ -175,19 +175,19 @@ async def opened(
 ) -> AsyncIterator[Pool]:
     """A pool on these servers, all of them with the current weights."""
     async with AsyncExitStack() as stack:
-        members = []
+        handles = []
         for server, process in zip(servers, processes or [None] * len(servers), strict=True):
             await stack.enter_async_context(server.started())
             timeouts = Timeouts(control=1.0, generate=BOUND, health=config.health_timeout)
             client = Client(server.url, timeouts=timeouts)
-            members.append(Member(server.url, client, cast(ServerProcess | None, process)))
-        pool = Pool(members, config, publishes=publishes, check=check)
+            handles.append(ServerHandle(server.url, client, cast(ServerProcess | None, process)))
+        pool = Pool(handles, config, publishes=publishes, check=check)
         stack.push_async_callback(pool.close)
         await pool.start()
         pool.expect(WIRE)
         if admit:
-            for member in pool.members:
-                pool.admit(member, WIRE)
+            for handle in pool.handles:
+                pool.admit(handle, WIRE)
         yield pool
 
 

@@ -118,7 +118,7 @@ train_and_evaluate() {
     ranks=$((ranks - servers * tensor))
   fi
   if ((${#apart[@]})) || [[ "$PLACE" == disaggregated ]]; then
-    changes+=("rollout.sglang.colocated=false" "rollout.sglang.sink=broadcast" "rollout.sglang.mem_fraction=0.85")
+    changes+=("rollout.sglang.colocated=false" "rollout.sglang.transport=broadcast" "rollout.sglang.mem_fraction=0.85")
     changes+=("rollout.sglang.servers=$servers" "rollout.sglang.tensor=$tensor")
   fi
   changes+=("$@")

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.mcore.context_parallel import route, shards
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackingLayout:
     """How a step's sequences lie in tensors, and which of them, and of their tokens, are this rank's."""
 
     packed: bool = True
@@ -37,7 +37,7 @@ class Layout:
     """And among the data-parallel ones."""
 
     @classmethod
-    def of(cls, config: RunConfig, ranks: Ranks) -> Layout:
+    def of(cls, config: RunConfig, ranks: ParallelState) -> PackingLayout:
         """A run's, on this rank."""
         multiple = ranks.tensor_size if config.parallel.sequence else 1
         return cls(config.model.packed, multiple, ranks.context, ranks.context_size, ranks.data, ranks.data_size)
@@ -62,11 +62,13 @@ class _Text:
         return len(self.prompt) + len(self.response)
 
 
-def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
+def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     """Build a micro-batch; no samples make one that contributes nothing."""
     gated = [sample for sample in samples if sample.gate]
-    misled = [sample for sample in gated if sample.contrast_prompt]
-    assert not misled or len(misled) == len(gated), "either every taught response has a wrong hint or none has"
+    negative_context = [sample for sample in gated if sample.contrast_prompt]
+    assert not negative_context or len(negative_context) == len(gated), (
+        "either every taught response has a wrong hint or none has"
+    )
     read = [_Text(s.student_prompt, s.response, (True,) * len(s.response), s.experts) for s in samples]
     student, rank_T = _lay(read, layout)
     gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
@@ -88,7 +90,7 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
     return MicroBatch(
         student=replace(student, rows_T=student.rows_T[here]),
         teacher=hinted([_Text(s.teacher_prompt, s.response, s.gates) for s in gated]),
-        contrast=hinted([_Text(s.contrast_prompt, s.response, s.gates) for s in misled]),
+        contrast=hinted([_Text(s.contrast_prompt, s.response, s.gates) for s in negative_context]),
         gated_rows_G=gates_T[here].nonzero().squeeze(1),
         labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64)[here],
         sequence_T=sequence_T[here],
@@ -99,7 +101,7 @@ def collate(samples: Sequence[Sample], layout: Layout) -> MicroBatch:
     )
 
 
-def _lay(texts: Sequence[_Text], layout: Layout) -> tuple[SequenceBatch, Tensor]:
+def _lay(texts: Sequence[_Text], layout: PackingLayout) -> tuple[SequenceBatch, Tensor]:
     """This rank's tokens, and for every response token that is asked for, on any rank: its row there, and that rank."""
     spans, multiple = _pack(texts, layout) if layout.packed else _pad(texts, layout.multiple)
     firsts = [0, *itertools.accumulate(spans)]
@@ -144,7 +146,7 @@ def _pad(texts: Sequence[_Text], multiple: int) -> tuple[list[int], int]:
     return [-(-longest // multiple) * multiple] * max(len(texts), 1), multiple
 
 
-def _pack(texts: Sequence[_Text], layout: Layout) -> tuple[list[int], int]:
+def _pack(texts: Sequence[_Text], layout: PackingLayout) -> tuple[list[int], int]:
     """The same, where a sequence of its own fills up what is missing for a multiple of tokens on each rank."""
     size, unit = layout.context_size, layout.unit
     multiple = math.lcm(layout.multiple, unit // size)

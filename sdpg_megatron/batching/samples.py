@@ -57,7 +57,7 @@ def make_samples(
     groups: Sequence[ScoredGroup],
     config: ObjectiveConfig,
     *,
-    taught: Callable[[float], bool],
+    distill_enabled: Callable[[float], bool],
     outcome: bool = True,
     stop_ids: Sequence[int] = (),
 ) -> list[Sample]:
@@ -76,7 +76,7 @@ def make_samples(
     for scored in groups:
         for number, (completion, advantage) in enumerate(zip(scored.group.completions, scored.advantages, strict=True)):
             teacher_prompt = scored.teacher_prompt(number)
-            read = teacher_prompt is not None and taught(advantage)
+            read = teacher_prompt is not None and distill_enabled(advantage)
             samples.append(
                 Sample(
                     student_prompt=scored.group.prompt.student_tokens,

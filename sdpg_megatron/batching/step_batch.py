@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed import ProcessGroup
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.micro_batches import Limit, plan
 from sdpg_megatron.batching.samples import Sample, with_gradient
 from sdpg_megatron.config import ObjectiveConfig
@@ -38,7 +38,7 @@ def build_step(
     *,
     regularized: bool,
     limit: Limit,
-    layout: Layout,
+    layout: PackingLayout,
     device: torch.device,
 ) -> StepBatch:
     """Plan one optimizer step and build this data-parallel rank's part of it.

@@ -33,6 +33,9 @@ OPTIMIZER_STATE = ("optimizer.distributed",)
 GENERATION = ("rollout", "reward")
 """Sections that decide what a response and its reward are, apart from the fields in `FREE`."""
 
+RENAMED = {"rollout.sglang.sink": "rollout.sglang.transport"}
+"""Fields of version 0.1, by their names there, as checkpoints of that version record them."""
+
 Kind = Literal["free", "learning", "data order", "optimizer state"]
 
 
@@ -79,7 +82,7 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chang
 
     A field that is new to the package had its default.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = {RENAMED.get(name, name): value for name, value in flatten(old).items()}, flatten(new)
     before |= {name: _default(name) for name in after.keys() - before.keys()}
     changes = (Change(name, before[name], after.get(name)) for name in sorted(before) if name != "run_dir")
     return [change for change in changes if change.old != change.new]

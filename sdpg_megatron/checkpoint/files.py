@@ -21,7 +21,7 @@ class FileSum:
     """As ``sha256sum`` prints it."""
 
 
-def seal(path: Path) -> FileSum:
+def fsync_and_hash(path: Path) -> FileSum:
     """Have the disk keep a file's content, and sum it up."""
     _flush_file(path)
     return FileSum(path.stat().st_size, sha256_of(path))

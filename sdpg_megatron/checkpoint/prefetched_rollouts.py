@@ -18,7 +18,7 @@ from sdpg_megatron.errors import CheckpointError, reason_of
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, ScoredGroup
 
-DRAWN = "drawn.safetensors"
+PREFETCHED = "drawn.safetensors"
 _WORDS = "words"
 """The entry that has what is not a number, as JSON in UTF-8."""
 _ERRORS = "errors"
@@ -26,7 +26,7 @@ _ERRORS = "errors"
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class PrefetchedRollouts:
     """The first round of a step; without groups where their responses are to be generated again."""
 
     indices: tuple[int, ...]
@@ -35,14 +35,14 @@ class Drawn:
     """One for each, with the advantages of the verifier's rewards."""
 
 
-def write_drawn(path: Path, drawn: Drawn) -> None:
+def write_prefetched(path: Path, prefetched: PrefetchedRollouts) -> None:
     """Flat arrays, response by response. Raises `OSError`."""
-    completions = [completion for scored in drawn.groups for completion in scored.group.completions]
+    completions = [completion for scored in prefetched.groups for completion in scored.group.completions]
     arrays = {
-        "prompts": np.array(drawn.indices, np.int64),
-        "sizes": np.array([len(scored.group.completions) for scored in drawn.groups], np.int64),
-        "failures": np.array([scored.failures for scored in drawn.groups], np.int64),
-        "rewards": np.array([reward for scored in drawn.groups for reward in scored.rewards], np.float64),
+        "prompts": np.array(prefetched.indices, np.int64),
+        "sizes": np.array([len(scored.group.completions) for scored in prefetched.groups], np.int64),
+        "failures": np.array([scored.failures for scored in prefetched.groups], np.int64),
+        "rewards": np.array([reward for scored in prefetched.groups for reward in scored.rewards], np.float64),
         "versions": np.array([completion.weight_version for completion in completions], np.int64),
         "lengths": np.array([len(completion.tokens) for completion in completions], np.int64),
         "tokens": np.array(list(chain.from_iterable(c.tokens for c in completions)), np.int64),
@@ -54,16 +54,16 @@ def write_drawn(path: Path, drawn: Drawn) -> None:
         arrays["routed"] = np.array([0 if c.experts is None else len(c.experts) for c in completions], np.int64)
     words = json.dumps([(completion.finish_reason, completion.text) for completion in completions])
     arrays[_WORDS] = np.frombuffer(words.encode(), np.uint8)  # not metadata, which has a bound of 100 MB
-    if any(scored.errors for scored in drawn.groups):
-        arrays[_ERRORS] = np.frombuffer(json.dumps([scored.errors for scored in drawn.groups]).encode(), np.uint8)
+    if any(scored.errors for scored in prefetched.groups):
+        arrays[_ERRORS] = np.frombuffer(json.dumps([scored.errors for scored in prefetched.groups]).encode(), np.uint8)
     try:
         save_file(arrays, path)
     except SafetensorError as error:  # also of a disk that refuses
         raise OSError(f"{path}: {error}") from error
 
 
-def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
-    """What `write_drawn` has written, exactly. Raises `CheckpointError`."""
+def read_prefetched(path: Path, prompts: PromptSource) -> PrefetchedRollouts:
+    """What `write_prefetched` has written, exactly. Raises `CheckpointError`."""
     try:
         with safe_open(path, framework="np") as file:
             # safetensors ships its types for torch alone
@@ -73,14 +73,14 @@ def read_drawn(path: Path, prompts: PromptSource) -> Drawn:
         rewards = arrays["rewards"].tolist()
         sizes, indices, failed = (arrays[name].tolist() for name in ("sizes", "prompts", "failures"))
         if not sizes:
-            return Drawn(tuple(indices), ())
+            return PrefetchedRollouts(tuple(indices), ())
         told = json.loads(arrays[_ERRORS].tobytes()) if _ERRORS in arrays else [()] * len(sizes)
         groups = []
         for (start, end), index, failures, errors in zip(_spans(sizes), indices, failed, told, strict=True):
             group = Group(prompts[index], tuple(completions[start:end]))
             given = tuple(rewards[start:end])
             groups.append(ScoredGroup(group, given, group_advantages(given), failures, errors=tuple(errors)))
-        return Drawn(tuple(indices), tuple(groups))
+        return PrefetchedRollouts(tuple(indices), tuple(groups))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         expected = "the responses that a run has generated ahead"
         raise CheckpointError(f"{path}: found {reason_of(error)}, expected {expected}") from error

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpg_megatron.checkpoint.branch import explain_damage
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
-from sdpg_megatron.checkpoint.files import find_damage, flush_folder, seal, write_durably
+from sdpg_megatron.checkpoint.files import find_damage, flush_folder, fsync_and_hash, write_durably
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
 from sdpg_megatron.checkpoint.state import (
     MANIFEST,
@@ -35,7 +35,7 @@ from sdpg_megatron.checkpoint.writing import Writing
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
 from sdpg_megatron.mcore.main_rank import on_main
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.files import free_mib
 
@@ -60,7 +60,7 @@ class _Pending:
 class CheckpointStore:
     """The checkpoints under one folder. Every rank calls every method; only the main rank renames and deletes."""
 
-    def __init__(self, folder: Path, ranks: Ranks, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, ranks: ParallelState, config: CheckpointConfig) -> None:
         self._folder = folder
         self._ranks = ranks
         self._config = config
@@ -175,7 +175,7 @@ class CheckpointStore:
                 more(partial)
             others = (path for path in partial.rglob("*") if path.is_file())
             names = {path.relative_to(partial).as_posix(): path for path in others}
-            small = {name: seal(path) for name, path in sorted(names.items()) if name not in state.files}
+            small = {name: fsync_and_hash(path) for name, path in sorted(names.items()) if name not in state.files}
             dataclasses.replace(state, files={**state.files, **small}).write(partial / MANIFEST)
             target = self._folder / checkpoint_name(state.step)
             self._remove(target)

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import Tensor
 
-from sdpg_megatron.checkpoint.files import FileSum, seal
+from sdpg_megatron.checkpoint.files import FileSum, fsync_and_hash
 from sdpg_megatron.mcore.transfer import host_copy
 
 RESULTS = ".results_"
@@ -109,9 +109,9 @@ class WriteResults:
             raise queue.Empty
         return self._value
 
-    def seal(self, files: list[Path]) -> None:
+    def fsync_and_hash(self, files: list[Path]) -> None:
         """Flush and sum up what was written, and leave word for the process that has forked this one."""
-        self._sums = {path.name: seal(path) for path in files}
+        self._sums = {path.name: fsync_and_hash(path) for path in files}
         self.leave_word()
 
     def leave_word(self) -> None:
@@ -128,7 +128,7 @@ def _write_and_seal(
     """What the writer does. An error is left as a result: Megatron raises it on all ranks."""
     try:
         write(*arguments, **options)
-        results.seal(sorted(folder.glob(f"__{rank}_*")))
+        results.fsync_and_hash(sorted(folder.glob(f"__{rank}_*")))
     except Exception as error:
         results.put(RuntimeError(f"{type(error).__name__}: {error}"))
         with suppress(OSError):

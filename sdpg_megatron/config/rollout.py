@@ -66,7 +66,7 @@ class SGLangConfig(Section):
     """Times that servers are started anew, all together, before the run ends with an error."""
     concurrency: int = Field(256, ge=1)
     """Groups asked of one server at a time."""
-    sink: Literal["broadcast", "shared", "disk"] = "broadcast"
+    transport: Literal["broadcast", "shared", "disk"] = "broadcast"
     """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
     shared with servers on the same machine; or a folder that the servers can read."""
     bucket_mib: int = Field(256, ge=1, le=1_048_576)
@@ -74,10 +74,10 @@ class SGLangConfig(Section):
     address: str | None = None
     """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
     folder: Path | None = None
-    """Where the disk sink writes; null for a folder in `run_dir`."""
+    """Where the disk transport writes; null for a folder in `run_dir`."""
     colocated: bool = False
     """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
-    its optimizer state and gradients to the host while they generate. Needs another sink than broadcast."""
+    its optimizer state and gradients to the host while they generate. Needs another transport than broadcast."""
     verify_every: int = Field(0, ge=0)
     """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never, as has to be for
     mixtures of experts."""

@@ -124,16 +124,18 @@ def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
     if sglang.colocated and sglang.urls:
         fix = "have the run start its servers, or give them devices of their own"
         yield ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
-    if sglang.colocated and sglang.sink == "broadcast":
+    if sglang.colocated and sglang.transport == "broadcast":
         # NCCL has no two ranks of a group on one device.
-        yield ConfigError("rollout.sglang.sink", "broadcast", "shared or disk with colocated servers", "use shared")
+        yield ConfigError(
+            "rollout.sglang.transport", "broadcast", "shared or disk with colocated servers", "use shared"
+        )
     if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
         expected = f"{sglang.servers} different ones, one for each server"
         yield ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
-    if sglang.sink != "disk" and sglang.data > 1 and not sglang.urls:
+    if sglang.transport != "disk" and sglang.data > 1 and not sglang.urls:
         yield ConfigError(
-            "rollout.sglang.sink",
-            sglang.sink,
+            "rollout.sglang.transport",
+            sglang.transport,
             "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
-            "use several servers, or the disk sink",
+            "use several servers, or the disk transport",
         )

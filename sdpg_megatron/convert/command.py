@@ -68,8 +68,8 @@ def _check_logits(
     """
     from sdpg_megatron.convert.verify import logit_difference, tokens_of
 
-    if (companions := like or source.companions) is not None:
-        tokens_of(companions, text)
+    if (hf_assets := like or source.hf_assets) is not None:
+        tokens_of(hf_assets, text)
 
     def check(written: Path) -> None:
         is_folder = source.kind == "Hugging Face folder"

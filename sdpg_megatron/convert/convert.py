@@ -21,14 +21,14 @@ from sdpg_megatron.checkpoint.state import check_same_model, fingerprint
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments, checkpoint_arguments
 from sdpg_megatron.convert.roundtrip_check import THREADS, Spec, check_same_tensors
 from sdpg_megatron.convert.safetensors_file import write_safetensors
-from sdpg_megatron.convert.source import COMPANION_FOLDER, RELEASE, TRACKER_FILE, Source
+from sdpg_megatron.convert.source import HF_ASSETS_FOLDER, RELEASE, TRACKER_FILE, Source
 from sdpg_megatron.convert.tensor_locations import Stored, extra_states, stored_parameters
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors, Tensors, blocks
 from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.convert.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.errors import CheckpointError, ConversionError, fix_of
 from sdpg_megatron.observe.byte_progress import transfer
-from sdpg_megatron.weights.folder import copy_companions, write_config, write_index
+from sdpg_megatron.weights.folder import copy_hf_assets, write_config, write_index
 from sdpg_megatron.weights.load import SINGLE_FILE
 from sdpg_megatron.weights.map import hf_shapes
 
@@ -74,13 +74,13 @@ def to_megatron(
                 extra_states(parameters),
                 {"args": checkpoint_arguments(arch, main_type), "checkpoint_version": 3.0, "iteration": 0},
             )
-            companions = aside / COMPANION_FOLDER
-            companions.mkdir()
-            write_config(source, companions, _name(main_type))
-            copy_companions(source, companions)
+            hf_assets = aside / HF_ASSETS_FOLDER
+            hf_assets.mkdir()
+            write_config(source, hf_assets, _name(main_type))
+            copy_hf_assets(source, hf_assets)
             (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
             with _flushing(aside):
-                _prove_megatron(written, read_architecture(companions), source, specs, moved)
+                _prove_megatron(written, read_architecture(hf_assets), source, specs, moved)
         if check is not None:
             check(written)
 
@@ -113,7 +113,7 @@ def to_hugging_face(
         CheckpointError: the checkpoint is damaged; a run's is held against its digests first.
         ConfigError: config.json is of no model that is supported, or `like` is not what the run was started from.
     """
-    folder = like or source.companions
+    folder = like or source.hf_assets
     if folder is None:
         expected = "the config.json and tokenizer of the model in it"
         raise ConversionError(str(source.folder), "weights alone", expected, "name a folder with them: --like FOLDER")
@@ -126,7 +126,7 @@ def to_hugging_face(
         with transfer(f"{source.folder} -> {target}", _bytes(specs), console, passes=2) as moved:
             _write_files(aside, specs, tensors, shard_bytes, moved)
             write_config(folder, aside, _name(next(iter(specs.values()))[1]))
-            copy_companions(folder, aside)
+            copy_hf_assets(folder, aside)
             with _flushing(aside):
                 _check_same_architecture(read_architecture(aside), arch, target / "config.json")
                 checkpoint = partial(_open_checkpoint, source.folder, arch)
@@ -213,7 +213,7 @@ def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, d
 def _prove_megatron(written: Path, arch: Architecture, source: Path, specs: Specs, moved: Moved) -> None:
     """Read back what was written: arguments, config.json and every tensor."""
     check_arguments(arguments_of(TorchDist(written)), arch, f"{written}: args")
-    _check_same_architecture(arch, read_architecture(source), written.parent / COMPANION_FOLDER)
+    _check_same_architecture(arch, read_architecture(source), written.parent / HF_ASSETS_FOLDER)
     check_same_tensors(
         partial(FolderTensors, source, arch), partial(_open_checkpoint, written, arch), specs, written, moved
     )

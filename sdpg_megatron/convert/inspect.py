@@ -102,9 +102,9 @@ def inspect(path: Path, *, digests: bool = False) -> Report:
         raise ConversionError("--digests", f"a {source.kind}", "a run checkpoint, which has digests", "leave it out")
     report = Report(str(source.folder), source.kind)
     arch = None
-    if source.companions is not None:
-        report.model = str(source.companions)
-        arch = _attempt(report, read_architecture, source.companions)
+    if source.hf_assets is not None:
+        report.model = str(source.hf_assets)
+        arch = _attempt(report, read_architecture, source.hf_assets)
     if arch is not None:
         report.family, report.layers, report.hidden = arch.family, arch.num_layers, arch.hidden_size
         report.heads, report.kv_heads, report.vocabulary = arch.num_heads, arch.num_kv_heads, arch.vocab_size

@@ -15,7 +15,7 @@ from sdpg_megatron.hf_files import fix_for_missing
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 """Megatron-LM's: the iteration whose folder is the newest, or "release" for a model without training state."""
 RELEASE = "release"
-COMPANION_FOLDER = "huggingface"
+HF_ASSETS_FOLDER = "huggingface"
 """Beside the iterations of a Megatron checkpoint that was made of a Hugging Face folder: that without the weights."""
 
 Kind = Literal["Hugging Face folder", "run checkpoint", "Megatron checkpoint"]
@@ -28,7 +28,7 @@ class Source:
     kind: Kind
     folder: Path
     """With the tensors."""
-    companions: Path | None
+    hf_assets: Path | None
     """Hugging Face folder with config.json and tokenizer; None where none is known."""
     state: RunState | None = None
     """A run checkpoint's manifest."""
@@ -82,7 +82,7 @@ def _iteration(path: Path) -> Path:
 
 
 def _beside(path: Path) -> Path | None:
-    folder = path / COMPANION_FOLDER
+    folder = path / HF_ASSETS_FOLDER
     return folder if (folder / "config.json").is_file() else None
 
 

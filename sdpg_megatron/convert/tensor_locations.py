@@ -21,7 +21,7 @@ _GROUPED_EXPERT = re.compile(r"\.experts\.linear_fc\d\.weight\d+$")
 _TRAINING_STATE = re.compile(r"^(optimizer|chained_\d+|teacher|rng_state|rerun_state_machine)\b")
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """A slice of a tensor in a checkpoint: over all layers, and for each over all experts."""
 
     key: str
@@ -71,18 +71,18 @@ class Stored:
             start += piece.length
         return found
 
-    def canonical_place(self) -> Place:
+    def canonical_place(self) -> TensorLocation:
         """Where megatron-core's models keep it, on whatever layout and with or without Transformer Engine."""
         return next(self.places())
 
-    def places(self) -> Iterator[Place]:
+    def places(self) -> Iterator[TensorLocation]:
         """Where it may be found, the usual place first."""
         names = [name for name in reversed(self.names) if not _GROUPED_EXPERT.search(name)]
         for by_layer in (True, False):
             for name in names:
                 yield self._place(name, by_layer=by_layer)
 
-    def _place(self, name: str, *, by_layer: bool) -> Place:
+    def _place(self, name: str, *, by_layer: bool) -> TensorLocation:
         at: Index = ()
         lead: Shape = ()
         if by_layer and (layer := _LAYER.match(name)):
@@ -91,7 +91,7 @@ class Stored:
         if expert := _EXPERT.search(name):
             name = _EXPERT.sub(".experts.experts.", name)
             at, lead = (*at, int(expert[1])), (*lead, self.experts)
-        return Place(name, at, lead)
+        return TensorLocation(name, at, lead)
 
 
 def stored_parameters(arch: Architecture) -> list[Stored]:

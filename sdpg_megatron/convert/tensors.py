@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
-from sdpg_megatron.convert.tensor_locations import Place, Stored, of_the_model, stored_parameters
+from sdpg_megatron.convert.tensor_locations import Stored, TensorLocation, of_the_model, stored_parameters
 from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError, did_you_mean
 from sdpg_megatron.weights.load import open_weights
@@ -77,7 +77,7 @@ class CheckpointTensors:
         self._source = source
         for fault in source.faults():
             raise fault
-        self._owner: dict[str, tuple[Stored, Place]] = {}
+        self._owner: dict[str, tuple[Stored, TensorLocation]] = {}
         for stored in stored_parameters(arch):
             place = self._find(stored)
             self._owner |= dict.fromkeys(stored.parameter.tensors, (stored, place))
@@ -99,7 +99,7 @@ class CheckpointTensors:
             return parts[0][1]
         return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
 
-    def _find(self, stored: Stored) -> Place:
+    def _find(self, stored: Stored) -> TensorLocation:
         keys = self._source.tensors
         for place in stored.places():
             if place.key in keys:
@@ -110,7 +110,7 @@ class CheckpointTensors:
         where, expected = str(self._source.folder), f"the parameter of {', '.join(stored.parameter.tensors)}"
         raise ConversionError(where, f"no tensor {wanted!r}", expected, hint or "convert with the model's config.json")
 
-    def _check_shape(self, stored: Stored, place: Place, found: Shape) -> None:
+    def _check_shape(self, stored: Stored, place: TensorLocation, found: Shape) -> None:
         expected = (*place.lead, *stored.shape)
         rows = len(place.lead)
         padded = stored.is_vocabulary and len(found) == 2 and found[0] >= self.arch.vocab_size

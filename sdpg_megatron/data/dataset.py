@@ -87,7 +87,7 @@ class PromptDataset:
         tokenizer: Any,
         *,
         seed: int = 0,
-        taught: bool = True,
+        distill_enabled: bool = True,
         contrast: float = 0.0,
         held_out: PromptDataset | None = None,
         scored_by_metadata: bool = False,
@@ -112,8 +112,14 @@ class PromptDataset:
             ConfigError: the context template, its options or the tokenizer cannot be used.
         """
         files = find_files(files)
-        repeats = Repeats(held_out.problems if held_out else None, taught=taught, scored_by_metadata=scored_by_metadata)
-        builder = _Builder(config, Renderer(config, tokenizer), repeats, taught=taught, contrast=contrast)
+        repeats = Repeats(
+            held_out.problems if held_out else None,
+            distill_enabled=distill_enabled,
+            scored_by_metadata=scored_by_metadata,
+        )
+        builder = _Builder(
+            config, Renderer(config, tokenizer), repeats, distill_enabled=distill_enabled, contrast=contrast
+        )
         builder.add(builder.rows(files, on_rows), seed)
         if not len(builder.prompts):
             found = f"{builder.dropped} rows, all longer than {config.max_prompt_tokens} tokens"
@@ -127,9 +133,14 @@ class _Builder:
     """A data set that grows by chunks of rows."""
 
     def __init__(
-        self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, taught: bool, contrast: float
+        self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, distill_enabled: bool, contrast: float
     ) -> None:
-        self._config, self._renderer, self._taught, self._contrast = config, renderer, taught, contrast
+        self._config, self._renderer, self._distill_enabled, self._contrast = (
+            config,
+            renderer,
+            distill_enabled,
+            contrast,
+        )
         self._repeats = repeats
         self._batches: list[Any] = []
         self._digest = hashlib.sha256()
@@ -144,8 +155,8 @@ class _Builder:
 
     def rows(self, files: Sequence[Path], on_rows: OnRows) -> Iterator[tuple[str, Example]]:
         """Names and examples of the rows that are kept."""
-        needed = self._taught and self._renderer.needs_context
-        keep = self._taught and self._config.duplicates == "keep"
+        needed = self._distill_enabled and self._renderer.needs_context
+        keep = self._distill_enabled and self._config.duplicates == "keep"
         read = 0
         for path, label in zip(files, _labels(files), strict=True):
             for row in read_rows(path):
@@ -164,7 +175,7 @@ class _Builder:
 
     def add(self, rows: Iterator[tuple[str, Example]], seed: int) -> None:
         """Render the rows; all are held at once only where each may be the wrong hint of another."""
-        if self._taught and (wanted := wish(self._config, self._contrast)):
+        if self._distill_enabled and (wanted := wish(self._config, self._contrast)):
             named = list(rows)
             hints: Iterator[Example | None] = iter(others([example for _, example in named], seed, wanted))
             rows = iter(named)
@@ -177,10 +188,12 @@ class _Builder:
         examples, renderer, limit = [example for _, example in chunk], self._renderer, self._config.max_prompt_tokens
         students = renderer.students(examples)
         none: list[Example | None] = [None] * len(examples)
-        teachers = renderer.teachers(examples, none if self._contrast else hints) if self._taught else students
-        misled = renderer.teachers(examples, hints) if self._contrast and self._taught else [()] * len(examples)
+        teachers = renderer.teachers(examples, none if self._contrast else hints) if self._distill_enabled else students
+        negative_context = (
+            renderer.teachers(examples, hints) if self._contrast and self._distill_enabled else [()] * len(examples)
+        )
         prompts = []
-        for (uid, example), *tokens in zip(chunk, students, teachers, misled, strict=True):
+        for (uid, example), *tokens in zip(chunk, students, teachers, negative_context, strict=True):
             if max(map(len, tokens)) > limit:
                 self._overlong = self._overlong or uid
                 if self._config.overlong == "drop":
@@ -203,14 +216,14 @@ class _Builder:
             digest=self._digest.hexdigest()[:16],
             warnings=tuple(self._warnings()),
             structured=self._structured,
-            problems={} if self._taught else self._repeats.problems,
+            problems={} if self._distill_enabled else self._repeats.problems,
         )
 
     def _warnings(self) -> Iterator[str]:
         if self._revealed:
             first = f"the first at {self._revealed[0]}: the student reads it, too"
             yield f"{len(self._revealed)} questions contain their context or state their answer, {first}"
-        if self._repeated and not self._taught:
+        if self._repeated and not self._distill_enabled:
             found = f"{self._repeated} rows of the evaluation repeat a problem"
             yield f"{found} and are left out, the first: {self._repeats.first}"
         yield from self._repeats.warnings()

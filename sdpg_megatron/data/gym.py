@@ -84,9 +84,9 @@ class GymSource:
         example = self._fitting(task, self._candidates(task, "train", index))
         hint = self._hint(task, index, example, self._wish) if self._wish else None
         student, teacher = self._renderer.render(example, None if self._contrast else hint)
-        misled = self._renderer.teacher(example, hint) if self._contrast else ()
+        negative_context = self._renderer.teacher(example, hint) if self._contrast else ()
         limit = self._config.max_prompt_tokens
-        return make_prompt(f"{task}:{index}", example, student, teacher, limit, misled)
+        return make_prompt(f"{task}:{index}", example, student, teacher, limit, negative_context)
 
     def describe(self) -> str:
         return f"endless prompts of {', '.join(self._tasks)}"

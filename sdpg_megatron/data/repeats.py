@@ -16,7 +16,9 @@ ProblemIndex = Mapping[int, str]
 class Repeats:
     """Recognizes rows by 64-bit digests, of which a million take about 200 MB while files are read."""
 
-    def __init__(self, held_out: ProblemIndex | None, *, taught: bool, scored_by_metadata: bool = False) -> None:
+    def __init__(
+        self, held_out: ProblemIndex | None, *, distill_enabled: bool, scored_by_metadata: bool = False
+    ) -> None:
         """
         Args:
             held_out: problems that these rows should not have; None for none.
@@ -24,7 +26,7 @@ class Repeats:
             scored_by_metadata: Whether a row with other metadata is another one, too; only where `taught`.
         """
         self._scored_by_metadata = scored_by_metadata
-        self._held_out, self._taught = held_out or {}, taught
+        self._held_out, self._distill_enabled = held_out or {}, distill_enabled
         self._rows: set[int] = set()
         self._answers: dict[int, int] = {}
         self._conflicts: list[str] = []
@@ -36,8 +38,8 @@ class Repeats:
 
     def seen(self, uid: str, example: Example) -> bool:
         """Take note of a row, and say whether it repeats an earlier one."""
-        more = (example.context, example.teacher_question) if self._taught else uid.rpartition(":")[0]
-        metadata = dict(example.metadata) if self._taught and self._scored_by_metadata else None
+        more = (example.context, example.teacher_question) if self._distill_enabled else uid.rpartition(":")[0]
+        metadata = dict(example.metadata) if self._distill_enabled and self._scored_by_metadata else None
         row = _digest(example.question, example.history, example.answer_text, more, metadata)
         if row in self._rows:
             self.first = self.first or uid

@@ -67,7 +67,7 @@ def load_prompts(
         raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
     held_out = None
     if config.eval:
-        held_out = PromptDataset.load(config, config.eval, tokenizer, taught=False, on_rows=on_rows)
+        held_out = PromptDataset.load(config, config.eval, tokenizer, distill_enabled=False, on_rows=on_rows)
     prompts = PromptDataset.load(
         config,
         config.train,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sdpg_megatron import objectives
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.objectives.base import Needs
+from sdpg_megatron.objectives.base import RequiredPasses
 
 MEAN_LENGTH = 0.5
 """Assumed mean of prompts and responses, over their limits."""
@@ -18,7 +18,7 @@ MEAN_GATED = 0.5
 class Load:
     """Tokens. Those of a micro-batch are what it can have at most, over its context-parallel ranks."""
 
-    needs: Needs
+    required_passes: RequiredPasses
     student: int
     """Of a micro-batch's student sequences, prompts too."""
     teacher: int
@@ -39,12 +39,12 @@ class Load:
     def of(cls, config: RunConfig, data: int) -> Load:
         """`data`: data-parallel ranks."""
         steps = config.total_optimizer_steps
-        needs = objectives.needs_of_run(objectives.build(config.objective, steps), steps)
+        required_passes = objectives.passes_of_run(objectives.build(config.objective, steps), steps)
         rollout, optimizer = config.rollout, config.optimizer
         samples = rollout.prompts_per_step * rollout.group_size
         share = -(-samples // (optimizer.minibatches * data))
         longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-        reading = (config.max_teacher_tokens + rollout.max_response_tokens) if needs.privileged else 0
+        reading = (config.max_teacher_tokens + rollout.max_response_tokens) if required_passes.privileged else 0
         limit = optimizer.micro_batch_tokens
         if limit is None:
             together = min(optimizer.micro_batch_size, share)
@@ -60,16 +60,16 @@ class Load:
         # In a group whose rewards differ, one response at least has no positive advantage.
         most = share - share // rollout.group_size if config.objective.gate else share
         return cls(
-            needs=needs,
+            required_passes=required_passes,
             student=student,
             teacher=teacher,
             response=response,
-            taught=(most * rollout.max_response_tokens if needs.privileged else 0),
+            taught=(most * rollout.max_response_tokens if required_passes.privileged else 0),
             micro_batches=count,
             samples=samples,
             mean_prompt=MEAN_LENGTH * config.data.max_prompt_tokens,
             mean_response=MEAN_LENGTH * rollout.max_response_tokens,
-            gated=0.0 if not needs.privileged else MEAN_GATED if config.objective.gate else 1.0,
+            gated=0.0 if not required_passes.privileged else MEAN_GATED if config.objective.gate else 1.0,
         )
 
     @property

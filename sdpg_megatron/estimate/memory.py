@@ -11,7 +11,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.estimate.activations import BYTES, Activations, HeadBytes, head_bytes, in_flight, kept
 from sdpg_megatron.estimate.gpus import GIB
 from sdpg_megatron.estimate.load import Load
-from sdpg_megatron.estimate.shards import Buffer, Grid, buffers, stage_shards
+from sdpg_megatron.estimate.shards import Grid, ParamAndGradBuffer, buffers, stage_shards
 from sdpg_megatron.weights.map import hf_shapes
 
 CONTEXT = 2 * GIB
@@ -37,7 +37,7 @@ class StageMemory:
     """Its share of the moments and, in bfloat16, of the float32 weights. There from the first update on."""
     numel: int
     """Parameters, without padding."""
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[ParamAndGradBuffer, ...]
     phases: Mapping[str, Parts]
     """What is on the device beside these three, while a phase lasts."""
     absent: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class _Work:
 
     def _head(self, *, train: bool) -> HeadBytes:
         rows = -(-self.load.response // self.grid.context)
-        taught = self.load.needs.teacher
+        taught = self.load.required_passes.teacher
         return head_bytes(
             self.arch,
             self.config.head,
@@ -185,8 +185,8 @@ class _Work:
 
         Where log-probs are all that is wanted of them, they are gone when training begins.
         """
-        needs = self.load.needs
-        if not (needs.teacher or (needs.teacher_logprob and not train)) or self._early:
+        required_passes = self.load.required_passes
+        if not (required_passes.teacher or (required_passes.teacher_logprob and not train)) or self._early:
             return 0
         taught = self.load.taught * (2 if self.config.objective.contrast else 1)
         return -(-taught // self.grid.context) * self.arch.hidden_size * self.width
@@ -194,12 +194,14 @@ class _Work:
     @property
     def _early(self) -> bool:
         objective, minibatches = self.config.objective, self.config.optimizer.minibatches
-        return self.load.needs.teacher and objective.teacher == "rollout" and minibatches > 1
+        return self.load.required_passes.teacher and objective.teacher == "rollout" and minibatches > 1
 
     @property
     def _swaps(self) -> bool:
-        needs = self.load.needs
-        return needs.reference or (needs.privileged and self.config.objective.teacher in ("every", "initial", "ema"))
+        required_passes = self.load.required_passes
+        return required_passes.reference or (
+            required_passes.privileged and self.config.objective.teacher in ("every", "initial", "ema")
+        )
 
     def passes(self) -> dict[str, float]:
         """Those without gradients: old and reference log-probs, teacher."""
@@ -237,14 +239,14 @@ class _Work:
 
     def host(self, optimizer: int) -> dict[str, float]:
         """Copies in host memory."""
-        objective, needs = self.config.objective, self.load.needs
+        objective, required_passes = self.config.objective, self.load.required_passes
         parts: dict[str, float] = {}
-        initial = needs.privileged and objective.teacher == "initial"
-        if needs.reference or initial:
-            parts["reference" if needs.reference else "teacher"] = self.weights
-        if needs.privileged and objective.teacher == "every":
+        initial = required_passes.privileged and objective.teacher == "initial"
+        if required_passes.reference or initial:
+            parts["reference" if required_passes.reference else "teacher"] = self.weights
+        if required_passes.privileged and objective.teacher == "every":
             parts["teacher"] = self.weights
-        if needs.privileged and objective.teacher == "ema":
+        if required_passes.privileged and objective.teacher == "ema":
             parts["teacher"] = self.weights * 4 // self.width
         if self._early and self.last:
             rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)

@@ -142,7 +142,7 @@ def _held(parameter: Parameter, grid: Grid) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Buffer:
+class ParamAndGradBuffer:
     """Parameters of one kind that are reduced and gathered together, by the ranks that hold the same."""
 
     numel: int
@@ -156,7 +156,7 @@ class Buffer:
 
 def buffers(
     shards: Sequence[Shard], grid: Grid, config: OptimizerConfig, *, first: bool, rank: int = 0, expert_rank: int = 0
-) -> list[Buffer]:
+) -> list[ParamAndGradBuffer]:
     """The buffers of a model chunk.
 
     Args:
@@ -171,7 +171,7 @@ def buffers(
             continue
         if not config.distributed:
             numel = sum(shard.numel for shard in alike)
-            found.append(Buffer(numel, numel, ranks, padded=False))
+            found.append(ParamAndGradBuffer(numel, numel, ranks, padded=False))
             continue
         bucket = None
         if first and config.overlap_grad_reduce:
@@ -180,7 +180,7 @@ def buffers(
     return found
 
 
-def _laid_out(shards: Sequence[Shard], ranks: int, bucket: int | None, rank: int) -> Buffer:
+def _laid_out(shards: Sequence[Shard], ranks: int, bucket: int | None, rank: int) -> ParamAndGradBuffer:
     """Megatron's layout: parameters from last to first, cut into buckets that every rank has an equal part of."""
     unit = math.lcm(ranks, BUCKET_UNIT)
     start = own = 0
@@ -207,4 +207,4 @@ def _laid_out(shards: Sequence[Shard], ranks: int, bucket: int | None, rank: int
             end = close(end)
     if spans:
         end = close(end)
-    return Buffer(end, own, ranks, padded=True)
+    return ParamAndGradBuffer(end, own, ranks, padded=True)

@@ -15,7 +15,7 @@ from sdpg_megatron.records import Prompt, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draws:
+class EvalSamples:
     """Responses to one problem; one item of each tuple for each response."""
 
     rewards: tuple[float, ...]
@@ -31,7 +31,7 @@ class Draws:
     """None where they were not to be kept."""
 
     @classmethod
-    def of(cls, scored: ScoredGroup, *, responses: bool) -> Draws:
+    def of(cls, scored: ScoredGroup, *, responses: bool) -> EvalSamples:
         completions = scored.group.completions
         return cls(
             rewards=scored.rewards,
@@ -52,8 +52,8 @@ class Problem:
     question: str = ""
     reference_answer: str = ""
     """The prompt's, which the verifier compares with."""
-    sampled: Draws
-    greedy: Draws
+    sampled: EvalSamples
+    greedy: EvalSamples
     """One response."""
 
     @classmethod
@@ -63,8 +63,8 @@ class Problem:
             uid=sampled.group.prompt.uid,
             question=sampled.group.prompt.question,
             reference_answer=sampled.group.prompt.answer_text,
-            sampled=Draws.of(sampled, responses=responses),
-            greedy=Draws.of(greedy, responses=responses),
+            sampled=EvalSamples.of(sampled, responses=responses),
+            greedy=EvalSamples.of(greedy, responses=responses),
         )
 
     def without_responses(self) -> Problem:
@@ -118,6 +118,6 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def _draws(fields: dict[str, Any]) -> Draws:
+def _draws(fields: dict[str, Any]) -> EvalSamples:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return Draws(**values)
+    return EvalSamples(**values)

@@ -107,14 +107,14 @@ def head_loss(
         terms = head_terms(hidden_TH, weight_VH, labels_T, vocab=vocab, teacher=teacher, options=options)
         every_T = torch.arange(labels_T.shape[0], device=labels_T.device)
         return loss(terms, every_T).sum(), terms.detached()
-    taught = teacher is not None
+    has_teacher = teacher is not None
 
     def of_chunk(terms: Terms, at_C: Tensor) -> Tensor:
-        return loss(HeadTerms(*terms) if taught else HeadTerms(*terms[:2]), at_C)
+        return loss(HeadTerms(*terms) if has_teacher else HeadTerms(*terms[:2]), at_C)
 
     inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options.sized(weight_VH))
     loss_sum, *found = GradInForward.apply(*inputs, of_chunk)  # type: ignore[no-untyped-call]
-    return loss_sum, _named(found, labels_T, taught, options)
+    return loss_sum, _named(found, labels_T, has_teacher, options)
 
 
 @torch.no_grad()
@@ -210,17 +210,19 @@ def _inputs(
 
 def _teacher_first(rows_G: Tensor, total: int) -> Tensor:
     """All rows, int64 [T]: those with a teacher in their given order, then the others in theirs."""
-    taught_T = torch.zeros(total, dtype=torch.bool, device=rows_G.device).index_fill_(0, rows_G, True)
+    has_teacher_T = torch.zeros(total, dtype=torch.bool, device=rows_G.device).index_fill_(0, rows_G, True)
     # A stable sort instead of nonzero(): the number of rows is known, and the device need not be waited for.
-    return torch.cat((rows_G, taught_T.to(torch.uint8).argsort(stable=True)[: total - rows_G.shape[0]]))
+    return torch.cat((rows_G, has_teacher_T.to(torch.uint8).argsort(stable=True)[: total - rows_G.shape[0]]))
 
 
-def _named(terms: Sequence[Tensor], labels_T: Tensor, taught: bool, options: HeadOptions) -> HeadTerms:
+def _named(terms: Sequence[Tensor], labels_T: Tensor, has_teacher: bool, options: HeadOptions) -> HeadTerms:
     logprob_T, entropy_T, divergence_T, teacher_logprob_T = terms
     if options.raises:
         _check_finite(labels_T, {"log-prob": logprob_T, "entropy": entropy_T, "divergence": divergence_T})
     return (
-        HeadTerms(logprob_T, entropy_T, divergence_T, teacher_logprob_T) if taught else HeadTerms(logprob_T, entropy_T)
+        HeadTerms(logprob_T, entropy_T, divergence_T, teacher_logprob_T)
+        if has_teacher
+        else HeadTerms(logprob_T, entropy_T)
     )
 
 

@@ -21,7 +21,7 @@ from sdpg_megatron.head.options import HeadOptions
 from sdpg_megatron.head.rows import Coefficients, Upstream
 from sdpg_megatron.head.shard import VocabShard
 from sdpg_megatron.head.statistics import STUDENT, TAUGHT, gather
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 
 
 class Kernels(NamedTuple):
@@ -41,14 +41,14 @@ class ChunkedHead:
     """
 
     def __init__(
-        self, logits: Logits, labels_T: Tensor, taught: int, columns: int, vocab: VocabShard, options: HeadOptions
+        self, logits: Logits, labels_T: Tensor, has_teacher: int, columns: int, vocab: VocabShard, options: HeadOptions
     ) -> None:
         """`taught`: G; `columns`: those of this shard that are tokens."""
         assert options.chunk_rows is not None and options.tile_columns is not None, "sizes are chosen by the caller"
         self.logits = logits
         self.vocab = vocab
         self.labels_T = labels_T - vocab.start if vocab.start else labels_T
-        self.taught = taught
+        self.has_teacher = has_teacher
         self.temperature = options.temperature
         self.divergence: Divergence = options.divergence
         self.top = min(self.divergence.top, vocab.valid)
@@ -62,31 +62,38 @@ class ChunkedHead:
 
     def chunks(self) -> list[slice]:
         """Runs of rows that all have a teacher, at most `chunk_rows`, or all have none, at most twice as many."""
-        return [*_runs(0, self.taught, self.chunk_rows), *_runs(self.taught, len(self.labels_T), 2 * self.chunk_rows)]
+        return [
+            *_runs(0, self.has_teacher, self.chunk_rows),
+            *_runs(self.has_teacher, len(self.labels_T), 2 * self.chunk_rows),
+        ]
 
     def measure(self, rows: slice) -> Tensor:
         """Statistics of the chunk and numbers of its divergence: float64 [N, C], with the same bits on every rank."""
         self.logits.begin(rows)
-        taught = rows.stop <= self.taught
-        gap = self.divergence.gap if taught else Gap.NONE
+        has_teacher = rows.stop <= self.has_teacher
+        weighted_log_ratio = self.divergence.weighted_log_ratio if has_teacher else WeightedLogRatio.NONE
         found, best = [], None
         for columns in self.tiles:
             student_CV, teacher_CV = self.logits.tile(columns)
             labels_C = self._labels(rows, columns)
-            found.append(self.kernels.tile.measure(student_CV, teacher_CV, labels_C, gap, masked=self.logits.masked))
+            found.append(
+                self.kernels.tile.measure(
+                    student_CV, teacher_CV, labels_C, weighted_log_ratio, masked=self.logits.masked
+                )
+            )
             if self.top and teacher_CV is not None:
                 here = self._top_tokens(student_CV, teacher_CV, columns)
                 best = here if best is None else best.beside(here).best(self.top)
-        packed_NC = self.kernels.rows.join(_stacked(found), gap)
+        packed_NC = self.kernels.rows.join(_stacked(found), weighted_log_ratio)
         if best is not None:
             packed_NC = torch.cat((packed_NC, best.packed(self.top)))
         parts_RNC = gather(packed_NC, self.vocab.group)
-        sums_KC: Tensor = self.kernels.rows.join(parts_RNC[:, : TAUGHT if taught else STUDENT], gap)
+        sums_KC: Tensor = self.kernels.rows.join(parts_RNC[:, : TAUGHT if has_teacher else STUDENT], weighted_log_ratio)
         if best is not None:
             best = TopTokens.of_ranks(parts_RNC[:, TAUGHT:]).best(self.top, padded=True)
             return torch.cat((sums_KC, best.packed(self.top)))
-        if taught and self.divergence.keep is not None:
-            return torch.cat((sums_KC, self._measure_mixture(sums_KC, self.divergence.keep)))
+        if has_teacher and self.divergence.student_mix is not None:
+            return torch.cat((sums_KC, self._measure_mixture(sums_KC, self.divergence.student_mix)))
         return sums_KC
 
     def terms(self, sums_NC: Tensor, out_4C: Tensor) -> None:
@@ -126,8 +133,8 @@ class ChunkedHead:
         token_V = torch.arange(columns.start, columns.stop, device=student_CV.device) + self.vocab.start
         return TopTokens(student_CV, teacher_CV, token_V.expand_as(student_CV)).best(self.top)
 
-    def _measure_mixture(self, sums_KC: Tensor, keep: float) -> Tensor:
-        row = row_functions.mixture_coefficients(sums_KC, keep, self.logits.dtype)
+    def _measure_mixture(self, sums_KC: Tensor, student_mix: float) -> Tensor:
+        row = row_functions.mixture_coefficients(sums_KC, student_mix, self.logits.dtype)
         found = [
             self.kernels.tile.measure_mixture(*self.logits.tile(columns), row, masked=self.logits.masked)
             for columns in self.tiles

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.head.statistics import StudentSums, TeacherSums
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 
 
 class Form(Enum):
@@ -31,14 +31,14 @@ class Form(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Pull:
+class GradCoefficients:
     """What an upstream gradient adds to `tile.RowCoefficients`, each float64 [C]; None for nothing."""
 
     constant: Tensor
     label: Tensor | None = None
     student: Tensor | None = None
     teacher: Tensor | None = None
-    drawn: Tensor | None = None
+    teacher_weight: Tensor | None = None
     mixture: Tensor | None = None
     top_Ck: Tensor | None = None
     """To be added at the columns of the top tokens."""
@@ -53,7 +53,7 @@ class Divergence(Protocol):
         ...
 
     @property
-    def gap(self) -> Gap:
+    def weighted_log_ratio(self) -> WeightedLogRatio:
         """Which D of `tile` it reads."""
         ...
 
@@ -63,7 +63,7 @@ class Divergence(Protocol):
         ...
 
     @property
-    def keep(self) -> float | None:
+    def student_mix(self) -> float | None:
         """The student's share in the mixture M, if it reads KL(p || M) and KL(q || M): `extra_NC` then is these two."""
         ...
 
@@ -71,7 +71,9 @@ class Divergence(Protocol):
         """Nats, float64 [C]."""
         ...
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
         """Its gradient under an upstream gradient, float64 [C]."""
         ...
 
@@ -141,21 +143,23 @@ class ReverseKL:
     """KL(p || q) = D/S - ln S + ln U, with phi = log p - log q."""
 
     form = Form.REVERSE_KL
-    gap = Gap.STUDENT
+    weighted_log_ratio = WeightedLogRatio.STUDENT
     top = 0
-    keep = None
+    student_mix = None
 
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
-        return teacher.gap / student.sum - student.sum.log() + teacher.sum.log()
+        return teacher.weighted_log_ratio / student.sum - student.sum.log() + teacher.sum.log()
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
         slope_C = upstream_C / student.sum
-        return Pull(-slope_C * teacher.gap / student.sum, student=slope_C, teacher=-slope_C)
+        return GradCoefficients(-slope_C * teacher.weighted_log_ratio / student.sum, student=slope_C, teacher=-slope_C)
 
     def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
         """Value [C] and phi [C, n] for the log-probs of n outcomes."""
-        gap_Cn = logp_Cn - logq_Cn
-        return _mean(logp_Cn, gap_Cn), gap_Cn
+        log_ratio_Cn = logp_Cn - logq_Cn
+        return _mean(logp_Cn, log_ratio_Cn), log_ratio_Cn
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +167,22 @@ class ForwardKL:
     """KL(q || p) = D/U - ln U + ln S, with phi = -q / p: its gradient is p - q."""
 
     form = Form.FORWARD_KL
-    gap = Gap.TEACHER
+    weighted_log_ratio = WeightedLogRatio.TEACHER
     top = 0
-    keep = None
+    student_mix = None
 
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
-        return teacher.gap / teacher.sum - teacher.sum.log() + student.sum.log()
+        return teacher.weighted_log_ratio / teacher.sum - teacher.sum.log() + student.sum.log()
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
-        return Pull(upstream_C / student.sum, drawn=upstream_C / teacher.sum)
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
+        return GradCoefficients(upstream_C / student.sum, teacher_weight=upstream_C / teacher.sum)
 
     def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
         """Value [C] and phi [C, n] for the log-probs of n outcomes."""
-        gap_Cn = logq_Cn - logp_Cn
-        return _mean(logq_Cn, gap_Cn), -gap_Cn.exp()
+        log_ratio_Cn = logq_Cn - logp_Cn
+        return _mean(logq_Cn, log_ratio_Cn), -log_ratio_Cn.exp()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,7 @@ class JensenShannon:
     beta: float = 0.5
 
     form = Form.JENSEN_SHANNON
-    gap = Gap.NONE
+    weighted_log_ratio = WeightedLogRatio.NONE
     top = 0
 
     def __post_init__(self) -> None:
@@ -200,21 +206,23 @@ class JensenShannon:
             )
 
     @property
-    def keep(self) -> float:
+    def student_mix(self) -> float:
         return 1 - self.beta
 
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
-        return self.keep * extra_NC[0] + self.beta * extra_NC[1]
+        return self.student_mix * extra_NC[0] + self.beta * extra_NC[1]
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
-        slope_C = self.keep * upstream_C / student.sum
-        return Pull(-slope_C * extra_NC[0], mixture=slope_C)
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
+        slope_C = self.student_mix * upstream_C / student.sum
+        return GradCoefficients(-slope_C * extra_NC[0], mixture=slope_C)
 
     def over(self, logp_Cn: Tensor, logq_Cn: Tensor) -> tuple[Tensor, Tensor]:
         """Value [C] and phi [C, n] for the log-probs of n outcomes."""
-        logm_Cn = torch.logaddexp(logp_Cn + math.log(self.keep), logq_Cn + math.log(self.beta))
-        value_C = self.keep * _mean(logp_Cn, logp_Cn - logm_Cn) + self.beta * _mean(logq_Cn, logq_Cn - logm_Cn)
-        return value_C, self.keep * (logp_Cn - logm_Cn)
+        logm_Cn = torch.logaddexp(logp_Cn + math.log(self.student_mix), logq_Cn + math.log(self.beta))
+        value_C = self.student_mix * _mean(logp_Cn, logp_Cn - logm_Cn) + self.beta * _mean(logq_Cn, logq_Cn - logm_Cn)
+        return value_C, self.student_mix * (logp_Cn - logm_Cn)
 
 
 def _mean(logweight_Cn: Tensor, values_Cn: Tensor) -> Tensor:
@@ -232,16 +240,18 @@ class SampledToken:
     """
 
     form = Form.SAMPLED_TOKEN
-    gap = Gap.NONE
+    weighted_log_ratio = WeightedLogRatio.NONE
     top = 0
-    keep = None
+    student_mix = None
 
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
         return student.logprob - teacher.logprob
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
         label_C = upstream_C * self.value(student, teacher, extra_NC)
-        return Pull(-label_C / student.sum, label=label_C)
+        return GradCoefficients(-label_C / student.sum, label=label_C)
 
 
 TAIL_FLOOR = 1e-7
@@ -256,8 +266,8 @@ class TopK:
     over: ReverseKL | ForwardKL | JensenShannon = JensenShannon()
 
     form = Form.NONE
-    gap = Gap.NONE
-    keep = None
+    weighted_log_ratio = WeightedLogRatio.NONE
+    student_mix = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -270,14 +280,18 @@ class TopK:
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
         return self.over.over(*self._outcomes(student, teacher, extra_NC))[0]
 
-    def pull(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor) -> Pull:
+    def grad_coefficients(
+        self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
+    ) -> GradCoefficients:
         logp_Cn, logq_Cn = self._outcomes(student, teacher, extra_NC)
         slope_Cn = self.over.over(logp_Cn, logq_Cn)[1].nan_to_num(0.0)  # NaN: neither has a weight
         floored_C = 1 - logp_Cn[:, :-1].exp().sum(1) < TAIL_FLOOR
         slope_Cn[:, -1].masked_fill_(floored_C, 0.0)  # the floor stays where it is
         others_C = slope_Cn[:, -1] - _mean(logp_Cn, slope_Cn)
         apart_Ck = slope_Cn[:, :-1] - slope_Cn[:, -1:]
-        return Pull(upstream_C * others_C / student.sum, top_Ck=upstream_C[:, None] * logp_Cn[:, :-1].exp() * apart_Ck)
+        return GradCoefficients(
+            upstream_C * others_C / student.sum, top_Ck=upstream_C[:, None] * logp_Cn[:, :-1].exp() * apart_Ck
+        )
 
     def _outcomes(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> tuple[Tensor, Tensor]:
         """log p and log q of the k + 1 outcomes."""

@@ -71,15 +71,15 @@ class Products:
     def begin(self, rows: slice) -> None:
         if self._rows == rows:
             return
-        self._rows, taught = rows, rows.stop <= self.teacher[0].shape[0]
+        self._rows, has_teacher = rows, rows.stop <= self.teacher[0].shape[0]
         self._made.clear()
         (hidden_TH, weight_VH), (teacher_GH, teacher_VH) = self.student, self.teacher
         factor, teacher_factor = (1 / temperature for temperature in self.temperatures)
-        if taught and self.shared:
+        if has_teacher and self.shared:
             self._inputs = [(torch.cat((hidden_TH[rows], teacher_GH[rows])), weight_VH, factor)]
         else:
             self._inputs = [(hidden_TH[rows], weight_VH, factor)]
-            if taught:
+            if has_teacher:
                 self._inputs.append((teacher_GH[rows], teacher_VH, teacher_factor))
         if not hidden_TH.is_cuda:  # products of narrow types are widened there: once, rather than for each tile
             self._inputs = [(rows_MH.to(self.dtype), matrix_VH, by) for rows_MH, matrix_VH, by in self._inputs]
@@ -130,9 +130,9 @@ class Given:
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         student_TV, rows = self.student_TV[:, columns], self._rows
         student_CV = student_TV[rows] if self.order_T is None else student_TV.index_select(0, self.order_T[rows])
-        taught = rows.stop <= self.teacher_GV.shape[0]
+        has_teacher = rows.stop <= self.teacher_GV.shape[0]
         return _over(student_CV, self.temperatures[0]), (
-            _over(self.teacher_GV[rows, columns], self.temperatures[1]) if taught else None
+            _over(self.teacher_GV[rows, columns], self.temperatures[1]) if has_teacher else None
         )
 
 

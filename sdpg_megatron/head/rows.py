@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sdpg_megatron.head.divergences import Divergence, Pull, TopTokens
+from sdpg_megatron.head.divergences import Divergence, GradCoefficients, TopTokens
 from sdpg_megatron.head.statistics import STUDENT, TAUGHT, StudentSums, TeacherSums, join
 from sdpg_megatron.head.tile import RowCoefficients
 
@@ -49,38 +49,38 @@ def coefficients(
     """Coefficients, in `dtype`, of the gradient in the logits before temperature, from gradients of the terms."""
     logprob_C, entropy_C, divergence_C = (None if g_C is None else g_C.double() for g_C in upstream)
     student = StudentSums.of(sums_NC)
-    pulls = []
+    contributions: list[GradCoefficients] = []
     if logprob_C is not None:
-        pulls.append(Pull(-logprob_C / student.sum, label=logprob_C))
+        contributions.append(GradCoefficients(-logprob_C / student.sum, label=logprob_C))
     if entropy_C is not None:
         slope_C = -entropy_C / student.sum
-        pulls.append(Pull(-slope_C * student.spread / student.sum, student=slope_C))
+        contributions.append(GradCoefficients(-slope_C * student.weighted_logit_sum / student.sum, student=slope_C))
     teacher = None
     if sums_NC.shape[0] > STUDENT and divergence_C is not None:
         teacher = TeacherSums.of(sums_NC)
-        pulls.append(divergence.pull(student, teacher, sums_NC[TAUGHT:], divergence_C))
+        contributions.append(divergence.grad_coefficients(student, teacher, sums_NC[TAUGHT:], divergence_C))
 
     def total(name: str) -> Tensor | None:
-        parts = [part for pull in pulls if (part := getattr(pull, name)) is not None]
+        parts = [part for contribution in contributions if (part := getattr(contribution, name)) is not None]
         if not parts:
             return None
         sum_C: Tensor = reduce(operator.add, parts)
         return (sum_C if temperature == 1 else sum_C / temperature).to(dtype)
 
-    parts = {name: total(name) for name in ("constant", "label", "student", "teacher", "drawn", "mixture")}
+    parts = {name: total(name) for name in ("constant", "label", "student", "teacher", "teacher_weight", "mixture")}
     if parts["constant"] is None:
         parts["constant"] = torch.zeros_like(student.max, dtype=dtype)
-    if teacher is not None and any(parts[name] is not None for name in ("teacher", "drawn", "mixture")):
+    if teacher is not None and any(parts[name] is not None for name in ("teacher", "teacher_weight", "mixture")):
         parts["teacher_max"] = teacher.max.to(dtype)
     if teacher is not None and parts["mixture"] is not None:
         parts |= {"log_sum": student.log_sum.to(dtype), "teacher_log_sum": teacher.log_sum.to(dtype)}
-    keep = 0.5 if divergence.keep is None else divergence.keep
-    row = RowCoefficients(max=student.max.to(dtype), keep=keep, **parts)  # type: ignore[arg-type]
+    student_mix = 0.5 if divergence.student_mix is None else divergence.student_mix
+    row = RowCoefficients(max=student.max.to(dtype), student_mix=student_mix, **parts)  # type: ignore[arg-type]
     top_Ck = total("top_Ck")
     return Coefficients(row, None if top_Ck is None else TopTokens.unpacked(sums_NC[TAUGHT:]).token_Ck.long(), top_Ck)
 
 
-def mixture_coefficients(sums_KC: Tensor, keep: float, dtype: torch.dtype) -> RowCoefficients:
+def mixture_coefficients(sums_KC: Tensor, student_mix: float, dtype: torch.dtype) -> RowCoefficients:
     """Coefficients that `tile.measure_mixture` reads."""
     student, teacher = StudentSums.of(sums_KC), TeacherSums.of(sums_KC)
     return RowCoefficients(
@@ -89,5 +89,5 @@ def mixture_coefficients(sums_KC: Tensor, keep: float, dtype: torch.dtype) -> Ro
         teacher_max=teacher.max.to(dtype),
         log_sum=student.log_sum.to(dtype),
         teacher_log_sum=teacher.log_sum.to(dtype),
-        keep=keep,
+        student_mix=student_mix,
     )

@@ -17,14 +17,14 @@ from sdpg_megatron.head import rows
 from sdpg_megatron.head.divergences import Divergence, Form
 from sdpg_megatron.head.rows import Coefficients, Upstream
 from sdpg_megatron.head.statistics import STUDENT
-from sdpg_megatron.head.tile import Gap, RowCoefficients
+from sdpg_megatron.head.tile import RowCoefficients, WeightedLogRatio
 from sdpg_megatron.head.tile_triton import device_of
 
 BLOCK = 128
 """Rows of a program."""
 
-_STUDENT_GAP = tl.constexpr(Gap.STUDENT.value)
-_TEACHER_GAP = tl.constexpr(Gap.TEACHER.value)
+_STUDENT_GAP = tl.constexpr(WeightedLogRatio.STUDENT.value)
+_TEACHER_GAP = tl.constexpr(WeightedLogRatio.TEACHER.value)
 _NONE = tl.constexpr(Form.NONE.value)
 _REVERSE_KL = tl.constexpr(Form.REVERSE_KL.value)
 _FORWARD_KL = tl.constexpr(Form.FORWARD_KL.value)
@@ -33,36 +33,43 @@ _SAMPLED_TOKEN = tl.constexpr(Form.SAMPLED_TOKEN.value)
 
 PARTS = (
     *("max", "constant", "label", "student"),
-    *("teacher_max", "teacher", "drawn", "mixture", "log_sum", "teacher_log_sum"),
+    *("teacher_max", "teacher", "teacher_weight", "mixture", "log_sum", "teacher_log_sum"),
 )
 """Fields of `RowCoefficients`, in the order in which `_coefficients` writes them."""
 OF_FORM = {
     Form.NONE: set(),
     Form.REVERSE_KL: {"student", "teacher_max", "teacher"},
-    Form.FORWARD_KL: {"teacher_max", "drawn"},
+    Form.FORWARD_KL: {"teacher_max", "teacher_weight"},
     Form.JENSEN_SHANNON: {"teacher_max", "mixture", "log_sum", "teacher_log_sum"},
     Form.SAMPLED_TOKEN: {"label"},
 }
 """Fields that a divergence with an upstream gradient needs beside the maximum and the constant."""
 
 
-def join(parts_RKC: Tensor, gap: Gap) -> Tensor:
+def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
     """`statistics.join`."""
     ranks, kinds, size = parts_RKC.shape
     if ranks == 1 or not size:
-        return rows.join(parts_RKC, gap)
+        return rows.join(parts_RKC, weighted_log_ratio)
     joined_KC = parts_RKC.new_empty(kinds, size)
     with device_of(parts_RKC):
         _join[_grid(size)](
-            parts_RKC, joined_KC, ranks, size, parts_RKC.stride(0), TAUGHT=kinds > STUDENT, GAP=gap.value, BLOCK=BLOCK
+            parts_RKC,
+            joined_KC,
+            ranks,
+            size,
+            parts_RKC.stride(0),
+            TAUGHT=kinds > STUDENT,
+            GAP=weighted_log_ratio.value,
+            BLOCK=BLOCK,
         )
     return joined_KC
 
 
 def terms(sums_NC: Tensor, divergence: Divergence, out_4C: Tensor) -> None:
     """`rows.terms`."""
-    taught, size = sums_NC.shape[0] > STUDENT, sums_NC.shape[1]
-    if taught and divergence.form is Form.NONE:
+    has_teacher, size = sums_NC.shape[0] > STUDENT, sums_NC.shape[1]
+    if has_teacher and divergence.form is Form.NONE:
         rows.terms(sums_NC, divergence, out_4C)
         return
     with device_of(sums_NC):
@@ -71,7 +78,7 @@ def terms(sums_NC: Tensor, divergence: Divergence, out_4C: Tensor) -> None:
             out_4C,
             size,
             out_4C.stride(0),
-            FORM=divergence.form.value if taught else None,
+            FORM=divergence.form.value if has_teacher else None,
             KEEP=_keep(divergence),
             BLOCK=BLOCK,
         )
@@ -105,11 +112,11 @@ def coefficients(
     wanted = {"max", "constant", *OF_FORM[form]}
     wanted |= ({"label"} if logprob_C is not None else set()) | ({"student"} if entropy_C is not None else set())
     parts = {name: part_C for name, part_C in zip(PARTS, made_PC.unbind(0), strict=True) if name in wanted}
-    return Coefficients(RowCoefficients(**parts, keep=_keep(divergence)))
+    return Coefficients(RowCoefficients(**parts, student_mix=_keep(divergence)))
 
 
 def _keep(divergence: Divergence) -> float:
-    return 0.5 if divergence.keep is None else divergence.keep
+    return 0.5 if divergence.student_mix is None else divergence.student_mix
 
 
 def _grid(size: int) -> tuple[int]:

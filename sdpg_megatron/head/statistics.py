@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """torch 2.13 gave the older of the two this name."""
@@ -27,7 +27,7 @@ class StudentSums:
 
     max: Tensor
     sum: Tensor
-    spread: Tensor
+    weighted_logit_sum: Tensor
     label: Tensor
     log_sum: Tensor
 
@@ -43,7 +43,7 @@ class StudentSums:
     @property
     def entropy(self) -> Tensor:
         """H = ln S - B / S."""
-        return self.log_sum - self.spread / self.sum
+        return self.log_sum - self.weighted_logit_sum / self.sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class TeacherSums:
 
     max: Tensor
     sum: Tensor
-    gap: Tensor
+    weighted_log_ratio: Tensor
     label: Tensor
     log_sum: Tensor
 
@@ -66,7 +66,7 @@ class TeacherSums:
         return self.label - self.max - self.log_sum
 
 
-def join(parts_RKC: Tensor, gap: Gap) -> Tensor:
+def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
     """Bring statistics to their common maxima and add them up: [K, C]. One set of columns is returned as it is."""
     if parts_RKC.shape[0] == 1:
         return parts_RKC[0]
@@ -78,17 +78,19 @@ def join(parts_RKC: Tensor, gap: Gap) -> Tensor:
     joined_4PC = [max_PC, (scale_RPC * sum_RPC).sum(0), torch.empty_like(max_PC), label_RPC.amax(0)]
     joined_4PC[2][0] = (scale_RPC[:, 0] * (moment_RPC[:, 0] + sum_RPC[:, 0] * shift_RPC[:, 0])).sum(0)
     if max_RPC.shape[1] == 2:
-        joined_4PC[2][1] = _join_gap(sum_RPC, moment_RPC[:, 1], shift_RPC, scale_RPC, gap)
+        joined_4PC[2][1] = _join_log_ratio(sum_RPC, moment_RPC[:, 1], shift_RPC, scale_RPC, weighted_log_ratio)
     return torch.stack(joined_4PC, 1).flatten(0, 1)
 
 
-def _join_gap(sum_RPC: Tensor, gap_RC: Tensor, shift_RPC: Tensor, scale_RPC: Tensor, gap: Gap) -> Tensor:
+def _join_log_ratio(
+    sum_RPC: Tensor, log_ratio_RC: Tensor, shift_RPC: Tensor, scale_RPC: Tensor, weighted_log_ratio: WeightedLogRatio
+) -> Tensor:
     """D over all sets of columns. A set whose weights all vanish adds 0, even if its own D is infinite."""
-    if gap is Gap.NONE:
-        return gap_RC.sum(0)
-    weighs, other = (0, 1) if gap is Gap.STUDENT else (1, 0)
+    if weighted_log_ratio is WeightedLogRatio.NONE:
+        return log_ratio_RC.sum(0)
+    weighs, other = (0, 1) if weighted_log_ratio is WeightedLogRatio.STUDENT else (1, 0)
     apart_RC = shift_RPC[:, weighs] - shift_RPC[:, other]
-    moved_RC = scale_RPC[:, weighs] * (gap_RC + sum_RPC[:, weighs] * apart_RC)
+    moved_RC = scale_RPC[:, weighs] * (log_ratio_RC + sum_RPC[:, weighs] * apart_RC)
     return moved_RC.masked_fill(scale_RPC[:, weighs] == 0, 0).sum(0)
 
 

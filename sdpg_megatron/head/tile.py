@@ -24,7 +24,7 @@ LEAST = -1000.0
 """Stands for every smaller log-weight, -inf included: e^-1000 is 0 in float64 too, and 0 times this is no NaN."""
 
 
-class Gap(Enum):
+class WeightedLogRatio(Enum):
     """Which distribution weighs the difference of the log-weights in D."""
 
     NONE = 0
@@ -36,9 +36,10 @@ class Gap(Enum):
 class RowCoefficients:
     """What turns a tile of logits into its gradient, each [C]:
 
-        e^(z-m) [constant + student (z-m) + teacher (u-n) + mixture (log p - log M)] - drawn e^(u-n) + label 1[v = y]
+        e^(z-m) [constant + student (z-m) + teacher (u-n) + mixture (log p - log M)]
+        - teacher_weight e^(u-n) + label 1[v = y]
 
-    with log M = log(keep p + (1 - keep) q). A part that is None costs nothing.
+    with log M = log(student_mix p + (1 - student_mix) q). A part that is None costs nothing.
     """
 
     max: Tensor
@@ -48,17 +49,24 @@ class RowCoefficients:
     student: Tensor | None = None
     teacher_max: Tensor | None = None
     teacher: Tensor | None = None
-    drawn: Tensor | None = None
+    teacher_weight: Tensor | None = None
     mixture: Tensor | None = None
     log_sum: Tensor | None = None
     """ln S; wanted with `mixture`, as are the next two."""
     teacher_log_sum: Tensor | None = None
     """ln U."""
-    keep: float = 0.5
+    student_mix: float = 0.5
     """The student's share of the mixture."""
 
 
-def measure(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap: Gap, *, masked: bool) -> Tensor:
+def measure(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    weighted_log_ratio: WeightedLogRatio,
+    *,
+    masked: bool,
+) -> Tensor:
     """Statistics of a tile. The tile is left as it is.
 
     Args:
@@ -78,23 +86,25 @@ def measure(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap
         # Not bounded below: where only one of the two has a weight, the gap is infinite and must stay so.
         lower_CV = teacher_CV - top_C[:, None]
         drawn_CV = lower_CV.exp()
-        match gap:
-            case Gap.STUDENT:
-                gap_C = _weighted_gap(weight_CV, shifted_CV, lower_CV, masked)
-            case Gap.TEACHER:
+        match weighted_log_ratio:
+            case WeightedLogRatio.STUDENT:
+                gap_C = _weighted_log_ratio(weight_CV, shifted_CV, lower_CV, masked)
+            case WeightedLogRatio.TEACHER:
                 shifted_CV = student_CV - max_C[:, None] if masked else shifted_CV
-                gap_C = _weighted_gap(drawn_CV, lower_CV, shifted_CV, masked)
-            case Gap.NONE:
+                gap_C = _weighted_log_ratio(drawn_CV, lower_CV, shifted_CV, masked)
+            case WeightedLogRatio.NONE:
                 gap_C = torch.zeros_like(top_C)
         found += [top_C, drawn_CV.sum(1), gap_C, _at(teacher_CV, labels_C)]
     return torch.stack(found).double()
 
 
 def measure_mixture(student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, *, masked: bool) -> Tensor:
-    """A tile's part of KL(p || M) and KL(q || M), with M = keep p + (1 - keep) q: float64 [2, C]. Tile left as it is.
+    """A tile's part of KL(p || M) and KL(q || M), float64 [2, C]. The tile is not changed.
+
+    M = student_mix p + (1 - student_mix) q.
 
     Args:
-        row: its `max`, `log_sum`, `teacher_max`, `teacher_log_sum` and `keep` are read.
+        row: its `max`, `log_sum`, `teacher_max`, `teacher_log_sum` and `student_mix` are read.
     """
     logp_CV, logq_CV, logm_CV = _mixture(student_CV, teacher_CV, row, masked)
     found = _dot(logp_CV.exp(), logp_CV - logm_CV), _dot(logq_CV.exp(), logq_CV - logm_CV)
@@ -132,8 +142,8 @@ def gradient_(
     if mixed_CV is not None:
         gradient_CV.add_(mixed_CV)
     gradient_CV.mul_(weight_CV)
-    if row.drawn is not None:
-        gradient_CV.addcmul_(_given(teacher_CV).exp_(), _column(row.drawn, kind), value=-1)
+    if row.teacher_weight is not None:
+        gradient_CV.addcmul_(_given(teacher_CV).exp_(), _column(row.teacher_weight, kind), value=-1)
     if row.label is not None and gradient_CV.shape[1]:
         owned_C, column_C = locate(labels_C, gradient_CV.shape[1])
         at_label_C = torch.where(owned_C, row.label.to(kind), 0)
@@ -184,10 +194,10 @@ def _at(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
     return torch.where(owned_C, logits_CV.gather(1, column_C[:, None])[:, 0], nowhere_C)
 
 
-def _weighted_gap(weight_CV: Tensor, over_CV: Tensor, under_CV: Tensor, masked: bool) -> Tensor:
+def _weighted_log_ratio(weight_CV: Tensor, over_CV: Tensor, under_CV: Tensor, masked: bool) -> Tensor:
     """Sum of ``weight (over - under)``. A column without weight adds nothing, even where the difference is infinite."""
-    gap_CV = over_CV - under_CV
-    return _dot(weight_CV, gap_CV.masked_fill_(weight_CV == 0, 0) if masked else gap_CV)
+    log_ratio_CV = over_CV - under_CV
+    return _dot(weight_CV, log_ratio_CV.masked_fill_(weight_CV == 0, 0) if masked else log_ratio_CV)
 
 
 def _mixture(
@@ -197,7 +207,11 @@ def _mixture(
     kind = student_CV.dtype
     logp_CV = _shift(student_CV, row.max, masked).sub_(_column(_given(row.log_sum), kind))
     logq_CV = _shift(teacher_CV, _given(row.teacher_max), masked).sub_(_column(_given(row.teacher_log_sum), kind))
-    return logp_CV, logq_CV, torch.logaddexp(logp_CV + math.log(row.keep), logq_CV + math.log1p(-row.keep))
+    return (
+        logp_CV,
+        logq_CV,
+        torch.logaddexp(logp_CV + math.log(row.student_mix), logq_CV + math.log1p(-row.student_mix)),
+    )
 
 
 def _mixture_part(student_CV: Tensor, teacher_CV: Tensor | None, row: RowCoefficients, masked: bool) -> Tensor | None:

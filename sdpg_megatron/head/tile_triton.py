@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdpg_megatron.head import tile
-from sdpg_megatron.head.tile import LEAST, Gap, RowCoefficients
+from sdpg_megatron.head.tile import LEAST, RowCoefficients, WeightedLogRatio
 
 BLOCK = 4096
 """Columns of a program of the gradient's kernel: a power of two, 16 for each thread."""
@@ -37,8 +37,8 @@ none is spilled."""
 
 _LEAST = tl.constexpr(LEAST)
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_STUDENT = tl.constexpr(Gap.STUDENT.value)
-_TEACHER = tl.constexpr(Gap.TEACHER.value)
+_STUDENT = tl.constexpr(WeightedLogRatio.STUDENT.value)
+_TEACHER = tl.constexpr(WeightedLogRatio.TEACHER.value)
 
 
 def available(device: torch.device) -> bool:
@@ -47,7 +47,13 @@ def available(device: torch.device) -> bool:
 
 
 def measure(
-    student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, gap: Gap, *, masked: bool, block: int = LOOP_BLOCK
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    weighted_log_ratio: WeightedLogRatio,
+    *,
+    masked: bool,
+    block: int = LOOP_BLOCK,
 ) -> Tensor:
     """`tile.measure`, reading each logit once (the label's twice).
 
@@ -60,7 +66,7 @@ def measure(
     _check(student_CV, teacher_CV)
     rows, columns = student_CV.shape
     if not student_CV.numel():
-        return tile.measure(student_CV, teacher_CV, labels_C, gap, masked=masked)
+        return tile.measure(student_CV, teacher_CV, labels_C, weighted_log_ratio, masked=masked)
     found_KC = student_CV.new_empty((4 if teacher_CV is None else 8, rows), dtype=torch.float64)
     with device_of(student_CV):
         _measure_row[(rows,)](
@@ -74,7 +80,7 @@ def measure(
             _stride(teacher_CV),
             LOWEST=torch.finfo(student_CV.dtype).min,
             MASKED=masked,
-            GAP=gap.value,
+            GAP=weighted_log_ratio.value,
             BLOCK=block,
             STAGES=STAGES,
             num_warps=WARPS,
@@ -102,8 +108,8 @@ def measure_mixture(
             student_CV.stride(0),
             teacher_CV.stride(0),
             *_each_row(row.max, row.log_sum, row.teacher_max, row.teacher_log_sum),
-            LOG_KEEP=math.log(row.keep),
-            LOG_REST=math.log1p(-row.keep),
+            LOG_KEEP=math.log(row.student_mix),
+            LOG_REST=math.log1p(-row.student_mix),
             BLOCK=block,
             STAGES=STAGES,
             num_warps=WARPS,
@@ -136,7 +142,7 @@ def gradient_(
     if not student_CV.numel():
         return out_CV
     rows, columns = student_CV.shape
-    if row.teacher is None and row.drawn is None and row.mixture is None:
+    if row.teacher is None and row.teacher_weight is None and row.mixture is None:
         teacher_CV = None  # not read in vain
     else:
         assert teacher_CV is not None, "coefficients of the teacher come with its logits"
@@ -150,11 +156,11 @@ def gradient_(
             student_CV.stride(0),
             _stride(teacher_CV),
             out_CV.stride(0),
-            *_each_row(row.max, row.constant, row.label, row.student, row.teacher_max, row.teacher, row.drawn),
+            *_each_row(row.max, row.constant, row.label, row.student, row.teacher_max, row.teacher, row.teacher_weight),
             *_each_row(row.mixture, row.log_sum, row.teacher_log_sum),
             MASKED=masked,
-            LOG_KEEP=math.log(row.keep),
-            LOG_REST=math.log1p(-row.keep),
+            LOG_KEEP=math.log(row.student_mix),
+            LOG_REST=math.log1p(-row.student_mix),
             BLOCK=block,
             num_warps=WARPS,
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.launch.machine import Machine, Place, run
+from sdpg_megatron.launch.machine import Machine, NodeConfig, run
 from sdpg_megatron.process import streams
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    place = Place(
+    node_config = NodeConfig(
         nodes=options.nodes,
         node=options.node,
         ranks=options.ranks,
@@ -54,4 +54,4 @@ def _run(options: argparse.Namespace) -> int:
     )
     branch = ["--branch-from", options.branch_from] if options.branch_from is not None else []
     branch += ["--new-reference"] if options.new_reference else []
-    return run(Machine(place, options.config, options.overrides, branch))
+    return run(Machine(node_config, options.config, options.overrides, branch))

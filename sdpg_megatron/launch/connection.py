@@ -13,7 +13,7 @@ LIMIT = 64 << 20
 """Bytes of a line, at most."""
 
 
-class Line:
+class Connection:
     """One end of it. `heard` is when the other end last said anything."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -45,13 +45,13 @@ class Line:
         async with asyncio.timeout(seconds):
             while True:
                 try:
-                    line = await self._reader.readline()
+                    connection = await self._reader.readline()
                 except OSError:
                     return None
-                if not line.endswith(b"\n"):
+                if not connection.endswith(b"\n"):
                     return None
                 self.heard = time.monotonic()
-                message: dict[str, Any] = json.loads(line)
+                message: dict[str, Any] = json.loads(connection)
                 if message:
                     return message
 

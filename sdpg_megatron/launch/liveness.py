@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpg_megatron.launch.connection import Line
-from sdpg_megatron.launch.rendezvous import Plan
+from sdpg_megatron.launch.connection import Connection
+from sdpg_megatron.launch.rendezvous import LaunchPlan
 from sdpg_megatron.process.signals import STOPPED
 
 WELL = (0, STOPPED)
@@ -25,12 +25,12 @@ WELL_GRACE = 300.0
 
 
 @dataclass(slots=True)
-class Circle:
+class Liveness:
     """This machine's view of the others."""
 
     node: int
-    plan: Plan
-    lines: Mapping[int, Line]
+    plan: LaunchPlan
+    connections: Mapping[int, Connection]
     lost_seconds: float
     ended: dict[int, int] = field(default_factory=dict)
     """Exit codes of the machines that have ended."""
@@ -42,9 +42,9 @@ class Circle:
     _since: float | None = None
 
     def start(self) -> None:
-        for node, line in self.lines.items():
-            line.heard = time.monotonic()
-            self._tasks += [asyncio.create_task(line.beat()), asyncio.create_task(self._listen(node, line))]
+        for node, connection in self.connections.items():
+            connection.heard = time.monotonic()
+            self._tasks += [asyncio.create_task(connection.beat()), asyncio.create_task(self._listen(node, connection))]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -57,14 +57,14 @@ class Circle:
 
     def stop(self, number: int) -> None:
         """Tell machine 0 of a signal that asks the run to stop."""
-        for line in self.lines.values():
-            line.say(stop=number)
+        for connection in self.connections.values():
+            connection.say(stop=number)
 
     def verdict(self) -> tuple[str, int] | None:
         """Why this machine's ranks have to end now, and the exit code; None while they need not."""
-        for node, line in self.lines.items():
+        for node, connection in self.connections.items():
             if node not in self.ended and node not in self.lost:
-                silence = time.monotonic() - line.heard
+                silence = time.monotonic() - connection.heard
                 if silence > self.lost_seconds:
                     what = f"has not been heard of for {silence:.0f} s: it hangs, or the link to it is cut"
                     self._note_lost(node, what)
@@ -87,10 +87,10 @@ class Circle:
     @property
     def complete(self) -> bool:
         """Whether all machines that this one is in touch with have ended, or are lost."""
-        return all(node in self.ended or node in self.lost for node in self.lines)
+        return all(node in self.ended or node in self.lost for node in self.connections)
 
-    async def _listen(self, node: int, line: Line) -> None:
-        while (message := await line.hear()) is not None:
+    async def _listen(self, node: int, connection: Connection) -> None:
+        while (message := await connection.hear()) is not None:
             if "ended" in message:
                 self._note_end(*message["ended"])
             elif "lost" in message:
@@ -113,6 +113,6 @@ class Circle:
 
     def _pass_on(self, node: int, **message: Any) -> None:
         """To all but the one that it is about."""
-        for other, line in self.lines.items():
+        for other, connection in self.connections.items():
             if other != node:
-                line.say(**message)
+                connection.say(**message)

@@ -20,10 +20,10 @@ import psutil
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.config.load import flatten, load
 from sdpg_megatron.errors import ConfigError, LaunchError
-from sdpg_megatron.launch.liveness import Circle
-from sdpg_megatron.launch.rendezvous import Card, Plan, check_port, free_port, meet
+from sdpg_megatron.launch.liveness import Liveness
+from sdpg_megatron.launch.rendezvous import LaunchPlan, NodeInfo, check_port, free_port, rendezvous
 from sdpg_megatron.launch.servers import Servers, prepare
-from sdpg_megatron.launch.torchrun_process import Ranks
+from sdpg_megatron.launch.torchrun_process import TorchrunProcess
 
 LOOK = 0.2
 """Seconds between looks at the ranks, the servers and the other machines."""
@@ -35,7 +35,7 @@ PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class NodeConfig:
     """Which machine this is, what is to run on it, and where machine 0 is; see `command`."""
 
     nodes: int
@@ -58,7 +58,9 @@ class Place:
 class Machine:
     """Run once."""
 
-    def __init__(self, place: Place, config: Path, overrides: Sequence[str], options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, node_config: NodeConfig, config: Path, overrides: Sequence[str], options: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             options: more of ``sdpg-megatron train``, as on its command line.
@@ -66,17 +68,17 @@ class Machine:
         Raises:
             ConfigError: see `sdpg_megatron.config.load.load`.
         """
-        self._place = place
+        self._place = node_config
         self._arguments = [str(config), *overrides, *options]
         self._options = options
         self._config = load(config, overrides)
         self._servers = Servers()
-        self._ranks: Ranks | None = None
-        self._circle: Circle | None = None
+        self._ranks: TorchrunProcess | None = None
+        self._circle: Liveness | None = None
         self._signals = 0
         self._asked = False
         self._stopped: signal.Signals | None = None
-        if place.servers and self._config.rollout.sglang.urls:
+        if node_config.servers and self._config.rollout.sglang.urls:
             urls = list(self._config.rollout.sglang.urls)
             raise ConfigError("rollout.sglang.urls", urls, "none with SERVERS_PER_NODE", "leave one of them out")
 
@@ -105,71 +107,73 @@ class Machine:
             assert self._stopped is not None
             return 128 + self._stopped
 
-    async def _meet(self, stack: AsyncExitStack) -> tuple[Plan, str]:
-        place, config = self._place, self._config
+    async def _meet(self, stack: AsyncExitStack) -> tuple[LaunchPlan, str]:
+        node_config, config = self._place, self._config
 
         def servers(address: str) -> Sequence[str]:
-            self._servers = prepare(config, count=place.servers, node=place.node, ranks=place.ranks, address=address)
+            self._servers = prepare(
+                config, count=node_config.servers, node=node_config.node, ranks=node_config.ranks, address=address
+            )
             return self._servers.urls
 
-        plan, lines, address = await meet(
-            _card(place, config, self._options),
-            place.address,
-            place.port,
+        plan, connections, address = await rendezvous(
+            _node_info(node_config, config, self._options),
+            node_config.address,
+            node_config.port,
             run_dir=config.run_dir,
             servers=servers,
-            seconds=place.meet_seconds,
+            seconds=node_config.meet_seconds,
             stack=stack,
         )
-        self._circle = Circle(place.node, plan, lines, place.lost_seconds)
+        self._circle = Liveness(node_config.node, plan, connections, node_config.lost_seconds)
         self._circle.start()
         stack.push_async_callback(self._circle.close)
         return plan, address
 
-    async def _work(self, plan: Plan, address: str) -> int:
-        place, circle = self._place, self._circle
-        assert circle is not None
+    async def _work(self, plan: LaunchPlan, address: str) -> int:
+        node_config, liveness = self._place, self._circle
+        assert liveness is not None
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        environment = _environment(place, address)
+        environment = _environment(node_config, address)
         os.environ.update(environment)  # servers take theirs from there
         self._servers.start()
-        if place.ranks:
-            self._ranks = Ranks(
+        if node_config.ranks:
+            self._ranks = TorchrunProcess(
                 ["train", *self._arguments, *_served(plan)],
-                node=plan.trainers.index(place.node),
+                node=plan.trainers.index(node_config.node),
                 nodes=len(plan.trainers),
-                ranks=place.ranks,
-                address=place.address,
+                ranks=node_config.ranks,
+                address=node_config.address,
                 port=self._port(),
                 run=plan.run,
-                logs=self._config.run_dir.absolute() / "logs" / f"node-{place.node}",
+                logs=self._config.run_dir.absolute() / "logs" / f"node-{node_config.node}",
                 environment={**os.environ, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " "},
             )
         code = 1
         try:
-            code = await self._watch(circle)
+            code = await self._watch(liveness)
         finally:
-            circle.end(code)
+            liveness.end(code)
             if self._ranks is not None:
                 self._ranks.kill()
-        while place.node == 0 and not circle.complete:  # the others hear of each other through this one
-            circle.verdict()
+        while node_config.node == 0 and not liveness.complete:  # the others hear of each other through this one
+            liveness.verdict()
             await asyncio.sleep(LOOK)
         return code
 
-    async def _watch(self, circle: Circle) -> int:
+    async def _watch(self, liveness: Liveness) -> int:
         while True:
-            code = circle.trainers_code() if self._ranks is None else self._ranks.poll()
+            code = liveness.trainers_code() if self._ranks is None else self._ranks.poll()
             if code is not None:
                 return code
-            if verdict := circle.verdict():
+            if verdict := liveness.verdict():
                 why, code = verdict
                 _say(f"{why}. This machine's ranks are ended; the same command continues from the newest checkpoint")
                 return code
             # Slurm signals all launchers: a second signal would end the ranks while they save.
-            if circle.asked is not None and not self._asked and self._ranks is not None:
-                self._ask(circle.asked, "another machine's signal", self._ranks)
+            if liveness.asked is not None and not self._asked and self._ranks is not None:
+                self._ask(liveness.asked, "another machine's signal", self._ranks)
             self._servers.look()
             await asyncio.sleep(LOOK)
 
@@ -195,7 +199,7 @@ class Machine:
         elif not self._asked:  # by another machine
             self._ask(number, number.name, self._ranks)
 
-    def _ask(self, number: int, what: str, ranks: Ranks) -> None:
+    def _ask(self, number: int, what: str, ranks: TorchrunProcess) -> None:
         _say(f"{what} is passed on to the ranks; they save, and the same command continues")
         self._asked = True
         ranks.signal(number)
@@ -215,29 +219,29 @@ def _say(text: str) -> None:
     sys.stderr.write(f"launch: {text}\n")
 
 
-def _card(place: Place, config: RunConfig, options: Sequence[str]) -> Card:
+def _node_info(node_config: NodeConfig, config: RunConfig, options: Sequence[str]) -> NodeInfo:
     versions = {"Python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return Card(
-        node=place.node,
+    return NodeInfo(
+        node=node_config.node,
         name=socket.gethostname(),
-        nodes=place.nodes,
-        ranks=place.ranks,
-        servers=place.servers,
+        nodes=node_config.nodes,
+        ranks=node_config.ranks,
+        servers=node_config.servers,
         config={**flatten(config.model_dump(mode="json")), "command line": " ".join(options)},
         versions=versions,
     )
 
 
-def _served(plan: Plan) -> list[str]:
+def _served(plan: LaunchPlan) -> list[str]:
     return ["rollout.engine=sglang", f"rollout.sglang.urls=[{', '.join(plan.urls)}]"] if plan.urls else []
 
 
-def _environment(place: Place, address: str) -> dict[str, str]:
+def _environment(node_config: NodeConfig, address: str) -> dict[str, str]:
     """Gloo takes the interface that the machine's own name leads to, which on many is the loopback."""
-    if place.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+    if node_config.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address for one in addresses):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.errors import LaunchError, SdpgError, reason_of
-from sdpg_megatron.launch.connection import LIMIT, Line
+from sdpg_megatron.launch.connection import LIMIT, Connection
 from sdpg_megatron.rollout.sglang.server import hold_free_port
 
 AGAIN = 0.5
@@ -30,7 +30,7 @@ MARK = ".launch-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class NodeInfo:
     """What a machine brings."""
 
     node: int
@@ -48,7 +48,7 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """What all machines know when they part."""
 
     run: str
@@ -65,9 +65,16 @@ ServersAt = Callable[[str], Sequence[str]]
 """Prepare this machine's servers for its address, which the meeting finds out; their URLs."""
 
 
-async def meet(
-    card: Card, address: str, port: int, *, run_dir: Path, servers: ServersAt, seconds: float, stack: AsyncExitStack
-) -> tuple[Plan, dict[int, Line], str]:
+async def rendezvous(
+    node_info: NodeInfo,
+    address: str,
+    port: int,
+    *,
+    run_dir: Path,
+    servers: ServersAt,
+    seconds: float,
+    stack: AsyncExitStack,
+) -> tuple[LaunchPlan, dict[int, Connection], str]:
     """The plan, the connections (of machine 0 to all others, of another to machine 0), and this machine's address.
 
     Args:
@@ -77,55 +84,61 @@ async def meet(
     Raises:
         LaunchError: machines do not come, or cannot be one run; on all that came.
     """
-    if card.node == 0:
-        return await _host(card, address, port, run_dir, servers, seconds, stack)
-    return await _join(card, address, port, run_dir, servers, seconds, stack)
+    if node_info.node == 0:
+        return await _host(node_info, address, port, run_dir, servers, seconds, stack)
+    return await _join(node_info, address, port, run_dir, servers, seconds, stack)
 
 
 # --- machine 0
 
 
 async def _host(
-    card: Card, address: str, port: int, run_dir: Path, servers: ServersAt, seconds: float, stack: AsyncExitStack
-) -> tuple[Plan, dict[int, Line], str]:
-    came: asyncio.Queue[tuple[Card, Line]] = asyncio.Queue()
-    cards, lines = {0: card}, dict[int, Line]()
+    node_info: NodeInfo,
+    address: str,
+    port: int,
+    run_dir: Path,
+    servers: ServersAt,
+    seconds: float,
+    stack: AsyncExitStack,
+) -> tuple[LaunchPlan, dict[int, Connection], str]:
+    came: asyncio.Queue[tuple[NodeInfo, Connection]] = asyncio.Queue()
+    node_infos, connections = {0: node_info}, dict[int, Connection]()
     mark = run_dir / f"{MARK}{secrets.token_hex(8)}"
     try:
-        if card.nodes > 1:
+        if node_info.nodes > 1:
             stack.callback((await _listen(address, port, came)).close)
-        await _gather(card, seconds, came, cards, lines, stack)
-        if difference := disagreement(list(cards.values())):
+        await _gather(node_info, seconds, came, node_infos, connections, stack)
+        if difference := disagreement(list(node_infos.values())):
             raise difference
         _put(mark)
-        for line in lines.values():
-            line.say(mark=mark.name)
-        own_address = lines[min(lines)].own_address if lines else address
+        for connection in connections.values():
+            connection.say(mark=mark.name)
+        own_address = connections[min(connections)].own_address if connections else address
         urls = [*servers(own_address)]
-        for node, line in sorted(lines.items()):
-            urls += await _answer(cards[node], line)
-        trainers = tuple(node for node in sorted(cards) if cards[node].ranks)
-        names = {node: str(cards[node]) for node in sorted(cards)}
-        plan = Plan(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", names, trainers, tuple(urls))
-        for line in lines.values():
-            line.say(plan=asdict(plan))
-        return plan, lines, own_address
+        for node, connection in sorted(connections.items()):
+            urls += await _answer(node_infos[node], connection)
+        trainers = tuple(node for node in sorted(node_infos) if node_infos[node].ranks)
+        names = {node: str(node_infos[node]) for node in sorted(node_infos)}
+        plan = LaunchPlan(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", names, trainers, tuple(urls))
+        for connection in connections.values():
+            connection.say(plan=asdict(plan))
+        return plan, connections, own_address
     except SdpgError as error:
-        for line in lines.values():
-            line.say(refused=str(error))
+        for connection in connections.values():
+            connection.say(refused=str(error))
         raise
     finally:
         mark.unlink(missing_ok=True)
 
 
-async def _listen(address: str, port: int, came: asyncio.Queue[tuple[Card, Line]]) -> asyncio.Server:
+async def _listen(address: str, port: int, came: asyncio.Queue[tuple[NodeInfo, Connection]]) -> asyncio.Server:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = Line(reader, writer)
+        connection = Connection(reader, writer)
         try:
-            card = await line.hear(ANSWER_SECONDS)
-            await came.put((Card(**(card or {})), line))
+            node_info = await connection.hear(ANSWER_SECONDS)
+            await came.put((NodeInfo(**(node_info or {})), connection))
         except (TimeoutError, TypeError, ValueError):  # not one of us
-            await line.close()
+            await connection.close()
 
     family = resolve(address, port)
     for wanted in (port, port + 1):
@@ -172,57 +185,61 @@ def free_port() -> int:
 
 
 async def _gather(
-    card: Card,
+    node_info: NodeInfo,
     seconds: float,
-    came: asyncio.Queue[tuple[Card, Line]],
-    cards: dict[int, Card],
-    lines: dict[int, Line],
+    came: asyncio.Queue[tuple[NodeInfo, Connection]],
+    node_infos: dict[int, NodeInfo],
+    connections: dict[int, Connection],
     stack: AsyncExitStack,
 ) -> None:
     deadline = time.monotonic() + seconds
-    while len(cards) < card.nodes:
+    while len(node_infos) < node_info.nodes:
         try:
-            guest, line = await asyncio.wait_for(came.get(), deadline - time.monotonic())
+            guest, connection = await asyncio.wait_for(came.get(), deadline - time.monotonic())
         except TimeoutError:
-            _drop_gone(cards, lines)
-            there = ", ".join(map(str, cards.values()))
-            missing = ", ".join(str(node) for node in range(card.nodes) if node not in cards)
+            _drop_gone(node_infos, connections)
+            there = ", ".join(map(str, node_infos.values()))
+            missing = ", ".join(str(node) for node in range(node_info.nodes) if node not in node_infos)
             fix = "start the same command there with their NODE_RANK; let them reach MASTER_PORT and the port after it"
             raise LaunchError(f"after {seconds:g} s", there, f"machines {missing} as well", fix) from None
-        stack.push_async_callback(line.close)
-        _drop_gone(cards, lines)
-        if (taken := cards.get(guest.node)) or not 0 < guest.node < card.nodes or guest.nodes != card.nodes:
+        stack.push_async_callback(connection.close)
+        _drop_gone(node_infos, connections)
+        if (
+            (taken := node_infos.get(guest.node))
+            or not 0 < guest.node < node_info.nodes
+            or guest.nodes != node_info.nodes
+        ):
             found = f"{guest} of {guest.nodes}" + (f" beside {taken}" if taken else "")
             fix = "give every machine its own NODE_RANK from 0 on, and the same NNODES"
-            error = LaunchError("NODE_RANK", found, f"{card.nodes} machines, each with a number of its own", fix)
-            line.say(refused=str(error))
+            error = LaunchError("NODE_RANK", found, f"{node_info.nodes} machines, each with a number of its own", fix)
+            connection.say(refused=str(error))
             raise error
-        cards[guest.node], lines[guest.node] = guest, line
+        node_infos[guest.node], connections[guest.node] = guest, connection
 
 
-def _drop_gone(cards: dict[int, Card], lines: dict[int, Line]) -> None:
+def _drop_gone(node_infos: dict[int, NodeInfo], connections: dict[int, Connection]) -> None:
     """Forget machines that came and ended: they may be started again, and come again."""
-    for node in [node for node, line in lines.items() if line.gone]:
-        del cards[node], lines[node]
+    for node in [node for node, connection in connections.items() if connection.gone]:
+        del node_infos[node], connections[node]
 
 
-def disagreement(cards: Sequence[Card]) -> LaunchError | None:
+def disagreement(node_infos: Sequence[NodeInfo]) -> LaunchError | None:
     """Why these machines cannot be one run, from what they bring."""
-    first, *others = sorted(cards, key=lambda card: card.node)
+    first, *others = sorted(node_infos, key=lambda node_info: node_info.node)
     if not first.ranks:
         return LaunchError("RANKS_PER_NODE", "0 on machine 0", "ranks there", "give machine 0 ranks")
-    for card in others:
-        if card.ranks not in (0, first.ranks):
-            found = f"{card.ranks} on {card}, {first.ranks} on {first}"
+    for node_info in others:
+        if node_info.ranks not in (0, first.ranks):
+            found = f"{node_info.ranks} on {node_info}, {first.ranks} on {first}"
             return LaunchError("RANKS_PER_NODE", found, "the same on all machines that have ranks", "set it alike")
         for what, mine, theirs, fix in (
-            ("versions", first.versions, card.versions, "install the same on all machines"),
-            ("arguments", first.config, card.config, "give all machines the same CONFIG and overrides"),
+            ("versions", first.versions, node_info.versions, "install the same on all machines"),
+            ("arguments", first.config, node_info.config, "give all machines the same CONFIG and overrides"),
         ):
             differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
             if differing:
                 found = "; ".join(f"{name} {mine.get(name)!r} and {theirs.get(name)!r}" for name in differing)
-                return LaunchError(f"{what} of {first} and {card}", found, "the same", fix)
+                return LaunchError(f"{what} of {first} and {node_info}", found, "the same", fix)
     return None
 
 
@@ -235,18 +252,18 @@ def _put(mark: Path) -> None:
         raise LaunchError("run_dir", found, "a folder that can be written", "choose another, or mount it") from error
 
 
-async def _answer(card: Card, line: Line) -> list[str]:
+async def _answer(node_info: NodeInfo, connection: Connection) -> list[str]:
     """The URLs of a machine's servers."""
     try:
-        answer = await line.hear(ANSWER_SECONDS)
+        answer = await connection.hear(ANSWER_SECONDS)
     except TimeoutError:
         answer = {"trouble": f"no answer in {ANSWER_SECONDS:g} s"}
     if answer is None:
         answer = {"trouble": "it has ended"}
     if "trouble" in answer:
-        raise LaunchError(str(card), answer["trouble"], "a machine that can take part", "see what it says itself")
+        raise LaunchError(str(node_info), answer["trouble"], "a machine that can take part", "see what it says itself")
     if not answer["sees"]:
-        found = f"a folder of {card} alone: it lacks what machine 0 has just written there"
+        found = f"a folder of {node_info} alone: it lacks what machine 0 has just written there"
         fix = "use a run_dir on a disk that all machines with ranks share"
         raise LaunchError("run_dir", found, "one folder for all machines", fix)
     urls: list[str] = answer["urls"]
@@ -257,32 +274,38 @@ async def _answer(card: Card, line: Line) -> list[str]:
 
 
 async def _join(
-    card: Card, address: str, port: int, run_dir: Path, servers: ServersAt, seconds: float, stack: AsyncExitStack
-) -> tuple[Plan, dict[int, Line], str]:
-    line = await _reach(address, port + 1, seconds)
-    stack.push_async_callback(line.close)
-    line.say(**asdict(card))
-    told = await _told(line, seconds + LOOK_SECONDS)
+    node_info: NodeInfo,
+    address: str,
+    port: int,
+    run_dir: Path,
+    servers: ServersAt,
+    seconds: float,
+    stack: AsyncExitStack,
+) -> tuple[LaunchPlan, dict[int, Connection], str]:
+    connection = await _reach(address, port + 1, seconds)
+    stack.push_async_callback(connection.close)
+    connection.say(**asdict(node_info))
+    told = await _told(connection, seconds + LOOK_SECONDS)
     # Servers write logs there and read nothing, so a machine with servers alone may have a folder of its own.
-    sees = not card.ranks or await _sees(run_dir / told["mark"])
+    sees = not node_info.ranks or await _sees(run_dir / told["mark"])
     try:
-        urls = list(servers(line.own_address)) if sees else []
+        urls = list(servers(connection.own_address)) if sees else []
     except Exception as error:
-        line.say(trouble=str(error))
+        connection.say(trouble=str(error))
         raise
-    line.say(sees=sees, urls=urls)
-    found = (await _told(line, ANSWER_SECONDS * card.nodes))["plan"]
+    connection.say(sees=sees, urls=urls)
+    found = (await _told(connection, ANSWER_SECONDS * node_info.nodes))["plan"]
     machines = {int(node): name for node, name in found["machines"].items()}
-    plan = Plan(found["run"], machines, tuple(found["trainers"]), tuple(found["urls"]))
-    return plan, {0: line}, line.own_address
+    plan = LaunchPlan(found["run"], machines, tuple(found["trainers"]), tuple(found["urls"]))
+    return plan, {0: connection}, connection.own_address
 
 
-async def _reach(address: str, port: int, seconds: float) -> Line:
+async def _reach(address: str, port: int, seconds: float) -> Connection:
     deadline = time.monotonic() + seconds
     while True:
         try:
             async with asyncio.timeout(max(AGAIN, min(deadline - time.monotonic(), 10.0))):
-                return Line(*await asyncio.open_connection(address, port, limit=LIMIT))
+                return Connection(*await asyncio.open_connection(address, port, limit=LIMIT))
         except (OSError, TimeoutError) as error:
             if time.monotonic() > deadline:
                 found = f"no answer from {address} port {port} in {seconds:g} s ({_reason(error)})"
@@ -298,9 +321,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or "timed out"
 
 
-async def _told(line: Line, seconds: float) -> dict[str, Any]:
+async def _told(connection: Connection, seconds: float) -> dict[str, Any]:
     try:
-        told = await line.hear(seconds)
+        told = await connection.hear(seconds)
     except TimeoutError:
         told = {"refused": f"machine 0 says nothing for {seconds:g} s"}
     if told is None:

@@ -23,7 +23,7 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-class Ranks:
+class TorchrunProcess:
     """Started once. Signals go to the ranks themselves.
 
     torchrun would kill them 30 seconds after it passed one on, and forget their exit codes.

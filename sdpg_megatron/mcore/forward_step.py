@@ -23,8 +23,8 @@ from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.output_layer import Handover, hidden_instead_of_logits
 from sdpg_megatron.mcore.routing import as_padding_mask
 from sdpg_megatron.objectives.base import Objective, StepContext, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.gradient_balance import gradient_squares, term_gradients
 from sdpg_megatron.objectives.mismatch import mismatch
-from sdpg_megatron.objectives.pulls import pulls, term_gradients
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
@@ -118,7 +118,7 @@ class ForwardStep:
     head: Head
     teacher_matrix_VH: Tensor | None = None
     """This rank's shard of the output matrix that belongs to the teacher's rows; None for the model's own."""
-    measures_pulls: bool = False
+    measure_gradient_ratio: bool = False
     """Also report how hard the parts of the loss pull at the logits: costs some products more."""
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
@@ -156,9 +156,9 @@ class ForwardStep:
         }
         if batch.corrections_T is not None:
             metrics["rollout/correction"] = TokenMetric(batch.corrections_T)
-        if self.measures_pulls:
+        if self.measure_gradient_ratio:
             grads = term_gradients(self.objective, terms, self.context, weights_T)
-            metrics |= pulls(*self.head.gradient_squares(model, hidden_TH, batch.labels_T, teacher, grads))
+            metrics |= gradient_squares(*self.head.gradient_squares(model, hidden_TH, batch.labels_T, teacher, grads))
         count = torch.full((), batch.num_tokens, dtype=torch.int, device=loss_sum.device)
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 
 T = TypeVar("T")
 
 
-def on_main(ranks: Ranks, act: Callable[[], T]) -> T:
+def on_main(ranks: ParallelState, act: Callable[[], T]) -> T:
     """What `act` returns or raises on the main rank, on every rank. It is called there alone; every rank calls this.
 
     Raises:

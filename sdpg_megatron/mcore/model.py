@@ -21,7 +21,7 @@ from sdpg_megatron.architecture import Architecture, Experts
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.mcore import layers
 from sdpg_megatron.mcore.compat.device import check_layers, has_compiled_kernels, has_te
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.routing import deliver_numbers
 from sdpg_megatron.weights.load import load_shards
 from sdpg_megatron.weights.map import ExpertShare, weight_map
@@ -104,7 +104,9 @@ def _leave_unset(weight: Tensor) -> Tensor:
     return weight
 
 
-def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks) -> list[GPTModel]:
+def build_chunks(
+    arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: ParallelState
+) -> list[GPTModel]:
     """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights.
 
     Raises:
@@ -119,7 +121,7 @@ def build_chunks(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
 
 
 def _build_chunk(
-    arch: Architecture, model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int, chunks: int
+    arch: Architecture, model: ModelConfig, config: TransformerConfig, ranks: ParallelState, vp_stage: int, chunks: int
 ) -> GPTModel:
     stage = vp_stage if chunks > 1 else None
     chunk = GPTModel(
@@ -188,7 +190,7 @@ def _counted_from(first: int, number: re.Pattern[str], name: str) -> str:
     return number.sub(lambda match: f"{match[1]}{int(match[2]) + first}", name, count=1)
 
 
-def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, ranks: Ranks) -> None:
+def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, ranks: ParallelState) -> None:
     """Fill this rank's parameters from a Hugging Face folder; only the slices that it needs are read."""
     load_shards(
         {name: parameter.data for name, parameter in named_parameters(chunks)},

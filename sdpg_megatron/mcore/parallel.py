@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class ParallelState:
     """This rank's place in the tensor x pipeline x context x data grid, and among the ranks that share experts.
 
     A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the context- and
@@ -101,7 +101,7 @@ class Ranks:
         return values
 
 
-def initialize(parallel: ParallelConfig, seed: int, environment: RankEnvironment | None = None) -> Ranks:
+def initialize(parallel: ParallelConfig, seed: int, environment: RankEnvironment | None = None) -> ParallelState:
     """Start (or join) the process group, build Megatron's groups, seed its RNG tracker.
 
     Groups of another layout, built earlier in this process, are replaced.
@@ -196,10 +196,10 @@ def _take_gpu(local_rank: int) -> str:
     return f"GPU {local_rank}{which} on {socket.gethostname()}"
 
 
-def current() -> Ranks:
+def current() -> ParallelState:
     """This rank's place, read from Megatron's global state once; the rest of the package passes the record on."""
     state = parallel_state
-    return Ranks(
+    return ParallelState(
         world=dist.get_world_size(),
         rank=dist.get_rank(),
         tensor=state.get_tensor_model_parallel_rank(),

@@ -62,9 +62,11 @@ def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -
         sequences = next(data).student
         return hidden_states(model, sequences), _Collect(lambda hidden: rows(hidden, sequences))
 
-    taught = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
-    fillers = [batches[0].emptied()] * (_most(len(taught)) - len(taught))
-    found = iter(_collect(chunks, forward, [*taught, *fillers]))
+    distill_enabled = [
+        dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None
+    ]
+    fillers = [batches[0].emptied()] * (_most(len(distill_enabled)) - len(distill_enabled))
+    found = iter(_collect(chunks, forward, [*distill_enabled, *fillers]))
     return [None if batch.teacher is None else _where_wanted(next(found), batch.teacher) for batch in batches]
 
 

@@ -24,14 +24,14 @@ from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import build_chunks, first_non_finite, load_weights, named_parameters
 from sdpg_megatron.mcore.offload import OffloadedState
 from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
 from sdpg_megatron.mcore.transfer import host_copy
-from sdpg_megatron.objectives import needs_of_run
-from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.objectives import passes_of_run
+from sdpg_megatron.objectives.base import Objective, RequiredPasses, StepContext
+from sdpg_megatron.objectives.gradient_balance import gradient_ratio
 from sdpg_megatron.objectives.mismatch import effective_sample_size
-from sdpg_megatron.objectives.pulls import gradient_ratio
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import MicroBatch
 
@@ -42,13 +42,13 @@ SKIPPED = "optimizer/skipped"
 class PolicyTrainer:
     """Model chunks, optimizer and schedule of this rank, with the weights of `config.model.path`."""
 
-    def __init__(self, config: RunConfig, arch: Architecture, objective: Objective, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, arch: Architecture, objective: Objective, ranks: ParallelState) -> None:
         self.arch = arch
         chunks = build_chunks(self.arch, config.model, config.parallel, ranks)
         load_weights(chunks, config.model.path, self.arch, ranks)
         self.ranks = ranks
         self.objective = objective
-        self._pull_every = config.alarms.gradient_every
+        self._gradient_every = config.alarms.gradient_every
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
         self._minibatches = config.optimizer.minibatches
@@ -62,15 +62,17 @@ class PolicyTrainer:
         self._offloaded = OffloadedState(self.optimizer, self.chunks)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
-        needs = needs_of_run(objective, config.total_optimizer_steps)
+        required_passes = passes_of_run(objective, config.total_optimizer_steps)
         # The model that the run starts from: a resumed run reads it from the same folder.
-        kept = needs.reference or (needs.privileged and config.objective.teacher == "initial")
+        kept = required_passes.reference or (required_passes.privileged and config.objective.teacher == "initial")
         initial = FrozenWeights(self.chunks) if kept else None
-        self._reference = initial if needs.reference else None
+        self._reference = initial if required_passes.reference else None
         # Log-probs are computed before the first update anyway: nothing of the teacher has to outlive that moment.
-        updates = self._minibatches if needs.teacher else 1
+        updates = self._minibatches if required_passes.teacher else 1
         self.teacher = (
-            build_teacher(config.objective, self.chunks, initial, updates) if needs.privileged else Teacher(self.chunks)
+            build_teacher(config.objective, self.chunks, initial, updates)
+            if required_passes.privileged
+            else Teacher(self.chunks)
         )
 
     def _gather(self) -> None:
@@ -136,9 +138,9 @@ class PolicyTrainer:
         self._gather()
         with self.teacher.reading():
             found = read(batches)
-            misled = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
+            negative_context = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
             # Not by what is here to read: ranks that share experts run in step, and another may have some.
-            contrast = read(misled) if self._contrasts else [None] * len(batches)
+            contrast = read(negative_context) if self._contrasts else [None] * len(batches)
         return [
             dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
             for b, x, y in zip(batches, found, contrast, strict=True)
@@ -163,15 +165,17 @@ class PolicyTrainer:
         Raises:
             NonFiniteWeightsError: on every rank, where the step made a weight infinite or NaN.
         """
-        needs: Needs = self.objective.needs(context)
-        if needs.teacher and not self.teacher.early:
+        required_passes: RequiredPasses = self.objective.required_passes(context)
+        if required_passes.teacher and not self.teacher.early:
             batches = self._with_teacher(batches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        matrix_VH = self.teacher.matrix() if needs.teacher else None
-        measures_pulls = needs.teacher and bool(self._pull_every) and context.step % self._pull_every == 0
-        step = ForwardStep(self.objective, context, self.head, matrix_VH, measures_pulls=measures_pulls)
+        matrix_VH = self.teacher.matrix() if required_passes.teacher else None
+        measure_gradient_ratio = (
+            required_passes.teacher and bool(self._gradient_every) and context.step % self._gradient_every == 0
+        )
+        step = ForwardStep(self.objective, context, self.head, matrix_VH, measure_gradient_ratio=measure_gradient_ratio)
         with self.routing.step(batches) as numbered:
             reports = passes.run_schedule(self.chunks, step, numbered)
         # Of a skipped step, too: Megatron has its next pass, whichever that is, gather weights layer by layer.

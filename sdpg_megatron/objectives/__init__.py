@@ -1,5 +1,5 @@
 """Pure mathematics of the training objectives."""
 
-from sdpg_megatron.objectives.registry import build, needs_of_run
+from sdpg_megatron.objectives.registry import build, passes_of_run
 
-__all__ = ["build", "needs_of_run"]
+__all__ = ["build", "passes_of_run"]

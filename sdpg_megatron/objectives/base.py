@@ -15,7 +15,7 @@ from sdpg_megatron.observe.metrics import Reduction
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class RequiredPasses:
     """The passes an objective needs at one step; the trainer runs these and no others."""
 
     teacher: bool = False
@@ -27,7 +27,7 @@ class Needs:
     """Log-probs of the sampled tokens under the frozen reference weights."""
     every_token: bool = False
     """No pass: a term of the loss counts every token, whatever its advantage, gate and reference."""
-    outcome: bool = True
+    policy_loss: bool = True
     """Advantages. Without them a response that the teacher does not read teaches nothing."""
 
     @property
@@ -52,7 +52,7 @@ class TokenTerms:
     """float, 1 where the teacher counts."""
     teacher_logprob_T: Tensor | None = None
     """log q(y_t), 0 on rows with a closed gate; carries no gradient. None without a teacher. Computed before the
-    rollout's first update where `Needs.teacher_logprob` asked for it, otherwise at this mini-batch."""
+    rollout's first update where `RequiredPasses.teacher_logprob` asked for it, otherwise at this mini-batch."""
     contrast_T: Tensor | None = None
     """As `divergence_T`, from the teacher with a wrong hint. A loss is linear in it, at a rate that neither carries a
     gradient nor depends on `divergence_T`. None where nobody reads such a hint."""
@@ -100,7 +100,7 @@ class Objective(Protocol):
 
     name: str
 
-    def needs(self, context: StepContext) -> Needs:
+    def required_passes(self, context: StepContext) -> RequiredPasses:
         """The passes this step needs: no teacher where beta is 0, no reference where alpha is 0.
 
         A pass that any step of a run needs is needed at step 0, at step 1, at the middle one or at the last one: those
@@ -108,7 +108,7 @@ class Objective(Protocol):
         """
         ...
 
-    def taught(self, advantage: float) -> bool:
+    def distill_enabled(self, advantage: float) -> bool:
         """Whether the teacher is to read a response with this advantage, at a step that needs the teacher."""
         ...
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, regularizer_weight
-from sdpg_megatron.objectives.reference import held
+from sdpg_megatron.objectives.reference import reference_loss
 from sdpg_megatron.objectives.schedules import BetaSchedule
 
 
@@ -22,23 +22,23 @@ class Distillation:
         self.config = config
         self.schedule = schedule
 
-    def needs(self, context: StepContext) -> Needs:
+    def required_passes(self, context: StepContext) -> RequiredPasses:
         distils, sampled = self.schedule.at(context.step) > 0, self.config.distill_loss == "clipped_ratio"
-        return Needs(
+        return RequiredPasses(
             teacher=distils and not sampled,
             teacher_logprob=distils and sampled,
             reference=self.config.alpha > 0,
-            outcome=False,
+            policy_loss=False,
         )
 
-    def taught(self, advantage: float) -> bool:
+    def distill_enabled(self, advantage: float) -> bool:
         return advantage > 0 or not self.config.gate
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
         # The schedule runs backward through every micro-batch, also where nothing is distilled.
         term = distilled if self.config.distill_loss == "divergence" else sampled_token_distilled
         loss = TokenLoss(0 * terms.logprob_T) + term(terms, self.config, self.schedule.at(context.step), context)
-        return loss + held(terms, self.config) if self.config.alpha else loss
+        return loss + reference_loss(terms, self.config) if self.config.alpha else loss
 
 
 def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:

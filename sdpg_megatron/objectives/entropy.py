@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdpg_megatron.objectives.base import Needs, Objective, StepContext, TokenLoss, TokenTerms
+from sdpg_megatron.objectives.base import Objective, RequiredPasses, StepContext, TokenLoss, TokenTerms
 
 
 class EntropyBonus:
@@ -15,11 +15,11 @@ class EntropyBonus:
         self.objective = objective
         self.coefficient = coefficient
 
-    def needs(self, context: StepContext) -> Needs:
-        return replace(self.objective.needs(context), every_token=True)
+    def required_passes(self, context: StepContext) -> RequiredPasses:
+        return replace(self.objective.required_passes(context), every_token=True)
 
-    def taught(self, advantage: float) -> bool:
-        return self.objective.taught(advantage)
+    def distill_enabled(self, advantage: float) -> bool:
+        return self.objective.distill_enabled(advantage)
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
         """Raises `ValueError` where the terms have no entropy."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
-from sdpg_megatron.objectives.policy import outcome
-from sdpg_megatron.objectives.reference import held
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenTerms
+from sdpg_megatron.objectives.policy import policy_loss
+from sdpg_megatron.objectives.reference import reference_loss
 
 
 class GRPO:
@@ -16,12 +16,12 @@ class GRPO:
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
-    def needs(self, context: StepContext) -> Needs:
-        return Needs(reference=self.config.alpha > 0)
+    def required_passes(self, context: StepContext) -> RequiredPasses:
+        return RequiredPasses(reference=self.config.alpha > 0)
 
-    def taught(self, advantage: float) -> bool:
+    def distill_enabled(self, advantage: float) -> bool:
         return False
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
-        policy = outcome(terms, self.config)
-        return policy + held(terms, self.config) if self.config.alpha else policy
+        policy = policy_loss(terms, self.config)
+        return policy + reference_loss(terms, self.config) if self.config.alpha else policy

@@ -10,7 +10,7 @@ from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, importance_ratio
 
 
-def outcome(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
+def policy_loss(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
     """The outcome term that `config.policy` names."""
     if config.policy == "reinforce":
         return reinforce(terms.logprob_T, terms.advantage_T)

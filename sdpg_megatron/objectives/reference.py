@@ -50,7 +50,7 @@ def reference_term(mode: Mode, logprob_T: Tensor, reference_logprob_T: Tensor) -
     return TokenLoss(value_T, {name: TokenMetric(values_T) for name, values_T in metrics.items()})
 
 
-def held(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
+def reference_loss(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
     """alpha times the term that the configuration names, weighted as it says.
 
     Raises:

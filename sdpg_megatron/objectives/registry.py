@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Needs, Objective, StepContext
+from sdpg_megatron.objectives.base import Objective, RequiredPasses, StepContext
 from sdpg_megatron.objectives.dapo import DAPO
 from sdpg_megatron.objectives.entropy import EntropyBonus
 from sdpg_megatron.objectives.grpo import GRPO
@@ -33,14 +33,14 @@ def _named(config: ObjectiveConfig, total_steps: int) -> Objective:
     return SCHEDULED[config.name](config, schedule)
 
 
-def needs_of_run(objective: Objective, total_steps: int) -> Needs:
+def passes_of_run(objective: Objective, total_steps: int) -> RequiredPasses:
     """The passes that any step of a run needs, from a few of its steps: see `Objective.needs`."""
     probes = {step for step in (0, 1, total_steps // 2, total_steps - 1) if 0 <= step < total_steps}
-    steps = [objective.needs(StepContext(step, total_steps)) for step in sorted(probes)]
-    return Needs(
-        teacher=any(needs.teacher for needs in steps),
-        teacher_logprob=any(needs.teacher_logprob for needs in steps),
-        reference=any(needs.reference for needs in steps),
-        every_token=any(needs.every_token for needs in steps),
-        outcome=any(needs.outcome for needs in steps),
+    steps = [objective.required_passes(StepContext(step, total_steps)) for step in sorted(probes)]
+    return RequiredPasses(
+        teacher=any(required_passes.teacher for required_passes in steps),
+        teacher_logprob=any(required_passes.teacher_logprob for required_passes in steps),
+        reference=any(required_passes.reference for required_passes in steps),
+        every_token=any(required_passes.every_token for required_passes in steps),
+        policy_loss=any(required_passes.policy_loss for required_passes in steps),
     )

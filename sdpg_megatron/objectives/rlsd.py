@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenMetric, TokenTerms
 from sdpg_megatron.objectives.grpo import GRPO
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.schedules import BetaSchedule
@@ -33,13 +33,13 @@ class RLSD:
         self.schedule = BetaSchedule(config.credit, 0, config.credit_decay_steps, config.credit_decay_steps)
         self._once = config.credit_ratio == "rollout"
 
-    def needs(self, context: StepContext) -> Needs:
-        needs = self.undistilled.needs(context)
+    def required_passes(self, context: StepContext) -> RequiredPasses:
+        required_passes = self.undistilled.required_passes(context)
         if not self.schedule.at(context.step):
-            return needs
-        return replace(needs, teacher_logprob=True) if self._once else replace(needs, teacher=True)
+            return required_passes
+        return replace(required_passes, teacher_logprob=True) if self._once else replace(required_passes, teacher=True)
 
-    def taught(self, advantage: float) -> bool:
+    def distill_enabled(self, advantage: float) -> bool:
         return advantage > 0 if self.config.gate else advantage != 0
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:

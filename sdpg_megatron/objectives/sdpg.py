@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenTerms
 from sdpg_megatron.objectives.distillation import distilled
 from sdpg_megatron.objectives.rpg import RPG
 from sdpg_megatron.objectives.schedules import BetaSchedule
@@ -21,10 +21,10 @@ class SDPG:
         self.schedule = schedule
         self.undistilled = RPG(config)
 
-    def needs(self, context: StepContext) -> Needs:
-        return replace(self.undistilled.needs(context), teacher=self.schedule.at(context.step) > 0)
+    def required_passes(self, context: StepContext) -> RequiredPasses:
+        return replace(self.undistilled.required_passes(context), teacher=self.schedule.at(context.step) > 0)
 
-    def taught(self, advantage: float) -> bool:
+    def distill_enabled(self, advantage: float) -> bool:
         return advantage > 0 or not self.config.gate
 
     def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:

@@ -27,7 +27,7 @@ def beyond(step: int, *, evaluated: bool) -> Beyond:
     return lambda other: other > step or (other == step and not evaluated)
 
 
-def cut_lines(path: Path, is_beyond: Beyond) -> None:
+def truncate_lines(path: Path, is_beyond: Beyond) -> None:
     """Cut a file of ``{"step": ..., name: value}`` lines. No file is no work.
 
     A line that is no record goes with what is cut; between records that stay it stays, for whoever reads them to name.
@@ -55,7 +55,7 @@ def _stays(line: bytes, is_beyond: Beyond) -> bool | None:
         return None
 
 
-def cut_events(folder: Path, is_beyond: Beyond) -> None:
+def truncate_events(folder: Path, is_beyond: Beyond) -> None:
     """Cut TensorBoard's event files. Readers hide such events only if they meet the files in the order of writing."""
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -78,7 +78,7 @@ def _cut(path: Path, kept: int) -> None:
         os.truncate(path, kept)
 
 
-def cut_files(folder: Path, is_beyond: Beyond) -> None:
+def truncate_files(folder: Path, is_beyond: Beyond) -> None:
     """Remove files ``step_<number>.jsonl`` that the run will write again, and what a kill left of one."""
     for path in folder.glob("step_*.jsonl"):
         number = path.stem.removeprefix("step_")
@@ -90,7 +90,7 @@ def cut_files(folder: Path, is_beyond: Beyond) -> None:
             path.unlink()
 
 
-def cut_folders(folder: Path, step: int, *, evaluated: bool) -> None:
+def truncate_folders(folder: Path, step: int, *, evaluated: bool) -> None:
     """Remove evaluations, in folders ``step_<number>``, that the run will make again."""
     for path in folder.glob("step_*"):
         number = path.name.removeprefix("step_")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from sdpg_megatron.errors import DataError
 from sdpg_megatron.observe.files import Appender, json_line, writing
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
-from sdpg_megatron.observe.truncate import beyond, cut_events, cut_files, cut_lines
+from sdpg_megatron.observe.truncate import beyond, truncate_events, truncate_files, truncate_lines
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
@@ -110,13 +110,13 @@ def open_writers(run_dir: Path) -> MetricsWriter:
     return MultiWriter([JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)])
 
 
-def cut_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
+def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
     """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.truncate`."""
     is_beyond = beyond(step, evaluated=evaluated)
-    cut_lines(run_dir / METRICS_FILE, is_beyond)
-    cut_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
-    cut_lines(run_dir / PROMPTS_FILE, beyond(step, evaluated=True))
-    cut_files(run_dir / ROLLOUT_FOLDER, beyond(step, evaluated=True))
+    truncate_lines(run_dir / METRICS_FILE, is_beyond)
+    truncate_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
+    truncate_lines(run_dir / PROMPTS_FILE, beyond(step, evaluated=True))
+    truncate_files(run_dir / ROLLOUT_FOLDER, beyond(step, evaluated=True))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -38,7 +38,7 @@ LONGEST = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerifierResult:
     """On one response."""
 
     reward: float
@@ -55,7 +55,7 @@ class Failure:
     """Whether the verifier returned what is no reward, whatever the response."""
 
 
-Outcome = Verdict | Failure
+Outcome = VerifierResult | Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class VerifierPool:
     def _check(self, prompt: Prompt, response: str) -> VerifierCheck:
         sample = Completion((), (), "stop", 0, response)
         (outcome,) = self._verify(Group(prompt, (sample,)), extract=self._extracts)
-        if isinstance(outcome, Verdict):
+        if isinstance(outcome, VerifierResult):
             return VerifierCheck(self._spec, prompt.uid, sample.text, outcome.reward, None)
         if outcome.wrong_type:
             found = f"{self._spec}, which {outcome.text.partition(', not ')[0]}"
@@ -182,7 +182,7 @@ class VerifierPool:
             worker.stop()
 
     def _rewards(self, outcomes: Sequence[Outcome], extract: bool) -> GroupRewards:
-        failed = Verdict(self._failure_reward)
+        failed = VerifierResult(self._failure_reward)
         verdicts = [failed if isinstance(outcome, Failure) else outcome for outcome in outcomes]
         errors = tuple(outcome.text if isinstance(outcome, Failure) else None for outcome in outcomes)
         failures = sum(error is not None for error in errors)
@@ -328,7 +328,7 @@ def _call(verifier: Verifier, prompt: Prompt, response: str, extract: bool) -> O
         return Failure(_describe(error))
     if not isinstance(answer, str | None):
         return Failure(f"extracted {answer!r}, not a text or None")
-    return Verdict(reward, answer)
+    return VerifierResult(reward, answer)
 
 
 def _describe(error: BaseException) -> str:

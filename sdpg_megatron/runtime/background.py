@@ -12,7 +12,7 @@ from sdpg_megatron.rollout.base import Stop
 T = TypeVar("T")
 
 
-class Behind(Generic[T]):
+class BackgroundCall(Generic[T]):
     """A call on a thread of its own, from now on. The thread does not keep a process from ending."""
 
     def __init__(self, work: Callable[[Stop], T]) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from sdpg_megatron.mcore.parallel import Ranks
-from sdpg_megatron.runtime.rank_status import State
+from sdpg_megatron.mcore.parallel import ParallelState
+from sdpg_megatron.runtime.rank_status import RankStatus
 
-CHARGE = "charge"
+ABORT_REASON = "charge"
 CONNECT = timedelta(seconds=60)
 
 
@@ -45,22 +45,24 @@ class Clock:
         self._last = now
 
 
-class Board:
+class HeartbeatStore:
     """Threads may call everything; nothing blocks but `open`."""
 
-    def __init__(self, store: Any, ranks: Ranks, clock: Clock, interval: float, own: Callable[[int], State]) -> None:
+    def __init__(
+        self, store: Any, ranks: ParallelState, clock: Clock, interval: float, own: Callable[[int], RankStatus]
+    ) -> None:
         """Every rank calls it.
 
         Args:
-            own: what this rank is doing, with the given `State.beat`.
+            own: what this rank is doing, with the given `RankStatus.sequence`.
             interval: seconds between two rounds.
         """
         self._store, self._rank, self._world, self._clock = store, ranks.rank, ranks.world, clock
         self._interval, self._own = interval, own
-        self._beat = 0
-        self._seen: dict[int, tuple[State, float]] = {}
+        self._sequence = 0
+        self._seen: dict[int, tuple[RankStatus, float]] = {}
         self._answered = clock.now()
-        self._posted = self._charge = ""
+        self._posted = self._abort_reason = ""
         self._everyone = ranks.is_main
         self._wake, self._closed = threading.Event(), threading.Event()
         self._say()
@@ -69,20 +71,22 @@ class Board:
         self._thread.start()
 
     @classmethod
-    def open(cls, nonce: str, ranks: Ranks, clock: Clock, interval: float, own: Callable[[int], State]) -> Board:
+    def open(
+        cls, nonce: str, ranks: ParallelState, clock: Clock, interval: float, own: Callable[[int], RankStatus]
+    ) -> HeartbeatStore:
         """The board of these ranks, which share `nonce`. A connection of its own: another's may be waiting."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECT)
         return cls(PrefixStore(f"watchdog/{nonce}", store), ranks, clock, interval, own)
 
     @property
-    def charge(self) -> str:
+    def abort_reason(self) -> str:
         """Why the job is to end, where a rank has found that it is; the same on all that read it."""
-        return self._charge
+        return self._abort_reason
 
-    def post(self, charge: str) -> None:
+    def post(self, abort_reason: str) -> None:
         """Say that the job is to end, unless another rank has. All ranks are read from now on."""
-        self._posted = charge
+        self._posted = abort_reason
         self.read_everyone()
 
     def read_everyone(self) -> None:
@@ -90,7 +94,7 @@ class Board:
         self._everyone = True
         self._wake.set()
 
-    def states(self) -> dict[int, State]:
+    def states(self) -> dict[int, RankStatus]:
         """As last read, by rank."""
         return {rank: state for rank, (state, _) in dict(self._seen).items()}
 
@@ -124,20 +128,20 @@ class Board:
             self._say()
 
     def _say(self) -> None:
-        self._beat += 1
-        self._store.set(str(self._rank), json.dumps(dataclasses.asdict(self._own(self._beat))))
+        self._sequence += 1
+        self._store.set(str(self._rank), json.dumps(dataclasses.asdict(self._own(self._sequence))))
 
     def _round(self) -> None:
         self._say()
         if self._posted:
-            self._store.compare_set(CHARGE, "", self._posted)
+            self._store.compare_set(ABORT_REASON, "", self._posted)
         wanted = range(self._world) if self._everyone else [0]
         read = self._store.multi_get([str(rank) for rank in wanted])
-        charge = self._store.get(CHARGE).decode() if self._store.check([CHARGE]) else ""
+        abort_reason = self._store.get(ABORT_REASON).decode() if self._store.check([ABORT_REASON]) else ""
         self._answered = now = self._clock.now()
         for rank, text in zip(wanted, read, strict=True):
-            state = State(**json.loads(text))
+            state = RankStatus(**json.loads(text))
             before = self._seen.get(rank)
-            if before is None or before[0].beat != state.beat:
+            if before is None or before[0].sequence != state.sequence:
                 self._seen[rank] = state, now
-        self._charge = charge
+        self._abort_reason = abort_reason

@@ -21,10 +21,10 @@ COLLECTIVES = os.path.join("torch", "distributed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class RankStatus:
     """What one rank was doing when it last said so."""
 
-    beat: int
+    sequence: int
     """Counts what it has said."""
     phase: str
     number: int
@@ -40,7 +40,7 @@ class State:
     """How, where it has."""
 
 
-def place_of_main_thread() -> tuple[str, bool]:
+def locate_main_thread() -> tuple[str, bool]:
     """Where in the code this process's main thread is, and whether that is in a collective."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = [frame for frame in _outwards(innermost) if frame.f_code.co_name not in INTERPOSED]
@@ -63,7 +63,7 @@ def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def find_missing(states: Mapping[int, State], silent: Collection[int]) -> list[int]:
+def find_missing(states: Mapping[int, RankStatus], silent: Collection[int]) -> list[int]:
     """The ranks that the others wait for, as far as that can be told; empty where it cannot.
 
     These are the ranks that are silent; otherwise those that have not come to the phase of the others; otherwise those
@@ -78,7 +78,7 @@ def find_missing(states: Mapping[int, State], silent: Collection[int]) -> list[i
     return sorted(busy) if len(busy) < len(states) else []
 
 
-def describe(states: Mapping[int, State], silent: Mapping[int, float]) -> str:
+def describe(states: Mapping[int, RankStatus], silent: Mapping[int, float]) -> str:
     """A line for the missing ranks, one for each of them, and one for each place where others are.
 
     Args:
@@ -98,7 +98,7 @@ def describe(states: Mapping[int, State], silent: Mapping[int, float]) -> str:
     return "\n".join(lines)
 
 
-def _doing(state: State) -> str:
+def _doing(state: RankStatus) -> str:
     if state.ended:
         return f"ended in {state.phase}: {state.ended}"
     how = "in a collective" if state.waits else "in no collective"

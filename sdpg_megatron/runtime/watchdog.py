@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import NoReturn
 
 from sdpg_megatron.config import WatchdogConfig
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.process.rank_environment import RankEnvironment, name_ranks
-from sdpg_megatron.runtime.heartbeats import Board, Clock
-from sdpg_megatron.runtime.rank_status import COLLECTIVES, State, describe, place_of_main_thread, this_process
+from sdpg_megatron.runtime.heartbeats import Clock, HeartbeatStore
+from sdpg_megatron.runtime.rank_status import COLLECTIVES, RankStatus, describe, locate_main_thread, this_process
 
 HUNG = os.EX_SOFTWARE
 """Exit code, 70, of a job that the watchdog has ended."""
@@ -43,7 +43,7 @@ class Watchdog:
         self._clock = Clock(max(10 * self._interval, 2.0))
         self._at = "start", 0, self._clock.now()
         self._ended = ""
-        self._board: Board | None = None
+        self._heartbeats: HeartbeatStore | None = None
         self._closed, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -61,13 +61,13 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
-    def meeting(self, ranks: Ranks) -> Iterator[None]:
+    def monitor_ranks(self, ranks: ParallelState) -> Iterator[None]:
         """While entered, ranks watch each other. Every rank enters it, once the process group is there."""
         nonce = ranks.gather_all(secrets.token_hex(4))[0]
         if not self._config.enabled or ranks.world == 1 or "MASTER_ADDR" not in os.environ:
             yield
             return
-        board = self._board = Board.open(nonce, ranks, self._clock, self._interval, self._state)
+        heartbeats = self._heartbeats = HeartbeatStore.open(nonce, ranks, self._clock, self._interval, self._state)
         try:
             yield
             self._ended = "done"
@@ -76,11 +76,11 @@ class Watchdog:
                 self._thread.join()  # it ends this process; what is raised here is that others have ended
             self._ended = f"{type(error).__name__}: {str(error).strip()[:200]}"
             if isinstance(error, RuntimeError) and _in_collective(error):
-                self._explain(error, board)
+                self._explain(error, heartbeats)
             raise
         finally:
-            self._board = None
-            board.close()
+            self._heartbeats = None
+            heartbeats.close()
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -92,12 +92,12 @@ class Watchdog:
     def begin(self, phase: str) -> None:
         self._at = phase, self._at[1] + 1, self._clock.now()
 
-    def _state(self, beat: int) -> State:
+    def _state(self, sequence: int) -> RankStatus:
         phase, number, since = self._at
-        place, waits = place_of_main_thread()
+        place, waits = locate_main_thread()
         seconds = self._clock.now() - since
-        return State(
-            beat=beat,
+        return RankStatus(
+            sequence=sequence,
             phase=phase,
             number=number,
             seconds=seconds,
@@ -123,13 +123,13 @@ class Watchdog:
         seconds, silence = self._clock.now() - since, self._config.silence
         if limit is not None and seconds > limit:
             return f"{phase} has taken {seconds:.0f} s on rank {self._rank}, watchdog.{phase} allows {limit:g} s"
-        if (board := self._board) is None:
+        if (heartbeats := self._heartbeats) is None:
             return ""
-        if board.charge:
-            return board.charge
-        if board.unanswered > silence:
+        if heartbeats.abort_reason:
+            return heartbeats.abort_reason
+        if heartbeats.unanswered > silence:
             return f"the first rank's machine has not answered for {silence:g} s (watchdog.silence): rank 0 is missing"
-        silent = board.silent(silence)
+        silent = heartbeats.silent(silence)
         return f"no sign of life from {name_ranks(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
 
     def _end(self, reason: str) -> None:
@@ -137,29 +137,29 @@ class Watchdog:
         self._ending.set()
         self._write(f"{reason}. The stacks of this rank's threads:")
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-        if (board := self._board) is not None:
-            board.post(reason)
+        if (heartbeats := self._heartbeats) is not None:
+            heartbeats.post(reason)
             time.sleep(6 * self._interval)  # ranks that were not read so far are seen to be silent
-            self._write(self._picture(board, 3 * self._interval))
+            self._write(self._picture(heartbeats, 3 * self._interval))
         self._exit()
 
-    def _explain(self, error: BaseException, board: Board) -> None:
+    def _explain(self, error: BaseException, heartbeats: HeartbeatStore) -> None:
         """A collective has failed: say which rank is missing, if one is, and end; otherwise let the error go on."""
-        board.read_everyone()
+        heartbeats.read_everyone()
         silence = 4 * self._interval
         deadline = time.monotonic() + 10 * self._interval
         while time.monotonic() < deadline:
             time.sleep(self._interval)
-            if board.silent(silence) or board.unanswered > silence:
+            if heartbeats.silent(silence) or heartbeats.unanswered > silence:
                 traceback.print_exception(error)
                 self._write(f"a collective has failed in {self._at[0]}")
-                self._write(self._picture(board, silence))
+                self._write(self._picture(heartbeats, silence))
                 self._exit()
 
-    def _picture(self, board: Board, silence: float) -> str:
+    def _picture(self, heartbeats: HeartbeatStore, silence: float) -> str:
         """Who is missing; those who are silent for so long are. The first rank is where the store does not answer."""
-        unanswered = {0: board.unanswered} if board.unanswered > silence else {}
-        return describe(board.states(), board.silent(silence) | unanswered)
+        unanswered = {0: heartbeats.unanswered} if heartbeats.unanswered > silence else {}
+        return describe(heartbeats.states(), heartbeats.silent(silence) | unanswered)
 
     def _exit(self) -> NoReturn:
         if self._rank == 0:

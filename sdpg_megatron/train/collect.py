@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 
-from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import PrefetchedRollouts
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.failures import check_failures
@@ -18,7 +18,7 @@ from sdpg_megatron.rewards.shaping import Shaping
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.train.rollouts import Rollouts, describe, with_shaping
 from sdpg_megatron.train.seeds import draw_seed
-from sdpg_megatron.train.selection import Judge, Selection, select
+from sdpg_megatron.train.selection import GroupFilterChain, Selection, select
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 class Collector:
     """Gets groups for steps. Every rank calls every method, and gets the same."""
 
-    def __init__(self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, ranks: ParallelState) -> None:
         self._config, self._prompts, self._rollouts, self._ranks = config, prompts, rollouts, ranks
         deviation = config.objective.advantage_deviation
         self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens, deviation)
-        self._judge = Judge(config.selection, ranks)
+        self._filter_chain = GroupFilterChain(config.selection, ranks)
         self._begun: Sequence[int] = ()
 
     def begin(self, step: int, cursor: Cursor) -> None:
@@ -43,15 +43,15 @@ class Collector:
         """Give up the round that was begun, if one was."""
         self._rollouts.cancel()
 
-    def finish(self) -> Drawn:
+    def finish(self) -> PrefetchedRollouts:
         """The round that was begun, when it is done."""
-        return Drawn(tuple(self._begun), tuple(self._rollouts.finish()))
+        return PrefetchedRollouts(tuple(self._begun), tuple(self._rollouts.finish()))
 
-    def collect(self, step: int, cursor: Cursor, drawn: Drawn | None = None) -> Selection:
+    def collect(self, step: int, cursor: Cursor, prefetched: PrefetchedRollouts | None = None) -> Selection:
         """The groups of the step after `step`; `cursor` moves on by the prompts that this takes.
 
         Args:
-            drawn: its first round, if there is one already, or the prompts of it.
+            prefetched: its first round, if there is one already, or the prompts of it.
 
         Raises:
             Abandoned: the run is to stop.
@@ -60,17 +60,17 @@ class Collector:
         asked: list[ScoredGroup] = []
 
         def ask(count: int, number: int) -> list[ScoredGroup]:
-            if number == 0 and drawn is not None and drawn.groups:
-                groups = list(drawn.groups)
+            if number == 0 and prefetched is not None and prefetched.groups:
+                groups = list(prefetched.groups)
             else:
-                indices = drawn.indices if number == 0 and drawn is not None else cursor.take(count)
+                indices = prefetched.indices if number == 0 and prefetched is not None else cursor.take(count)
                 groups = self._rollouts.run([self._prompts[i] for i in indices], self._sampling(step, number))
             asked.extend(groups)
             check_failures(f"step {step + 1}", asked, self._config.reward.failure_limit)
             return with_shaping(groups, self._shaping)
 
         wanted = self._config.rollout.prompts_per_step
-        selection = select(ask, wanted, self._judge, self._config.selection)
+        selection = select(ask, wanted, self._filter_chain, self._config.selection)
         if len(selection.kept) < wanted and self._ranks.is_main:
             reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items() if count)
             logger.warning(
@@ -81,7 +81,7 @@ class Collector:
 
     def describe(self, step: int, selection: Selection) -> dict[str, Metric]:
         """Metrics of what was asked for and of what was kept, for the step after `step`."""
-        chosen = selection.metrics() if self._judge.active else {}
+        chosen = selection.metrics() if self._filter_chain.active else {}
         late = describe_staleness(step, selection.asked) if self._config.rollout.ahead else {}
         return {**describe(selection.asked, self._shaping), **chosen, **late}
 

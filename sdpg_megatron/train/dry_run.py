@@ -21,7 +21,7 @@ from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.pool import check_verifier
 from sdpg_megatron.runtime.run_lock import check_unlocked
-from sdpg_megatron.train.eval_target import Subject
+from sdpg_megatron.train.eval_target import EvalTarget
 from sdpg_megatron.train.inputs import Inputs, ModelInputs
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER, check_writable
 from sdpg_megatron.train.start import find_start
@@ -59,7 +59,7 @@ def check_run(
 
 
 def check_evaluation(
-    subject: Subject,
+    eval_target: EvalTarget,
     inputs: ModelInputs,
     files: Mapping[str, list[Prompt]],
     folder: Path,
@@ -73,17 +73,17 @@ def check_evaluation(
     from sdpg_megatron.train.eval_command import for_evaluation
 
     check_writable(folder)
-    model, checkpoint = subject.config.model.path, subject.checkpoint
+    model, checkpoint = eval_target.config.model.path, eval_target.checkpoint
     if checkpoint is not None:
         model = checkpoint / EXPORT_FOLDER  # where an evaluation puts its weights
         state = RunState.read(checkpoint / MANIFEST)
-        check_same_model(state, fingerprint(subject.config.model.path))
-        _check_checkpoint(checkpoint, state, subject.config.checkpoint, subject.config.run_dir)
+        check_same_model(state, fingerprint(eval_target.config.model.path))
+        _check_checkpoint(checkpoint, state, eval_target.config.checkpoint, eval_target.config.run_dir)
     else:
         check_values(model, inputs.arch)
-    config = for_evaluation(subject.config, model, folder)
+    config = for_evaluation(eval_target.config, model, folder)
     if (model / "config.json").exists():
-        Results.check(folder, Request.of(config, files, model=subject.name, fingerprint=fingerprint(model)))
+        Results.check(folder, Request.of(config, files, model=eval_target.name, fingerprint=fingerprint(model)))
     if environment.is_main:
         prompt = next(iter(files.values()))[0]
         yield from _check_generation(config, prompt, environment.world_size, environment)

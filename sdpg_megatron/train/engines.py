@@ -10,7 +10,7 @@ import torch
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore.compat import device
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import OnProgress, RolloutEngine, Stop, never
 from sdpg_megatron.rollout.hf import HFEngine
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start_rollouts(
-    config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress, stop: Stop = never
+    config: RunConfig, inputs: ModelInputs, ranks: ParallelState, on_progress: OnProgress, stop: Stop = never
 ) -> Rollouts:
     """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise.
 
@@ -36,7 +36,7 @@ def start_rollouts(
     return Rollouts(ranks, engine, verifiers, shared=served, stop=stop)
 
 
-def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEngine | None:
+def _embedded(config: RunConfig, inputs: ModelInputs, ranks: ParallelState) -> RolloutEngine | None:
     if not ranks.leads_replica:
         return None
     return HFEngine(
@@ -48,7 +48,9 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: Ranks) -> RolloutEn
     )
 
 
-def _served(config: RunConfig, inputs: ModelInputs, ranks: Ranks, on_progress: OnProgress) -> RolloutEngine | None:
+def _served(
+    config: RunConfig, inputs: ModelInputs, ranks: ParallelState, on_progress: OnProgress
+) -> RolloutEngine | None:
     """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
     from sdpg_megatron.rollout.sglang.preflight import check_devices, check_group, check_python, check_trainer

@@ -24,11 +24,11 @@ from sdpg_megatron.evaluation.scores import Scores
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.compat import device
 from sdpg_megatron.mcore.main_rank import on_main
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.reading_progress import RowProgress
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.engines import start_rollouts
-from sdpg_megatron.train.eval_target import Subject
+from sdpg_megatron.train.eval_target import EvalTarget
 from sdpg_megatron.train.evaluate import evaluate
 from sdpg_megatron.train.export import export_checkpoint
 from sdpg_megatron.train.inputs import ModelInputs, check_answers, warn_of
@@ -54,7 +54,9 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
         raise ConfigError("data.eval", (), "data files", "name them, for example data.eval=[aime24.jsonl]")
     main = os.environ.get("RANK", "0") == "0"
     with RowProgress(enabled=main) as progress:
-        dataset = PromptDataset.load(config.data, config.data.eval, inputs.tokenizer, taught=False, on_rows=progress)
+        dataset = PromptDataset.load(
+            config.data, config.data.eval, inputs.tokenizer, distill_enabled=False, on_rows=progress
+        )
     if main and (dataset.dropped or dataset.truncated):
         counts = dataset.dropped, dataset.truncated, config.data.max_prompt_tokens, dataset.overlong
         logger.warning("%d problems left out and %d cut, as their prompts are over %d tokens, the first: %s", *counts)
@@ -65,12 +67,14 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
     paths = find_files(config.data.eval)
     if len(files) < len(paths):
         for path in paths:
-            PromptDataset.load(config.data, [path], inputs.tokenizer, taught=False)  # says which one is empty, and why
+            PromptDataset.load(
+                config.data, [path], inputs.tokenizer, distill_enabled=False
+            )  # says which one is empty, and why
     return files
 
 
-def evaluate_subject(
-    subject: Subject, inputs: ModelInputs, files: Mapping[str, list[Prompt]], folder: Path
+def evaluate_target(
+    eval_target: EvalTarget, inputs: ModelInputs, files: Mapping[str, list[Prompt]], folder: Path
 ) -> dict[str, Scores] | None:
     """Evaluate a model, or go on with its evaluation, into `folder`. Every rank calls it once.
 
@@ -82,32 +86,32 @@ def evaluate_subject(
     Raises:
         SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
     """
-    parallel_config = subject.config.parallel
+    parallel_config = eval_target.config.parallel
     alone = ParallelConfig(timeout=parallel_config.timeout, rendezvous_timeout=parallel_config.rendezvous_timeout)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
-        ranks = parallel.initialize(alone, subject.config.seed)
-        subject = ranks.gather_all(subject)[0]  # a run that goes on may have shown ranks different checkpoints
-        model = subject.config.model.path
-        if subject.checkpoint is not None:
-            model = export_checkpoint(subject.config, inputs.arch, subject.checkpoint)
-            ranks = parallel.initialize(alone, subject.config.seed)
-        config = for_evaluation(subject.config, model, folder)
-        results = _agree(ranks, config, files, subject.name)
+        ranks = parallel.initialize(alone, eval_target.config.seed)
+        eval_target = ranks.gather_all(eval_target)[0]  # a run that goes on may have shown ranks different checkpoints
+        model = eval_target.config.model.path
+        if eval_target.checkpoint is not None:
+            model = export_checkpoint(eval_target.config, inputs.arch, eval_target.checkpoint)
+            ranks = parallel.initialize(alone, eval_target.config.seed)
+        config = for_evaluation(eval_target.config, model, folder)
+        results = _agree(ranks, config, files, eval_target.name)
         missing = ranks.gather_all(results.missing)[0]
         if missing:
             _fill(config, inputs, ranks, {name: files[name] for name in missing}, results)
         return results.finish() if ranks.is_main else None
 
 
-def _agree(ranks: Ranks, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
+def _agree(ranks: ParallelState, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
     """The folder, begun by the main rank; where it cannot, every rank says why."""
     request = Request.of(config, files, model=name, fingerprint=fingerprint(config.model.path))
     return on_main(ranks, lambda: Results.start_or_continue(config.run_dir, request))
 
 
 def _fill(
-    config: RunConfig, inputs: ModelInputs, ranks: Ranks, files: Mapping[str, list[Prompt]], results: Results
+    config: RunConfig, inputs: ModelInputs, ranks: ParallelState, files: Mapping[str, list[Prompt]], results: Results
 ) -> None:
     """Evaluate on data files, each kept when it is done."""
     served = config.rollout.engine == "sglang"
@@ -143,7 +147,7 @@ def for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
         update = {
             "colocated": False,
             "first_gpu": sglang.first_gpu or 0,
-            "sink": "shared" if sglang.sink == "broadcast" else sglang.sink,
+            "transport": "shared" if sglang.transport == "broadcast" else sglang.transport,
         }
         sglang = sglang.model_copy(update=update)
     return config.model_copy(

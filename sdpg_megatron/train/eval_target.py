@@ -18,7 +18,7 @@ from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EvalTarget:
     """A model to evaluate, under a configuration that allows responses no longer than an evaluation's."""
 
     name: str
@@ -28,7 +28,7 @@ class Subject:
     checkpoint: Path | None = None
 
 
-def find_subject(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
+def find_eval_target(target: Path, step: int | None, overrides: Sequence[str]) -> EvalTarget:
     """The model and settings that the command line names.
 
     Args:
@@ -40,22 +40,22 @@ def find_subject(target: Path, step: int | None, overrides: Sequence[str]) -> Su
     Raises:
         ConfigError: `target` is nothing of these, the run has no such step, or the configuration is faulty.
     """
-    subject = _find(target, step, overrides)
-    limits = {"max_response_tokens": response_limit(subject.config)}  # no model need be longer
-    rollout = subject.config.rollout.model_copy(update=limits)
-    return replace(subject, config=subject.config.model_copy(update={"rollout": rollout}))
+    eval_target = _find(target, step, overrides)
+    limits = {"max_response_tokens": response_limit(eval_target.config)}  # no model need be longer
+    rollout = eval_target.config.rollout.model_copy(update=limits)
+    return replace(eval_target, config=eval_target.config.model_copy(update={"rollout": rollout}))
 
 
-def _find(target: Path, step: int | None, overrides: Sequence[str]) -> Subject:
+def _find(target: Path, step: int | None, overrides: Sequence[str]) -> EvalTarget:
     if target.is_file():
         config = load(target, overrides)
-        return Subject(str(config.model.path), config) if step is None else _of_run(config, step)
+        return EvalTarget(str(config.model.path), config) if step is None else _of_run(config, step)
     if (target / CONFIG_FILE).is_file():
         return _of_run(load(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
     if (target / "config.json").is_file():
         if step is not None:
             raise ConfigError("--step", step, f"none with a Hugging Face folder ({target})", "name a run's folder")
-        return Subject(str(target), _bare(target, overrides))
+        return EvalTarget(str(target), _bare(target, overrides))
     raise ConfigError(
         "TARGET",
         str(target),
@@ -78,17 +78,17 @@ def _bare(model: Path, overrides: Sequence[str]) -> RunConfig:
     return parse(tree)
 
 
-def _of_run(config: RunConfig, step: int | None) -> Subject:
+def _of_run(config: RunConfig, step: int | None) -> EvalTarget:
     """The run's model after `step` steps, or the newest."""
     if step == 0:
-        return Subject(f"{config.run_dir}, before training", config)
+        return EvalTarget(f"{config.run_dir}, before training", config)
     summary, exported = read_summary(config.run_dir), config.run_dir / EXPORT_FOLDER
     if summary is not None and step in (None, summary.steps) and (exported / "config.json").is_file():
         model = config.model.model_copy(update={"path": exported})
-        return Subject(f"{config.run_dir}, step {summary.steps}", config.model_copy(update={"model": model}))
+        return EvalTarget(f"{config.run_dir}, step {summary.steps}", config.model_copy(update={"model": model}))
     checkpoints = {step_of(path): path for path in checkpoint_folders(config.run_dir / CHECKPOINT_FOLDER)}
     chosen = max(checkpoints, default=0) if step is None else step
     if chosen not in checkpoints:
         there = f"one of its checkpoints (steps {', '.join(map(str, checkpoints)) or 'none'})"
         raise ConfigError("--step", step, f"{there} of {config.run_dir}", "name one of these, or 0 for the start")
-    return Subject(f"{config.run_dir}, step {chosen}", config, checkpoints[chosen])
+    return EvalTarget(f"{config.run_dir}, step {chosen}", config, checkpoints[chosen])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.evaluation.problems import by_file
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.metrics import values
 from sdpg_megatron.rollout.base import Abandoned
 from sdpg_megatron.train.evaluate import evaluate, metrics
@@ -17,7 +17,12 @@ class HeldOut:
     """The held-out prompts, if there are any. Every rank calls every method, and gets the same."""
 
     def __init__(
-        self, config: RunConfig, prompts: PromptDataset | None, rollouts: Rollouts, journal: Journal, ranks: Ranks
+        self,
+        config: RunConfig,
+        prompts: PromptDataset | None,
+        rollouts: Rollouts,
+        journal: Journal,
+        ranks: ParallelState,
     ) -> None:
         self._config, self._rollouts, self._journal, self._ranks = config, rollouts, journal, ranks
         self._files = by_file(prompts.prompts) if prompts is not None else {}

@@ -29,7 +29,7 @@ from sdpg_megatron.train.run_dir import check_run_dir
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
 
 if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
-    from sdpg_megatron.mcore.parallel import Ranks
+    from sdpg_megatron.mcore.parallel import ParallelState
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Inputs(ModelInputs):
     held_out: PromptDataset | None
 
 
-def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Ranks | None = None) -> Inputs:
+def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: ParallelState | None = None) -> Inputs:
     """Read the model's description, tokenizer and data, and check that they and the verifier fit the configuration.
 
     Args:

@@ -15,21 +15,21 @@ from sdpg_megatron.config.load import dump
 from sdpg_megatron.evaluation.problems import Problem
 from sdpg_megatron.evaluation.results import Request, Results, limit_responses
 from sdpg_megatron.mcore.main_rank import on_main
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.alarms import Alarms
 from sdpg_megatron.observe.files import write_whole, writing
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import SUMMARY_FILE
-from sdpg_megatron.observe.truncate import cut_folders
+from sdpg_megatron.observe.truncate import truncate_folders
 from sdpg_megatron.observe.writers import (
     METRICS_FILE,
     PROMPTS_FILE,
     JsonlWriter,
-    cut_records,
     open_writers,
     read_metrics,
+    truncate_records,
 )
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.train.run_dir import CHANGES_FILE, EVAL_FOLDER
@@ -47,7 +47,9 @@ class Journal:
     Where the disk refuses, all of them but `close` raise `WriteError`, on every rank.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, progress: Progress, step: int, *, evaluated: bool) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: ParallelState, progress: Progress, step: int, *, evaluated: bool
+    ) -> None:
         """Go on after `step`; `evaluated`: with the evaluation that was due after it. Later records are removed."""
         self._ranks = ranks
         self._files: _Files  # on the main rank alone
@@ -91,8 +93,8 @@ class _Files:
     def __init__(self, config: RunConfig, progress: Progress, step: int, evaluated: bool) -> None:
         run_dir = config.run_dir
         self._config, self._progress = config, progress
-        cut_records(run_dir, step, evaluated=evaluated)
-        cut_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
+        truncate_records(run_dir, step, evaluated=evaluated)
+        truncate_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
         self._metrics = open_writers(run_dir)
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
         self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, config.rollout_log)

@@ -18,7 +18,7 @@ from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import NumericsError, SdpgError, VerifierError, WriteError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.main_rank import on_main
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.metrics import Metric, values
 from sdpg_megatron.observe.progress import EVAL_SECONDS, Progress
@@ -39,15 +39,15 @@ from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 from sdpg_megatron.train.journal import Journal
 from sdpg_megatron.train.phases import Phases
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER, LOG_FOLDER, make_run_dir
-from sdpg_megatron.train.run_fingerprint import Origin, find_origin
+from sdpg_megatron.train.run_fingerprint import RunFingerprint, find_run_fingerprint
 from sdpg_megatron.train.selection import Selection
 from sdpg_megatron.train.serving import Serving
 from sdpg_megatron.train.start import Start, find_start
-from sdpg_megatron.train.state import Position
-from sdpg_megatron.train.update import Lessons
+from sdpg_megatron.train.state import TrainState
+from sdpg_megatron.train.update import PolicyUpdater
 
 
-class Outcome(Enum):
+class RunOutcome(Enum):
     """How a call of `train` ended."""
 
     FINISHED = "finished"
@@ -55,7 +55,7 @@ class Outcome(Enum):
     INTERRUPTED = "interrupted"
 
 
-def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcome:
+def train(config: RunConfig, branch_from: BranchRequest | None = None) -> RunOutcome:
     """Run, or continue, the run that `config` describes. Every rank calls it once.
 
     Args:
@@ -72,30 +72,30 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> Outcom
         make_run_dir(config.run_dir)
         ranks = parallel.initialize(config.parallel, config.seed)
         stack.callback(parallel.shutdown)
-        stack.enter_context(watchdog.meeting(ranks))
+        stack.enter_context(watchdog.monitor_ranks(ranks))
         inputs = load_inputs(config, model, ranks)
         interrupt.defer()
         store = CheckpointStore(config.run_dir / CHECKPOINT_FOLDER, ranks, config.checkpoint)
         _claim(config.run_dir, ranks, stack)
-        origin = find_origin(config, inputs.prompts, ranks)
-        start = on_main(ranks, lambda: find_start(config, branch_from, lambda: origin.model, origin.data))
+        fingerprint = find_run_fingerprint(config, inputs.prompts, ranks)
+        start = on_main(ranks, lambda: find_start(config, branch_from, lambda: fingerprint.model, fingerprint.data))
         if start.done:
-            return Outcome.ALREADY_DONE
+            return RunOutcome.ALREADY_DONE
         store.sweep()
         objective = objectives.build(config.objective, config.total_optimizer_steps)
         policy_trainer = PolicyTrainer(config, inputs.arch, objective, ranks)
         if start.checkpoint is not None and start.state is not None:
             store.load(start.checkpoint, start.state, policy_trainer)
             policy_trainer.check_weights(f"checkpoint of step {start.state.step}")
-        position = Position.of(start, config, inputs.prompts)
+        state = TrainState.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
-            return Outcome.INTERRUPTED  # all that there is has been read from the disk
-        trainer = Trainer(config, inputs, policy_trainer, store, position, origin, interrupt, watchdog, stack)
+            return RunOutcome.INTERRUPTED  # all that there is has been read from the disk
+        trainer = Trainer(config, inputs, policy_trainer, store, state, fingerprint, interrupt, watchdog, stack)
         trainer.announce(start)
         return trainer.run()
 
 
-def _claim(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+def _claim(run_dir: Path, ranks: ParallelState, stack: ExitStack) -> None:
     """Claim the run's folder, and log to it; where another run has it, every rank says so."""
 
     def claim() -> None:
@@ -115,29 +115,29 @@ class Trainer:
         inputs: Inputs,
         policy_trainer: PolicyTrainer,
         store: CheckpointStore,
-        position: Position,
-        origin: Origin,
+        state: TrainState,
+        fingerprint: RunFingerprint,
         interrupt: Interrupt,
         watchdog: Watchdog,
         stack: ExitStack,
     ) -> None:
         """
         Args:
-            position: where the run stands, and the learner's weights with it.
+            state: training state, which the policy trainer's weights belong to.
             stack: gets what has to be closed when the run ends, however it ends.
         """
         self.config, self.inputs, self.policy_trainer, self.store = config, inputs, policy_trainer, store
-        self.ranks, self.at, self.origin = policy_trainer.ranks, position, origin
+        self.ranks, self.state, self.fingerprint = policy_trainer.ranks, state, fingerprint
         self.interrupt = interrupt
         self.progress = Progress(
             config.steps,
-            done=position.step,
+            done=state.step,
             evaluations=lambda step: evaluations_after(step, config) if inputs.held_out is not None else 0,
             enabled=self.ranks.is_main,
         )
         stack.callback(self.progress.close)
         self.phases = Phases(self.progress, watchdog)
-        self.journal = Journal(config, self.ranks, self.progress, position.step, evaluated=position.evaluated)
+        self.journal = Journal(config, self.ranks, self.progress, state.step, evaluated=state.evaluated)
         stack.callback(self.journal.close)
         self.serving = Serving(
             config,
@@ -151,12 +151,12 @@ class Trainer:
         rollouts = self.serving.rollouts
         rollouts.check_verifier(inputs.prompts[0])
         self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
-        self.lessons = Lessons(config, inputs, policy_trainer, position.skipped)
+        self.updater = PolicyUpdater(config, inputs, policy_trainer, state.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
     def announce(self, start: Start) -> None:
         """Keep the resolved configuration and its changes, and say where the run starts."""
-        self.journal.keep_start(start.branch, self.at.changes)
+        self.journal.keep_start(start.branch, self.state.changes)
         first, *more = start.describe(self.config)
         r = self.ranks
         self.progress.message(
@@ -166,30 +166,30 @@ class Trainer:
         for line in more:
             self.progress.message(line)
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Train up to the configured step, then write what a finished run leaves behind."""
-        config, at = self.config, self.at
+        config, state = self.config, self.state
         evaluated: Mapping[str, float] | None = None
         with self._completing():
-            if not at.evaluated and (self.held_out or at.measured):
+            if not state.evaluated and (self.held_out or state.measured):
                 evaluated = self._evaluate()
                 if evaluated is None:
                     return self._stop("before")
-                at.baseline = at.baseline or {n: value for n, value in evaluated.items() if n.startswith("eval/")}
-                self.journal.report(at.step, {**at.measured, **evaluated})
-            while at.step < config.steps:
+                state.baseline = state.baseline or {n: value for n, value in evaluated.items() if n.startswith("eval/")}
+                self.journal.report(state.step, {**state.measured, **evaluated})
+            while state.step < config.steps:
                 metrics = self._train_step()
                 if metrics is None:
                     return self._stop("before")
                 self.store.advance()
                 due = bool(self.held_out) and self._due(config.eval.every)
-                stop = at.step < config.steps and self._asked_to_stop()
+                stop = state.step < config.steps and self._asked_to_stop()
                 evaluated = self._evaluate() if due and not stop else None
-                at.evaluated = not due or evaluated is not None
-                at.measured = {} if at.evaluated else values(metrics)
-                if at.evaluated:  # otherwise all of it is told when the run goes on, and makes the evaluation
-                    self.journal.report(at.step, {**values(metrics), **(evaluated or {})})
-                if stop or not at.evaluated:
+                state.evaluated = not due or evaluated is not None
+                state.measured = {} if state.evaluated else values(metrics)
+                if state.evaluated:  # otherwise all of it is told when the run goes on, and makes the evaluation
+                    self.journal.report(state.step, {**values(metrics), **(evaluated or {})})
+                if stop or not state.evaluated:
                     return self._stop("after")
                 if self._due(config.checkpoint.every):
                     self._save()
@@ -198,62 +198,62 @@ class Trainer:
         with self.phases("finish"):
             self.store.finish()
             self._finish(evaluated)
-        return Outcome.FINISHED
+        return RunOutcome.FINISHED
 
     def _due(self, every: int) -> bool:
-        return self.at.step == self.config.steps or (every > 0 and self.at.step % every == 0)
+        return self.state.step == self.config.steps or (every > 0 and self.state.step % every == 0)
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank was: they stop together."""
         return any(self.ranks.gather_all(self.interrupt.requested))
 
-    def _stop(self, where: str) -> Outcome:
+    def _stop(self, where: str) -> RunOutcome:
         """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way.
 
         See `_save` for when there is nothing to save.
         """
-        if self.at.saved != self.at.step:
+        if self.state.saved != self.state.step:
             self._save()
         self.store.finish()
-        told = f"stopped after step {self.at.step}" + (", what came next was abandoned" if where == "before" else "")
+        told = f"stopped after step {self.state.step}" + (", what came next was abandoned" if where == "before" else "")
         self.progress.message(f"{told}; the same command continues")
-        return Outcome.INTERRUPTED
+        return RunOutcome.INTERRUPTED
 
     def _train_step(self) -> dict[str, Metric] | None:
         """One rollout and the optimizer steps on it.
 
         None where the run was asked to stop before the first of these: then nothing has changed.
         """
-        started, at = time.perf_counter(), self.at
-        cursor = Cursor.from_state(at.cursor.state(), self.inputs.prompts.size)
-        self.serving.publish(at.step)
+        started, state = time.perf_counter(), self.state
+        cursor = Cursor.from_state(state.cursor.state(), self.inputs.prompts.size)
+        self.serving.publish(state.step)
         selection: Selection | None = None
         with self.phases("rollout"), suppress(Abandoned):
-            selection = self.collector.collect(at.step, cursor, at.drawn)
+            selection = self.collector.collect(state.step, cursor, state.prefetched)
         if selection is None or self._asked_to_stop():
             return None
-        groups = self.lessons.with_context(selection.kept)
-        ahead = self.config.rollout.ahead > 0 and at.step + 1 < self.config.steps
+        groups = self.updater.with_context(selection.kept)
+        ahead = self.config.rollout.ahead > 0 and state.step + 1 < self.config.steps
         if ahead:
-            self.collector.begin(at.step + 1, cursor)
+            self.collector.begin(state.step + 1, cursor)
         self.serving.make_room()
         with self.phases("prepare"):
-            batches = self.lessons.prepare(at.step, groups)
+            batches = self.updater.prepare(state.step, groups)
         if self._asked_to_stop():
             self.collector.cancel()
             return None
         with self.phases("update"):
-            updates = self.lessons.learn(at.step, batches)
-        described = self.collector.describe(at.step, selection)
-        at.skipped, at.cursor = self.lessons.skipped, cursor
-        at.step += 1
-        self.journal.keep_prompts(at.step, [scored.group.prompt for scored in groups])
-        self.journal.keep_rollouts(at.step, selection)
-        self.serving.trained(at.step)
+            updates = self.updater.learn(state.step, batches)
+        described = self.collector.describe(state.step, selection)
+        state.skipped, state.cursor = self.updater.skipped, cursor
+        state.step += 1
+        self.journal.keep_prompts(state.step, [scored.group.prompt for scored in groups])
+        self.journal.keep_rollouts(state.step, selection)
+        self.serving.trained(state.step)
         with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
-            at.drawn = self.collector.finish() if ahead else None
+            state.prefetched = self.collector.finish() if ahead else None
         seconds = time.perf_counter() - started
-        at.seconds += seconds
+        state.seconds += seconds
         tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
         return {
             **described,
@@ -278,9 +278,9 @@ class Trainer:
         """See `HeldOut.measure`. With ``time/eval``: seconds of the evaluation and of publishing for it."""
         if not self.held_out:
             return {}
-        self.serving.publish(self.at.step)
+        self.serving.publish(self.state.step)
         with self.phases("eval"):
-            found = self.held_out.measure(self.at.step)
+            found = self.held_out.measure(self.state.step)
         if found is None:
             return None
         return {**found, EVAL_SECONDS: sum(metric.value for metric in self.phases.take().values())}
@@ -291,8 +291,12 @@ class Trainer:
         if not self.policy_trainer.has_learned:
             return
         with self.phases("checkpoint"):
-            self.store.save(self.policy_trainer, self.at.state(self.config, self.origin), self.at.more())
-        self.at.saved = self.at.step
+            self.store.save(
+                self.policy_trainer,
+                self.state.saved_state(self.config, self.fingerprint),
+                self.state.prefetched_writer(),
+            )
+        self.state.saved = self.state.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
         """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
@@ -309,15 +313,15 @@ class Trainer:
         on_main(self.ranks, conclude)
 
     def _summary(self, evaluated: Mapping[str, float]) -> Summary:
-        baseline = self.at.baseline
+        baseline = self.state.baseline
         return Summary(
             accuracy_before=baseline.get("eval/sampled_accuracy"),
             accuracy_after=evaluated.get("eval/sampled_accuracy"),
             greedy_before=baseline.get("eval/greedy_accuracy"),
             greedy_after=evaluated.get("eval/greedy_accuracy"),
             reward=last_value(self.config.run_dir / METRICS_FILE, "reward/mean"),
-            steps=self.at.step,
-            seconds=round(self.at.seconds, 1),
+            steps=self.state.step,
+            seconds=round(self.state.seconds, 1),
         )
 
 

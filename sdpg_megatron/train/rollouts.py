@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.mcore.parallel import Ranks, split_evenly
+from sdpg_megatron.mcore.parallel import ParallelState, split_evenly
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
@@ -25,7 +25,7 @@ from sdpg_megatron.rollout.base import (
     WeightsWanted,
     never,
 )
-from sdpg_megatron.runtime.background import Behind
+from sdpg_megatron.runtime.background import BackgroundCall
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Rollouts:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: ParallelState,
         engine: RolloutEngine | None,
         verifiers: VerifierPool | None,
         *,
@@ -78,7 +78,7 @@ class Rollouts:
         self._verifiers = verifiers
         self._shared, self._stop = shared, stop
         self._published: tuple[int, Weights] | None = None
-        self._begun: tuple[_Call, Behind[_Attempt]] | None = None
+        self._begun: tuple[_Call, BackgroundCall[_Attempt]] | None = None
 
     def publish(self, version: int, weights: Weights) -> None:
         """Bring the weights to the engines.
@@ -162,7 +162,7 @@ class Rollouts:
         """
         assert self._begun is None, "one at a time"
         call = _Call(prompts, self._share(prompts), sampling, extract=False)
-        self._begun = call, Behind(lambda stop: self._attempt(call, {}, stop))
+        self._begun = call, BackgroundCall(lambda stop: self._attempt(call, {}, stop))
 
     def finish(self) -> list[ScoredGroup]:
         """What `run` would return, when what was begun is done."""

@@ -8,12 +8,12 @@ from sdpg_megatron.checkpoint.state import fingerprint
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.process.rank_environment import RankEnvironment
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class RunFingerprint:
     """Digests; the same in every call of a run."""
 
     model: str
@@ -22,7 +22,7 @@ class Origin:
     """`PromptSource.digest`."""
 
 
-def find_origin(config: RunConfig, prompts: PromptSource, ranks: Ranks) -> Origin:
+def find_run_fingerprint(config: RunConfig, prompts: PromptSource, ranks: ParallelState) -> RunFingerprint:
     """Sum up the model, once on each machine, and the prompts, on every rank. Every rank calls it.
 
     Raises:
@@ -31,7 +31,7 @@ def find_origin(config: RunConfig, prompts: PromptSource, ranks: Ranks) -> Origi
     first_here = ranks.is_main or RankEnvironment.read().local_rank == 0
     models = ranks.gather_all(fingerprint(config.model.path) if first_here else None)
     data = ranks.gather_all(prompts.digest)
-    return Origin(_same("model.path", models), _same("data", data))
+    return RunFingerprint(_same("model.path", models), _same("data", data))
 
 
 def _same(field: str, digests: list[str | None] | list[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sdpg_megatron.config import SelectionConfig
 from sdpg_megatron.mcore.main_rank import on_main
-from sdpg_megatron.mcore.parallel import Ranks
+from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.filters import DEAD, dead, is_kept, load_filters
@@ -21,7 +21,7 @@ SURPLUS = "surplus"
 
 Ask = Callable[[int, int], Sequence[ScoredGroup]]
 """(how many, number of the round from 0) -> the groups of the next so many prompts."""
-Verdict = str | None
+DropReason = str | None
 """Why a group is left out; None for one that is kept."""
 
 
@@ -43,30 +43,30 @@ class Selection:
         return {f"selection/{name}": Metric(float(count), Reduction.SUM) for name, count in counts.items()}
 
 
-def select(ask: Ask, wanted: int, judge: Judge, config: SelectionConfig) -> Selection:
+def select(ask: Ask, wanted: int, filters_of_step: GroupFilterChain, config: SelectionConfig) -> Selection:
     """Ask for groups, round by round, until `wanted` of them are kept or `config.max_rounds` have passed.
 
     Nothing is carried over to the next step: what is left out is gone, so a data cursor says all about where a run is.
     """
     kept: list[ScoredGroup] = []
     asked: list[ScoredGroup] = []
-    left_out = Counter(dict.fromkeys([*judge.reasons, SURPLUS], 0))
+    left_out = Counter(dict.fromkeys([*filters_of_step.reasons, SURPLUS], 0))
     rounds = 0
     while len(kept) < wanted and rounds < config.max_rounds:
         groups = ask(math.ceil((wanted - len(kept)) * config.oversample), rounds)
-        verdicts = judge(groups)
+        drop_reasons = filters_of_step(groups)
         asked += groups
-        kept += [group for group, verdict in zip(groups, verdicts, strict=True) if verdict is None]
-        left_out.update(verdict for verdict in verdicts if verdict is not None)
+        kept += [group for group, drop_reason in zip(groups, drop_reasons, strict=True) if drop_reason is None]
+        left_out.update(drop_reason for drop_reason in drop_reasons if drop_reason is not None)
         rounds += 1
     left_out[SURPLUS] = max(0, len(kept) - wanted)
     return Selection(kept[:wanted], asked, rounds, left_out)
 
 
-class Judge:
+class GroupFilterChain:
     """What `SelectionConfig` says about groups. Every rank asks about the same groups and gets the same verdicts."""
 
-    def __init__(self, config: SelectionConfig, ranks: Ranks) -> None:
+    def __init__(self, config: SelectionConfig, ranks: ParallelState) -> None:
         """Raises `ConfigError` where a filter cannot be loaded."""
         self._drop_dead = config.drop_dead
         self._filters = load_filters(config.filters)
@@ -82,7 +82,7 @@ class Judge:
         """All that it may give."""
         return [*(DEAD if self._drop_dead else ()), *map(_name, self._filters)]
 
-    def __call__(self, groups: Sequence[ScoredGroup]) -> list[Verdict]:
+    def __call__(self, groups: Sequence[ScoredGroup]) -> list[DropReason]:
         """A verdict on each group.
 
         Raises:
@@ -93,7 +93,7 @@ class Judge:
         # A filter is asked on one rank alone: one that draws lots, say, must not tell ranks different things.
         return on_main(self._ranks, lambda: [self._verdict(group) for group in groups])
 
-    def _verdict(self, scored: ScoredGroup) -> Verdict:
+    def _verdict(self, scored: ScoredGroup) -> DropReason:
         if self._drop_dead and (reason := dead(scored)):
             return reason
         rejected = (spec for spec, keeps in self._filters.items() if not is_kept(spec, keeps, scored))

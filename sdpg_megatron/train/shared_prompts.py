@@ -17,7 +17,7 @@ from sdpg_megatron.errors import DataError, SdpgError, WriteError
 from sdpg_megatron.observe.files import free_mib
 
 if TYPE_CHECKING:
-    from sdpg_megatron.mcore.parallel import Ranks
+    from sdpg_megatron.mcore.parallel import ParallelState
 
 Prompts = tuple[PromptSource, PromptDataset | None]
 """To train on, and held out."""
@@ -35,7 +35,7 @@ class _Offer:
     error: SdpgError | None = None
 
 
-def share_prompts(ranks: Ranks, load: Callable[[], Prompts]) -> Prompts:
+def share_prompts(ranks: ParallelState, load: Callable[[], Prompts]) -> Prompts:
     """Call `load`, which reads files, on the first rank of each machine, and give all ranks there the same prompts.
 
     Every rank calls it.

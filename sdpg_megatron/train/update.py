@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from sdpg_megatron.batching.collate import Layout
+from sdpg_megatron.batching.collate import PackingLayout
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.peer_context import with_peers
 from sdpg_megatron.batching.samples import make_samples, nobody
@@ -25,7 +25,7 @@ from sdpg_megatron.train.inputs import Inputs
 logger = logging.getLogger(__name__)
 
 
-class Lessons:
+class PolicyUpdater:
     """What the learner is given, and does with it. Every rank calls every method."""
 
     def __init__(self, config: RunConfig, inputs: Inputs, policy_trainer: PolicyTrainer, skipped: int = 0) -> None:
@@ -79,18 +79,18 @@ class Lessons:
 
     def _prepare(self, groups: Sequence[ScoredGroup], context: StepContext) -> StepBatch:
         config, policy_trainer, ranks = self._config, self._learner, self._learner.ranks
-        needs = policy_trainer.objective.needs(context)
+        required_passes = policy_trainer.objective.required_passes(context)
         batch = build_step(
             make_samples(
                 groups,
                 config.objective,
-                taught=policy_trainer.objective.taught if needs.privileged else nobody,
-                outcome=needs.outcome,
+                distill_enabled=policy_trainer.objective.distill_enabled if required_passes.privileged else nobody,
+                outcome=required_passes.policy_loss,
                 stop_ids=self._inputs.stop_ids,
             ),
-            regularized=needs.reference or needs.every_token,
+            regularized=required_passes.reference or required_passes.every_token,
             limit=Limit.of(config),
-            layout=Layout.of(config, ranks),
+            layout=PackingLayout.of(config, ranks),
             device=policy_trainer.device,
         )
         corrected = config.objective.correction != "none"
@@ -99,11 +99,11 @@ class Lessons:
         if corrected:
             sharers = ranks.context_group if ranks.context_size > 1 else None
             batch = batch.with_micro_batches(with_corrections(batch.micro_batches, config.objective, sharers))
-        if needs.reference:
+        if required_passes.reference:
             batch = batch.with_micro_batches(policy_trainer.with_reference(batch.micro_batches))
-        if needs.teacher:
+        if required_passes.teacher:
             batch = batch.with_micro_batches(policy_trainer.with_early_teacher(batch.micro_batches))
-        if needs.teacher_logprob:
+        if required_passes.teacher_logprob:
             batch = batch.with_micro_batches(policy_trainer.with_teacher_logprobs(batch.micro_batches))
         return batch
 

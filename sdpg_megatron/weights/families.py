@@ -18,7 +18,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ShardLayout:
     """How tensor-parallel ranks share a parameter."""
 
     cut: Callable[[Architecture, Sequence[int], int, int], list[Piece]]
@@ -53,11 +53,11 @@ def _padded_vocabulary(arch: Architecture, lengths: Sequence[int], rank: int, si
     return [piece for piece in (Piece(0, start, length), Piece(None, 0, rows - length)) if piece.length]
 
 
-REPLICATED = Layout(_even, sharded=False)
-QKV = Layout(_by_query_group)
-GATE_UP = Layout(_even)
-INPUT_COLUMNS = Layout(_even, dim=1)
-VOCABULARY = Layout(_padded_vocabulary)
+REPLICATED = ShardLayout(_even, sharded=False)
+QKV = ShardLayout(_by_query_group)
+GATE_UP = ShardLayout(_even)
+INPUT_COLUMNS = ShardLayout(_even, dim=1)
+VOCABULARY = ShardLayout(_padded_vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Rule:
     """Spellings of one parameter: the local layer specification's, then Transformer Engine's where it differs."""
     tensors: Mapping[str, tuple[str, ...]]
     """Hugging Face tensors that it is made of, with the names of their dimensions."""
-    layout: Layout
+    layout: ShardLayout
     exported: bool = True
     """False for a copy of a tensor that another parameter exports."""
 

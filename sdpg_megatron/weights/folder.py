@@ -46,7 +46,7 @@ def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path
     try:
         dtype = _write_weights(buckets, aside, source_folder, shard_bytes)
         write_config(source_folder, aside, dtype)
-        copy_companions(source_folder, aside)
+        copy_hf_assets(source_folder, aside)
         _replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -143,7 +143,7 @@ def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, T
         yield shard
 
 
-def copy_companions(source_folder: Path, folder: Path) -> None:
+def copy_hf_assets(source_folder: Path, folder: Path) -> None:
     """Copy what a model has beside weights and config.json: tokenizer, chat template, generation defaults."""
     for name in COMPANIONS:
         if (source_folder / name).is_file():

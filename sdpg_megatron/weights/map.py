@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError, did_you_mean
-from sdpg_megatron.weights.families import OUTPUT, Layout, Piece, rules, sizes
+from sdpg_megatron.weights.families import OUTPUT, Piece, ShardLayout, rules, sizes
 from sdpg_megatron.weights.families import VOCABULARY as VOCABULARY
 
 Shape = tuple[int, ...]
@@ -48,7 +48,7 @@ class Parameter:
     arch: Architecture
     tensors: Mapping[str, Shape]
     """The Hugging Face tensors that it is made of, with their shapes."""
-    layout: Layout
+    layout: ShardLayout
     exported: bool
     layer: int | None
     """Global layer number; None outside the layers."""

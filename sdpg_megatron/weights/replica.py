@@ -59,7 +59,7 @@ class Replica:
         tensor = self.expert_tensor
         return ExpertShare(position // tensor, self.expert_size // tensor, position % tensor, tensor)
 
-    def meeting(self, parameter: Parameter) -> tuple[dist.ProcessGroup | None, int, range]:
+    def gather_group(self, parameter: Parameter) -> tuple[dist.ProcessGroup | None, int, range]:
         """(group, this rank in it, ranks in it that hold a parameter's shards, in order); none where not concerned."""
         if parameter.expert is None:
             concerned = self.expert_rank < self.tp_size

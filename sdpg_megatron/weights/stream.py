@@ -132,7 +132,7 @@ class WeightStream(Iterator[Bucket]):
     def _assemble(self, item: _Item, whole: Tensors | None) -> Tensors:
         """Join the stage's shards on its first rank, in `whole` if given; nothing on its other ranks."""
         place, parameter = self._place, item.parameter
-        group, rank, holders = place.meeting(parameter)
+        group, rank, holders = place.gather_group(parameter)
         if not place.is_first:
             if rank in holders:
                 local = self._params[item.name].detach()

@@ -55,7 +55,7 @@ class Engine:
 def generate_behind() -> Any:
     """Versions of the groups' weights by prompt, and what was published; the prompts of a call that was cancelled."""
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.runtime.background import Behind
+    from sdpg_megatron.runtime.background import BackgroundCall
     from sdpg_megatron.train.rollouts import Rollouts
 
     ranks = parallel.initialize(ParallelConfig(), 0)
@@ -75,7 +75,7 @@ def generate_behind() -> Any:
     engine.asked.clear()
     rollouts.begin(prompts, Sampling(2, 8))
     assert engine.asked.wait(LONG)
-    with patch.object(Behind, "result", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+    with patch.object(BackgroundCall, "result", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
         rollouts.finish()
     rollouts.close()
     return found, engine.streams, engine.abandoned

@@ -160,7 +160,7 @@ def batch_of(question: Question, wrong_TH: Tensor | None) -> MicroBatch:
 
 
 def package(
-    objective: dict[str, Any], gates: tuple[float, ...], schedule: str, *, misled: str = "wrong"
+    objective: dict[str, Any], gates: tuple[float, ...], schedule: str, *, negative_context: str = "wrong"
 ) -> tuple[Tensor, ...]:
     """The twin's answer on this rank's shard. `misled`: what the second teacher reads, if "none" nothing."""
     from sdpg_megatron.mcore.forward_step import ForwardStep
@@ -175,7 +175,7 @@ def package(
     options = replace(head_options(config), chunk_rows=5, tile_columns=7, schedule=schedule)  # type: ignore[arg-type]
     assert dist.group.WORLD is not None
     step = ForwardStep(build(config.objective, TOTAL), CONTEXT, Head(VALID, dist.group.WORLD, options))
-    loss_sum, _, report = step.loss(batch_of(question, hints[misled]), model, hidden_TH[None])
+    loss_sum, _, report = step.loss(batch_of(question, hints[negative_context]), model, hidden_TH[None])
     gradients = torch.autograd.grad(loss_sum, (hidden_TH, model.output_layer.weight))
     found = report["distill/contrast_kl"].value if "distill/contrast_kl" in report else torch.tensor(0.0)
     return loss_sum.detach(), *gradients, found
@@ -210,10 +210,10 @@ def test_two_hints_that_say_the_same_teach_nothing(ranks: RankPool, name: str) -
     ((loss, hidden_grad_TH, weight_grad_VH, _),) = ranks.run(same_hints, 1, {"name": name, "contrast": 1.0})
     assert max(float(x.abs().max()) for x in (loss, hidden_grad_TH, weight_grad_VH)) < 1e-13
     ((_, half_TH, _, _),) = ranks.run(same_hints, 1, {"name": name, "contrast": 0.5})
-    ((_, plain_TH, _, _),) = ranks.run(package, 1, {"name": name}, ALL, "grad_in_forward", misled="none")
+    ((_, plain_TH, _, _),) = ranks.run(package, 1, {"name": name}, ALL, "grad_in_forward", negative_context="none")
     assert plain_TH.abs().max() > 1e-3
     assert_close(half_TH, plain_TH / 2)
 
 
 def same_hints(objective: dict[str, Any]) -> tuple[Tensor, ...]:
-    return package(objective, ALL, "grad_in_forward", misled="right")
+    return package(objective, ALL, "grad_in_forward", negative_context="right")

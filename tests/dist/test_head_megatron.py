@@ -66,9 +66,9 @@ def step_batches(config: RunConfig, vocab: int, ranks: Any) -> list[Any]:
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
 
-    taught = objectives.build(config.objective, config.total_optimizer_steps).taught
+    distill_enabled = objectives.build(config.objective, config.total_optimizer_steps).distill_enabled
     return build_step(
-        make_samples(scored_groups(vocab), config.objective, taught=taught),
+        make_samples(scored_groups(vocab), config.objective, distill_enabled=distill_enabled),
         regularized=True,
         limit=Limit.of(config),
         layout=Layout.of(config, ranks),
@@ -135,8 +135,8 @@ def gradients(folder: Path, layout: Layout) -> dict[str, Tensor]:
     arch, chunks = build_model(config, ranks, "float64")
     wrapped = wrap(chunks, layout, float32=False, distributed=False)
     batches = step_batches(config, arch.vocab_size, ranks)
-    taught = passes.teacher_hidden(wrapped, batches)
-    batches = [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, taught, strict=True)]
+    distill_enabled = passes.teacher_hidden(wrapped, batches)
+    batches = [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, distill_enabled, strict=True)]
     objective = objectives.build(config.objective, config.total_optimizer_steps)
     head = Head.build(config, arch.vocab_size, ranks.tensor_group, wrapped)
     passes.run_schedule(wrapped, ForwardStep(objective, StepContext(0, 4), head), batches)

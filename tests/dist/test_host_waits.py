@@ -55,7 +55,9 @@ def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -
     ranks = parallel.initialize(config.parallel, 0)
     objective = objectives.build(config.objective, 4)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
-    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=objective.taught)
+    samples = make_samples(
+        scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
+    )
     batch = build_step(
         samples, regularized=True, limit=Limit.of(config), layout=Layout.of(config, ranks), device=policy_trainer.device
     )
@@ -69,7 +71,7 @@ def waits_of_a_micro_batch(folder: Path, overrides: dict[str, object]) -> tuple[
     from sdpg_megatron.objectives.base import StepContext
 
     policy_trainer, (batch, *_) = learner_and_batches(folder, overrides, 4)
-    step = ForwardStep(policy_trainer.objective, StepContext(0, 4), policy_trainer.head, measures_pulls=True)
+    step = ForwardStep(policy_trainer.objective, StepContext(0, 4), policy_trainer.head, measure_gradient_ratio=True)
     (chunk,) = policy_trainer.chunks
     with Waits() as waits:
         passes.logprobs(policy_trainer.chunks, [batch], policy_trainer.head)

@@ -254,7 +254,7 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
     hidden_TH = question.hidden_TH.clone().requires_grad_()
     weight_VH = question.weight_VH[rank * columns : (rank + 1) * columns].clone().requires_grad_()
     rows_G = question.gate_T.nonzero()[:, 0]
-    needs = objective.needs(CONTEXT)
+    required_passes = objective.required_passes(CONTEXT)
 
     def loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
         return objective.loss(
@@ -263,8 +263,8 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
                 divergence_T=terms.divergence_T,
                 teacher_logprob_T=terms.teacher_logprob_T,
                 old_logprob_T=question.old_logprob_T[at_C],
-                reference_logprob_T=question.reference_logprob_T[at_C] if needs.reference else None,
-                advantage_T=question.advantage_T[at_C] * needs.outcome,
+                reference_logprob_T=question.reference_logprob_T[at_C] if required_passes.reference else None,
+                advantage_T=question.advantage_T[at_C] * required_passes.outcome,
                 gate_T=question.gate_T[at_C],
             ),
             CONTEXT,
@@ -276,7 +276,7 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
         question.labels_T,
         lambda terms, at_C: question.mixture_T[at_C] * loss(terms, at_C),
         vocab=VocabShard(rank * columns, VALID, dist.group.WORLD),
-        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if needs.privileged else None,
+        teacher=TeacherRows(question.teacher_TH[rows_G], rows_G) if required_passes.privileged else None,
         options=replace(head_options(config), chunk_rows=5, tile_columns=7, schedule=schedule),  # type: ignore[arg-type]
     )
     gradients = torch.autograd.grad(loss_sum, (hidden_TH, weight_VH))

@@ -14,7 +14,7 @@ from sdpg_megatron.architecture import Family, read_architecture
 from sdpg_megatron.config import ModelConfig, ParallelConfig
 from sdpg_megatron.errors import WeightError
 from sdpg_megatron.mcore.model import build_chunks, load_weights, named_parameters
-from sdpg_megatron.mcore.parallel import Ranks, initialize
+from sdpg_megatron.mcore.parallel import ParallelState, initialize
 from sdpg_megatron.weights import WeightStream, hf_shapes
 from tests.pool import RankPool
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_tiny_model(root / family, family, tied=family == "mixtral", seed=3) for family in FAMILIES]
 
 
-def stream(params: dict[str, Tensor], folder: Path, ranks: Ranks) -> WeightStream:
+def stream(params: dict[str, Tensor], folder: Path, ranks: ParallelState) -> WeightStream:
     return WeightStream(
         params,
         read_architecture(folder),
@@ -48,7 +48,7 @@ def stream(params: dict[str, Tensor], folder: Path, ranks: Ranks) -> WeightStrea
     )
 
 
-def filled(folder: Path, parallel: ParallelConfig, ranks: Ranks) -> dict[str, Tensor]:
+def filled(folder: Path, parallel: ParallelConfig, ranks: ParallelState) -> dict[str, Tensor]:
     arch = read_architecture(folder)
     chunks = build_chunks(arch, ModelConfig(path=folder, spec="local"), parallel, ranks)
     params = {name: parameter.data for name, parameter in named_parameters(chunks)}

@@ -72,7 +72,7 @@ def logprobs(folder: Path, overrides: dict[str, Any], replays: bool) -> dict[tup
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     groups = (recorded if replays else scored_groups)(VOCAB)
     batch = build_step(
-        make_samples(groups, config.objective, taught=objective.taught),
+        make_samples(groups, config.objective, distill_enabled=objective.distill_enabled),
         regularized=True,
         limit=Limit(3),
         layout=Layout.of(config, ranks),

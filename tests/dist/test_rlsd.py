@@ -57,7 +57,7 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
     from sdpg_megatron.train.inputs import Inputs
-    from sdpg_megatron.train.update import Lessons
+    from sdpg_megatron.train.update import PolicyUpdater
     from sdpg_megatron.weights import WeightStream
 
     config = config_of(folder, {**RLSD, **overrides})
@@ -67,12 +67,12 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
         config, arch, objectives.build(config.objective, config.total_optimizer_steps), ranks
     )
     unread: Any = None
-    lessons = Lessons(
+    updater = PolicyUpdater(
         config, Inputs(arch, tokenizer=unread, stop_ids=(), prompts=unread, held_out=unread), policy_trainer
     )
     groups, metrics = some_right(arch.vocab_size), []
     for step in range(STEPS):
-        found = lessons.learn(step, lessons.prepare(step, groups))
+        found = updater.learn(step, updater.prepare(step, groups))
         metrics.append({name: metric.value for name, metric in found.items()})
     stream = WeightStream(
         policy_trainer.named_weights(), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group

@@ -71,12 +71,12 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.rewards.shaping import Shaping
     from sdpg_megatron.train.rollouts import Rollouts, with_shaping
-    from sdpg_megatron.train.selection import Judge, select
+    from sdpg_megatron.train.selection import GroupFilterChain, select
 
     ranks = parallel.initialize(ParallelConfig(), 0)
     rollouts = Rollouts(ranks, Engine(), Verifiers())  # type: ignore[arg-type]
     config = SelectionConfig(drop_dead=True, filters=filters, max_rounds=max_rounds)
-    judge, cursor = Judge(config, ranks), Cursor(12, seed=1, shuffle=True)
+    filters_of_step, cursor = GroupFilterChain(config, ranks), Cursor(12, seed=1, shuffle=True)
     shaping = Shaping.build(RewardConfig(clip=(0.0, 0.9)), 8)
     found = []
     for step in range(2):
@@ -86,7 +86,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
             return with_shaping(rollouts.run(prompts, Sampling(4, 8, seed=100 * step + number)), shaping)
 
         try:
-            selection = select(ask, 5, judge, config)
+            selection = select(ask, 5, filters_of_step, config)
         except FilterError as error:
             return str(error)
         found.append((selection.kept, dict(selection.left_out), selection.rounds, cursor.state()))

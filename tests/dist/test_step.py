@@ -90,7 +90,9 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     ranks = parallel.initialize(config.parallel, config.seed)
     objective = objectives.build(config.objective, config.total_optimizer_steps)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
-    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=objective.taught)
+    samples = make_samples(
+        scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
+    )
     batch = build_step(
         samples,
         regularized=True,

@@ -68,7 +68,12 @@ class Run:
         groups = scored_groups(self.policy_trainer.arch.vocab_size)
         return [
             build_step(
-                make_samples(part, self.config.objective, taught=self.policy_trainer.objective.taught, outcome=False),
+                make_samples(
+                    part,
+                    self.config.objective,
+                    distill_enabled=self.policy_trainer.objective.distill_enabled,
+                    outcome=False,
+                ),
                 regularized=False,
                 limit=Limit.of(self.config),
                 layout=Layout.of(self.config, self.ranks),

@@ -27,7 +27,7 @@ def counted(real: Callable[..., Any], counts: Counter[str], name: str) -> Callab
 def main(paths: list[Path]) -> None:
     from sdpg_megatron.config.load import load
     from sdpg_megatron.mcore import passes
-    from sdpg_megatron.train.loop import Outcome, train
+    from sdpg_megatron.train.loop import RunOutcome, train
 
     counts: Counter[str] = Counter()
     for name, function in PASSES.items():
@@ -41,7 +41,7 @@ def main(paths: list[Path]) -> None:
     passes.run_schedule = run_schedule
     for path in paths:
         counts.clear()
-        assert train(load(path)) is Outcome.FINISHED
+        assert train(load(path)) is RunOutcome.FINISHED
         print(json.dumps({name: counts[name] for name in PASSES}))  # noqa: T201
 
 

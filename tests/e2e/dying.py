@@ -51,7 +51,7 @@ def die_while_writing(count: int) -> None:
     """The `count`-th checkpoint's writer, once it has begun the file; and then the trainer, its parent."""
     from sdpg_megatron.checkpoint import writing
 
-    trainer, inner = os.getpid(), writing.seal
+    trainer, inner = os.getpid(), writing.fsync_and_hash
     calls = 0
 
     def killing(path: Any) -> Any:
@@ -63,7 +63,7 @@ def die_while_writing(count: int) -> None:
             die()
         return inner(path)
 
-    writing.seal = killing
+    writing.fsync_and_hash = killing
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {

@@ -27,16 +27,16 @@ def stop_while_reading() -> None:
 
 
 def stop_at(method: str, step: int) -> None:
-    from sdpg_megatron.train.update import Lessons
+    from sdpg_megatron.train.update import PolicyUpdater
 
-    inner = getattr(Lessons, method)
+    inner = getattr(PolicyUpdater, method)
 
-    def signalled(lessons: Any, at: int, *arguments: Any) -> Any:
+    def signalled(updater: Any, at: int, *arguments: Any) -> Any:
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(lessons, at, *arguments)
+        return inner(updater, at, *arguments)
 
-    setattr(Lessons, method, signalled)
+    setattr(PolicyUpdater, method, signalled)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.head import tile
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 from tests.head_tiles import MARGIN, PARTS, Tiles, check_gradient, check_measure, check_mixture, make_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")]
@@ -46,9 +46,9 @@ def tiles(request: pytest.FixtureRequest) -> Tiles:
     return make_tiles(student_CW, teacher_CW, labels_C)
 
 
-@pytest.mark.parametrize("gap", [None, *Gap])
-def test_measure(kernels: ModuleType, tiles: Tiles, gap: Gap | None) -> None:
-    check_measure(kernels, tiles, gap)
+@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+def test_measure(kernels: ModuleType, tiles: Tiles, weighted_log_ratio: WeightedLogRatio | None) -> None:
+    check_measure(kernels, tiles, weighted_log_ratio)
 
 
 def test_mixture(kernels: ModuleType, tiles: Tiles) -> None:
@@ -64,7 +64,7 @@ def test_gradient(kernels: ModuleType, tiles: Tiles, name: str, out: torch.dtype
 def test_float64(kernels: ModuleType, tiles: Tiles) -> None:
     few = slice(36, 44)
     wide = make_tiles(tiles.student_CW[few].double(), tiles.teacher_CW[few].double(), tiles.labels_C[few])
-    check_measure(kernels, wide, Gap.STUDENT)
+    check_measure(kernels, wide, WeightedLogRatio.STUDENT)
     check_mixture(kernels, wide)
     check_gradient(kernels, wide, PARTS["reverse KL"])
     check_gradient(kernels, wide, PARTS["mixture"])
@@ -82,12 +82,12 @@ def test_rows_more_than_2_to_the_31_numbers_apart(kernels: ModuleType) -> None:
     # its maxima and gradients would be off by tenths.
     close = {"rtol": 1e-5, "atol": 1e-6}
     far_KC, near_KC = (
-        kernels.measure(logits_CV, logits_CV, near.labels_C, Gap.STUDENT, masked=True)
+        kernels.measure(logits_CV, logits_CV, near.labels_C, WeightedLogRatio.STUDENT, masked=True)
         for logits_CV in (far_CV, near_CV)
     )
     assert torch.equal(far_KC[[0, 3, 4, 7]], near_KC[[0, 3, 4, 7]])  # maxima and labels' logits are not sums
     torch.testing.assert_close(far_KC, near_KC, **close)
-    assert torch.equal(far_KC[0], tile.measure(near_CV, None, near.labels_C, Gap.NONE, masked=True)[0])
+    assert torch.equal(far_KC[0], tile.measure(near_CV, None, near.labels_C, WeightedLogRatio.NONE, masked=True)[0])
     gradients = [
         kernels.gradient_(logits_CV, logits_CV.clone(), near.labels_C, near.row, masked=True)
         for logits_CV in (far_CV, near_CV)

@@ -65,7 +65,7 @@ def wait_until_well(process: ServerProcess, limit: float = START_LIMIT) -> None:
     pytest.fail(f"{process.url} does not answer after {limit:g} s:\n{process.log_tail(40)}")
 
 
-def members(session: int) -> list[psutil.Process]:
+def handles(session: int) -> list[psutil.Process]:
     """The living processes of a session: all that a server process has started, where `session` is its pid."""
     found = []
     for process in psutil.process_iter():
@@ -80,7 +80,7 @@ def members(session: int) -> list[psutil.Process]:
 def wait_until_gone(session: int, limit: float = 20.0) -> None:
     """Until a session has no living process; fails with those that are left when the time is up."""
     deadline = time.monotonic() + limit
-    while left := members(session):
+    while left := handles(session):
         if time.monotonic() > deadline:
             pytest.fail(f"left after {limit:g} s: {[(p.pid, p.name()) for p in left]}")
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.errors import WeightError
 from sdpg_megatron.rollout.sglang.checksum import Comparison, Served, ask, verify
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.server_layout import Layout
+from sdpg_megatron.rollout.sglang.server_layout import ServerLayout
 from tests.rollout.contract import stream
 from tests.sglang.conftest import Running
 from tests.tiny import write_tiny_model
@@ -49,7 +49,7 @@ def served(server: Running, model: Path) -> Served:
 
 
 def test_every_weight_of_the_server_is_foreseen(served: Served, arch: Architecture, weights: dict[str, Tensor]) -> None:
-    assert served.layout == Layout(tensor=1, data=1, device="cpu")
+    assert served.layout == ServerLayout(tensor=1, data=1, device="cpu")
     (found,) = verify(arch, [served], stream(weights))
     whole = Comparison(url=served.url, equal=3 + 8 * arch.num_layers, different={}, absent=(), not_compared=())
     assert found == whole, "all parameters of the server, and no others: 3, and 8 in each layer"

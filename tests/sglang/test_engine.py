@@ -44,7 +44,7 @@ def open_engine(server: Running, served: ServedModel, tmp_path_factory: pytest.T
     opened: list[SGLangEngine] = []
 
     def attach(*, model: ServedModel = served, publishes: bool = True, nonce: str = "engine", **changes: Any) -> Any:
-        config = SGLangConfig(urls=(server.url,), start_timeout=60.0, health_timeout=10.0, sink="shared")
+        config = SGLangConfig(urls=(server.url,), start_timeout=60.0, health_timeout=10.0, transport="shared")
         config = config.model_copy(update=changes)
         run_dir = tmp_path_factory.mktemp("run")
         opened.append(SGLangEngine(config, model, run_dir=run_dir, nonce=nonce, publishes=publishes))

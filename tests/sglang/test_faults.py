@@ -21,9 +21,9 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.server_handle import Member, State
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, State
 from tests.rollout.contract import completions, prompts_of, stream, versions
-from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, members, wait_until_gone
+from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, handles, wait_until_gone
 from tests.sglang.served import served_model
 
 HEALTH = {"health_interval": 0.5, "health_timeout": 8.0, "health_misses": 2}
@@ -87,43 +87,43 @@ def engine(
     engine.publish(1, stream(trained))
     yield engine
     deadline = time.monotonic() + 30.0
-    while any(member.process is None or member.process.pid is None for member in servers(engine)):
+    while any(handle.process is None or handle.process.pid is None for handle in servers(engine)):
         assert time.monotonic() < deadline, "a lost server was not started anew"
         time.sleep(0.05)
-    sessions = [session_of(member) for member in servers(engine)]
+    sessions = [session_of(handle) for handle in servers(engine)]
     engine.close()
     for session in sessions:
         wait_until_gone(session)
 
 
-def servers(engine: SGLangEngine) -> Sequence[Member]:
-    return engine._pool.members
+def servers(engine: SGLangEngine) -> Sequence[ServerHandle]:
+    return engine._pool.handles
 
 
-def session_of(member: Member) -> int:
-    assert member.process is not None and member.process.pid is not None
-    return member.process.pid
+def session_of(handle: ServerHandle) -> int:
+    assert handle.process is not None and handle.process.pid is not None
+    return handle.process.pid
 
 
-def kill(member: Member) -> None:
+def kill(handle: ServerHandle) -> None:
     """As the kernel does when memory runs out: the server itself, without a word to anyone."""
-    guard = psutil.Process(session_of(member))
+    guard = psutil.Process(session_of(handle))
     (server,) = guard.children()
     server.kill()
 
 
-def hang(member: Member) -> None:
+def hang(handle: ServerHandle) -> None:
     """The process that computes stands still; the one that speaks HTTP goes on."""
-    schedulers = [process for process in members(session_of(member)) if "scheduler" in " ".join(process.cmdline())]
+    schedulers = [process for process in handles(session_of(handle)) if "scheduler" in " ".join(process.cmdline())]
     assert schedulers
     for process in schedulers:
         process.send_signal(signal.SIGSTOP)
 
 
-def wait_for(member: Member, state: State) -> None:
+def wait_for(handle: ServerHandle, state: State) -> None:
     deadline = time.monotonic() + START_LIMIT
-    while member.state is not state:
-        assert time.monotonic() < deadline, f"{member.state} after {START_LIMIT:g} s: {member.reason}"
+    while handle.state is not state:
+        assert time.monotonic() < deadline, f"{handle.state} after {START_LIMIT:g} s: {handle.reason}"
         time.sleep(0.1)
 
 
@@ -170,14 +170,14 @@ def test_when_the_last_server_hangs_the_weights_are_wanted_and_nothing_is_lost(
 def test_servers_that_were_started_anew_get_weights_and_serve(
     engine: SGLangEngine, questions: list[Prompt], trained: dict[str, Tensor], trigger: Trigger
 ) -> None:
-    for member in servers(engine):
-        if member.state is not State.READY:
-            wait_for(member, State.WAITING)
+    for handle in servers(engine):
+        if handle.state is not State.READY:
+            wait_for(handle, State.WAITING)
     engine.publish(2, stream(trained))
-    assert [member.state for member in servers(engine)] == [State.READY] * 2
+    assert [handle.state for handle in servers(engine)] == [State.READY] * 2
     engine.verify(2, stream(trained))
     running: list[list[int]] = []
-    trigger.set(1, lambda: running.append([member.running for member in servers(engine)]))
+    trigger.set(1, lambda: running.append([handle.running for handle in servers(engine)]))
     assert_whole(engine.generate(questions, SAMPLING), questions, 2)
     assert all(running[0]), "both are asked"
 

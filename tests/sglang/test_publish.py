@@ -1,6 +1,6 @@
-"""Weights into real servers: by every sink the same ones arrive, and no fault leaves a server paused or half-updated.
+"""Weights into real servers: every transport delivers the same ones; no fault leaves a server paused or half-updated.
 
-Tests of one sink share a sink, as the sessions of a run do. The last tests stop and kill a second server.
+Tests of one transport share a transport, as the sessions of a run do. The last tests stop and kill a second server.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from transformers import AutoModelForCausalLM
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.rollout.base import Bucket, Sampling
-from sdpg_megatron.rollout.sglang.client import Client, Sample, Timeouts
+from sdpg_megatron.rollout.sglang.client import Client, GeneratedSample, Timeouts
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher, PublishReport
-from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink, shared_buffer
+from sdpg_megatron.rollout.transports import (
+    BroadcastTransport,
+    DiskTransport,
+    SharedMemoryTransport,
+    Transport,
+    shared_buffer,
+)
 from sdpg_megatron.rollout.transports.shared_buffer import FOLDER
 from sdpg_megatron.weights import WeightStream, hf_shapes, load_shards, write_folder
 from tests.dist.test_weights_stream import megatron_shapes
 from tests.rollout.contract import stream
-from tests.sglang.conftest import Running, Servers, members, wait_until_well
+from tests.sglang.conftest import Running, Servers, handles, wait_until_well
 
 T = TypeVar("T")
 Weights = dict[str, Tensor]
@@ -101,26 +107,26 @@ def changed(weights: Weights) -> Weights:
     return {name: w + 0.02 * torch.randn(w.shape, generator=noise) for name, w in weights.items()}
 
 
-def broadcast_sink(nonce: str, seconds: float) -> BroadcastSink:
-    return BroadcastSink(nonce=nonce, device=torch.device("cpu"), address=None, seconds=seconds)
+def broadcast_sink(nonce: str, seconds: float) -> BroadcastTransport:
+    return BroadcastTransport(nonce=nonce, device=torch.device("cpu"), address=None, seconds=seconds)
 
 
 @pytest.fixture(scope="module")
-def sinks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sink]:
-    folder = tmp_path_factory.mktemp("disk-sink")
+def transports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Transport]:
+    folder = tmp_path_factory.mktemp("disk-transport")
     return {
         "broadcast": broadcast_sink("test", PATIENT.update),
-        "shared": SharedSink(),
-        "disk": DiskSink(folder=folder, source_folder=model, shard_bytes=50_000),
+        "shared": SharedMemoryTransport(),
+        "disk": DiskTransport(folder=folder, source_folder=model, shard_bytes=50_000),
     }
 
 
 @pytest.fixture(scope="module")
 def publishers(
-    sinks: dict[str, Sink], model: Path, thread: LoopThread, client: Client
+    transports: dict[str, Transport], model: Path, thread: LoopThread, client: Client
 ) -> Iterator[dict[str, Publisher]]:
     shapes = hf_shapes(read_architecture(model))
-    publishers = {name: Publisher(sink, shapes, thread) for name, sink in sinks.items()}
+    publishers = {name: Publisher(transport, shapes, thread) for name, transport in transports.items()}
     yield publishers
     for publisher in publishers.values():
         publisher.close()
@@ -147,7 +153,7 @@ class Server:
     def version(self) -> str:
         return self.run(self.client.weight_version())
 
-    def greedy(self) -> Sample:
+    def greedy(self) -> GeneratedSample:
         (sample,) = self.run(self.client.generate(PROMPT, GREEDY, []))
         return sample
 
@@ -220,7 +226,7 @@ def test_the_same_weights_arrive_by_every_sink(
 
 
 @torch.no_grad()
-def assert_like_transformers(sample: Sample, folder: Path, weights: Weights, version: str) -> None:
+def assert_like_transformers(sample: GeneratedSample, folder: Path, weights: Weights, version: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reference.load_state_dict(weights, strict=False)
     logits_NV = reference(torch.tensor([[*PROMPT, *sample.tokens]])).logits[0, len(PROMPT) - 1 : -1]
@@ -244,12 +250,12 @@ def test_types_are_mixed_and_become_the_servers(
 
 
 def test_the_group_is_kept_between_publishes(
-    publishers: dict[str, Publisher], sinks: dict[str, Any], one: Server, weights: Weights
+    publishers: dict[str, Publisher], transports: dict[str, Any], one: Server, weights: Weights
 ) -> None:
     groups = []
     for round_ in range(2):
         publishers["broadcast"].publish([one.client], f"kept-{round_}", stream(weights))
-        groups.append(sinks["broadcast"]._group)
+        groups.append(transports["broadcast"]._group)
     assert groups[0] is groups[1] is not None
 
 
@@ -257,7 +263,7 @@ def test_the_group_is_kept_between_publishes(
 
 
 def test_nothing_is_left_of_shared_memory_and_folders(
-    sinks: dict[str, Any],
+    transports: dict[str, Any],
     publishers: dict[str, Publisher],
     thread: LoopThread,
     one: Server,
@@ -267,7 +273,7 @@ def test_nothing_is_left_of_shared_memory_and_folders(
 ) -> None:
     monkeypatch.setattr(shared_buffer, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     (FOLDER / f"{prefix}left-by-a-killed-run").write_bytes(b"")
-    publisher = Publisher(SharedSink(), hf_shapes(read_architecture(model)), thread)
+    publisher = Publisher(SharedMemoryTransport(), hf_shapes(read_architecture(model)), thread)
     counts = []
     for round_ in range(2):
         assert_all_served(publisher.publish([one.client], f"shared-{round_}", from_shards(model)), one.client)
@@ -275,7 +281,7 @@ def test_nothing_is_left_of_shared_memory_and_folders(
     assert counts == [2, 2], "two segments for all buckets of all publishes"
     publisher.close()
     assert not list(FOLDER.glob(f"{prefix}*"))
-    leftover = sinks["disk"]._target / "half"
+    leftover = transports["disk"]._target / "half"
     leftover.mkdir(parents=True)
     publishers["disk"].publish([one.client], "disk", stream(weights))
     assert not list(leftover.parent.parent.iterdir())
@@ -334,13 +340,13 @@ def test_a_faulty_stream_is_read_to_its_end_and_frees_the_server(
             read.extend(name for name, _ in bucket)
             yield bucket
 
-    sink = "shared" if fault == "shape" else "broadcast"
+    transport = "shared" if fault == "shape" else "broadcast"
     with pytest.raises(WeightError, match=name):
-        publishers[sink].publish([one.client], "faulty", watched())
+        publishers[transport].publish([one.client], "faulty", watched())
     assert sorted(set(read)) == sorted(faulty)
     one.assert_free()
     assert one.version().startswith(UNFINISHED)
-    assert_all_served(publishers[sink].publish([one.client], "good", stream(weights)), one.client)
+    assert_all_served(publishers[transport].publish([one.client], "good", stream(weights)), one.client)
 
 
 def test_a_stream_that_breaks_off_frees_the_server(publisher: Publisher, one: Server, weights: Weights) -> None:
@@ -361,8 +367,8 @@ def test_a_folder_that_cannot_be_written_frees_the_server(
     one: Server, thread: LoopThread, model: Path, weights: Weights, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    sink = DiskSink(folder=tmp_path / "file", source_folder=model, shard_bytes=50_000)
-    publisher = Publisher(sink, hf_shapes(read_architecture(model)), thread)
+    transport = DiskTransport(folder=tmp_path / "file", source_folder=model, shard_bytes=50_000)
+    publisher = Publisher(transport, hf_shapes(read_architecture(model)), thread)
     read: list[str] = []
 
     def watched() -> Iterator[Bucket]:
@@ -390,7 +396,7 @@ def test_what_a_killed_publisher_left_is_no_obstacle(publisher: Publisher, one: 
 def processes(victim: Running) -> list[Any]:
     """The second server's processes, without the one that guards them."""
     assert victim.process.pid is not None
-    return [process for process in members(victim.process.pid) if process.pid != victim.process.pid]
+    return [process for process in handles(victim.process.pid) if process.pid != victim.process.pid]
 
 
 def publish_and_strike(

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.sglang.server import KEEP_FREED_MEMORY, NO_PROXY, Launch, ServerProcess, command, environment
-from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, Servers, members, wait_until_gone
+from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, Servers, handles, wait_until_gone
 
 API_KEY, ADMIN_KEY = "it's-\\open-sesame", "admin-sesame-too"
 LEAK = "sesame"
@@ -132,7 +132,7 @@ def trainer(
 def ready(trainer: Trainer) -> Trainer:
     """The trainer whose server answers."""
     deadline = time.monotonic() + START_LIMIT
-    while time.monotonic() < deadline and members(trainer.session):
+    while time.monotonic() < deadline and handles(trainer.session):
         try:
             trainer.call("/health")
             return trainer
@@ -189,7 +189,7 @@ def test_a_folder_without_a_model_ends_the_server_and_the_log_says_why(own_serve
     while running.process.alive() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not running.process.alive()
-    assert not members(session)
+    assert not handles(session)
     assert str(tmp_path / "nothing") in running.process.log_tail()
 
 
@@ -198,16 +198,16 @@ def test_a_server_that_hangs_with_its_guard_is_ended(own_servers: Servers) -> No
     session = running.process.pid
     assert session is not None
     deadline = time.monotonic() + START_LIMIT
-    while len(members(session)) < 2 and time.monotonic() < deadline:
+    while len(handles(session)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    stopped = members(session)
+    stopped = handles(session)
     assert len(stopped) == 2
     for process in stopped:
         process.suspend()
     began = time.monotonic()
     running.process.stop(grace=1.0)
     assert time.monotonic() - began < 15
-    assert not members(session) and not running.process.alive()
+    assert not handles(session) and not running.process.alive()
     running.process.stop()  # twice is harmless
 
 
@@ -216,7 +216,7 @@ def test_a_killed_guard_takes_the_server_along(own_servers: Servers) -> None:
     session = running.process.pid
     assert session is not None
     time.sleep(2)  # it asks to be killed first of all, and starts others only after seconds of imports
-    assert len(members(session)) == 2
+    assert len(handles(session)) == 2
     os.kill(session, signal.SIGKILL)
     wait_until_gone(session)
     assert not running.process.alive()
@@ -245,7 +245,7 @@ def test_keys_are_asked_for_and_shown_nowhere(ready: Trainer) -> None:
     assert [ready.call("/flush_cache", {}, key) for key in (None, API_KEY)] == [401] * 2
     assert ready.call("/flush_cache?timeout=10", {}, ADMIN_KEY) == 200
     assert ready.call("/server_info", None, API_KEY)["api_key"] == API_KEY  # the server has it
-    for process in members(ready.session):
+    for process in handles(ready.session):
         assert LEAK not in " ".join(process.cmdline())
         assert LEAK not in " ".join(process.environ().values())
     log = ready.log.read_text()
@@ -262,10 +262,10 @@ def test_a_proxy_is_not_asked_for_the_servers_own_host(ready: Trainer, proxy: Pr
 
 
 def test_a_killed_trainer_takes_even_a_stopped_server_along(ready: Trainer) -> None:
-    for process in members(ready.session):
+    for process in handles(ready.session):
         if process.pid != ready.session:  # all but the guard
             process.suspend()
-    assert len(members(ready.session)) >= 4
+    assert len(handles(ready.session)) >= 4
     ready.process.kill()
     ready.process.wait()
     wait_until_gone(ready.session)

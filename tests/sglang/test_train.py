@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED
 from tests.e2e.runs import ROOT, command, environment, metrics, train, write_run
-from tests.sglang.conftest import CPU_ARGUMENTS, Running, members, wait_until_gone
+from tests.sglang.conftest import CPU_ARGUMENTS, Running, handles, wait_until_gone
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
-    "dp2_disk": (2, ["rollout.sglang.sink=disk"]),
+    "dp2_disk": (2, ["rollout.sglang.transport=disk"]),
 }
 
 
@@ -81,7 +81,7 @@ def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
     """
     config = write_run(tmp_path, steps=2)
     arguments = [config, f"model.path={model}", "rollout.engine=sglang", "optimizer.schedule=constant", "eval.every=0"]
-    arguments += ["rollout.sglang.colocated=true", "rollout.sglang.sink=shared"]
+    arguments += ["rollout.sglang.colocated=true", "rollout.sglang.transport=shared"]
     arguments.append(f"rollout.sglang.arguments={json.dumps(CPU_ARGUMENTS)}")
     run = subprocess.Popen(command(arguments), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     guards: list[int] = []
@@ -90,7 +90,7 @@ def test_a_run_outlives_its_only_server(model: Path, tmp_path: Path) -> None:
         for line in run.stdout:
             if "1/2" in line.split():
                 guards = [child.pid for child in psutil.Process(run.pid).children() if is_guard(child)]
-                schedulers = [p for guard in guards for p in members(guard) if p.name().startswith("sglang::scheduler")]
+                schedulers = [p for guard in guards for p in handles(guard) if p.name().startswith("sglang::scheduler")]
                 assert schedulers
                 for process in schedulers:
                     process.kill()

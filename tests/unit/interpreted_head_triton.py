@@ -16,7 +16,7 @@ from torch import Tensor
 from sdpg_megatron.head import rows, rows_triton, tile, tile_triton
 from sdpg_megatron.head.divergences import Form
 from sdpg_megatron.head.rows import Upstream
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 from tests.head_tiles import MARGIN, PARTS, Tiles, check_gradient, check_measure, check_mixture, make_tiles
 from tests.head_twin import DIVERGENCES, assert_answers, dense, make_problem, package
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 BLOCK = 16
 CUT_OFF = 1.0
 """The interpreter cuts float32 off to bfloat16. A GPU rounds it: `test_head_triton` looks for that instruction."""
-GAPS = [None, *Gap]
+GAPS = [None, *WeightedLogRatio]
 
 CENTRES = {
     "around zero": (0.0, 0.0),
@@ -53,7 +53,7 @@ class Case:
     teacher_barred: float = 0.0
     together: bool = False
     """Bar the same columns, as far as the shares allow."""
-    keep: float = 0.5
+    student_mix: float = 0.5
 
     def tiles(self, *, same_support: bool = False) -> Tiles:
         """float32. With `same_support` the teacher has a weight wherever the student has."""
@@ -66,7 +66,7 @@ class Case:
         student_CW[:, MARGIN:-MARGIN].masked_fill_(bars_CV, -torch.inf)
         teacher_CW[:, MARGIN:-MARGIN].masked_fill_(teacher_bars_CV, -torch.inf)
         labels_C2 = torch.randint(-3, self.columns + BLOCK, (self.rows, 2), generator=generator)
-        return make_tiles(student_CW, teacher_CW, labels_C2[:, 0], seed=self.seed, keep=self.keep)
+        return make_tiles(student_CW, teacher_CW, labels_C2[:, 0], seed=self.seed, student_mix=self.student_mix)
 
     def logits(self, centre: str, generator: torch.Generator) -> Tensor:
         """Log-weights are above -40 or below -10000, hence 0 in float32 only where they are in float64."""
@@ -87,7 +87,7 @@ CASES = st.builds(
     student_barred=SHARES,
     teacher_barred=SHARES,
     together=st.booleans(),
-    keep=st.sampled_from([0.5, 0.9]),
+    student_mix=st.sampled_from([0.5, 0.9]),
 )
 
 
@@ -99,8 +99,8 @@ def fixed(rows: int = 3, columns: int = 37, dtype: torch.dtype = torch.float32) 
 @pytest.mark.parametrize("gap", GAPS)
 @settings(max_examples=14)
 @given(case=CASES)
-def test_measure(gap: Gap | None, case: Case) -> None:
-    check_measure(tile_triton, case.tiles(), gap, block=BLOCK)
+def test_measure(weighted_log_ratio: WeightedLogRatio | None, case: Case) -> None:
+    check_measure(tile_triton, case.tiles(), weighted_log_ratio, block=BLOCK)
 
 
 @settings(max_examples=14)
@@ -122,8 +122,8 @@ def test_gradient(name: str, case: Case, out: torch.dtype | None) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(0, 37), (3, 0), (0, 0), (1, 1), (2, BLOCK), (1, BLOCK + 1)])
 def test_sizes_at_the_edge(rows: int, columns: int) -> None:
     tiles = fixed(rows, columns)
-    for gap in GAPS:
-        check_measure(tile_triton, tiles, gap, block=BLOCK)
+    for weighted_log_ratio in GAPS:
+        check_measure(tile_triton, tiles, weighted_log_ratio, block=BLOCK)
     check_mixture(tile_triton, tiles, block=BLOCK)
     check_gradient(tile_triton, tiles, PARTS["reverse KL"], block=BLOCK)
     check_gradient(tile_triton, tiles, PARTS["forward KL"], torch.bfloat16, ulp=CUT_OFF, block=BLOCK)
@@ -135,47 +135,51 @@ def test_nothing_is_launched_for_nothing(monkeypatch: pytest.MonkeyPatch, rows: 
     for kernel in ("_measure_row", "_measure_mixture_row", "_gradient_block"):
         monkeypatch.setattr(tile_triton, kernel, None)
     tiles = fixed(rows, columns)
-    check_measure(tile_triton, tiles, Gap.STUDENT)
+    check_measure(tile_triton, tiles, WeightedLogRatio.STUDENT)
     check_mixture(tile_triton, tiles)
     check_gradient(tile_triton, tiles, PARTS["mixture"])
 
 
 def test_float64() -> None:
     tiles = fixed(dtype=torch.float64)
-    for gap in GAPS:
-        check_measure(tile_triton, tiles, gap, block=BLOCK)
+    for weighted_log_ratio in GAPS:
+        check_measure(tile_triton, tiles, weighted_log_ratio, block=BLOCK)
     check_mixture(tile_triton, tiles, block=BLOCK)
     for parts in PARTS.values():
         check_gradient(tile_triton, tiles, parts, block=BLOCK)
 
 
-def measure_one(student_V: Tensor, teacher_V: Tensor, gap: Gap) -> Tensor:
+def measure_one(student_V: Tensor, teacher_V: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
     """Statistics [8] of one row, the same by `tile` in float32 and by kernels with one block and with several."""
     label = torch.zeros(1, dtype=torch.int64)
-    expected_8C = tile.measure(student_V[None].clone(), teacher_V[None].clone(), label, gap, masked=True)
+    expected_8C = tile.measure(student_V[None].clone(), teacher_V[None].clone(), label, weighted_log_ratio, masked=True)
     for block in (BLOCK, 64):
-        found_8C = tile_triton.measure(student_V[None], teacher_V[None], label, gap, masked=True, block=block)
+        found_8C = tile_triton.measure(
+            student_V[None], teacher_V[None], label, weighted_log_ratio, masked=True, block=block
+        )
         torch.testing.assert_close(found_8C, expected_8C, rtol=1e-5, atol=1e-5)
     return expected_8C[:, 0]
 
 
-@pytest.mark.parametrize("gap", [Gap.STUDENT, Gap.TEACHER])
+@pytest.mark.parametrize("gap", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
 @pytest.mark.parametrize(("rest", "infinite"), [(0.0, True), (60.0, True), (150.0, False)])
-def test_a_token_of_one_alone_counts_only_beside_the_largest_weights(gap: Gap, rest: float, infinite: bool) -> None:
+def test_a_token_of_one_alone_counts_only_beside_the_largest_weights(
+    weighted_log_ratio: WeightedLogRatio, rest: float, infinite: bool
+) -> None:
     """The first block's weights look large until later blocks show them to be e^-rest."""
     over_V, under_V = torch.zeros(40), torch.zeros(40)
     under_V[:BLOCK] = -torch.inf
     over_V[BLOCK:32], over_V[32:] = rest / 2, rest
-    student_V, teacher_V = (over_V, under_V) if gap is Gap.STUDENT else (under_V, over_V)
-    assert bool(measure_one(student_V, teacher_V, gap)[6].isinf()) == infinite
+    student_V, teacher_V = (over_V, under_V) if weighted_log_ratio is WeightedLogRatio.STUDENT else (under_V, over_V)
+    assert bool(measure_one(student_V, teacher_V, weighted_log_ratio)[6].isinf()) == infinite
 
 
-@pytest.mark.parametrize("gap", [Gap.STUDENT, Gap.TEACHER])
-def test_columns_barred_by_the_least_number_weigh_nothing(gap: Gap) -> None:
+@pytest.mark.parametrize("gap", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
+def test_columns_barred_by_the_least_number_weigh_nothing(weighted_log_ratio: WeightedLogRatio) -> None:
     student_V, teacher_V = torch.linspace(0, 3, 40), torch.linspace(2, -1, 40)
     for logits_V in (student_V, teacher_V):
         logits_V[:20] = torch.finfo(torch.float32).min
-    assert measure_one(student_V, teacher_V, gap).isfinite()[4:].all()
+    assert measure_one(student_V, teacher_V, weighted_log_ratio).isfinite()[4:].all()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -186,10 +190,10 @@ def test_a_broken_logit_is_not_hidden(bad: float, column: int, masked: bool) -> 
     clean_V = tiles.student_CV[0]
     broken_V = clean_V.clone()
     broken_V[column] = bad
-    for gap in Gap:
+    for weighted_log_ratio in WeightedLogRatio:
         for student_V, teacher_V, total in ((broken_V, clean_V, 1), (clean_V, broken_V, 5)):
             found_8C = tile_triton.measure(
-                student_V[None], teacher_V[None], tiles.labels_C, gap, masked=masked, block=BLOCK
+                student_V[None], teacher_V[None], tiles.labels_C, weighted_log_ratio, masked=masked, block=BLOCK
             )
             assert found_8C[total].isnan().all()
 
@@ -202,7 +206,7 @@ def test_a_logit_of_minus_infinity_is_broken_where_none_is_looked_for(column: in
     broken_V[column] = -torch.inf
     for student_V, teacher_V, number in ((broken_V, tiles.teacher_CV[0], 2), (tiles.student_CV[0], broken_V, 6)):
         found_8C = tile_triton.measure(
-            student_V[None], teacher_V[None], tiles.labels_C, Gap.STUDENT, masked=False, block=BLOCK
+            student_V[None], teacher_V[None], tiles.labels_C, WeightedLogRatio.STUDENT, masked=False, block=BLOCK
         )
         assert not found_8C[number].isfinite().any()
 
@@ -211,7 +215,7 @@ def test_types_that_are_not_taken() -> None:
     tiles = fixed()
     narrow, wide = tiles.student_CV.bfloat16(), tiles.student_CV.double()
     with pytest.raises(TypeError, match=r"found torch.bfloat16, expected all float32 or all float64"):
-        tile_triton.measure(narrow, None, tiles.labels_C, Gap.NONE, masked=True)
+        tile_triton.measure(narrow, None, tiles.labels_C, WeightedLogRatio.NONE, masked=True)
     with pytest.raises(TypeError, match=r"found torch.float32 and torch.float64"):
         tile_triton.measure_mixture(tiles.student_CV, wide, tiles.row, masked=True)
     with pytest.raises(TypeError, match=r"out: found torch.float16"):
@@ -230,7 +234,9 @@ CLOSED = [name for name, divergence in DIVERGENCES.items() if divergence.form is
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 
-def statistics(ranks: int, size: int, gap: Gap, *, taught: bool = True, seed: int = 0) -> Tensor:
+def statistics(
+    ranks: int, size: int, weighted_log_ratio: WeightedLogRatio, *, has_teacher: bool = True, seed: int = 0
+) -> Tensor:
     """Of so many shards of random logits, float64 [R, K, C]; some shards hold nothing but -inf on some rows."""
     generator = torch.Generator().manual_seed(seed)
     student_CV, teacher_CV = 5 * torch.randn(2, size, 7 * ranks, generator=generator, dtype=torch.float64)
@@ -239,18 +245,24 @@ def statistics(ranks: int, size: int, gap: Gap, *, taught: bool = True, seed: in
     labels_C = torch.randint(7 if ranks > 1 else 0, 7 * ranks, (size,), generator=generator)
     parts = [
         tile.measure(
-            student_CV[:, at : at + 7], teacher_CV[:, at : at + 7] if taught else None, labels_C - at, gap, masked=True
+            student_CV[:, at : at + 7],
+            teacher_CV[:, at : at + 7] if has_teacher else None,
+            labels_C - at,
+            weighted_log_ratio,
+            masked=True,
         )
         for at in range(0, 7 * ranks, 7)
     ]
     return torch.stack(parts)
 
 
-def numbers(name: str, size: int, *, taught: bool = True) -> Tensor:
+def numbers(name: str, size: int, *, has_teacher: bool = True) -> Tensor:
     """What is kept of rows, float64 [N, C]: statistics, and two positive numbers for a mixture."""
     divergence = DIVERGENCES[name]
-    sums_KC = rows.join(statistics(2, size, divergence.gap, taught=taught), divergence.gap)
-    if divergence.keep is None or not taught:
+    sums_KC = rows.join(
+        statistics(2, size, divergence.weighted_log_ratio, has_teacher=has_teacher), divergence.weighted_log_ratio
+    )
+    if divergence.student_mix is None or not has_teacher:
         return sums_KC
     return torch.cat((sums_KC, torch.rand(2, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)))
 
@@ -258,23 +270,25 @@ def numbers(name: str, size: int, *, taught: bool = True) -> Tensor:
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize("size", [0, 1, 200])
-def test_join(gap: Gap | None, ranks: int, size: int) -> None:
+def test_join(weighted_log_ratio: WeightedLogRatio | None, ranks: int, size: int) -> None:
     """Also as a gather hands them over: with numbers of the divergence behind those of each rank."""
-    parts_RKC = statistics(ranks, size, gap or Gap.NONE, taught=gap is not None)
+    parts_RKC = statistics(
+        ranks, size, weighted_log_ratio or WeightedLogRatio.NONE, has_teacher=weighted_log_ratio is not None
+    )
     wide_RNC = torch.cat((parts_RKC, torch.full_like(parts_RKC[:, :3], torch.nan)), 1)
     for given_RKC in (parts_RKC, wide_RNC[:, : parts_RKC.shape[1]]):
-        found_KC = rows_triton.join(given_RKC, gap or Gap.NONE)
-        torch.testing.assert_close(found_KC, rows.join(parts_RKC, gap or Gap.NONE), **EXACT)
+        found_KC = rows_triton.join(given_RKC, weighted_log_ratio or WeightedLogRatio.NONE)
+        torch.testing.assert_close(found_KC, rows.join(parts_RKC, weighted_log_ratio or WeightedLogRatio.NONE), **EXACT)
 
 
 def test_join_of_shards_that_the_other_side_lacks() -> None:
     """D of one shard is infinite, and its weights vanish in the whole; then they do not."""
-    parts_RKC = statistics(2, 4, Gap.STUDENT)
+    parts_RKC = statistics(2, 4, WeightedLogRatio.STUDENT)
     parts_RKC[0, 6] = torch.inf
     parts_RKC[0, 0] = parts_RKC[1, 0] - torch.tensor([2000, 2000, 0, 1])
-    found_KC = rows_triton.join(parts_RKC, Gap.STUDENT)
+    found_KC = rows_triton.join(parts_RKC, WeightedLogRatio.STUDENT)
     assert found_KC[6].isinf().tolist() == [False, False, True, True]
-    torch.testing.assert_close(found_KC, rows.join(parts_RKC, Gap.STUDENT), **EXACT)
+    torch.testing.assert_close(found_KC, rows.join(parts_RKC, WeightedLogRatio.STUDENT), **EXACT)
 
 
 @pytest.mark.parametrize("name", [None, *CLOSED])
@@ -282,7 +296,7 @@ def test_join_of_shards_that_the_other_side_lacks() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_terms(name: str | None, size: int, dtype: torch.dtype) -> None:
     divergence = DIVERGENCES[name or "reverse_kl"]
-    sums_NC = numbers(name or "reverse_kl", size, taught=name is not None)
+    sums_NC = numbers(name or "reverse_kl", size, has_teacher=name is not None)
     found_4T, expected_4T = (torch.full((4, size + 20), 7.0, dtype=dtype) for _ in range(2))
     for functions, terms_4T in ((rows_triton, found_4T), (rows, expected_4T)):
         functions.terms(sums_NC, divergence, terms_4T[:, 3 : 3 + size])
@@ -296,7 +310,7 @@ def test_terms(name: str | None, size: int, dtype: torch.dtype) -> None:
 def test_coefficients(name: str | None, given: tuple[int, ...], temperature: float) -> None:
     """`given`: the terms with an upstream gradient, one of them expanded from a single number."""
     size, divergence = 200, DIVERGENCES[name or "reverse_kl"]
-    sums_NC = numbers(name or "reverse_kl", size, taught=name is not None)
+    sums_NC = numbers(name or "reverse_kl", size, has_teacher=name is not None)
     random_3C = torch.randn(3, size, generator=torch.Generator().manual_seed(2))
     every = (random_3C[0], random_3C[1], torch.tensor(0.3).expand(size))
     upstream: Upstream = tuple(every[term] if term in given else None for term in range(3))  # type: ignore[assignment]
@@ -309,7 +323,7 @@ def test_coefficients(name: str | None, given: tuple[int, ...], temperature: flo
         assert (found_C is None) == (expected_C is None), part
         if expected_C is not None:
             torch.testing.assert_close(found_C, expected_C, rtol=1e-12, atol=1e-12, msg=part)
-    assert found.keep == expected.keep
+    assert found.student_mix == expected.student_mix
 
 
 # --- the whole head

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.micro_batches import Limit, balance, plan
 from sdpg_megatron.batching.samples import Sample, nobody
 from sdpg_megatron.batching.samples import make_samples as samples_of
@@ -21,7 +21,7 @@ from sdpg_megatron.objectives import build
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
 
 CPU = torch.device("cpu")
-PADDED = Layout(packed=False)
+PADDED = PackingLayout(packed=False)
 FOUR = Limit(4)
 
 
@@ -29,7 +29,9 @@ def make_samples(
     groups: list[ScoredGroup], config: ObjectiveConfig, *, distill: bool, stop_ids: Sequence[int] = ()
 ) -> list[Sample]:
     """Of a step with a teacher or without."""
-    return samples_of(groups, config, taught=build(config, 1).taught if distill else nobody, stop_ids=stop_ids)
+    return samples_of(
+        groups, config, distill_enabled=build(config, 1).distill_enabled if distill else nobody, stop_ids=stop_ids
+    )
 
 
 def sample(prompt: int, response: int, *, teacher: int = 9, gate: bool = False, weight: float = 1.0) -> Sample:
@@ -66,7 +68,7 @@ def step_of(
         samples,
         regularized=regularized,
         limit=limit,
-        layout=Layout(packed=packed, data=rank, data_size=size),
+        layout=PackingLayout(packed=packed, data=rank, data_size=size),
         device=CPU,
     )
 
@@ -101,13 +103,17 @@ def test_without_an_open_gate_there_is_no_teacher() -> None:
 
 
 def test_padded_lengths_are_multiples() -> None:
-    batch = collate([sample(3, 2, gate=True)], Layout(packed=False, multiple=4))
+    batch = collate([sample(3, 2, gate=True)], PackingLayout(packed=False, multiple=4))
     assert batch.student.tokens_BS.shape == (1, 8)
     assert batch.teacher is not None
     assert batch.teacher.tokens_BS.shape == (1, 12)
 
 
-LAYOUTS = (Layout(multiple=2), Layout(packed=False, multiple=2), Layout(multiple=3, context=1, context_size=2))
+LAYOUTS = (
+    PackingLayout(multiple=2),
+    PackingLayout(packed=False, multiple=2),
+    PackingLayout(multiple=3, context=1, context_size=2),
+)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_a_bound_on_tokens_counts_what_context_parallel_ranks_pad(size: int) -> 
         [sample(3, 3, teacher=5, gate=True) for _ in range(16)],
         regularized=True,
         limit=Limit(1, 112),
-        layout=Layout(context=1, context_size=size),
+        layout=PackingLayout(context=1, context_size=size),
         device=CPU,
     ).micro_batches
     sides = [(batch.student.lengths, batch.teacher and batch.teacher.lengths) for batch in batches]
@@ -244,18 +250,18 @@ def test_the_gate_opens_for_positive_advantages_alone() -> None:
         ("sdpo", [True] * 4),
     ],
 )
-def test_each_method_has_the_teacher_read_what_it_learns_from(name: Any, taught: list[bool]) -> None:
+def test_each_method_has_the_teacher_read_what_it_learns_from(name: Any, distill_enabled: list[bool]) -> None:
     """A group with one right answer of two, and one without advantages."""
     config = ObjectiveConfig(name=name)
     groups = [group([1, 0], [2, 3]), group([1, 1], [1, 1])]
-    assert [s.gate for s in make_samples(groups, config, distill=True)] == taught
+    assert [s.gate for s in make_samples(groups, config, distill=True)] == distill_enabled
     gated = make_samples(groups, ObjectiveConfig(name=name, gate=True), distill=True)
-    assert [s.gate for s in gated] == [any(taught), False, False, False]
+    assert [s.gate for s in gated] == [any(distill_enabled), False, False, False]
 
 
 def test_a_loss_without_an_outcome_term_learns_from_taught_samples_alone() -> None:
     groups = [group([1, 0], [2, 3])]
-    samples = samples_of(groups, ObjectiveConfig(), taught=lambda advantage: advantage > 0, outcome=False)
+    samples = samples_of(groups, ObjectiveConfig(), distill_enabled=lambda advantage: advantage > 0, outcome=False)
     assert [s.advantage for s in samples] == [0, 0]
     (batch,) = step_of(samples, regularized=False).micro_batches
     assert batch.num_tokens == 2 and batch.gates_T.tolist() == [1, 1]

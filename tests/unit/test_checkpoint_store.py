@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.checkpoint import store as store_module
-from sdpg_megatron.checkpoint.files import FileSum, find_damage, flush_folder, seal
+from sdpg_megatron.checkpoint.files import FileSum, find_damage, flush_folder, fsync_and_hash
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import CheckpointConfig
@@ -207,7 +207,7 @@ def test_files_that_came_later_do_not_matter(tmp_path: Path) -> None:
 def test_a_sum_is_what_other_tools_make(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     expected = FileSum(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
-    assert seal(tmp_path / "f") == expected
+    assert fsync_and_hash(tmp_path / "f") == expected
     assert find_damage(tmp_path, {"f": expected}, digests=True) is None
 
 
@@ -215,7 +215,7 @@ def test_damage_is_found_by_several_threads(tmp_path: Path) -> None:
     sums = {}
     for number in range(9):
         (tmp_path / str(number)).write_bytes(bytes([number]))
-        sums[str(number)] = seal(tmp_path / str(number))
+        sums[str(number)] = fsync_and_hash(tmp_path / str(number))
     seen: list[int] = []
     assert find_damage(tmp_path, sums, digests=True, threads=3, looked=seen.append) is None
     assert sum(seen) == 9

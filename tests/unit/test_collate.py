@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.mcore.context_parallel import shards
 from sdpg_megatron.records import MicroBatch, SequenceBatch
@@ -42,7 +42,7 @@ def some_samples(count: int = 9) -> list[Sample]:
 
 def test_packed_sequences_lie_one_after_the_other() -> None:
     samples = some_samples(3)
-    batch = collate(samples, Layout())
+    batch = collate(samples, PackingLayout())
     whole = [list(s.student_prompt + s.response) for s in samples]
     assert batch.student.tokens_BS.tolist() == [[token for text in whole for token in text]]
     assert batch.student.lengths == tuple(map(len, whole))
@@ -57,7 +57,7 @@ def test_a_sequence_of_its_own_fills_up_to_a_multiple() -> None:
     samples = some_samples(3)
     total = sum(len(s.student_prompt) + len(s.response) for s in samples)
     for multiple in (4, total):
-        student = collate(samples, Layout(multiple=multiple)).student
+        student = collate(samples, PackingLayout(multiple=multiple)).student
         assert student.lengths is not None
         assert student.tokens_BS.shape[1] == sum(student.lengths) == -(-total // multiple) * multiple
         assert len(student.lengths) == 3 + (total % multiple > 0)
@@ -71,8 +71,10 @@ def following(batch: SequenceBatch) -> list[int]:
 @pytest.mark.parametrize("multiple", [1, 3])
 def test_context_parallel_ranks_share_what_one_would_have(size: int, multiple: int) -> None:
     samples = some_samples()
-    parts = [collate(samples, Layout(multiple=multiple, context=rank, context_size=size)) for rank in range(size)]
-    whole = collate(samples, Layout())
+    parts = [
+        collate(samples, PackingLayout(multiple=multiple, context=rank, context_size=size)) for rank in range(size)
+    ]
+    whole = collate(samples, PackingLayout())
     lengths = parts[0].student.lengths
     assert lengths is not None and all(length % (2 * size) == 0 for length in lengths)
     for part in parts:
@@ -109,7 +111,7 @@ def _table(batch: MicroBatch) -> list[tuple[float, ...]]:
 def test_routes_bring_the_teachers_rows_to_the_students(size: int, side: str) -> None:
     """A row's stand-in is the label of its student's sequence; they are handed over as the collective does it."""
     samples = some_samples()
-    parts = [collate(samples, Layout(context=rank, context_size=size)) for rank in range(size)]
+    parts = [collate(samples, PackingLayout(context=rank, context_size=size)) for rank in range(size)]
     read = [getattr(part, side) for part in parts]
     computed = [_next_tokens(read, rank) for rank in range(size)]
     sent = [torch.split(rows, list(one.route.sent)) for rows, one in zip(computed, read, strict=True)]
@@ -135,12 +137,12 @@ def _next_tokens(read: list[SequenceBatch], rank: int) -> torch.Tensor:
 
 
 def test_a_whole_batch_moves_with_its_routes() -> None:
-    batch = collate(some_samples(), Layout(context=1, context_size=2)).to(torch.device("meta"))
+    batch = collate(some_samples(), PackingLayout(context=1, context_size=2)).to(torch.device("meta"))
     assert batch.teacher is not None and batch.teacher.route is not None
     assert batch.teacher.route.order_G.is_meta and batch.teacher.tokens_BS.is_meta and batch.sequence_T.is_meta
 
 
 def test_without_an_open_gate_nothing_is_read_on_any_rank() -> None:
     closed = [replace(sample, gates=(False,) * len(sample.gates)) for sample in some_samples()]
-    batch = collate(closed, Layout(context=1, context_size=2))
+    batch = collate(closed, PackingLayout(context=1, context_size=2))
     assert batch.teacher is None and batch.contrast is None and not len(batch.gated_rows_G)

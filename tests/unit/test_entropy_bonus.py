@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import HeadOptions, HeadTerms, VocabShard, head_loss
 from sdpg_megatron.objectives import build
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenTerms
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenTerms
 
 ROWS, COLUMNS, HIDDEN, TAU = 9, 21, 6, 0.8
 CONTEXT = StepContext(step=1, total_steps=4)
@@ -58,7 +58,7 @@ def test_value_and_gradient_are_those_of_a_dense_twin(schedule: Literal["grad_in
 
 def test_it_needs_every_token_and_no_pass() -> None:
     config = ObjectiveConfig(name="grpo", alpha=0.0, entropy_coefficient=0.1)
-    assert build(config, 4).needs(CONTEXT) == Needs(every_token=True)
+    assert build(config, 4).required_passes(CONTEXT) == RequiredPasses(every_token=True)
     assert build(config, 4).name == "grpo"
 
 

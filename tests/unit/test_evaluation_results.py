@@ -15,7 +15,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.config.load import parse
 from sdpg_megatron.errors import EvaluationError, WriteError
 from sdpg_megatron.evaluation.compare import compare
-from sdpg_megatron.evaluation.problems import Draws, Problem, as_lines, by_file, read_problems
+from sdpg_megatron.evaluation.problems import EvalSamples, Problem, as_lines, by_file, read_problems
 from sdpg_megatron.evaluation.results import Evaluation, Request, Results, limit_responses, read_request
 from sdpg_megatron.evaluation.scores import per_problem, score
 from sdpg_megatron.evaluation.table import scores_table, show
@@ -31,10 +31,10 @@ def prompts(file: str = "sums.jsonl", count: int = 3) -> list[Prompt]:
     return [Prompt(f"{file}:{i}", (1,), (1,), answer=str(i), question=f"{i} + 0?") for i in range(1, count + 1)]
 
 
-def draws(rewards: Sequence[float], answers: Sequence[str | None] | None, **fields: Any) -> Draws:
+def draws(rewards: Sequence[float], answers: Sequence[str | None] | None, **fields: Any) -> EvalSamples:
     n = len(rewards)
     whole = {"lengths": (4,) * n, "truncated": (False,) * n, "failures": 0, "responses": None} | fields
-    return Draws(rewards=tuple(rewards), answers=answers if answers is None else tuple(answers), **whole)
+    return EvalSamples(rewards=tuple(rewards), answers=answers if answers is None else tuple(answers), **whole)
 
 
 def problem(uid: str, rewards: Sequence[float], answers: Sequence[str | None] | None = None, **fields: Any) -> Problem:
@@ -92,7 +92,7 @@ def test_what_is_kept_of_a_group() -> None:
     sampled = ScoredGroup(Group(prompt, completions), (1.0, 0.0), (0.0, 0.0), 1, ("8", "9"))
     greedy = ScoredGroup(Group(prompt, completions[1:]), (0.0,), (0.0,))
     found = Problem.of(sampled, greedy, responses=True)
-    assert found.sampled == Draws(
+    assert found.sampled == EvalSamples(
         rewards=(1.0, 0.0), answers=("8", "9"), lengths=(2, 1), truncated=(True, False), failures=1,
         responses=("7 8", "9"),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from sdpg_megatron.observe.files import Appender, free_mib, write_whole
 from sdpg_megatron.observe.report import plot_learning_curve
 from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import Summary, write_summary
-from sdpg_megatron.observe.truncate import beyond, cut_lines
+from sdpg_megatron.observe.truncate import beyond, truncate_lines
 from sdpg_megatron.observe.writers import JsonlWriter, TensorBoardWriter, open_writers, read_metrics
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.runtime.run_lock import RunLock
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_cut_is_named(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     monkeypatch.setattr(os, "truncate", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(WriteError, match=r"metrics\.jsonl: could not be written: Read-only file system"):
-        cut_lines(tmp_path / "metrics.jsonl", beyond(2, evaluated=True))
+        truncate_lines(tmp_path / "metrics.jsonl", beyond(2, evaluated=True))
 
 
 def test_a_line_that_did_not_fit_is_taken_back(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.checkpoint.files import FileSum, find_damage
 from sdpg_megatron.checkpoint.pickles import read_tensor_list
-from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn, read_drawn, write_drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import PrefetchedRollouts, read_prefetched, write_prefetched
 from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.config.load import load
@@ -381,14 +381,16 @@ def test_responses_that_were_drawn_ahead(tmp_path: Path, data: st.DataObject) ->
     path = tmp_path / "drawn.safetensors"
     completion = Completion((5, 6), (-0.1, -0.2), "stop", 4, "five", np.zeros((3, 2, 2), np.uint8))
     group = Group(Prompts()[2], (completion, completion))
-    write_drawn(path, Drawn((2,), (ScoredGroup(group, (1.0, 0.0), group_advantages((1.0, 0.0)), failures=0),)))
+    write_prefetched(
+        path, PrefetchedRollouts((2,), (ScoredGroup(group, (1.0, 0.0), group_advantages((1.0, 0.0)), failures=0),))
+    )
     content, arrays = path.read_bytes(), load_arrays(path)
     path.write_bytes(data.draw(damaged(content)))
-    answers(lambda: read_drawn(path, Prompts()))
+    answers(lambda: read_prefetched(path, Prompts()))
     for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), min_size=1)):
         arrays[name] = np.array(data.draw(st.lists(st.integers(-9, 9) | st.floats(), max_size=3)))
     words = data.draw(st.none() | values | st.lists(values, min_size=2, max_size=2))
     if words is not None:
         arrays["words"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
     save_arrays(arrays, path)
-    answers(lambda: read_drawn(path, Prompts()))
+    answers(lambda: read_prefetched(path, Prompts()))

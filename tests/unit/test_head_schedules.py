@@ -22,9 +22,9 @@ def leaves_of(problem: Problem) -> tuple[Problem, tuple[Tensor, Tensor]]:
     return replace(problem, hidden_TH=hidden_TH, weight_VH=weight_VH), (hidden_TH, weight_VH)
 
 
-def loss_of(problem: Problem, loss: RowLoss, schedule: str, *, taught: bool = True) -> tuple[Tensor, HeadTerms]:
+def loss_of(problem: Problem, loss: RowLoss, schedule: str, *, has_teacher: bool = True) -> tuple[Tensor, HeadTerms]:
     vocab = VocabShard(0, problem.valid, None)
-    teacher = teacher_of(problem, vocab) if taught else None
+    teacher = teacher_of(problem, vocab) if has_teacher else None
     options = options_of(problem, schedule=schedule)
     return head_loss(
         problem.hidden_TH, problem.weight_VH, problem.labels_T, loss, vocab=vocab, teacher=teacher, options=options
@@ -109,9 +109,9 @@ def test_a_loss_is_called_with_the_rows_it_is_told(schedule: str) -> None:
         assert [numbers for _, numbers in calls] == [list(range(11))]
         return
     # 5 rows with a teacher, in the teacher's order, in chunks of 4; and 6 without, in chunks of as many logits.
-    taught = problem.rows_G.tolist()
-    others = [row for row in range(11) if row not in taught]
-    assert [numbers for _, numbers in calls] == [taught[:4], taught[4:], others]
+    has_teacher = problem.rows_G.tolist()
+    others = [row for row in range(11) if row not in has_teacher]
+    assert [numbers for _, numbers in calls] == [has_teacher[:4], has_teacher[4:], others]
 
 
 @schedules
@@ -124,7 +124,7 @@ def test_without_a_teacher_a_loss_gets_no_divergence(schedule: str) -> None:
         calls.append(at_C.tolist())
         return problem.upstream_3T[0, at_C] * terms.logprob_T
 
-    total, terms = loss_of(problem, loss, schedule, taught=False)
+    total, terms = loss_of(problem, loss, schedule, has_teacher=False)
     assert terms.divergence_T is None and terms.teacher_logprob_T is None
     assert calls == ([[*range(11)]] if schedule == "recompute" else [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10]])
     expected = dense(problem.alone(0))

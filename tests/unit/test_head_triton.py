@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sdpg_megatron.head.divergences import Form
-from sdpg_megatron.head.tile import Gap
+from sdpg_megatron.head.tile import WeightedLogRatio
 from tests.head_tiles import PARTS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -106,14 +106,20 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("gap", [None, *Gap])
-def test_measure_compiles_and_reads_each_logit_once(compiler: Any, gap: Gap | None, masked: bool) -> None:
+@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+def test_measure_compiles_and_reads_each_logit_once(
+    compiler: Any, weighted_log_ratio: WeightedLogRatio | None, masked: bool
+) -> None:
     """8 columns a thread and block, copied to shared memory while `STAGES` - 1 blocks before it are worked on."""
     from sdpg_megatron.head import tile_triton
 
-    constants = {"GAP": (gap or Gap.NONE).value, "LOWEST": torch.finfo(torch.float32).min, "MASKED": masked}
+    constants = {
+        "GAP": (weighted_log_ratio or WeightedLogRatio.NONE).value,
+        "LOWEST": torch.finfo(torch.float32).min,
+        "MASKED": masked,
+    }
     constants |= {"BLOCK": tile_triton.LOOP_BLOCK, "STAGES": tile_triton.STAGES}
-    if gap is None:
+    if weighted_log_ratio is None:
         constants["teacher_CV"] = None
     found = compiler(
         tile_triton._measure_row,
@@ -121,7 +127,7 @@ def test_measure_compiles_and_reads_each_logit_once(compiler: Any, gap: Gap | No
         num_warps=tile_triton.WARPS,
         maxnreg=tile_triton.REGISTERS[masked],
     )
-    assert found.reads == 2 * tile_triton.STAGES * (2 if gap else 1) and "cp.async" in found.ptx
+    assert found.reads == 2 * tile_triton.STAGES * (2 if weighted_log_ratio else 1) and "cp.async" in found.ptx
     assert not found.spills
 
 
@@ -140,14 +146,14 @@ def test_gradient_compiles_and_reads_each_logit_once(compiler: Any, name: str) -
 
     constants: dict[str, Any] = {"LOG_KEEP": -0.7, "LOG_REST": -0.7, "MASKED": False, "BLOCK": tile_triton.BLOCK}
     constants |= {f"{part}_C": None for parts in PARTS.values() for part in parts if part not in PARTS[name]}
-    taught = {"teacher", "drawn", "mixture"} & set(PARTS[name])
-    if not taught:
+    has_teacher = {"teacher", "teacher_weight", "mixture"} & set(PARTS[name])
+    if not has_teacher:
         constants |= dict.fromkeys(("teacher_CV", "teacher_max_C", "log_sum_C", "teacher_log_sum_C"))
     in_place, narrow = (
         compiler(tile_triton._gradient_block, constants, out=out, num_warps=tile_triton.WARPS)
         for out in ("*fp32", "*bf16")
     )
-    assert in_place.reads == narrow.reads == (8 if taught else 4)  # of 16 columns a thread
+    assert in_place.reads == narrow.reads == (8 if has_teacher else 4)  # of 16 columns a thread
     assert "cvt.rn.bf16" in narrow.ptx and "cvt.rn.bf16" not in in_place.ptx
     assert not in_place.spills and not narrow.spills
 
@@ -156,18 +162,22 @@ def test_gradient_compiles_and_reads_each_logit_once(compiler: Any, name: str) -
 def test_functions_of_rows_compile(compiler: Any, form: Form) -> None:
     from sdpg_megatron.head import rows_triton
 
-    taught = form is not Form.NONE
-    constants: dict[str, Any] = {"FORM": form.value if taught else None, "KEEP": 0.3, "BLOCK": rows_triton.BLOCK}
+    has_teacher = form is not Form.NONE
+    constants: dict[str, Any] = {"FORM": form.value if has_teacher else None, "KEEP": 0.3, "BLOCK": rows_triton.BLOCK}
     assert not compiler(rows_triton._terms, constants).spills
-    constants |= {"FORM": form.value, "SHARE": 1.7} | ({} if taught else {"divergence_C": None})
+    constants |= {"FORM": form.value, "SHARE": 1.7} | ({} if has_teacher else {"divergence_C": None})
     assert not compiler(rows_triton._coefficients, constants).spills
 
 
-@pytest.mark.parametrize("gap", [None, *Gap])
-def test_join_compiles(compiler: Any, gap: Gap | None) -> None:
+@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+def test_join_compiles(compiler: Any, weighted_log_ratio: WeightedLogRatio | None) -> None:
     from sdpg_megatron.head import rows_triton
 
-    constants = {"TAUGHT": gap is not None, "GAP": (gap or Gap.NONE).value, "BLOCK": rows_triton.BLOCK}
+    constants = {
+        "TAUGHT": weighted_log_ratio is not None,
+        "GAP": (weighted_log_ratio or WeightedLogRatio.NONE).value,
+        "BLOCK": rows_triton.BLOCK,
+    }
     assert not compiler(rows_triton._join, constants).spills
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sdpg_megatron import cli
-from sdpg_megatron.checkpoint.files import FileSum, seal
+from sdpg_megatron.checkpoint.files import FileSum, fsync_and_hash
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, fingerprint
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
@@ -70,7 +70,7 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
     summed = dataclasses.replace(state, files={"common.pt": FileSum(common.stat().st_size + 1, "")})
     summed.write(checkpoint / MANIFEST)
     assert [str(common) in damage for damage in inspect(checkpoint).damage] == [True]
-    before = dataclasses.replace(state, files={"common.pt": seal(common)})
+    before = dataclasses.replace(state, files={"common.pt": fsync_and_hash(common)})
     before.write(checkpoint / MANIFEST)
     content = bytearray(common.read_bytes())
     content[len(content) // 2] ^= 1
@@ -86,7 +86,7 @@ def test_a_run_checkpoint(model: Path, megatron: Path, tmp_path: Path) -> None:
 def test_a_flipped_byte_of_a_run_checkpoint_is_not_converted(model: Path, megatron: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "step_00000003"
     shutil.copytree(megatron / "release", checkpoint)
-    files = {path.name: seal(path) for path in checkpoint.iterdir()}
+    files = {path.name: fsync_and_hash(path) for path in checkpoint.iterdir()}
     config = {"model": {"path": str(model)}}
     RunState(
         step=3,

@@ -21,12 +21,12 @@ import pytest
 from sdpg_megatron.errors import LaunchError
 from sdpg_megatron.launch import command as entry
 from sdpg_megatron.launch import liveness, machine, rendezvous, torchrun
-from sdpg_megatron.launch.connection import Line
-from sdpg_megatron.launch.liveness import Circle
-from sdpg_megatron.launch.machine import Machine, Place, _card
-from sdpg_megatron.launch.rendezvous import Card, Plan
+from sdpg_megatron.launch.connection import Connection
+from sdpg_megatron.launch.liveness import Liveness
+from sdpg_megatron.launch.machine import Machine, NodeConfig, _node_info
+from sdpg_megatron.launch.rendezvous import LaunchPlan, NodeInfo
 from sdpg_megatron.launch.servers import Servers
-from sdpg_megatron.launch.torchrun_process import Ranks
+from sdpg_megatron.launch.torchrun_process import TorchrunProcess
 
 ROOT = Path(__file__).parents[2]
 HERE = "127.0.0.1"
@@ -48,22 +48,22 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def card(node: int, **changes: Any) -> Card:
+def node_info(node: int, **changes: Any) -> NodeInfo:
     config: Mapping[str, Any] = {"steps": 2, "objective.beta": 0.5}
     basic: dict[str, Any] = {"nodes": 2, "ranks": 1, "servers": 0, "config": config, "versions": {"torch": "2.13.0"}}
-    return Card(node=node, name=f"host{node}", **{**basic, **changes})
+    return NodeInfo(node=node, name=f"host{node}", **{**basic, **changes})
 
 
-async def come(card: Card, port: int, run_dir: Path, *, seconds: float = 20.0) -> Plan | LaunchError:
+async def come(node_info: NodeInfo, port: int, run_dir: Path, *, seconds: float = 20.0) -> LaunchPlan | LaunchError:
     """What one machine gets from the meeting."""
     async with AsyncExitStack() as stack:
         try:
-            plan, _, _ = await rendezvous.meet(
-                card,
+            plan, _, _ = await rendezvous.rendezvous(
+                node_info,
                 HERE,
                 port,
                 run_dir=run_dir,
-                servers=lambda address: [f"http://{address}:{n}" for n in range(card.servers)],
+                servers=lambda address: [f"http://{address}:{n}" for n in range(node_info.servers)],
                 seconds=seconds,
                 stack=stack,
             )
@@ -72,19 +72,21 @@ async def come(card: Card, port: int, run_dir: Path, *, seconds: float = 20.0) -
         return plan
 
 
-def meet(*cards: Card, folders: Mapping[int, Path], seconds: float = 20.0) -> list[Plan | LaunchError]:
-    async def all_of_them() -> list[Plan | LaunchError]:
+def meet_all(
+    *node_infos: NodeInfo, folders: Mapping[int, Path], seconds: float = 20.0
+) -> list[LaunchPlan | LaunchError]:
+    async def all_of_them() -> list[LaunchPlan | LaunchError]:
         port = two_free_ports()
-        return await asyncio.gather(*(come(one, port, folders[one.node], seconds=seconds) for one in cards))
+        return await asyncio.gather(*(come(one, port, folders[one.node], seconds=seconds) for one in node_infos))
 
     return asyncio.run(all_of_them())
 
 
 def test_machines_that_mean_the_same_run_get_one_plan(tmp_path: Path) -> None:
-    cards = [card(node, nodes=3, ranks=(2, 0, 2)[node], servers=(0, 2, 1)[node]) for node in (1, 0, 2)]
-    plans = meet(*cards, folders=dict.fromkeys(range(3), tmp_path / "run"))
+    node_infos = [node_info(node, nodes=3, ranks=(2, 0, 2)[node], servers=(0, 2, 1)[node]) for node in (1, 0, 2)]
+    plans = meet_all(*node_infos, folders=dict.fromkeys(range(3), tmp_path / "run"))
     assert plans[0] == plans[1] == plans[2]
-    assert isinstance(plans[0], Plan)
+    assert isinstance(plans[0], LaunchPlan)
     assert plans[0].trainers == (0, 2)
     assert plans[0].urls == (f"http://{HERE}:0", f"http://{HERE}:1", f"http://{HERE}:0")
     assert plans[0].machines == {0: "machine 0 (host0)", 1: "machine 1 (host1)", 2: "machine 2 (host2)"}
@@ -102,7 +104,7 @@ def test_machines_that_mean_the_same_run_get_one_plan(tmp_path: Path) -> None:
     ],
 )
 def test_machines_that_differ_are_refused_on_both_sides(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    found = meet(card(0), card(1, **changes), folders=dict.fromkeys(range(2), tmp_path))
+    found = meet_all(node_info(0), node_info(1, **changes), folders=dict.fromkeys(range(2), tmp_path))
     assert str(found[0]) == str(found[1])
     assert message in str(found[0])
 
@@ -110,40 +112,40 @@ def test_machines_that_differ_are_refused_on_both_sides(tmp_path: Path, changes:
 def test_a_run_dir_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "LOOK_SECONDS", 0.1)
     folders = {0: tmp_path / "a", 1: tmp_path / "b"}
-    found = meet(card(0), card(1), folders=folders)
+    found = meet_all(node_info(0), node_info(1), folders=folders)
     assert str(found[0]) == str(found[1])
     assert "run_dir: found a folder of machine 1 (host1) alone" in str(found[0])
-    with_servers_alone = card(1, ranks=0, servers=1)
-    assert all(isinstance(plan, Plan) for plan in meet(card(0), with_servers_alone, folders=folders))
+    with_servers_alone = node_info(1, ranks=0, servers=1)
+    assert all(isinstance(plan, LaunchPlan) for plan in meet_all(node_info(0), with_servers_alone, folders=folders))
 
 
 def test_a_machine_that_does_not_come_is_named(tmp_path: Path) -> None:
     folders = dict.fromkeys(range(3), tmp_path)
-    found = meet(card(0, nodes=3), card(2, nodes=3), folders=folders, seconds=1.0)
+    found = meet_all(node_info(0, nodes=3), node_info(2, nodes=3), folders=folders, seconds=1.0)
     assert "found machine 0 (host0), machine 2 (host2), expected machines 1 as well" in str(found[0])
     assert str(found[0]) == str(found[1])
 
 
 def test_a_machine_0_that_does_not_answer_is_named(tmp_path: Path) -> None:
     port = two_free_ports()
-    found = asyncio.run(come(card(1), port, tmp_path, seconds=0.6))
+    found = asyncio.run(come(node_info(1), port, tmp_path, seconds=0.6))
     assert f"MASTER_ADDR: found no answer from {HERE} port {port + 1} in 0.6 s" in str(found)
 
 
 def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Path) -> None:
-    async def scene() -> list[Plan | LaunchError]:
+    async def scene() -> list[LaunchPlan | LaunchError]:
         port = two_free_ports()
-        first = asyncio.create_task(come(card(0, nodes=3), port, tmp_path))
-        line = await rendezvous._reach(HERE, port + 1, 20.0)
-        line.say(**asdict(card(1, nodes=3)))
+        first = asyncio.create_task(come(node_info(0, nodes=3), port, tmp_path))
+        connection = await rendezvous._reach(HERE, port + 1, 20.0)
+        connection.say(**asdict(node_info(1, nodes=3)))
         await asyncio.sleep(0.2)
-        await line.close()
+        await connection.close()
         await asyncio.sleep(0.2)
-        others = [come(card(node, nodes=3), port, tmp_path) for node in (1, 2)]
+        others = [come(node_info(node, nodes=3), port, tmp_path) for node in (1, 2)]
         return [*await asyncio.gather(*others), await first]
 
     plans = asyncio.run(scene())
-    assert isinstance(plans[0], Plan), plans[0]
+    assert isinstance(plans[0], LaunchPlan), plans[0]
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -156,7 +158,7 @@ def test_a_free_port_is_none_that_an_outgoing_connection_may_get() -> None:
 def test_a_port_in_use_is_named(tmp_path: Path, which: int) -> None:
     port = two_free_ports()
     with socket.create_server(("", port + which)):
-        found = asyncio.run(come(card(0), port, tmp_path, seconds=5.0))
+        found = asyncio.run(come(node_info(0), port, tmp_path, seconds=5.0))
     assert f"MASTER_PORT: found port {port + which} of this machine in use" in str(found)
 
 
@@ -170,15 +172,15 @@ def test_an_unknown_address_is_named(tmp_path: Path) -> None:
     [({"node": 2}, "NODE_RANK: found 2"), ({"ranks": 0, "servers": 0}, "RANKS_PER_NODE: found neither")],
 )
 def test_a_place_that_cannot_be(changes: dict[str, Any], message: str) -> None:
-    place: dict[str, Any] = {"nodes": 2, "node": 1, "ranks": 1, "servers": 0, "address": HERE, "port": 1}
+    node_config: dict[str, Any] = {"nodes": 2, "node": 1, "ranks": 1, "servers": 0, "address": HERE, "port": 1}
     with pytest.raises(LaunchError, match=message):
-        Place(**{**place, **changes}, meet_seconds=1, lost_seconds=1)
+        NodeConfig(**{**node_config, **changes}, meet_seconds=1, lost_seconds=1)
 
 
 def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
-    place = Place(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
+    node_config = NodeConfig(nodes=1, node=0, ranks=1, servers=1, address=HERE, port=0, meet_seconds=1, lost_seconds=1)
     with pytest.raises(Exception, match=r"rollout\.sglang\.urls: found .* expected none with SERVERS_PER_NODE"):
-        Machine(place, write_config(tmp_path), ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
+        Machine(node_config, write_config(tmp_path), ["rollout.sglang.urls=[http://10.0.0.2:30000]"])
 
 
 @pytest.mark.parametrize(("node", "left"), [(0, "75\n"), (1, None)])
@@ -186,11 +188,13 @@ def test_machine_0_leaves_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int, left: str | None
 ) -> None:
     monkeypatch.setattr(entry, "run", lambda _: 75)
-    line = f"--nodes 2 --node {node} --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    connection = (
+        f"--nodes 2 --node {node} --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    )
     path = tmp_path / "code"
-    assert entry.main([*line.split(), "--code-file", str(path), str(write_config(tmp_path))]) == 75
+    assert entry.main([*connection.split(), "--code-file", str(path), str(write_config(tmp_path))]) == 75
     assert (path.read_text() if path.exists() else None) == left
-    assert entry.main([*line.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
+    assert entry.main([*connection.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
     assert (path.read_text() if path.exists() else None) == (left and "2\n")
 
 
@@ -199,40 +203,40 @@ def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
 ) -> None:
     started: list[Machine] = []
     monkeypatch.setattr(entry, "run", lambda machine: started.append(machine) or 0)
-    line = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    connection = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
     config = str(write_config(tmp_path))
-    assert entry.main([*line.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
+    assert entry.main([*connection.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
     (machine,) = started
     assert machine._arguments == [config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]
-    found = _card(machine._place, machine._config, machine._options).config
+    found = _node_info(machine._place, machine._config, machine._options).config
     assert found["command line"] == "--branch-from runs/a@2 --new-reference"
 
 
 def test_a_place_that_cannot_be_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"--nodes 2 --node 2 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
-    assert entry.main([*line.split(), str(write_config(tmp_path))]) == 2
+    connection = f"--nodes 2 --node 2 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    assert entry.main([*connection.split(), str(write_config(tmp_path))]) == 2
     assert capsys.readouterr().err.startswith("LaunchError: NODE_RANK: found 2")
 
 
 # --- while the run goes on
 
 
-async def circles(nodes: int, lost_seconds: float, stack: AsyncExitStack) -> list[Circle]:
+async def liveness_of_all(nodes: int, lost_seconds: float, stack: AsyncExitStack) -> list[Liveness]:
     """As the machines have them after the meeting, all with ranks."""
-    arrived: asyncio.Queue[Line] = asyncio.Queue()
+    arrived: asyncio.Queue[Connection] = asyncio.Queue()
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await arrived.put(Line(reader, writer))
+        await arrived.put(Connection(reader, writer))
 
     server = await asyncio.start_server(greet, HERE, 0)
     stack.callback(server.close)
-    plan = Plan("run", {node: f"machine {node}" for node in range(nodes)}, tuple(range(nodes)), ())
+    plan = LaunchPlan("run", {node: f"machine {node}" for node in range(nodes)}, tuple(range(nodes)), ())
     ends, others = {}, []
     for node in range(1, nodes):
-        others.append(Line(*await asyncio.open_connection(*server.sockets[0].getsockname())))
+        others.append(Connection(*await asyncio.open_connection(*server.sockets[0].getsockname())))
         ends[node] = await arrived.get()
-    made = [Circle(0, plan, ends, lost_seconds)]
-    made += [Circle(node, plan, {0: line}, lost_seconds) for node, line in enumerate(others, start=1)]
+    made = [Liveness(0, plan, ends, lost_seconds)]
+    made += [Liveness(node, plan, {0: connection}, lost_seconds) for node, connection in enumerate(others, start=1)]
     for one in made:
         one.start()
         stack.push_async_callback(one.close)
@@ -253,7 +257,7 @@ def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: p
 
     async def scene() -> None:
         async with AsyncExitStack() as stack:
-            first, second, third = await circles(3, 60.0, stack)
+            first, second, third = await liveness_of_all(3, 60.0, stack)
             third.end(2)
             assert await soon(first.verdict) == ("machine 2 ended with exit code 2", 1)
             assert await soon(second.verdict) == ("machine 2 ended with exit code 2", 1)
@@ -265,7 +269,7 @@ def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: p
 def test_all_hear_of_a_silent_machine_and_at_once_of_one_that_hangs_up() -> None:
     async def scene() -> None:
         async with AsyncExitStack() as stack:
-            first, second, third = await circles(3, 0.5, stack)
+            first, second, third = await liveness_of_all(3, 0.5, stack)
             third.lost_seconds = 60.0
             assert first.verdict() is None
             await second.close()  # gives no signs of life any more, and reads none
@@ -274,8 +278,8 @@ def test_all_hear_of_a_silent_machine_and_at_once_of_one_that_hangs_up() -> None
             assert code == 1
             assert await soon(third.verdict) == (why, code), "by way of machine 0"
         async with AsyncExitStack() as stack:
-            first, second, third = await circles(3, 60.0, stack)
-            await second.lines[0].close()
+            first, second, third = await liveness_of_all(3, 60.0, stack)
+            await second.connections[0].close()
             for one in (first, third):
                 assert "machine 1 is gone" in (await soon(one.verdict))[0]
 
@@ -285,7 +289,7 @@ def test_all_hear_of_a_silent_machine_and_at_once_of_one_that_hangs_up() -> None
 def test_machines_that_stop_together_have_no_quarrel() -> None:
     async def scene() -> None:
         async with AsyncExitStack() as stack:
-            first, second = await circles(2, 60.0, stack)
+            first, second = await liveness_of_all(2, 60.0, stack)
             second.stop(15)
             await soon(lambda: first.asked == 15)
             first.end(75)
@@ -340,7 +344,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
 
     async def scene() -> list[int]:
         places = [
-            Place(
+            NodeConfig(
                 nodes=3,
                 node=node,
                 ranks=int(node == 0),
@@ -352,7 +356,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
             )
             for node in range(3)
         ]
-        machines = [Machine(place, config, []) for place in places]
+        machines = [Machine(node_config, config, []) for node_config in places]
         tasks = [asyncio.create_task(one.run()) for one in machines]
         await soon(lambda: bool(SavingRanks.made) and all(one._circle is not None for one in machines))
         os.kill(os.getpid(), signal.SIGHUP)  # the terminal is closed
@@ -374,7 +378,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
 
 
 def test_a_signal_before_there_are_ranks_is_told_as_a_shell_does(tmp_path: Path) -> None:
-    ranks = Ranks(
+    ranks = TorchrunProcess(
         [], node=0, nodes=1, ranks=1, address=HERE, port=1, run="run", logs=tmp_path, environment=dict(os.environ)
     )
     ranks.signal(signal.SIGTERM)
@@ -392,12 +396,19 @@ def test_so_is_one_that_torchrun_has_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (3, 3), ("$((128 + 9))", 137)])
 def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, code: object, expected: int) -> None:
-    line = [sys.executable, "-m", "sdpg_megatron.launch.torchrun", str(os.getpid()), "--nnodes=1", "--node-rank=0"]
-    line += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
-    line += [f"--master-port={rendezvous.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
+    connection = [
+        sys.executable,
+        "-m",
+        "sdpg_megatron.launch.torchrun",
+        str(os.getpid()),
+        "--nnodes=1",
+        "--node-rank=0",
+    ]
+    connection += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
+    connection += [f"--master-port={rendezvous.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
     program = f'echo "reason $RANK" >&2; sleep $((1 - RANK)); exit {code}'
     done = subprocess.run(
-        [*line, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*connection, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == expected, done.stderr
     assert ("launch: rank 1 ended with exit code" in done.stderr) == (expected != 75)

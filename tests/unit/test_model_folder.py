@@ -24,7 +24,7 @@ from sdpg_megatron.data.tokenizer import SAMPLE, check_stops, load_tokenizer, st
 from sdpg_megatron.errors import ConfigError, SdpgError
 from sdpg_megatron.rollout import transformers_check
 from sdpg_megatron.rollout.transformers_check import check_reading, inverse_frequencies
-from sdpg_megatron.train.eval_target import find_subject
+from sdpg_megatron.train.eval_target import find_eval_target
 from sdpg_megatron.train.inputs import load_inputs, load_model_inputs
 from tests.tiny import EOS, TURN_END, VOCAB, write_tiny_model
 
@@ -360,7 +360,7 @@ def test_a_tokenizer_class_that_loses_blanks_is_refused(whole: Path) -> None:
 # --- what is named instead of a folder
 
 
-@pytest.mark.parametrize("read", [read_architecture, find_source, lambda path: find_subject(path, None, [])])
+@pytest.mark.parametrize("read", [read_architecture, find_source, lambda path: find_eval_target(path, None, [])])
 def test_the_id_of_a_hub_is_told_how_to_become_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
 ) -> None:

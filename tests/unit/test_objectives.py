@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import HeadOptions, TeacherRows, VocabShard, head_terms
 from sdpg_megatron.objectives import build
-from sdpg_megatron.objectives.base import Needs, StepContext, TokenLoss, TokenTerms
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenTerms
 from tests.objective_samples import Sample
 from tests.waits import Waits
 
@@ -76,13 +76,13 @@ def dense_loss(sample: Sample, logits_TV: Tensor, config: ObjectiveConfig, beta:
         weight = rho_value if config.ratio_weighted_regularizers else 1.0
         kl = (p_V * (p_V / q_TV[t]).log()).sum()
         r = logp - sample.reference_logprob_T[t]
-        held = {
+        reference_loss = {
             "urkl": r**2 / 2,
             "ufkl": (-r).exp() + r,
             "fkl": (-r).exp(),
             "rkl": (r + 1) ** 2 / 2,
         }[config.reference]
-        losses.append(policy + weight * (beta * sample.gate_T[t] * kl + alpha * held))
+        losses.append(policy + weight * (beta * sample.gate_T[t] * kl + alpha * reference_loss))
     return torch.stack(losses)
 
 
@@ -197,7 +197,7 @@ def test_rlsd_without_credit_is_grpo() -> None:
     same_loss(ObjectiveConfig(name="rlsd", credit=0.0, dual_clip=None), grpo)
     same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20, dual_clip=None), grpo)
     for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
-        assert build(config, TOTAL).needs(CONTEXT) == Needs()
+        assert build(config, TOTAL).required_passes(CONTEXT) == RequiredPasses()
 
 
 def test_dapo_with_equal_clips_is_grpo_with_a_token_mean() -> None:
@@ -241,7 +241,7 @@ def test_methods_without_a_verifier_do_not_read_rewards(name: Any) -> None:
     loss_T = objective.loss(terms, CONTEXT).loss_T
     assert torch.equal(objective.loss(replace(terms, advantage_T=-terms.advantage_T), CONTEXT).loss_T, loss_T)
     assert_close(loss_T, terms.gate_T)
-    assert not objective.needs(CONTEXT).outcome
+    assert not objective.required_passes(CONTEXT).policy_loss
 
 
 def test_opsd_by_clipped_ratio_leaves_tokens_alone_that_the_teacher_finds_less_likely() -> None:
@@ -325,28 +325,32 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("config", "step", "expected"),
     [
-        (ObjectiveConfig(beta=0.1, alpha=0.1), 20, Needs(teacher=True, reference=True)),
-        (ObjectiveConfig(beta=0.1, alpha=0.0), 20, Needs(teacher=True, reference=False)),
-        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, Needs(teacher=True, reference=False)),
-        (ObjectiveConfig(beta=0.1, alpha=0.0), 39, Needs(teacher=False, reference=False)),
-        (ObjectiveConfig(beta=0.0, alpha=0.1), 20, Needs(teacher=False, reference=True)),
-        (ObjectiveConfig(name="grpo", alpha=0.0), 20, Needs()),
-        (ObjectiveConfig(name="grpo", alpha=0.1), 20, Needs(reference=True)),
-        (ObjectiveConfig(name="dapo"), 20, Needs()),
-        (ObjectiveConfig(name="rpg"), 20, Needs(reference=True)),
-        (ObjectiveConfig(name="rlsd"), 0, Needs(teacher_logprob=True)),
-        (ObjectiveConfig(name="rlsd", credit_ratio="current"), 0, Needs(teacher=True)),
-        (ObjectiveConfig(name="rlsd", credit_decay_steps=40), 39, Needs()),
-        (ObjectiveConfig(name="opsd"), 0, Needs(teacher=True, outcome=False)),
-        (ObjectiveConfig(name="opsd", distill_loss="clipped_ratio"), 0, Needs(teacher_logprob=True, outcome=False)),
-        (ObjectiveConfig(name="opcd"), 39, Needs(teacher=True, outcome=False)),
-        (ObjectiveConfig(name="sdpo", alpha=0.1), 0, Needs(teacher=True, reference=True, outcome=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.1), 20, RequiredPasses(teacher=True, reference=True)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 20, RequiredPasses(teacher=True, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 0, RequiredPasses(teacher=True, reference=False)),
+        (ObjectiveConfig(beta=0.1, alpha=0.0), 39, RequiredPasses(teacher=False, reference=False)),
+        (ObjectiveConfig(beta=0.0, alpha=0.1), 20, RequiredPasses(teacher=False, reference=True)),
+        (ObjectiveConfig(name="grpo", alpha=0.0), 20, RequiredPasses()),
+        (ObjectiveConfig(name="grpo", alpha=0.1), 20, RequiredPasses(reference=True)),
+        (ObjectiveConfig(name="dapo"), 20, RequiredPasses()),
+        (ObjectiveConfig(name="rpg"), 20, RequiredPasses(reference=True)),
+        (ObjectiveConfig(name="rlsd"), 0, RequiredPasses(teacher_logprob=True)),
+        (ObjectiveConfig(name="rlsd", credit_ratio="current"), 0, RequiredPasses(teacher=True)),
+        (ObjectiveConfig(name="rlsd", credit_decay_steps=40), 39, RequiredPasses()),
+        (ObjectiveConfig(name="opsd"), 0, RequiredPasses(teacher=True, policy_loss=False)),
+        (
+            ObjectiveConfig(name="opsd", distill_loss="clipped_ratio"),
+            0,
+            RequiredPasses(teacher_logprob=True, policy_loss=False),
+        ),
+        (ObjectiveConfig(name="opcd"), 39, RequiredPasses(teacher=True, policy_loss=False)),
+        (ObjectiveConfig(name="sdpo", alpha=0.1), 0, RequiredPasses(teacher=True, reference=True, policy_loss=False)),
     ],
 )
-def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: Needs) -> None:
+def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: RequiredPasses) -> None:
     objective = build(config, TOTAL)
     context = StepContext(step, TOTAL)
-    assert objective.needs(context) == expected
+    assert objective.required_passes(context) == expected
     # What is not needed is not read either.
     sample = make_sample()
     ones_T = torch.ones(ROWS, dtype=torch.float64)
@@ -430,15 +434,15 @@ def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:
 
 @pytest.mark.parametrize("name", ["sdpg", "rlsd", "opcd", "opsd", "sdpo"])
 @pytest.mark.parametrize("taught", [False, True])
-def test_no_objective_waits_for_the_device(name: Any, taught: bool) -> None:
+def test_no_objective_waits_for_the_device(name: Any, distill_enabled: bool) -> None:
     """It is called for each chunk of the head's rows, also where no gate of the micro-batch is open."""
     sample = make_sample()
-    divergence_T = torch.ones(ROWS, dtype=torch.float64) if taught else None
+    divergence_T = torch.ones(ROWS, dtype=torch.float64) if distill_enabled else None
     terms = replace(
         token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), divergence_T),
-        gate_T=sample.gate_T if taught else torch.zeros_like(sample.gate_T),
+        gate_T=sample.gate_T if distill_enabled else torch.zeros_like(sample.gate_T),
         teacher_logprob_T=divergence_T,
-        any_open_gate=taught,
+        any_open_gate=distill_enabled,
     )
     with Waits() as waits:
         loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(terms, CONTEXT).loss_T

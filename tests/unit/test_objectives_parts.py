@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.objectives.aggregation import sequence_weights
-from sdpg_megatron.objectives.base import Needs, StepContext
+from sdpg_megatron.objectives.base import RequiredPasses, StepContext
 from sdpg_megatron.objectives.distillation import clip
 from sdpg_megatron.objectives.policy import clipped_ratio
 from sdpg_megatron.objectives.ratios import bounded_exp
 from sdpg_megatron.objectives.reference import reference_term, reference_value
-from sdpg_megatron.objectives.registry import SCHEDULED, UNSCHEDULED, build, needs_of_run
+from sdpg_megatron.objectives.registry import SCHEDULED, UNSCHEDULED, build, passes_of_run
 from sdpg_megatron.objectives.schedules import BetaSchedule
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
@@ -211,19 +211,21 @@ def test_a_few_steps_say_what_a_whole_run_needs(
 ) -> None:
     ramps = {"beta_warmup_steps": warmup, "beta_decay_steps": decay}
     objective = build(ObjectiveConfig(name=name, **ramps, **fields), total)
-    needs = [objective.needs(StepContext(step, total)) for step in range(total)]
-    names = [field.name for field in dataclasses.fields(Needs)]
-    assert needs_of_run(objective, total) == Needs(**{n: any(getattr(one, n) for one in needs) for n in names})
+    required_passes = [objective.required_passes(StepContext(step, total)) for step in range(total)]
+    names = [field.name for field in dataclasses.fields(RequiredPasses)]
+    assert passes_of_run(objective, total) == RequiredPasses(
+        **{n: any(getattr(one, n) for one in required_passes) for n in names}
+    )
 
 
 def test_what_a_run_needs_does_not_take_longer_for_a_longer_run() -> None:
     class Counting:
         calls = 0
 
-        def needs(self, context: StepContext) -> Needs:
+        def required_passes(self, context: StepContext) -> RequiredPasses:
             self.calls += 1
-            return Needs()
+            return RequiredPasses()
 
     objective: Any = Counting()
-    needs_of_run(objective, 10**9)
+    passes_of_run(objective, 10**9)
     assert objective.calls <= 4

@@ -24,8 +24,8 @@ from sdpg_megatron.observe.metrics import Metric, Reduction, join, merge, values
 from sdpg_megatron.observe.progress import HEADER_EVERY, Progress, format_seconds
 from sdpg_megatron.observe.report import GREEDY, KL, REWARD, SAMPLED, plot_learning_curve
 from sdpg_megatron.observe.summary import Summary, read_summary, write_summary
-from sdpg_megatron.observe.truncate import beyond, cut_folders, cut_lines
-from sdpg_megatron.observe.writers import JsonlWriter, MultiWriter, cut_records, open_writers, read_metrics
+from sdpg_megatron.observe.truncate import beyond, truncate_folders, truncate_lines
+from sdpg_megatron.observe.writers import JsonlWriter, MultiWriter, open_writers, read_metrics, truncate_records
 
 STEP = {
     "reward/mean": 0.40625,
@@ -110,7 +110,7 @@ def test_a_blank_line_says_nothing(tmp_path: Path) -> None:
 def test_resuming_cuts_what_will_be_written_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    cut_lines(path, beyond(step, evaluated=True))
+    truncate_lines(path, beyond(step, evaluated=True))
     assert path.read_text() == kept
 
 
@@ -125,13 +125,13 @@ def test_resuming_cuts_what_will_be_written_again(tmp_path: Path, text: str, ste
 def test_so_is_a_step_whose_evaluation_will_be_made_again(tmp_path: Path, text: str, step: int, kept: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    cut_lines(path, beyond(step, evaluated=False))
+    truncate_lines(path, beyond(step, evaluated=False))
     assert path.read_text() == kept
 
 
 def test_cutting_no_file_makes_none(tmp_path: Path) -> None:
-    cut_records(tmp_path, 3, evaluated=True)
-    cut_folders(tmp_path / "eval", 3, evaluated=True)
+    truncate_records(tmp_path, 3, evaluated=True)
+    truncate_folders(tmp_path / "eval", 3, evaluated=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,7 +139,7 @@ def test_cutting_no_file_makes_none(tmp_path: Path) -> None:
 def test_evaluations_that_will_be_made_again_are_removed(tmp_path: Path, evaluated: bool, left: list[str]) -> None:
     for name in ("step_1", "step_2", "step_10"):
         (tmp_path / name).mkdir()
-    cut_folders(tmp_path, 2, evaluated=evaluated)
+    truncate_folders(tmp_path, 2, evaluated=evaluated)
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
@@ -155,7 +155,7 @@ def events(run: Path) -> list[tuple[int, str]]:
 def test_a_resumed_run_replaces_the_lost_steps_everywhere(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo"
     for resumed, steps, shift in ((0, (1, 2, 3), 0.0), (2, (3, 4), 100.0)):
-        cut_records(run, resumed, evaluated=True)
+        truncate_records(run, resumed, evaluated=True)
         writer = open_writers(run)
         for step in steps:
             writer.write(step, {"reward/mean": step + shift})
@@ -177,7 +177,7 @@ def test_half_an_event_is_cut(tmp_path: Path, half: int) -> None:
     (path,) = (tmp_path / "tensorboard").glob("events.*")
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:half])
-    cut_records(tmp_path, 1, evaluated=True)
+    truncate_records(tmp_path, 1, evaluated=True)
     assert path.read_bytes() == whole
 
 

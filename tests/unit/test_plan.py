@@ -22,7 +22,7 @@ from sdpg_megatron.estimate.shards import Grid, count_active, count_parameters
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "recipes"
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
-APART = ("rollout.sglang.colocated=false", "rollout.sglang.sink=broadcast")
+APART = ("rollout.sglang.colocated=false", "rollout.sglang.transport=broadcast")
 PUBLISHED = {
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,

@@ -33,7 +33,7 @@ EIGHT = RankEnvironment(rank=0, world_size=8, local_world_size=8, master_addr="x
     [
         ({}, ALONE, 2),
         ({"servers": 2, "tensor": 2}, RankEnvironment(local_world_size=4), 8),
-        ({"servers": 8, "colocated": True, "sink": "shared"}, EIGHT, 8),
+        ({"servers": 8, "colocated": True, "transport": "shared"}, EIGHT, 8),
         ({"first_gpu": 0, "tensor": 8}, EIGHT, 8),
         ({"servers": 100}, ALONE, 0),
         ({"urls": ("http://10.0.0.2:1",), "servers": 100}, EIGHT, 8),
@@ -48,8 +48,8 @@ def test_gpus_that_are_enough(changes: dict[str, Any], environment: RankEnvironm
     [
         ({}, ALONE, 1, "1, of 1 GPUs each, from GPU 1 on', expected no more than this machine's 1 GPUs"),
         ({}, EIGHT, 8, "1, of 1 GPUs each, from GPU 8 on"),
-        ({"servers": 2, "tensor": 2, "data": 2, "sink": "disk"}, ALONE, 8, "2, of 4 GPUs each, from GPU 1 on"),
-        ({"servers": 9, "colocated": True, "sink": "shared"}, EIGHT, 8, "9, of 1 GPUs each, from GPU 0 on"),
+        ({"servers": 2, "tensor": 2, "data": 2, "transport": "disk"}, ALONE, 8, "2, of 4 GPUs each, from GPU 1 on"),
+        ({"servers": 9, "colocated": True, "transport": "shared"}, EIGHT, 8, "9, of 1 GPUs each, from GPU 0 on"),
     ],
 )
 def test_too_few_gpus_are_named(changes: dict[str, Any], environment: RankEnvironment, gpus: int, found: str) -> None:
@@ -58,15 +58,15 @@ def test_too_few_gpus_are_named(changes: dict[str, Any], environment: RankEnviro
 
 
 def test_one_gpu_is_not_enough_for_a_server_beside_the_trainer() -> None:
-    with pytest.raises(ConfigError, match=r"servers: .*colocated=true rollout\.sglang\.sink=shared"):
+    with pytest.raises(ConfigError, match=r"servers: .*colocated=true rollout\.sglang\.transport=shared"):
         check_devices(SGLangConfig(), 1, ALONE)
     alone = SGLangConfig(first_gpu=0)
     check_devices(alone, 1, ALONE)
-    with pytest.raises(ConfigError, match=r"first_gpu: found 0, expected a GPU that no rank.*sink=shared or disk"):
+    with pytest.raises(ConfigError, match=r"first_gpu: found 0, expected a GPU that no rank.*transport=shared or disk"):
         check_group(alone, 1, ALONE)
     for fits in (
-        SGLangConfig(first_gpu=0, sink="shared"),
-        SGLangConfig(colocated=True, sink="disk"),
+        SGLangConfig(first_gpu=0, transport="shared"),
+        SGLangConfig(colocated=True, transport="disk"),
         SGLangConfig(first_gpu=1),
         SGLangConfig(urls=("http://10.0.0.2:1",), first_gpu=0),
     ):
@@ -75,7 +75,7 @@ def test_one_gpu_is_not_enough_for_a_server_beside_the_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sink", "own", "theirs", "refused"),
+    ("transport", "own", "theirs", "refused"),
     [
         ("broadcast", "2.28.9", "[2, 27, 5]", True),
         ("broadcast", "2.28.9", "[2, 28, 9]", False),
@@ -85,7 +85,7 @@ def test_one_gpu_is_not_enough_for_a_server_beside_the_trainer() -> None:
     ],
 )
 def test_trainer_and_servers_need_the_same_nccl_where_it_carries_weights(
-    sink: str, own: str | None, theirs: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str, own: str | None, theirs: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho 'a line of torch'\necho '{theirs}'\n")
@@ -93,7 +93,7 @@ def test_trainer_and_servers_need_the_same_nccl_where_it_carries_weights(
     for name in ("check_interpreter", "check_server_reading", "read_architecture"):
         monkeypatch.setattr(preflight, name, lambda *given: None)
     monkeypatch.setattr(preflight, "own_version", lambda: own)
-    sglang = config(sink=sink, python=str(python)).rollout.sglang
+    sglang = config(transport=transport, python=str(python)).rollout.sglang
     if refused:
         with pytest.raises(
             ConfigError, match=rf"trainer's torch has 2\.28\.9, that of {python} has 2\.27\.5.*Fix: .*shared"
@@ -111,7 +111,7 @@ def test_the_number_of_ranks_on_this_machine_has_to_be_known() -> None:
 
 
 def test_colocated_servers_on_gpus_need_another_type_of_weights() -> None:
-    served = config(colocated=True, sink="shared")
+    served = config(colocated=True, transport="shared")
     check_trainer(served, "cpu")
     check_trainer(config(), "cuda")
     with pytest.raises(ConfigError, match=r"^model\.dtype: found 'float32', expected bfloat16 where servers are coloc"):

@@ -155,18 +155,23 @@ def configured(sandbox: Sandbox, call: str) -> RunConfig:
 
 @pytest.mark.parametrize(("call", "place", "needs"), SHARED + APART)
 def test_a_recipe_fits_its_hardware(
-    sandbox: Sandbox, call: str, place: str, needs: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    sandbox: Sandbox,
+    call: str,
+    place: str,
+    required_passes: tuple[str, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     arguments = planned(sandbox, call, place)
     monkeypatch.chdir(sandbox.root)
     code = main([*arguments, "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert code == 0 and plan["fits"] and not plan["advice"]
-    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == needs
+    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == required_passes
     assert plan["server"]["longest_sequences"] >= 8
     assert main(arguments) == 0
     publish = next(line for line in capsys.readouterr().out.splitlines() if "the leader sends" in line)
-    assert publish.endswith("between machines" if needs[1] > 8 else "within a machine")
+    assert publish.endswith("between machines" if required_passes[1] > 8 else "within a machine")
 
 
 def test_there_is_hardware_for_every_recipe() -> None:
@@ -310,7 +315,7 @@ def test_a_method_that_a_recipe_does_not_have_is_refused(sandbox: Sandbox) -> No
 
 def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: Sandbox) -> None:
     from sdpg_megatron.train.eval_command import for_evaluation
-    from sdpg_megatron.train.eval_target import find_subject
+    from sdpg_megatron.train.eval_target import find_eval_target
 
     machines = {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "RANKS_PER_NODE": "4"}
     code, said = sandbox.run("qwen3-30b-a3b three", **machines)
@@ -325,8 +330,8 @@ def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: S
     lost = "rollout.sglang.urls=[http://10.0.0.3:20000, http://10.0.0.3:20001]"
     (run_dir / "config.yaml").write_text(dump(load(sandbox.root / config, [*changes, lost])))
     assert evaluate[3] == "eval"
-    subject = find_subject(run_dir, 0, [argument for argument in evaluate if "=" in argument])
-    served = for_evaluation(subject.config, run_dir, run_dir).rollout.sglang
+    eval_target = find_eval_target(run_dir, 0, [argument for argument in evaluate if "=" in argument])
+    served = for_evaluation(eval_target.config, run_dir, run_dir).rollout.sglang
     assert not served.urls and served.first_gpu == 0
     assert (served.servers, served.tensor) == (2, 2), "on machine 0"
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from sdpg_megatron.checkpoint.prefetched_rollouts import Drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import PrefetchedRollouts
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.config.load import parse
 from sdpg_megatron.objectives.advantages import group_advantages
@@ -66,7 +66,7 @@ def test_a_step_has_the_advantages_that_the_run_asks_for(deviation: Any) -> None
     tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {}, "rollout": {"prompts_per_step": 1}}
     given, unread = group((1.0, 0.0, 0.0), (10, 11, 12)), cast(Any, None)
     collector = Collector(parse({**tree, "objective": objective}), unread, unread, unread)
-    (kept,) = collector.collect(0, unread, Drawn((0,), (given,))).kept
+    (kept,) = collector.collect(0, unread, PrefetchedRollouts((0,), (given,))).kept
     assert kept.advantages == group_advantages(given.rewards, deviation)
 
 

@@ -12,7 +12,7 @@ from sdpg_megatron.config import RolloutLogConfig
 from sdpg_megatron.errors import WriteError
 from sdpg_megatron.observe.files import json_line
 from sdpg_megatron.observe.rollout_log import RolloutLog
-from sdpg_megatron.observe.writers import cut_records
+from sdpg_megatron.observe.writers import truncate_records
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from tests.disk import files_end_at
 
@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_has_no_responses_of_lost_steps(tmp_path: Path) -> No
         log.write(step, [scored(step, "x")], [])
     (tmp_path / "rollouts" / ".step_00000004.jsonl.77").write_text('{"half')
     (tmp_path / "rollouts" / "notes.jsonl").write_text("a user's")
-    cut_records(tmp_path, 2, evaluated=True)
+    truncate_records(tmp_path, 2, evaluated=True)
     found = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
     assert found == ["notes.jsonl", "step_00000001.jsonl", "step_00000002.jsonl"]
     log.write(2, [scored(9, "again")], [])

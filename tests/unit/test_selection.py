@@ -12,7 +12,7 @@ from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.observe.metrics import Reduction
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.filters import dead, is_kept, load_filters
-from sdpg_megatron.train.selection import Judge, Selection, select
+from sdpg_megatron.train.selection import GroupFilterChain, Selection, select
 
 LIVE, RIGHT, WRONG = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
@@ -27,7 +27,7 @@ def group(number: int, rewards: tuple[float, ...], advantages: tuple[float, ...]
 def run(rewards: Sequence[tuple[float, ...]], wanted: int, **config: object) -> tuple[Selection, list[tuple[int, int]]]:
     """A selection from prompts whose groups get these rewards, in turn, and what it asked for."""
     selection = SelectionConfig.model_validate(config)
-    judge = Judge(selection, ranks=None)  # type: ignore[arg-type]  # without filters no rank is asked
+    filters_of_step = GroupFilterChain(selection, ranks=None)  # type: ignore[arg-type]  # without filters no rank is asked
     cursor: Iterator[int] = iter(range(1000))
     calls: list[tuple[int, int]] = []
 
@@ -35,7 +35,7 @@ def run(rewards: Sequence[tuple[float, ...]], wanted: int, **config: object) -> 
         calls.append((count, number))
         return [group(n, rewards[n % len(rewards)]) for _, n in zip(range(count), cursor, strict=False)]
 
-    return select(ask, wanted, judge, selection), calls
+    return select(ask, wanted, filters_of_step, selection), calls
 
 
 def numbers(groups: Sequence[ScoredGroup]) -> list[int]:

@@ -22,8 +22,8 @@ from tests.sglang_fakes import Misbehaving, good
     [
         ({}, None, [1, 3]),
         ({}, "4", [4, 6]),
-        ({"data": 2, "sink": "disk"}, "1", [1, 5]),
-        ({"colocated": True, "sink": "shared"}, "4", [0, 2]),
+        ({"data": 2, "transport": "disk"}, "1", [1, 5]),
+        ({"colocated": True, "transport": "shared"}, "4", [0, 2]),
         ({"first_gpu": 6}, "4", [6, 8]),
     ],
 )

@@ -28,7 +28,7 @@ from sdpg_megatron.rollout.sglang.checksum import (
     verify,
 )
 from sdpg_megatron.rollout.sglang.client import RankChecksums
-from sdpg_megatron.rollout.sglang.server_layout import Layout
+from sdpg_megatron.rollout.sglang.server_layout import ServerLayout
 from sdpg_megatron.weights import Bucket, hf_shapes
 
 URL = "http://server:1"
@@ -101,9 +101,9 @@ def loaded(arch: Architecture, hf: Mapping[str, Tensor], rank: int, size: int) -
     return params
 
 
-def layout(size: int = 1, data: int = 1, device: str = "npu") -> Layout:
+def layout(size: int = 1, data: int = 1, device: str = "npu") -> ServerLayout:
     """On a device where SGLang pads nothing but the vocabulary, and hashes as on CPUs."""
-    return Layout(size, data, device)
+    return ServerLayout(size, data, device)
 
 
 def expected(arch: Architecture, hf: Mapping[str, Tensor], size: int = 1) -> list[dict[str, str]]:
@@ -313,9 +313,9 @@ def test_the_stream_is_read_to_its_end_whatever_fails(fault: str) -> None:
 )
 def test_servers_that_change_weights_are_refused(key: str, value: object) -> None:
     info = {"tp_size": 2, "dp_size": 3, "device": "cuda", "pp_size": 1, "quantization": None}
-    assert Layout.read(URL, info) == Layout(2, 3, "cuda")
+    assert ServerLayout.read(URL, info) == ServerLayout(2, 3, "cuda")
     with pytest.raises(RolloutError, match=rf"{URL}.*{key} is {value!r}.*verify_every"):
-        Layout.read(URL, info | {key: value})
+        ServerLayout.read(URL, info | {key: value})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.transports import broadcast as broadcast_module
-from sdpg_megatron.rollout.transports.broadcast import PROBE, BroadcastSink, _with_nccl
+from sdpg_megatron.rollout.transports.broadcast import PROBE, BroadcastTransport, _with_nccl
 from sdpg_megatron.rollout.transports.weight_group import BLOCKING_WAIT, MARGIN, WeightGroup
 
 # How it is made
@@ -158,12 +158,12 @@ class Server:
             raise self.fault
 
 
-def open_sink(monkeypatch: pytest.MonkeyPatch, *servers: Server) -> tuple[Any, BroadcastSink]:
+def open_sink(monkeypatch: pytest.MonkeyPatch, *servers: Server) -> tuple[Any, BroadcastTransport]:
     monkeypatch.setattr(broadcast_module, "WeightGroup", Group)
     monkeypatch.setattr(Group, "made", [])
-    sink = BroadcastSink(nonce="n", device=torch.device("cpu"), address="127.0.0.1", seconds=10.0)
+    transport = BroadcastTransport(nonce="n", device=torch.device("cpu"), address="127.0.0.1", seconds=10.0)
     clients: Any = servers
-    return asyncio.run(sink.open(clients)), sink
+    return asyncio.run(transport.open(clients)), transport
 
 
 def test_one_number_goes_through_a_new_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +177,9 @@ def test_one_number_goes_through_a_new_group(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_server_that_nothing_reaches_is_out_before_weights_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = ServerError("http://bad", "/update_weights_from_distributed", "status 400: NCCL error")
     good, bad = Server("http://good"), Server("http://bad", fault)
-    failures, sink = open_sink(monkeypatch, good, bad)
+    failures, transport = open_sink(monkeypatch, good, bad)
     assert dict(failures) == {bad: fault}
-    assert [group.size for group in Group.made] == [3, 2] and list(sink._seats) == [good]
+    assert [group.size for group in Group.made] == [3, 2] and list(transport._endpoints) == [good]
 
 
 def test_an_error_over_nccl_tells_the_version_that_a_server_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +187,6 @@ def test_an_error_over_nccl_tells_the_version_that_a_server_needs(monkeypatch: p
     fault = ServerError("http://bad", "/update", "status 400: invalid usage", retryable=True)
     expected = (
         "http://bad/update: status 400: invalid usage; where its NCCL is not 2.28.9, the trainer's, use "
-        "rollout.sglang.sink=shared or disk"
+        "rollout.sglang.transport=shared or disk"
     )
     assert str(_with_nccl(fault)) == expected and _with_nccl(fault).retryable

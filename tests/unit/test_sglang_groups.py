@@ -19,7 +19,7 @@ from sdpg_megatron.records import Group
 from sdpg_megatron.rollout.base import WeightsWanted
 from sdpg_megatron.rollout.sglang import groups
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
-from sdpg_megatron.rollout.sglang.server_handle import State
+from sdpg_megatron.rollout.sglang.server_handle import ServerState
 from tests.sglang_fakes import (
     BOUND,
     QUICK,
@@ -72,8 +72,8 @@ def test_only_servers_with_the_current_weights_are_asked() -> None:
     async def test() -> None:
         ready, waiting = Misbehaving(good), Misbehaving(good)
         async with opened(ready, waiting, admit=False) as pool:
-            pool.admit(pool.members[0], WIRE)
-            pool.admit(pool.members[1], "run-2")
+            pool.admit(pool.handles[0], WIRE)
+            pool.admit(pool.handles[1], "run-2")
             await collect(pool, 6)
         assert len(ready.asked) == 6 and not waiting.asked
 
@@ -113,7 +113,7 @@ def test_a_routers_response_of_other_weights_is_traced_to_its_server() -> None:
             two.version = "run-2"
             with pytest.raises(WeightsWanted, match="run-2"):
                 await collect(pool, 2, router=client)
-            assert [member.state for member in pool.members] == [State.READY, State.WAITING]
+            assert [handle.state for handle in pool.handles] == [ServerState.READY, ServerState.WAITING]
 
     run(test)
 
@@ -136,7 +136,7 @@ def test_what_a_router_has_is_asked_for_again_when_a_server_is_lost() -> None:
         async with opened(one, two) as pool, routing(first_hangs) as (router, client):
             asking = asyncio.create_task(collect(pool, 2, router=client))
             await until(lambda: router.running == 2)
-            pool.fence(pool.members[1], "a test")
+            pool.mark_lost(pool.handles[1], "a test")
             assert len(await asking) == 2
 
     run(test)
@@ -155,7 +155,7 @@ def test_a_failed_request_is_asked_for_again() -> None:
         async with opened(server, config=QUICK.model_copy(update={"health_interval": 2 * BOUND})) as pool:
             looks = server.looks
             found = await collect(pool, 4)
-            assert pool.members[0].state is State.READY
+            assert pool.handles[0].state is ServerState.READY
         assert [len(group.completions) for group in found] == [2] * 4
         assert len(server.asked) == 5
         assert server.looks > looks, "it must show that it is well before it gets more"
@@ -172,7 +172,7 @@ def test_the_second_try_is_made_elsewhere() -> None:
         async with opened(bad, fine, config=QUICK.model_copy(update={"health_timeout": 5.0})) as pool:
             bad.hangs = True  # it cannot clear itself of the doubt
             found = await collect(pool, 6)
-            assert pool.members[0].doubted
+            assert pool.handles[0].suspect
         assert len(found) == 6 and len(bad.asked) <= QUICK.concurrency / 2
 
     run(test)
@@ -201,7 +201,7 @@ def test_a_request_that_is_itself_at_fault_is_an_error_at_once() -> None:
         async with opened(server) as pool:
             with pytest.raises(ServerError, match="longer than the context"):
                 await collect(pool, 1)
-            assert pool.members[0].state is State.READY
+            assert pool.handles[0].state is ServerState.READY
         assert len(server.asked) == 1
 
     run(test)
@@ -260,7 +260,7 @@ def test_a_response_of_other_weights_is_never_taken() -> None:
         async with opened(Misbehaving(stale), config=config) as pool:
             with pytest.raises(WeightsWanted) as wanted:
                 await collect(pool, 6, config)
-            assert pool.members[0].state is State.WAITING
+            assert pool.handles[0].state is ServerState.WAITING
         assert {place: group.prompt.uid for place, group in wanted.value.done.items()} == {
             place: f"test:{place}" for place in range(3)
         }
@@ -276,8 +276,8 @@ def test_where_nobody_has_the_weights_they_are_wanted() -> None:
             with pytest.raises(WeightsWanted) as wanted:
                 await collect(pool, 2)
             assert wanted.value.done == {} and not server.asked
-            pool.admit(pool.members[0], WIRE)
-            assert pool.members[0].state is State.WAITING, "an old version must not do"
+            pool.admit(pool.handles[0], WIRE)
+            assert pool.handles[0].state is ServerState.WAITING, "an old version must not do"
 
     run(test)
 

@@ -11,7 +11,7 @@ from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.base import Abandoned, WeightsWanted
 from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.server_handle import State
+from sdpg_megatron.rollout.sglang.server_handle import ServerState
 from tests.sglang_fakes import (
     BOUND,
     QUICK,
@@ -35,7 +35,7 @@ def test_one_that_follows_asks_the_servers_what_they_have() -> None:
         old.version = "run-2"
         async with opened(current, old, publishes=False, admit=False) as pool:
             await collect(pool, 4)
-            assert [member.state for member in pool.members] == [State.READY, State.WAITING]
+            assert [handle.state for handle in pool.handles] == [ServerState.READY, ServerState.WAITING]
             assert len(current.asked) == 4
             old.version = WIRE
             current.answer = never
@@ -57,8 +57,8 @@ def test_a_hanging_server_is_fenced_and_its_requests_go_elsewhere() -> None:
             started = asyncio.get_running_loop().time()
             found = await collect(pool, 8)
             seconds = asyncio.get_running_loop().time() - started
-            assert pool.members[0].state is State.LOST
-            assert "health" in pool.members[0].reason
+            assert pool.handles[0].state is ServerState.LOST
+            assert "health" in pool.handles[0].reason
             await until(lambda: stuck.running == 0)
         assert [group.prompt.uid for group in found] == [f"test:{i}" for i in range(8)]
         assert len(stuck.asked) == 4
@@ -74,7 +74,7 @@ def test_health_is_looked_at_only_while_responses_are_generated() -> None:
             looks = server.looks
             server.hangs = True
             await asyncio.sleep(0.5)
-            assert server.looks == looks and pool.members[0].state is State.READY
+            assert server.looks == looks and pool.handles[0].state is ServerState.READY
             server.hangs = False
 
             async def slow(before: int, running: int) -> web.Response:
@@ -102,7 +102,7 @@ def test_missed_looks_count_only_in_a_row() -> None:
         server = Misbehaving(slow)
         async with opened(server, config=QUICK.model_copy(update={"health_misses": 3})) as pool:
             await collect(pool, 1)
-            assert pool.members[0].state is State.READY
+            assert pool.handles[0].state is ServerState.READY
         assert len(server.asked) == 1
 
     run(test)
@@ -112,10 +112,10 @@ def test_a_dead_process_is_started_anew_and_waits_for_weights() -> None:
     async def test() -> None:
         server, process = Misbehaving(good), FakeProcess()
         async with opened(server, processes=[process]) as pool:
-            (member,) = pool.members
+            (handle,) = pool.handles
             server.well = False
             process.up = False
-            await until(lambda: member.state is State.STARTING)
+            await until(lambda: handle.state is ServerState.STARTING)
             assert process.starts == 2
             asked = asyncio.create_task(collect(pool, 2))
             await asyncio.sleep(0.3)
@@ -123,10 +123,10 @@ def test_a_dead_process_is_started_anew_and_waits_for_weights() -> None:
             server.well = True
             with pytest.raises(WeightsWanted):
                 await asked
-            pool.admit(member, WIRE)
+            pool.admit(handle, WIRE)
             assert len(await collect(pool, 2)) == 2
             process.up = False
-            await until(lambda: member.given_up)  # the one restart is used up
+            await until(lambda: handle.given_up)  # the one restart is used up
             assert process.starts == 2
 
     run(test)
@@ -137,7 +137,7 @@ def test_one_that_follows_goes_on_where_its_only_server_comes_back_with_the_weig
         server = Misbehaving(good)
         async with opened(server, publishes=False) as pool:
             server.well = False
-            pool.fence(pool.members[0], "a test")
+            pool.mark_lost(pool.handles[0], "a test")
             asked = asyncio.create_task(collect(pool, 2))
             await asyncio.sleep(0.2)
             server.well = True
@@ -166,11 +166,11 @@ def test_no_server_is_started_while_the_trainer_has_the_memory() -> None:
         async with opened(server, processes=[process]) as pool:
             pool.hold_starts(True)
             process.up = False
-            await until(lambda: pool.members[0].state is State.LOST)
+            await until(lambda: pool.handles[0].state is ServerState.LOST)
             await asyncio.sleep(0.3)
             assert process.starts == 1
             pool.hold_starts(False)
-            await until(lambda: pool.members[0].state is State.WAITING)
+            await until(lambda: pool.handles[0].state is ServerState.WAITING)
             assert process.starts == 2
 
     run(test)
@@ -182,9 +182,9 @@ def test_a_server_of_someone_else_is_taken_back_when_it_answers_again() -> None:
         async with opened(flaky, fine) as pool:
             flaky.hangs = True
             await collect(pool, 4)
-            assert pool.members[0].state is State.LOST
+            assert pool.handles[0].state is ServerState.LOST
             flaky.hangs = False
-            await until(lambda: pool.members[0].state is State.WAITING)
+            await until(lambda: pool.handles[0].state is ServerState.WAITING)
             assert len(pool.targets()) == 2, "it gets weights at the next publish"
 
     run(test)
@@ -197,13 +197,13 @@ def test_one_that_follows_leaves_lost_servers_alone_between_its_calls() -> None:
         lost, fine = Misbehaving(good), Misbehaving(good)
         async with opened(lost, fine, publishes=False) as pool:
             lost.well = False
-            pool.fence(pool.members[0], "a test")
+            pool.mark_lost(pool.handles[0], "a test")
             await collect(pool, 4)
             await asyncio.sleep(0.2)  # a look may have been under way
             looks = lost.looks
             lost.well = True
             await asyncio.sleep(0.5)
-            assert lost.looks == looks and pool.members[0].state is State.LOST
+            assert lost.looks == looks and pool.handles[0].state is ServerState.LOST
 
             async def slow(before: int, running: int) -> web.Response:
                 await asyncio.sleep(0.5)
@@ -211,7 +211,7 @@ def test_one_that_follows_leaves_lost_servers_alone_between_its_calls() -> None:
 
             fine.answer = slow
             await collect(pool, 1)
-            assert pool.members[0].state is State.READY
+            assert pool.handles[0].state is ServerState.READY
 
     run(test)
 
@@ -220,7 +220,7 @@ def test_without_any_server_waiting_is_bounded() -> None:
     async def test() -> None:
         server, config = Misbehaving(good), QUICK.model_copy(update={"start_timeout": 0.5})
         async with opened(server, config=config) as pool:
-            pool.fence(pool.members[0], "a test")
+            pool.mark_lost(pool.handles[0], "a test")
             server.well = False
             with pytest.raises(RolloutError, match=r"within 0\.5 s"):
                 await collect(pool, 1, config)
@@ -296,7 +296,7 @@ def test_a_fault_of_the_pool_itself_is_raised_where_it_is_waited_for() -> None:
                 raise ZeroDivisionError
 
         async with opened(Misbehaving(good), check=breaks) as pool:
-            pool.fence(pool.members[0], "a test")
+            pool.mark_lost(pool.handles[0], "a test")
             with pytest.raises(ZeroDivisionError):
                 await collect(pool, 1)
 
@@ -316,7 +316,7 @@ def test_what_is_cancelled_leaves_nothing_running() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await asked
             await until(lambda: server.running == 0)
-            assert pool.members[0].running == 0 and not pool.members[0].requests
+            assert pool.handles[0].running == 0 and not pool.handles[0].requests
 
     run(test)
 
@@ -327,7 +327,7 @@ def test_what_is_to_stop_leaves_nothing_running() -> None:
         async with opened(server) as pool:
             with pytest.raises(Abandoned):
                 await unless(lambda: server.running == 5, collect(pool, 5))
-            assert pool.members[0].running == 0 and not pool.members[0].requests
+            assert pool.handles[0].running == 0 and not pool.handles[0].requests
             await until(lambda: server.running == 0)
             server.answer = good
             assert len(await unless(lambda: False, collect(pool, 5))) == 5
@@ -342,14 +342,14 @@ def test_a_publish_waits_for_a_server_that_may_come_back() -> None:
     async def test() -> None:
         server, process = Misbehaving(good), FakeProcess()
         async with opened(server, processes=[process]) as pool:
-            assert await pool.reachable() == list(pool.members)
+            assert await pool.reachable() == list(pool.handles)
             server.well = process.up = False
             await until(lambda: not pool.targets())
             waiting = asyncio.create_task(pool.reachable())
             await asyncio.sleep(0.2)
             assert not waiting.done()
             server.well = True
-            assert await waiting == list(pool.members)
+            assert await waiting == list(pool.handles)
 
     run(test)
 
@@ -359,7 +359,7 @@ def test_a_publish_does_not_wait_for_servers_that_are_given_up() -> None:
         server, process = Misbehaving(good), FakeProcess()
         async with opened(server, processes=[process], config=QUICK.model_copy(update={"restarts": 0})) as pool:
             process.up = False
-            await until(lambda: pool.members[0].given_up)
+            await until(lambda: pool.handles[0].given_up)
             assert await pool.reachable() == []
 
     run(test)
@@ -372,7 +372,7 @@ def test_memory_is_free_when_a_lost_server_has_ended() -> None:
         server, process = Misbehaving(good), FakeProcess()
         async with opened(server, processes=[process]) as pool:
             pool.hold_starts(True)
-            pool.fence(pool.members[0], "a test")
+            pool.mark_lost(pool.handles[0], "a test")
             assert process.up
             await pool.ended()
             assert not process.up

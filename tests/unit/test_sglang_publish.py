@@ -18,7 +18,7 @@ from sdpg_megatron.rollout.sglang.client import Timeouts
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher
 from sdpg_megatron.rollout.transports import attempt as attempt_module
-from sdpg_megatron.rollout.transports.attempt import Outcome, attempt
+from sdpg_megatron.rollout.transports.attempt import AttemptResult, attempt
 
 # Whose fault it was
 
@@ -62,16 +62,16 @@ async def end(event: asyncio.Event, error: Exception) -> None:
     raise error
 
 
-def judge(scene: Callable[[FakeGroup, FakePeer, FakePeer], tuple[Any, Any, Any]]) -> tuple[Outcome, Any, Any]:
+def judge(scene: Callable[[FakeGroup, FakePeer, FakePeer], tuple[Any, Any, Any]]) -> tuple[AttemptResult, Any, Any]:
     """`scene` gives the first peer's call, the second's, and this process's own part."""
 
-    async def play() -> tuple[Outcome, Any, Any]:
+    async def play() -> tuple[AttemptResult, Any, Any]:
         group, one, two = FakeGroup(), FakePeer(), FakePeer()
         first, second, own = scene(group, one, two)
         calls: dict[Any, Any] = {one: first, two: second}
-        outcome = await attempt(group, calls, own, 0.5)  # type: ignore[arg-type]
-        assert outcome.well or group.destroyed.is_set()
-        return outcome, one, two
+        result = await attempt(group, calls, own, 0.5)  # type: ignore[arg-type]
+        assert result.well or group.destroyed.is_set()
+        return result, one, two
 
     return asyncio.run(play())
 
@@ -87,15 +87,15 @@ GONE = ServerError("http://peer", "/receive", "ServerDisconnectedError", retryab
 
 
 def test_all_well() -> None:
-    outcome, *_ = judge(lambda group, one, two: (asyncio.sleep(0), asyncio.sleep(0.01), asyncio.sleep(0)))
-    assert outcome.well
+    result, *_ = judge(lambda group, one, two: (asyncio.sleep(0), asyncio.sleep(0.01), asyncio.sleep(0)))
+    assert result.well
 
 
 def test_a_server_that_is_gone_is_to_blame_and_one_that_waited_for_it_is_not(quick: None) -> None:
-    outcome, one, two = judge(
+    result, one, two = judge(
         lambda group, one, two: (fail(GONE, OSError()), group.wait_in_it(), fail(RuntimeError("closed")))
     )
-    assert dict(outcome.failed) == {one: GONE} and outcome.spoiled == {two}
+    assert dict(result.failed) == {one: GONE} and result.spoiled == {two}
 
 
 def test_a_server_that_noticed_first_is_not_to_blame(quick: None) -> None:
@@ -103,26 +103,26 @@ def test_a_server_that_noticed_first_is_not_to_blame(quick: None) -> None:
         await asyncio.sleep(0.05)
         raise GONE from OSError()
 
-    outcome, one, two = judge(lambda group, one, two: (fail(REFUSED), later(), fail(RuntimeError("closed"))))
-    assert dict(outcome.failed) == {two: GONE} and outcome.spoiled == {one}
+    result, one, two = judge(lambda group, one, two: (fail(REFUSED), later(), fail(RuntimeError("closed"))))
+    assert dict(result.failed) == {two: GONE} and result.spoiled == {one}
 
 
 def test_a_server_that_refuses_is_told_to_leave_which_ends_the_broadcast(quick: None) -> None:
-    outcome, one, two = judge(
+    result, one, two = judge(
         lambda group, one, two: (fail(REFUSED), group.wait_in_it(), end(one.left, RuntimeError("closed")))
     )
-    assert dict(outcome.failed) == {one: REFUSED} and outcome.spoiled == {two}
-    assert isinstance(outcome.own, RuntimeError) and not two.left.is_set()
+    assert dict(result.failed) == {one: REFUSED} and result.spoiled == {two}
+    assert isinstance(result.own, RuntimeError) and not two.left.is_set()
 
 
 def test_a_server_that_never_answers_is_to_blame(quick: None) -> None:
-    outcome, one, two = judge(lambda group, one, two: (asyncio.sleep(60), group.wait_in_it(), asyncio.sleep(60)))
-    assert list(outcome.failed) == [one] and outcome.spoiled == {two}
+    result, one, two = judge(lambda group, one, two: (asyncio.sleep(60), group.wait_in_it(), asyncio.sleep(60)))
+    assert list(result.failed) == [one] and result.spoiled == {two}
 
 
 def test_nobody_is_to_blame_for_this_process(quick: None) -> None:
-    outcome, *_ = judge(lambda group, one, two: (asyncio.sleep(0), asyncio.sleep(0), fail(RuntimeError("own"))))
-    assert not outcome.well and not outcome.failed and not outcome.spoiled
+    result, *_ = judge(lambda group, one, two: (asyncio.sleep(0), asyncio.sleep(0), fail(RuntimeError("own"))))
+    assert not result.well and not result.failed and not result.spoiled
 
 
 # The session
@@ -150,7 +150,7 @@ class FakeClient:
         return call
 
 
-class FakeSink:
+class FakeTransport:
     in_session: ClassVar[bool] = True
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -204,13 +204,13 @@ def thread() -> Iterator[LoopThread]:
     thread.close()
 
 
-def publish(thread: LoopThread, sink: FakeSink, stream: Any, *clients: FakeClient) -> Any:
-    return Publisher(sink, SHAPES, thread).publish(clients, "run-1", stream)  # type: ignore[arg-type]
+def publish(thread: LoopThread, transport: FakeTransport, stream: Any, *clients: FakeClient) -> Any:
+    return Publisher(transport, SHAPES, thread).publish(clients, "run-1", stream)  # type: ignore[arg-type]
 
 
 def test_the_session_in_order(thread: LoopThread) -> None:
     client = FakeClient()
-    report = publish(thread, FakeSink(), buckets(), client)
+    report = publish(thread, FakeTransport(), buckets(), client)
     assert client.calls == [
         *("pause", "set_version", "begin_update"),
         *("end_update", "flush_cache", "set_version", "resume", "weight_version"),
@@ -220,41 +220,41 @@ def test_the_session_in_order(thread: LoopThread) -> None:
 
 
 def test_one_bucket_is_made_while_another_is_sent_and_no_third(thread: LoopThread) -> None:
-    sink, alive = FakeSink(), []
-    sink.go.clear()
+    transport, alive = FakeTransport(), []
+    transport.go.clear()
 
     def watched() -> Iterator[Bucket]:
         for index, name in enumerate(SHAPES):
             if index == 1:
-                assert sink.sending.wait(10), "nothing is sent while the next bucket is made"
-                threading.Timer(0.2, sink.go.set).start()
+                assert transport.sending.wait(10), "nothing is sent while the next bucket is made"
+                threading.Timer(0.2, transport.go.set).start()
             if index == 2:
-                assert sink.go.is_set(), "a third bucket is made while the first is sent"
+                assert transport.go.is_set(), "a third bucket is made while the first is sent"
             assert sum(not memory.expired() for memory in alive) <= 1
             bucket = [(name, torch.zeros(10))]
             alive.append(StorageWeakRef(bucket[0][1].untyped_storage()))
             yield bucket
             del bucket
 
-    assert publish(thread, sink, watched(), FakeClient()).failures == {}
+    assert publish(thread, transport, watched(), FakeClient()).failures == {}
 
 
 def test_no_bucket_is_made_past_a_faulty_one_while_another_is_sent(thread: LoopThread) -> None:
     """The third bucket has the first one's memory."""
-    sink = FakeSink()
-    sink.go.clear()
+    transport = FakeTransport()
+    transport.go.clear()
 
     def watched() -> Iterator[Bucket]:
         yield [("w0", torch.zeros(10))]
-        assert sink.sending.wait(10)
-        threading.Timer(0.2, sink.go.set).start()
+        assert transport.sending.wait(10)
+        threading.Timer(0.2, transport.go.set).start()
         yield [("unknown", torch.zeros(10))]
-        assert sink.go.is_set(), "the third is made while the first is sent"
+        assert transport.go.is_set(), "the third is made while the first is sent"
         yield [("w1", torch.zeros(10))]
 
     stream = watched()
     with pytest.raises(WeightError, match="unknown is unknown"):
-        publish(thread, sink, stream, FakeClient())
+        publish(thread, transport, stream, FakeClient())
     assert next(stream, None) is None
 
 
@@ -262,7 +262,7 @@ def test_no_bucket_is_made_past_a_faulty_one_while_another_is_sent(thread: LoopT
 def test_a_server_that_fails_is_set_free_and_the_other_served(thread: LoopThread, call: str) -> None:
     error = ServerError("http://fake", call, "no", retryable=True)
     bad, good = FakeClient(**{call: error}), FakeClient()
-    report = publish(thread, FakeSink(), buckets(), bad, good)
+    report = publish(thread, FakeTransport(), buckets(), bad, good)
     assert report.served == (good,) and dict(report.failures) == {bad: error}
     assert bad.calls[-1] == "resume"
     if "begin_update" in bad.calls:
@@ -275,13 +275,13 @@ def test_a_server_that_says_another_version_is_not_served(thread: LoopThread) ->
         async def weight_version(self) -> str:
             return "default"
 
-    report = publish(thread, FakeSink(), buckets(), Forgetful())
+    report = publish(thread, FakeTransport(), buckets(), Forgetful())
     assert report.served == () and "'default'" in str(next(iter(report.failures.values())))
 
 
 def test_a_session_left_open_is_closed_first(thread: LoopThread) -> None:
     client = FakeClient(begin_update=ServerError("http://fake", "/begin", "status 400: already open"))
-    assert publish(thread, FakeSink(), buckets(), client).served == (client,)
+    assert publish(thread, FakeTransport(), buckets(), client).served == (client,)
     assert client.calls[2:5] == ["begin_update", "end_update", "begin_update"]
 
 
@@ -293,10 +293,10 @@ def test_where_sending_fails_here_the_stream_is_read_and_servers_are_set_free(th
             read.extend(name for name, _ in bucket)
             yield bucket
 
-    client, sink = FakeClient(), FakeSink(RolloutError("no room"))
+    client, transport = FakeClient(), FakeTransport(RolloutError("no room"))
     with pytest.raises(RolloutError, match="no room"):
-        publish(thread, sink, watched(), client)
-    assert read == list(SHAPES) and sink.closed
+        publish(thread, transport, watched(), client)
+    assert read == list(SHAPES) and transport.closed
     assert client.calls[-2:] == ["end_update", "resume"] and client.version.startswith(UNFINISHED)
 
 
@@ -305,12 +305,12 @@ def test_an_interrupt_sets_servers_free(thread: LoopThread) -> None:
         yield next(buckets())
         raise KeyboardInterrupt
 
-    client, sink = FakeClient(), FakeSink()
+    client, transport = FakeClient(), FakeTransport()
     with pytest.raises(KeyboardInterrupt):
-        publish(thread, sink, interrupted(), client)
-    assert sink.closed and client.calls[-2:] == ["end_update", "resume"]
+        publish(thread, transport, interrupted(), client)
+    assert transport.closed and client.calls[-2:] == ["end_update", "resume"]
 
 
 def test_without_servers_the_stream_is_read(thread: LoopThread) -> None:
-    report = publish(thread, FakeSink(), buckets())
+    report = publish(thread, FakeTransport(), buckets())
     assert report.served == () and report.bytes == 160

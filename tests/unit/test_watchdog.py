@@ -11,7 +11,7 @@ import pytest
 from sdpg_megatron.config import WatchdogConfig
 from sdpg_megatron.process.rank_environment import name_ranks
 from sdpg_megatron.runtime.heartbeats import Clock
-from sdpg_megatron.runtime.rank_status import State, describe, find_missing, place_of_main_thread
+from sdpg_megatron.runtime.rank_status import RankStatus, describe, find_missing, locate_main_thread
 from sdpg_megatron.runtime.watchdog import BETWEEN
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 def at(
     phase: str = "update", number: int = 4, waits: bool = True, ended: str = "", process: str = "process 7"
-) -> State:
+) -> RankStatus:
     place = "gather_all (parallel.py:1)" if waits else "work (x.py:2)"
-    return State(
-        beat=1, phase=phase, number=number, seconds=9.6, place=place, waits=waits, process=process, ended=ended
+    return RankStatus(
+        sequence=1, phase=phase, number=number, seconds=9.6, place=place, waits=waits, process=process, ended=ended
     )
 
 
@@ -57,7 +57,7 @@ def test_ranks_are_named_in_spans() -> None:
 
 
 def test_the_place_of_this_thread() -> None:
-    place, waits = place_of_main_thread()
+    place, waits = locate_main_thread()
     assert "place_of_main_thread (whereabouts.py:" in place and not waits
 
 

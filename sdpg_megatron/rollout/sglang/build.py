@@ -16,15 +16,15 @@ from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.pool import Pool
-from sdpg_megatron.rollout.sglang.requirements import Wanted
+from sdpg_megatron.rollout.sglang.requirements import ServerRequirements
 from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, default_python
-from sdpg_megatron.rollout.sglang.server_handle import Member
-from sdpg_megatron.rollout.transports import BroadcastSink, DiskSink, SharedSink, Sink
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
+from sdpg_megatron.rollout.transports import BroadcastTransport, DiskTransport, SharedMemoryTransport, Transport
 
 CONTROL_SECONDS = 60.0
 """Bound of calls to a server that answer when something small is done."""
 PUBLISH_FOLDER = "published"
-"""In the run's folder: where the disk sink writes."""
+"""In the run's folder: where the disk transport writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,18 +137,18 @@ async def make_pool(
     config: SGLangConfig, model: ServedModel, keys: Keys, processes: Sequence[ServerProcess], *, publishes: bool
 ) -> Pool:
     """A pool of these processes, or of the servers at `config.urls`; in the event loop that it is to live in."""
-    wanted = Wanted(
+    wanted = ServerRequirements(
         architecture=read_architecture(model.folder),
         prompt_tokens=model.prompt_tokens,
         response_tokens=model.response_tokens,
         memory_saver=config.colocated,
     )
     places: list[tuple[str, ServerProcess | None]] = [(process.url, process) for process in processes]
-    members = [
-        Member(url, _make_client(url, config, keys, process), process)
+    handles = [
+        ServerHandle(url, _make_client(url, config, keys, process), process)
         for url, process in places or [(url, None) for url in config.urls]
     ]
-    return Pool(members, config, publishes=publishes, check=wanted.check)
+    return Pool(handles, config, publishes=publishes, check=wanted.check)
 
 
 async def make_router(config: SGLangConfig, keys: Keys) -> Client | None:
@@ -177,15 +177,15 @@ def _make_client(url: str, config: SGLangConfig, keys: Keys, process: ServerProc
     return Client(url, api_key=keys.api, admin_key=keys.admin, timeouts=timeouts, starts=starts)
 
 
-def make_sink(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Sink:
-    match config.sink:
+def make_transport(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Transport:
+    match config.transport:
         case "broadcast":
-            # With its number: the sink works in other threads, whose current device is the first.
+            # With its number: the transport works in other threads, whose current device is the first.
             on_gpu = model.device == "cuda"
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-            return BroadcastSink(nonce=nonce, device=device, address=config.address, seconds=config.update_timeout)
+            return BroadcastTransport(nonce=nonce, device=device, address=config.address, seconds=config.update_timeout)
         case "shared":
-            return SharedSink()
+            return SharedMemoryTransport()
         case "disk":
             folder = config.folder or run_dir / PUBLISH_FOLDER
-            return DiskSink(folder=folder, source_folder=model.folder, shard_bytes=config.bucket_mib << 20)
+            return DiskTransport(folder=folder, source_folder=model.folder, shard_bytes=config.bucket_mib << 20)

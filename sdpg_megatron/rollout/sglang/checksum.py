@@ -21,7 +21,7 @@ from torch import Tensor
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import RolloutError, WeightError
 from sdpg_megatron.rollout.sglang.client import Client, RankChecksums
-from sdpg_megatron.rollout.sglang.server_layout import Layout, check_layout, server_parameter, share
+from sdpg_megatron.rollout.sglang.server_layout import ServerLayout, check_layout, server_parameter, share
 from sdpg_megatron.weights import Bucket, hf_shapes
 
 LISTED = 8
@@ -74,7 +74,7 @@ class ExpectedChecksums:
     It keeps the parts of a joined parameter until all are there: with a stream in canonical order, of one at a time.
     """
 
-    def __init__(self, arch: Architecture, layout: Layout, hash_tensor: Hash | None = None) -> None:
+    def __init__(self, arch: Architecture, layout: ServerLayout, hash_tensor: Hash | None = None) -> None:
         """
         Args:
             hash_tensor: None for that of the server's device.
@@ -126,14 +126,14 @@ class Served:
     """What one server said of its weights."""
 
     url: str
-    layout: Layout
+    layout: ServerLayout
     ranks: Sequence[RankChecksums]
     """Of every rank, data-parallel replicas one after the other."""
 
 
 async def ask(client: Client) -> Served:
     """Raises `ServerError` where the server does not tell, and `RolloutError` as `Layout.read` does."""
-    layout = Layout.read(client.url, await client.server_info())
+    layout = ServerLayout.read(client.url, await client.server_info())
     return Served(client.url, layout, await client.checksums())
 
 
@@ -162,7 +162,7 @@ class Comparison:
             faults.append(
                 f"{len(self.different)} of {self.equal + len(self.different)} weights are not the trainer's, on "
                 f"tensor-parallel ranks {ranks}: {_listed(self.different)}. Fix: publish again, in the server's dtype; "
-                "where it persists, choose another rollout.sglang.sink"
+                "where it persists, choose another rollout.sglang.transport"
             )
         return "; ".join(faults) or None
 

@@ -57,7 +57,7 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class GeneratedSample:
     """One response as the server gave it."""
 
     tokens: tuple[int, ...]
@@ -111,7 +111,9 @@ class Client:
 
     # --- generation
 
-    async def generate(self, tokens: Sequence[int], sampling: Sampling, stop_ids: Sequence[int]) -> list[Sample]:
+    async def generate(
+        self, tokens: Sequence[int], sampling: Sampling, stop_ids: Sequence[int]
+    ) -> list[GeneratedSample]:
         """`sampling.n` responses to one prompt, which the server reads once.
 
         Log-probs are of the softmax at `sampling.temperature` (1 where that is 0), before top-p.
@@ -136,7 +138,7 @@ class Client:
             raise ServerError(self.url, "/generate", f"{len(answers)} responses, expected {sampling.n}", retryable=True)
         return [self._sample(answer) for answer in answers]
 
-    def _sample(self, answer: Mapping[str, Any]) -> Sample:
+    def _sample(self, answer: Mapping[str, Any]) -> GeneratedSample:
         try:
             meta = answer["meta_info"]
             pairs = meta.get("output_token_logprobs") or []
@@ -145,7 +147,7 @@ class Client:
             kind = (meta["finish_reason"] or {}).get("type")
             experts = meta.get("routed_experts")
             tokens = tuple(int(token) for token in answer["output_ids"])
-            sample = Sample(
+            sample = GeneratedSample(
                 tokens=tokens,
                 logprobs=tuple(float(pair[0]) for pair in pairs),
                 finish_reason=REASONS.get(str(kind), "abort"),

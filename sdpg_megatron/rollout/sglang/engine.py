@@ -16,13 +16,13 @@ from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
 from sdpg_megatron.rollout.sglang import checksum, memory
 from sdpg_megatron.rollout.sglang.async_tools import unless
-from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_sink
+from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_transport
 from sdpg_megatron.rollout.sglang.checksum import Served
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
-from sdpg_megatron.rollout.sglang.server_handle import Member
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.weights import hf_shapes
 
 __all__ = ["SGLangEngine", "ServedModel"]
@@ -81,8 +81,8 @@ class SGLangEngine:
             thread.run(self._pool.start())
             self._router = thread.run(make_router(config, keys))
             if publishes:
-                sink = make_sink(config, model, run_dir=run_dir, nonce=nonce)
-                self._publisher = Publisher(sink, hf_shapes(self._architecture), thread)
+                transport = make_transport(config, model, run_dir=run_dir, nonce=nonce)
+                self._publisher = Publisher(transport, hf_shapes(self._architecture), thread)
         except BaseException:
             self.close()
             raise
@@ -110,7 +110,7 @@ class SGLangEngine:
             stop_ids=self._model.stop_ids,
             tokenizer=self._model.tokenizer,
             attempts=self._config.attempts,
-            concurrency=self._config.concurrency * len(self._pool.members),
+            concurrency=self._config.concurrency * len(self._pool.handles),
             layers=self._architecture.num_layers,
             router=self._router,
         )
@@ -133,10 +133,10 @@ class SGLangEngine:
         thread, wire = self._open(), self._wire(version)
         assert self._publisher is not None, "this process follows another's engine"
         self._version = -1
-        members = thread.run(self._targets(wire))
-        clients = [member.client for member in members]
+        handles = thread.run(self._targets(wire))
+        clients = [handle.client for handle in handles]
         report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
-        thread.run(self._settle(members, report))
+        thread.run(self._settle(handles, report))
         self._count_fruitless(report)
         self._version = version
 
@@ -163,7 +163,7 @@ class SGLangEngine:
     @property
     def urls(self) -> tuple[str, ...]:
         """Where the servers are, for the engines of other processes to attach to."""
-        return tuple(member.url for member in self._pool.members)
+        return tuple(handle.url for handle in self._pool.handles)
 
     def follow(self, version: int) -> None:
         """Another process's engine publishes a version, and is done before the next `generate` here: ask for that."""
@@ -208,37 +208,37 @@ class SGLangEngine:
 
     # --- in the loop
 
-    async def _expect(self, wire: str | None) -> list[Member]:
+    async def _expect(self, wire: str | None) -> list[ServerHandle]:
         """The servers that are to get this version."""
         self._pool.expect(wire)
         return self._pool.targets()
 
-    async def _targets(self, wire: str) -> list[Member]:
+    async def _targets(self, wire: str) -> list[ServerHandle]:
         self._pool.expect(wire)
         return await self._pool.reachable()
 
-    async def _settle(self, members: Sequence[Member], report: PublishReport) -> None:
-        for member in members:
-            if member.client in report.served:
-                self._pool.admit(member, report.version)
-        failed = (member for member in members if member.client in report.failures)
-        await asyncio.gather(*(self._judge(member, report.failures[member.client]) for member in failed))
+    async def _settle(self, handles: Sequence[ServerHandle], report: PublishReport) -> None:
+        for handle in handles:
+            if handle.client in report.served:
+                self._pool.admit(handle, report.version)
+        failed = (handle for handle in handles if handle.client in report.failures)
+        await asyncio.gather(*(self._judge(handle, report.failures[handle.client]) for handle in failed))
 
-    async def _judge(self, member: Member, error: ServerError) -> None:
+    async def _judge(self, handle: ServerHandle, error: ServerError) -> None:
         """A server that did not get the weights waits for the next publish, if it is well."""
-        logger.warning("%s did not get the weights: %s", member.url, error)
-        if member.released or member.ended or not await member.client.alive():
-            self._pool.fence(member, str(error))
+        logger.warning("%s did not get the weights: %s", handle.url, error)
+        if handle.released or handle.ended or not await handle.client.alive():
+            self._pool.mark_lost(handle, str(error))
 
     async def _served(self) -> list[Served]:
-        found = await asyncio.gather(*(self._ask(member) for member in self._pool.ready()))
+        found = await asyncio.gather(*(self._ask(handle) for handle in self._pool.ready()))
         return [served for served in found if served is not None]
 
-    async def _ask(self, member: Member) -> Served | None:
+    async def _ask(self, handle: ServerHandle) -> Served | None:
         try:
-            return await checksum.ask(member.client)
+            return await checksum.ask(handle.client)
         except ServerError as error:
-            self._pool.report(member, error)
+            self._pool.report(handle, error)
             return None
 
     # --- small things

@@ -14,9 +14,9 @@ from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted, compact
 from sdpg_megatron.rollout.sglang.async_tools import together
-from sdpg_megatron.rollout.sglang.client import Client, Sample
+from sdpg_megatron.rollout.sglang.client import Client, GeneratedSample
 from sdpg_megatron.rollout.sglang.pool import Pool
-from sdpg_megatron.rollout.sglang.server_handle import Member
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 
 if TYPE_CHECKING:
     from sdpg_megatron.records import Routing
@@ -77,30 +77,30 @@ class GroupSource:
         for attempt in range(self.attempts):
             if attempt:
                 await asyncio.sleep(_backoff(attempt))
-            member = await self.pool.acquire()
+            handle = await self.pool.acquire()
             try:
-                samples = await self._ask(member, prompt, sampling)
+                samples = await self._ask(handle, prompt, sampling)
                 return Group(prompt, tuple(self._completion(prompt, sample, version) for sample in samples))
             except ServerError as error:
                 if not error.retryable:
                     raise
                 last = error
             finally:
-                self.pool.release(member)
+                self.pool.release(handle)
         raise RolloutError(f"prompt {prompt.uid}: no whole group in {self.attempts} attempts; the last: {last}")
 
-    async def _ask(self, member: Member, prompt: Prompt, sampling: Sampling) -> list[Sample]:
+    async def _ask(self, handle: ServerHandle, prompt: Prompt, sampling: Sampling) -> list[GeneratedSample]:
         """A whole group of the current version.
 
         Raises:
             ServerError: the request failed, or what came is not that.
         """
-        asked, client = ((member,), member.client) if self.router is None else (self.pool.ready(), self.router)
+        asked, client = ((handle,), handle.client) if self.router is None else (self.pool.ready(), self.router)
         try:
             samples = await self.pool.run(asked, client.generate(prompt.student_tokens, sampling, self.stop_ids))
         except ServerError as error:
             if error.retryable and self.router is None:
-                self.pool.report(member, error)
+                self.pool.report(handle, error)
             raise
         if any(sample.finish_reason == "abort" for sample in samples):
             raise ServerError(client.url, "/generate", "an aborted response", retryable=True)
@@ -110,7 +110,7 @@ class GroupSource:
                 client.url, "/generate", f"a response of weights {', '.join(sorted(found))}", retryable=True
             )
             if self.router is None:
-                self.pool.outdated(member)
+                self.pool.outdated(handle)
             else:
                 await self._review(outdated)
             raise outdated
@@ -130,11 +130,11 @@ class GroupSource:
         await self.pool.review()
         if len(self.pool.ready()) < len(self.pool.targets()):
             raise WeightsWanted(f"{outdated}. Fix: publish again", {})
-        if len(self.pool.ready()) == len(self.pool.members):
+        if len(self.pool.ready()) == len(self.pool.handles):
             fix = "Fix: the router must have the run's servers and no others; rollout.sglang.urls names them"
             raise RolloutError(f"{outdated}, which no server of the run has. {fix}")
 
-    def _check_end(self, client: Client, sample: Sample, sampling: Sampling) -> None:
+    def _check_end(self, client: Client, sample: GeneratedSample, sampling: Sampling) -> None:
         """A response ends with a stop token, or has its full length: anything else would train on a cut response."""
         if sample.finish_reason == "length" and len(sample.tokens) != sampling.max_tokens:
             found = f"a response cut at {len(sample.tokens)} of {sampling.max_tokens} tokens: its context is too small"
@@ -144,7 +144,7 @@ class GroupSource:
             fix = "Fix: name all of them as eos_token_id in the model's generation_config.json"
             raise ServerError(client.url, "/generate", f"{found}. {fix}")
 
-    def _check_experts(self, client: Client, prompt: Prompt, sample: Sample) -> None:
+    def _check_experts(self, client: Client, prompt: Prompt, sample: GeneratedSample) -> None:
         """Each token but the last was sent to as many experts of each layer."""
         tokens = len(prompt.student_tokens) + len(sample.tokens) - 1
         if sample.experts is None:
@@ -154,7 +154,7 @@ class GroupSource:
             found = f"{len(sample.experts)} bytes of experts for {tokens} tokens and {self.layers} layers"
             raise ServerError(client.url, "/generate", found)
 
-    def _completion(self, prompt: Prompt, sample: Sample, version: int) -> Completion:
+    def _completion(self, prompt: Prompt, sample: GeneratedSample, version: int) -> Completion:
         tokens = len(prompt.student_tokens) + len(sample.tokens) - 1
         experts: Routing | None = None
         if sample.experts is not None:

@@ -16,7 +16,7 @@ import asyncio
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.pool import Pool
-from sdpg_megatron.rollout.sglang.server_handle import Member
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 
 WEIGHTS = "weights"
 MEMORY = frozenset({WEIGHTS, "kv_cache", "cuda_graph"})
@@ -30,37 +30,37 @@ async def release(pool: Pool) -> None:
     pool.hold_starts(True)
     await pool.settled()
     pool.expect(None)
-    await asyncio.gather(*(_give_back(pool, member) for member in pool.targets() if not member.released))
+    await asyncio.gather(*(_give_back(pool, handle) for handle in pool.targets() if not handle.released))
     await pool.ended()
 
 
-async def _give_back(pool: Pool, member: Member) -> None:
+async def _give_back(pool: Pool, handle: ServerHandle) -> None:
     try:
-        await member.client.pause()
-        await member.client.flush_cache(wait=IDLE_SECONDS)
-        await member.client.release_memory(sorted(MEMORY))
-        member.released = MEMORY
+        await handle.client.pause()
+        await handle.client.flush_cache(wait=IDLE_SECONDS)
+        await handle.client.release_memory(sorted(MEMORY))
+        handle.released = MEMORY
     except ServerError as error:
-        pool.fence(member, f"could not give its memory back: {error}")
+        pool.mark_lost(handle, f"could not give its memory back: {error}")
 
 
 async def resume(pool: Pool) -> None:
     """Have servers take the memory of their weights; lost ones may be started again."""
     pool.hold_starts(False)
-    await asyncio.gather(*(_take_weights(pool, member) for member in pool.targets() if WEIGHTS in member.released))
+    await asyncio.gather(*(_take_weights(pool, handle) for handle in pool.targets() if WEIGHTS in handle.released))
 
 
-async def _take_weights(pool: Pool, member: Member) -> None:
+async def _take_weights(pool: Pool, handle: ServerHandle) -> None:
     try:
-        await member.client.resume_memory([WEIGHTS])
-        member.released -= {WEIGHTS}
+        await handle.client.resume_memory([WEIGHTS])
+        handle.released -= {WEIGHTS}
     except ServerError as error:
-        pool.fence(member, f"could not take its memory again: {error}")
+        pool.mark_lost(handle, f"could not take its memory again: {error}")
 
 
 async def take_rest(pool: Pool, client: Client) -> None:
     """The server's weights are in place: have it take the rest. Raises `ServerError`."""
-    for member in pool.members:
-        if member.client is client and member.released:
-            await client.resume_memory(sorted(member.released))
-            member.released = frozenset()
+    for handle in pool.handles:
+        if handle.client is client and handle.released:
+            await client.resume_memory(sorted(handle.released))
+            handle.released = frozenset()

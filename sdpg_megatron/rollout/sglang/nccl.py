@@ -43,10 +43,10 @@ def check_nccl(python: str, own: str) -> None:
     found = _version_of(python)
     if found is not None and found != own:
         raise ConfigError(
-            "rollout.sglang.sink",
+            "rollout.sglang.transport",
             "broadcast",
             f"one version of NCCL on both sides: the trainer's torch has {own}, that of {python} has {found}",
-            "install the same torch in both, or use rollout.sglang.sink=shared (servers on this machine) or disk",
+            "install the same torch in both, or use rollout.sglang.transport=shared (servers on this machine) or disk",
         )
 
 

@@ -21,7 +21,7 @@ from sdpg_megatron.rollout.base import WeightsWanted
 from sdpg_megatron.rollout.sglang.async_tools import Threads, nap, together
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.server import ServerProcess
-from sdpg_megatron.rollout.sglang.server_handle import Member, State
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, ServerState
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Pool:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        handles: Sequence[ServerHandle],
         config: SGLangConfig,
         *,
         publishes: bool,
@@ -47,7 +47,7 @@ class Pool:
                 it has the current version.
             check: raises RolloutError where a server is not what the run needs; called whenever one has come up.
         """
-        self.members = tuple(members)
+        self.handles = tuple(handles)
         self.version: str | None = None
         """The current version on the wire; None before the first publish, and while one is under way."""
         self._config = config
@@ -69,29 +69,29 @@ class Pool:
         Raises:
             RolloutError: one ends, is not what was wanted, or does not answer within `start_timeout`.
         """
-        own = [member.process for member in self.members if member.process is not None]
+        own = [handle.process for handle in self.handles if handle.process is not None]
         await asyncio.gather(*(self._threads.run(process.start) for process in own))
-        await together(self._come_up(member) for member in self.members)
-        self._keepers = [asyncio.create_task(self._keep(member)) for member in self.members]
-        for keeper in self._keepers:
-            keeper.add_done_callback(lambda _: self._pulse())
+        await together(self._come_up(handle) for handle in self.handles)
+        self._keepers = [asyncio.create_task(self._keep(handle)) for handle in self.handles]
+        for monitor in self._keepers:
+            monitor.add_done_callback(lambda _: self._pulse())
 
     async def close(self) -> None:
         """Stop the servers that are this run's own; leave the others as they are."""
-        for keeper in self._keepers:
-            keeper.cancel()
+        for monitor in self._keepers:
+            monitor.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await self._threads.join()  # one that starts a server must be done before that server is stopped
-        own = [member.process for member in self.members if member.process is not None]
+        own = [handle.process for handle in self.handles if handle.process is not None]
         await asyncio.gather(*(self._threads.run(process.stop) for process in own))
-        await asyncio.gather(*(member.client.close() for member in self.members))
+        await asyncio.gather(*(handle.client.close() for handle in self.handles))
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         """While entered, health is looked at, and servers that others started are asked whether they are back."""
         self._generating.set()
-        for member in self.members:
-            member.wake.set()
+        for handle in self.handles:
+            handle.wake.set()
         try:
             yield
         finally:
@@ -106,82 +106,84 @@ class Pool:
 
     async def settled(self) -> None:
         """Wait until no server is on its way up."""
-        while any(member.state is State.STARTING for member in self.members):
+        while any(handle.state is ServerState.STARTING for handle in self.handles):
             self._raise_faults()
             await self._changed.wait()
 
     async def ended(self) -> None:
         """Wait until lost servers that are this run's own have ended, and hold no memory."""
-        while any(m.state is State.LOST and m.process is not None and not m.ended for m in self.members):
+        while any(m.state is ServerState.LOST and m.process is not None and not m.ended for m in self.handles):
             self._raise_faults()
             await asyncio.sleep(POLL)
 
     # --- weights
 
-    def targets(self) -> list[Member]:
+    def targets(self) -> list[ServerHandle]:
         """Servers to publish to."""
-        return [member for member in self.members if member.answers]
+        return [handle for handle in self.handles if handle.answers]
 
-    def ready(self) -> list[Member]:
+    def ready(self) -> list[ServerHandle]:
         """Servers with the current weights."""
-        return [member for member in self.members if member.state is State.READY]
+        return [handle for handle in self.handles if handle.state is ServerState.READY]
 
     def expect(self, version: str | None) -> None:
         """From now on no server is READY, until it is admitted with this version."""
         self.version = version
-        for member in self.members:
-            if member.state is State.READY:
-                self._move(member, State.WAITING)
+        for handle in self.handles:
+            if handle.state is ServerState.READY:
+                self._move(handle, ServerState.WAITING)
 
-    def admit(self, member: Member, version: str) -> None:
+    def admit(self, handle: ServerHandle, version: str) -> None:
         """The server has a version of the weights; where that is the current one, it may serve."""
-        if member.state is State.WAITING and version == self.version:
-            member.doubted = False
-            self._move(member, State.READY)
+        if handle.state is ServerState.WAITING and version == self.version:
+            handle.suspect = False
+            self._move(handle, ServerState.READY)
 
-    def outdated(self, member: Member) -> None:
+    def outdated(self, handle: ServerHandle) -> None:
         """The server does not have the current weights."""
-        if member.state is State.READY:
-            logger.warning("%s has other weights than the current ones", member.url)
-            self._move(member, State.WAITING)
+        if handle.state is ServerState.READY:
+            logger.warning("%s has other weights than the current ones", handle.url)
+            self._move(handle, ServerState.WAITING)
 
     async def review(self) -> None:
         """Ask all servers that should have the current weights whether they do."""
-        await asyncio.gather(*(self._review(member) for member in self.ready()))
+        await asyncio.gather(*(self._review(handle) for handle in self.ready()))
 
-    async def _review(self, member: Member) -> None:
+    async def _review(self, handle: ServerHandle) -> None:
         try:
-            if await member.client.weight_version() != self.version:
-                self.outdated(member)
+            if await handle.client.weight_version() != self.version:
+                self.outdated(handle)
         except ServerError as error:
-            self.report(member, error)
+            self.report(handle, error)
 
     async def refresh(self) -> None:
         """Admit the servers that say they have the current version, where another process publishes."""
         if not self._publishes:
-            await asyncio.gather(*(self._inquire(member) for member in self.members if member.state is State.WAITING))
+            await asyncio.gather(
+                *(self._inquire(handle) for handle in self.handles if handle.state is ServerState.WAITING)
+            )
 
-    async def _inquire(self, member: Member) -> None:
+    async def _inquire(self, handle: ServerHandle) -> None:
         try:
-            self.admit(member, await member.client.weight_version())
+            self.admit(handle, await handle.client.weight_version())
         except ServerError as error:
-            self.report(member, error)
+            self.report(handle, error)
 
-    async def reachable(self) -> list[Member]:
+    async def reachable(self) -> list[ServerHandle]:
         """`targets`; where there is none, but some server may come back, as soon as there is one.
 
         Raises:
             RolloutError: none came within `start_timeout`.
         """
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout
-        while not self.targets() and not all(member.given_up for member in self.members):
+        while not self.targets() and not all(handle.given_up for handle in self.handles):
             self._raise_faults()
             await self._change(deadline)
         return self.targets()
 
     # --- requests
 
-    async def acquire(self) -> Member:
+    async def acquire(self) -> ServerHandle:
         """The least loaded server that may take one more group; the caller gives it back with `release`.
 
         Raises:
@@ -192,131 +194,133 @@ class Pool:
         while True:
             self._raise_faults()
             ready = self.ready()
-            free = [member for member in ready if not member.doubted and member.running < self._config.concurrency]
+            free = [handle for handle in ready if not handle.suspect and handle.running < self._config.concurrency]
             if free:
-                member = min(free, key=lambda candidate: candidate.running)
-                member.running += 1
-                return member
+                handle = min(free, key=lambda candidate: candidate.running)
+                handle.running += 1
+                return handle
             if ready:
                 deadline = None
             elif self.targets():
                 raise WeightsWanted("no server has the current weights. Fix: publish them again", {})
-            elif all(member.given_up for member in self.members):
+            elif all(handle.given_up for handle in self.handles):
                 raise RolloutError(f"no server is left:\n{self.describe()}")
             else:
                 deadline = deadline or asyncio.get_running_loop().time() + self._config.start_timeout
             await self._change(deadline)
 
-    def release(self, member: Member) -> None:
-        member.running -= 1
+    def release(self, handle: ServerHandle) -> None:
+        handle.running -= 1
         self._pulse()
 
-    async def run(self, members: Sequence[Member], work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, handles: Sequence[ServerHandle], work: Coroutine[Any, Any, T]) -> T:
         """Await a request that one of these servers has; when any of them is lost, the request is cancelled at once.
 
         Raises:
             ServerError: the request's own, or a retryable one where a server was lost.
         """
         task = asyncio.ensure_future(work)
-        for member in members:
-            member.requests.add(task)
+        for handle in handles:
+            handle.requests.add(task)
         try:
-            if not all(member.answers for member in members):
+            if not all(handle.answers for handle in handles):
                 task.cancel()
             await asyncio.wait({task})
             if task.cancelled():
-                lost = next((member for member in members if not member.answers), members[0])
+                lost = next((handle for handle in handles if not handle.answers), handles[0])
                 raise ServerError(lost.url, "", f"lost ({lost.reason})", retryable=True)
             return task.result()
         finally:
             task.cancel()
-            for member in members:
-                member.requests.discard(task)
+            for handle in handles:
+                handle.requests.discard(task)
 
-    def report(self, member: Member, error: ServerError) -> None:
+    def report(self, handle: ServerHandle, error: ServerError) -> None:
         """A request failed. The server gets no other before it has shown that it is well."""
-        if not member.answers:
+        if not handle.answers:
             return
-        if member.ended:
-            self.fence(member, "its process ended")
+        if handle.ended:
+            self.mark_lost(handle, "its process ended")
         elif isinstance(error.__cause__, aiohttp.ClientConnectorError):
-            self.fence(member, str(error))
+            self.mark_lost(handle, str(error))
         else:
-            member.doubted = True
-            member.wake.set()
+            handle.suspect = True
+            handle.wake.set()
 
-    def fence(self, member: Member, reason: str) -> None:
+    def mark_lost(self, handle: ServerHandle, reason: str) -> None:
         """Give a server up: its running requests end now, and its keeper brings it back."""
-        if not member.answers:
+        if not handle.answers:
             return
-        logger.warning("%s is lost: %s", member.url, reason)
-        self._lose(member, reason)
-        for task in member.requests:
+        logger.warning("%s is lost: %s", handle.url, reason)
+        self._lose(handle, reason)
+        for task in handle.requests:
             task.cancel()
 
     def describe(self) -> str:
         """Each server's state, with why it was lost."""
-        return "\n".join(f"{m.url}: {m.state.value} {m.reason if m.state is State.LOST else ''}" for m in self.members)
+        return "\n".join(
+            f"{m.url}: {m.state.value} {m.reason if m.state is ServerState.LOST else ''}" for m in self.handles
+        )
 
     # --- keepers
 
-    async def _keep(self, member: Member) -> None:
-        while not member.given_up:
-            if member.state is State.LOST:
-                await self._bring_back(member)
+    async def _keep(self, handle: ServerHandle) -> None:
+        while not handle.given_up:
+            if handle.state is ServerState.LOST:
+                await self._bring_back(handle)
             else:
-                await self._watch(member)
+                await self._watch(handle)
 
-    async def _watch(self, member: Member) -> None:
+    async def _watch(self, handle: ServerHandle) -> None:
         """Look after a server until it is lost."""
         now = asyncio.get_running_loop().time
         misses, due = 0, now() + self._config.health_interval
-        while member.answers:
-            woken = await nap(member.wake, POLL)
-            if member.ended:
-                self.fence(member, "its process ended")
+        while handle.answers:
+            woken = await nap(handle.wake, POLL)
+            if handle.ended:
+                self.mark_lost(handle, "its process ended")
             elif not self._generating.is_set():
                 misses, due = 0, now() + self._config.health_interval
-            elif now() >= due or (woken and member.doubted):
-                misses = 0 if await self._look(member) else misses + 1
+            elif now() >= due or (woken and handle.suspect):
+                misses = 0 if await self._look(handle) else misses + 1
                 if misses >= self._config.health_misses:
-                    self.fence(member, f"no answer to {misses} looks at its health")
+                    self.mark_lost(handle, f"no answer to {misses} looks at its health")
                 due = now() + self._config.health_interval
 
-    async def _look(self, member: Member) -> bool:
+    async def _look(self, handle: ServerHandle) -> bool:
         """Whether a server is well, which ends all doubt about it."""
-        well = await member.client.alive()
+        well = await handle.client.alive()
         if not self._generating.is_set():
             return True
         if well:
-            member.doubted = False
+            handle.suspect = False
             self._pulse()
-            if member.state is State.WAITING and not self._publishes:
-                await self._inquire(member)
+            if handle.state is ServerState.WAITING and not self._publishes:
+                await self._inquire(handle)
         return well
 
-    async def _bring_back(self, member: Member) -> None:
+    async def _bring_back(self, handle: ServerHandle) -> None:
         try:
-            if member.process is not None:
-                await self._restart(member, member.process)
-            await self._come_up(member)
-            logger.warning("%s is back", member.url)
+            if handle.process is not None:
+                await self._restart(handle, handle.process)
+            await self._come_up(handle)
+            logger.warning("%s is back", handle.url)
         except RolloutError as error:
-            self._lose(member, str(error))
-            if not member.given_up:
+            self._lose(handle, str(error))
+            if not handle.given_up:
                 await asyncio.sleep(POLL)
 
-    async def _restart(self, member: Member, process: ServerProcess) -> None:
+    async def _restart(self, handle: ServerHandle, process: ServerProcess) -> None:
         await self._threads.run(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
         if not self._restarts_left:
-            member.given_up = True
-            raise RolloutError(f"{member.reason}; no restarts are left (rollout.sglang.restarts)\n{member.log_tail()}")
+            handle.given_up = True
+            raise RolloutError(f"{handle.reason}; no restarts are left (rollout.sglang.restarts)\n{handle.log_tail()}")
         await self._may_start.wait()
         self._restarts_left -= 1
-        self._move(member, State.STARTING)
+        self._move(handle, ServerState.STARTING)
         await self._threads.run(process.start)
 
-    async def _come_up(self, member: Member) -> None:
+    async def _come_up(self, handle: ServerHandle) -> None:
         """Wait until a server answers and is what the run needs; it is WAITING then, or READY.
 
         Raises:
@@ -325,52 +329,52 @@ class Pool:
         seconds = self._config.start_timeout
         try:
             async with asyncio.timeout(seconds):
-                while not await self._answers(member):
-                    if member.ended:
-                        raise RolloutError(f"{member.url}: the server ended while it started\n{member.log_tail()}")
+                while not await self._answers(handle):
+                    if handle.ended:
+                        raise RolloutError(f"{handle.url}: the server ended while it started\n{handle.log_tail()}")
                     await asyncio.sleep(POLL)
-                version = None if self._publishes else await member.client.weight_version()
+                version = None if self._publishes else await handle.client.weight_version()
         except TimeoutError:
             raise RolloutError(
-                f"{member.url}: no healthy server answered within {seconds:g} s. Fix: start it, or raise "
-                f"rollout.sglang.start_timeout\n{member.log_tail()}".rstrip()
+                f"{handle.url}: no healthy server answered within {seconds:g} s. Fix: start it, or raise "
+                f"rollout.sglang.start_timeout\n{handle.log_tail()}".rstrip()
             ) from None
-        member.doubted = False
-        self._move(member, State.WAITING)
+        handle.suspect = False
+        self._move(handle, ServerState.WAITING)
         if version is not None:
-            self.admit(member, version)  # before anyone sees that it waits
+            self.admit(handle, version)  # before anyone sees that it waits
 
-    async def _answers(self, member: Member) -> bool:
+    async def _answers(self, handle: ServerHandle) -> bool:
         """Whether a server is there and well. Raises `RolloutError` where it is the wrong one."""
         if self._keepers and not self._publishes:
             await self._generating.wait()  # in between, the publisher may have paused it, or have its memory
         try:
-            await self._check(member.client)
-            if self._publishes and member.process is None:
+            await self._check(handle.client)
+            if self._publishes and handle.process is None:
                 # A run that was killed while it published has left it paused.
-                await member.client.resume()
+                await handle.client.resume()
         except ServerError as error:
             if not error.retryable:
                 raise
             return False
-        return await member.client.alive()
+        return await handle.client.alive()
 
     # --- changes
 
-    def _lose(self, member: Member, reason: str) -> None:
-        member.reason = reason
-        member.released = frozenset()
-        self._move(member, State.LOST)
+    def _lose(self, handle: ServerHandle, reason: str) -> None:
+        handle.reason = reason
+        handle.released = frozenset()
+        self._move(handle, ServerState.LOST)
 
-    def _move(self, member: Member, state: State) -> None:
-        member.state = state
-        member.wake.set()
+    def _move(self, handle: ServerHandle, state: ServerState) -> None:
+        handle.state = state
+        handle.wake.set()
         self._pulse()
 
     def _raise_faults(self) -> None:
         """A keeper ends with an error only where this code is at fault; nobody else would ever hear of it."""
-        for keeper in self._keepers:
-            if keeper.done() and not keeper.cancelled() and (error := keeper.exception()):
+        for monitor in self._keepers:
+            if monitor.done() and not monitor.cancelled() and (error := monitor.exception()):
                 raise error
 
     def _pulse(self) -> None:

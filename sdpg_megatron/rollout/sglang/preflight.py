@@ -56,7 +56,7 @@ def check_python(sglang: SGLangConfig, folder: Path) -> None:
         check_interpreter(python)
         check_server_reading(python, folder, read_architecture(folder))
         own = own_version()
-        if sglang.sink == "broadcast" and own is not None and python != sys.executable:
+        if sglang.transport == "broadcast" and own is not None and python != sys.executable:
             check_nccl(python, own)
 
 
@@ -120,7 +120,7 @@ def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment 
         found = f"{sglang.servers}, of {each} GPUs each, from GPU {first} on"
         fix = (
             "lower rollout.sglang.servers, tensor or data; start fewer ranks; let servers share the trainer's GPUs "
-            "(rollout.sglang.colocated=true rollout.sglang.sink=shared); or start them elsewhere and name them in "
+            "(rollout.sglang.colocated=true rollout.sglang.transport=shared); or start them elsewhere and name them in "
             "rollout.sglang.urls"
         )
         raise ConfigError("rollout.sglang.servers", found, f"no more than this machine's {gpus} GPUs hold", fix)
@@ -134,9 +134,9 @@ def check_group(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | 
     Raises:
         ConfigError: one has.
     """
-    if sglang.urls or not gpus or sglang.sink != "broadcast":
+    if sglang.urls or not gpus or sglang.transport != "broadcast":
         return
     if first_gpu(sglang, environment or RankEnvironment.read()) == 0:
-        expected = "a GPU that no rank of the trainer has, where rollout.sglang.sink is broadcast"
-        fix = "leave it out, or use rollout.sglang.sink=shared or disk; with shared, colocated=true spares memory"
+        expected = "a GPU that no rank of the trainer has, where rollout.sglang.transport is broadcast"
+        fix = "leave it out, or use rollout.sglang.transport=shared or disk; with shared, colocated=true spares memory"
         raise ConfigError("rollout.sglang.first_gpu", 0, expected, fix)

@@ -21,7 +21,7 @@ from typing import Any
 from sdpg_megatron.errors import ServerError, WeightError, did_you_mean
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
-from sdpg_megatron.rollout.transports.base import Failures, Send, Sink
+from sdpg_megatron.rollout.transports.base import Failures, Send, Transport
 from sdpg_megatron.weights import Bucket, WeightStream
 
 UNFINISHED = "unfinished"
@@ -53,14 +53,14 @@ class PublishReport:
 class Publisher:
     """Publishes streams of weights to servers, one session at a time."""
 
-    def __init__(self, sink: Sink, shapes: Mapping[str, Sequence[int]], thread: LoopThread) -> None:
+    def __init__(self, transport: Transport, shapes: Mapping[str, Sequence[int]], thread: LoopThread) -> None:
         """
         Args:
-            sink: the way that buckets go.
+            transport: the way that buckets go.
             shapes: of every tensor that a stream must have.
             thread: where the clients live.
         """
-        self._sink, self._shapes, self._thread = sink, shapes, thread
+        self._sink, self._shapes, self._thread = transport, shapes, thread
 
     def publish(
         self, clients: Sequence[Client], version: str, buckets: Iterable[Bucket], *, prepare: Prepare | None = None
@@ -101,7 +101,7 @@ class Publisher:
         self._thread.run(self._sink.dispose())
 
     def _send_all(self, session: _Session, stream: _Checked) -> None:
-        """At most two buckets are held: the one being sent, in the sink's form, and the one being made."""
+        """At most two buckets are held: the one being sent, in the transport's form, and the one being made."""
         sending: Future[None] | None = None
         try:
             while (bucket := next(stream, None)) is not None:
@@ -133,10 +133,10 @@ def _wait(sending: Future[None] | None, clock: _Clock) -> None:
 class _Session:
     """What happens to the servers; in the event loop."""
 
-    def __init__(self, sink: Sink, clients: Sequence[Client], version: str, prepare: Prepare | None) -> None:
+    def __init__(self, transport: Transport, clients: Sequence[Client], version: str, prepare: Prepare | None) -> None:
         self.clock = _Clock()
         self.live = list(clients)
-        self._sink, self._version, self._prepare = sink, version, prepare
+        self._sink, self._version, self._prepare = transport, version, prepare
         self._failures: dict[Client, ServerError] = {}
         self._paused: set[Client] = set()
         self._begun: set[Client] = set()

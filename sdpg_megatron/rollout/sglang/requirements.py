@@ -30,7 +30,7 @@ of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class ServerRequirements:
     """What every server of a run has to be."""
 
     architecture: Architecture

@@ -1,6 +1,6 @@
 """One SGLang server as a process of this machine: start it, see what it says, and leave nothing of it behind.
 
-    this process --(pipe: job, then the order to stop)--> process_guard.py --> serve.py (becomes the server) --> its ranks
+    this process --(pipe: job, then the order to stop)--> process_guard.py --> serve.py, the server --> its ranks
 
 All but this process form one session and process group, the guard's. The guard ends the rest when this process says so
 or is gone, takes API keys out of what the server prints, and exits when the server does.

@@ -14,7 +14,7 @@ LINE = 400
 """Characters of a line of a server's log that an error shows: SGLang prints all its arguments in one."""
 
 
-class State(Enum):
+class ServerState(Enum):
     STARTING = "starting"
     """Its process is up; it does not answer yet."""
     WAITING = "waiting for weights"
@@ -26,21 +26,21 @@ class State(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Member:
+class ServerHandle:
     """A server, what the pool knows of it, and what runs there."""
 
     url: str
     client: Client
     process: ServerProcess | None = None
     """None for a server that someone else started."""
-    state: State = State.STARTING
+    state: ServerState = ServerState.STARTING
     reason: str = ""
     """Why it was lost last."""
     given_up: bool = False
     """Lost for good: there are no restarts left."""
     running: int = 0
     """Groups asked of it and not yet answered."""
-    doubted: bool = False
+    suspect: bool = False
     """A request failed there; it gets no other before it has answered a look at its health."""
     released: frozenset[str] = frozenset()
     """What it has given back of its memory, by SGLang's tags."""
@@ -50,7 +50,7 @@ class Member:
 
     @property
     def answers(self) -> bool:
-        return self.state in (State.WAITING, State.READY)
+        return self.state in (ServerState.WAITING, ServerState.READY)
 
     @property
     def ended(self) -> bool:

@@ -23,7 +23,7 @@ CPU_FFN_UNIT = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ServerLayout:
     """How a server's ranks share the weights, and where they lie."""
 
     tensor: int
@@ -34,7 +34,7 @@ class Layout:
     """As SGLang names it: "cuda" and "cpu" hash differently."""
 
     @classmethod
-    def read(cls, url: str, info: Mapping[str, Any]) -> Layout:
+    def read(cls, url: str, info: Mapping[str, Any]) -> ServerLayout:
         """From the server's /server_info.
 
         Raises:
@@ -128,7 +128,7 @@ def server_parameter(name: str) -> tuple[str, tuple[str, ...]]:
     return names[0], tuple(names[1:])
 
 
-def check_layout(arch: Architecture, layout: Layout) -> None:
+def check_layout(arch: Architecture, layout: ServerLayout) -> None:
     """Check that SGLang cuts this model without padding anything but its vocabulary. Raises `RolloutError`."""
     if arch.experts is not None:
         raise RolloutError(

@@ -19,7 +19,7 @@ SETTLE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AttemptResult:
     """Empty where all went well."""
 
     failed: Mapping[Client, ServerError]
@@ -39,7 +39,7 @@ async def attempt(
     calls: Mapping[Client, Coroutine[Any, Any, None]],
     own: Coroutine[Any, Any, None],
     seconds: float,
-) -> Outcome:
+) -> AttemptResult:
     """Await the servers' calls and this process's own part. Where any of them fails, or all take longer than
     `seconds`, the group is destroyed, so that nobody waits in it for the others."""
     tasks = {client: asyncio.ensure_future(call) for client, call in calls.items()}
@@ -80,7 +80,7 @@ async def leave(client: Client, name: str) -> None:
 
 def _judge(
     tasks: Mapping[Client, asyncio.Future[None]], first: Mapping[Client, ServerError], own: BaseException | None
-) -> Outcome:
+) -> AttemptResult:
     """Blame servers that are gone or never answered; where there are none, those that failed before the break."""
     stuck = {
         client: ServerError(client.url, "", "did not answer while weights were sent", retryable=True)
@@ -90,7 +90,7 @@ def _judge(
     errors = {client: error for client, task in tasks.items() if task.done() and (error := _error(task))}
     gone = {client: error for client, error in errors.items() if error.__cause__ is not None}
     failed = {**stuck, **gone} or dict(first)
-    return Outcome(failed, frozenset(errors) - frozenset(failed), own)
+    return AttemptResult(failed, frozenset(errors) - frozenset(failed), own)
 
 
 def _error(task: asyncio.Future[None]) -> Any:

@@ -1,4 +1,4 @@
-"""What a sink is: one way for buckets of weights to reach servers."""
+"""What a transport is: one way for buckets of weights to reach servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Send = Callable[[], Coroutine[Any, Any, Failures]]
 """Sends one bucket."""
 
 
-class Sink(Protocol):
+class Transport(Protocol):
     """Used for one session after the other. A server that failed gets nothing more in its session.
 
     All but `room` and `pack` runs in the event loop.

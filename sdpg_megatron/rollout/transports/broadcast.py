@@ -14,9 +14,9 @@ from torch import Tensor
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.nccl import own_version
-from sdpg_megatron.rollout.transports.attempt import Outcome, attempt, leave
+from sdpg_megatron.rollout.transports.attempt import AttemptResult, attempt, leave
 from sdpg_megatron.rollout.transports.base import Failures, Send
-from sdpg_megatron.rollout.transports.double_buffer import Private, Turns
+from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer, Private
 from sdpg_megatron.rollout.transports.flat import Flat, as_run
 from sdpg_megatron.rollout.transports.weight_group import WeightGroup, address_towards
 from sdpg_megatron.weights import Bucket, new_room
@@ -32,7 +32,7 @@ the others say that they are well."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class ServerEndpoint:
     """A server's part of the group."""
 
     ranks: int
@@ -41,7 +41,7 @@ class Seat:
     device: str
 
 
-class BroadcastSink:
+class BroadcastTransport:
     """Rank 0 of a group that SGLang servers join (`/init_weights_update_group`).
 
     A bucket is one broadcast of its bytes, over NCCL where both sides' weights are on GPUs and over Gloo otherwise.
@@ -53,7 +53,7 @@ class BroadcastSink:
     def __init__(self, *, nonce: str, device: torch.device, address: str | None, seconds: float) -> None:
         """
         Args:
-            nonce: unique to this process's sink; group names begin with it.
+            nonce: unique to this process's transport; group names begin with it.
             device: where buckets come from.
             address: this machine's, as the servers reach it; None for the one that the route to them says.
             seconds: that a server has for its answer to one bucket.
@@ -62,34 +62,34 @@ class BroadcastSink:
         self._seconds = SHARE * seconds
         self._made = 0
         self._group: WeightGroup | None = None
-        self._seats: dict[Client, Seat] = {}
+        self._endpoints: dict[Client, ServerEndpoint] = {}
         self._nccl = False
-        self._buffers = Turns(Private)
+        self._buffers = DoubleBuffer(Private)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """See `Sink`. The group of the session before is used again where its members are the same processes."""
+        """See `Transport`. The group of the session before is used again where its members are the same processes."""
         self._buffers.restart()
-        found = await asyncio.gather(*(_seat(client) for client in clients), return_exceptions=True)
+        found = await asyncio.gather(*(_endpoint(client) for client in clients), return_exceptions=True)
         failures: dict[Client, ServerError] = {}
-        seats: dict[Client, Seat] = {}
-        for client, seat in zip(clients, found, strict=True):
-            if isinstance(seat, Seat):
-                seats[client] = seat
-            elif isinstance(seat, ServerError):
-                failures[client] = seat
+        endpoints: dict[Client, ServerEndpoint] = {}
+        for client, endpoint in zip(clients, found, strict=True):
+            if isinstance(endpoint, ServerEndpoint):
+                endpoints[client] = endpoint
+            elif isinstance(endpoint, ServerError):
+                failures[client] = endpoint
             else:
-                raise seat
-        if self._group is None or not self._group.joined or seats != self._seats:
+                raise endpoint
+        if self._group is None or not self._group.joined or endpoints != self._endpoints:
             await self._dissolve()
-            failures |= await self._form(seats)
+            failures |= await self._form(endpoints)
         return failures
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Sink`."""
+        """See `Transport`."""
         return new_room(nbytes, device) if device.type == "cuda" else self._buffers.take(nbytes).memory
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Sink`. A weight stream's bucket is sent from where it lies."""
+        """See `Transport`. A weight stream's bucket is sent from where it lies."""
         flat = as_run(bucket)
         if flat.run.is_cuda and not self._nccl:
             flat = Flat(flat.run.cpu(), flat.spans)
@@ -99,70 +99,72 @@ class BroadcastSink:
         return partial(self._send, flat)
 
     async def finish(self) -> Failures:
-        """See `Sink`."""
+        """See `Transport`."""
         return {}
 
     async def close(self) -> None:
-        """See `Sink`. The group stays, and so do the buffers."""
+        """See `Transport`. The group stays, and so do the buffers."""
 
     async def dispose(self) -> None:
-        """See `Sink`."""
+        """See `Transport`."""
         self._buffers.release()
         await self._dissolve()
 
     async def _send(self, flat: Flat) -> Failures:
         failures: dict[Client, ServerError] = {}
         while self._group is not None:
-            clients = list(self._seats)
-            outcome = await _broadcast(self._group, flat, clients, self._seconds)
-            if outcome.well:
+            clients = list(self._endpoints)
+            result = await _broadcast(self._group, flat, clients, self._seconds)
+            if result.well:
                 break
-            failures |= _blamed(outcome, clients)
-            rest = {client: seat for client, seat in self._seats.items() if client not in failures}
+            failures |= _blamed(result, clients)
+            rest = {client: endpoint for client, endpoint in self._endpoints.items() if client not in failures}
             await self._dissolve()
             failures |= await self._form(rest)
-            if not outcome.spoiled:
+            if not result.spoiled:
                 break
         return failures
 
-    async def _form(self, seats: Mapping[Client, Seat]) -> Failures:
+    async def _form(self, endpoints: Mapping[Client, ServerEndpoint]) -> Failures:
         """Make a group with as many of these servers as can be had."""
         failures: dict[Client, ServerError] = {}
-        seats = dict(seats)
-        while seats:
-            self._nccl = self._device.type == "cuda" and all(seat.device == "cuda" for seat in seats.values())
+        endpoints = dict(endpoints)
+        while endpoints:
+            self._nccl = self._device.type == "cuda" and all(
+                endpoint.device == "cuda" for endpoint in endpoints.values()
+            )
             self._made += 1
             group = WeightGroup(
                 f"{self._nonce}-{self._made}",
-                address=self._address or address_towards([client.url for client in seats]),
-                size=1 + sum(seat.ranks for seat in seats.values()),
+                address=self._address or address_towards([client.url for client in endpoints]),
+                size=1 + sum(endpoint.ranks for endpoint in endpoints.values()),
                 backend="nccl" if self._nccl else "gloo",
             )
             seconds = min(JOIN_SECONDS, self._seconds)
-            outcome = await attempt(group, _joins(group, seats), group.join(seconds), seconds)
-            if outcome.well:
+            result = await attempt(group, _joins(group, endpoints), group.join(seconds), seconds)
+            if result.well:
                 probe = as_run([(PROBE, torch.zeros(1, device=self._device if self._nccl else "cpu"))])
-                outcome = await _broadcast(group, probe, list(seats), seconds)
-            if outcome.well:
-                self._group, self._seats = group, seats
+                result = await _broadcast(group, probe, list(endpoints), seconds)
+            if result.well:
+                self._group, self._endpoints = group, endpoints
                 break
             group.destroy()
-            blamed = _blamed(outcome, list(seats))
+            blamed = _blamed(result, list(endpoints))
             failures |= {client: _with_nccl(error) for client, error in blamed.items()} if self._nccl else blamed
-            seats = {client: seat for client, seat in seats.items() if client not in failures}
+            endpoints = {client: endpoint for client, endpoint in endpoints.items() if client not in failures}
         return failures
 
     async def _dissolve(self) -> None:
-        group, seats = self._group, self._seats
-        self._group, self._seats = None, {}
+        group, endpoints = self._group, self._endpoints
+        self._group, self._endpoints = None, {}
         if group is not None:
             group.destroy()
-            await asyncio.gather(*(leave(client, group.name) for client in seats))
+            await asyncio.gather(*(leave(client, group.name) for client in endpoints))
 
 
-def _joins(group: WeightGroup, seats: Mapping[Client, Seat]) -> dict[Client, Any]:
+def _joins(group: WeightGroup, endpoints: Mapping[Client, ServerEndpoint]) -> dict[Client, Any]:
     joins, offset = {}, 1
-    for client, seat in seats.items():
+    for client, endpoint in endpoints.items():
         joins[client] = client.join_group(
             address=group.address,
             port=group.port,
@@ -171,11 +173,11 @@ def _joins(group: WeightGroup, seats: Mapping[Client, Seat]) -> dict[Client, Any
             group=group.name,
             backend=group.backend,
         )
-        offset += seat.ranks
+        offset += endpoint.ranks
     return joins
 
 
-async def _broadcast(group: WeightGroup, flat: Flat, clients: Sequence[Client], seconds: float) -> Outcome:
+async def _broadcast(group: WeightGroup, flat: Flat, clients: Sequence[Client], seconds: float) -> AttemptResult:
     names = [span.name for span in flat.spans]
     dtypes = [span.dtype_name for span in flat.spans]
     shapes = [list(span.shape) for span in flat.spans]
@@ -183,22 +185,24 @@ async def _broadcast(group: WeightGroup, flat: Flat, clients: Sequence[Client], 
     return await attempt(group, calls, group.broadcast(flat.run, seconds), seconds)
 
 
-def _blamed(outcome: Outcome, clients: Sequence[Client]) -> Failures:
+def _blamed(result: AttemptResult, clients: Sequence[Client]) -> Failures:
     """Servers that are out; all where it cannot be told whose fault it was, so that every failure leaves fewer."""
-    if outcome.failed:
-        return outcome.failed
-    reason = f"the weight group broke ({outcome.own}). Fix: see the server's log; where it persists, use another sink"
+    if result.failed:
+        return result.failed
+    reason = (
+        f"the weight group broke ({result.own}). Fix: see the server's log; where it persists, use another transport"
+    )
     return {client: ServerError(client.url, "", reason) for client in clients}
 
 
 def _with_nccl(error: ServerError) -> ServerError:
     """The error, with the version that the server needs: SGLang does not tell its own."""
     call, _, found = str(error).removeprefix(error.url).partition(": ")
-    told = f"{found}; where its NCCL is not {own_version()}, the trainer's, use rollout.sglang.sink=shared or disk"
+    told = f"{found}; where its NCCL is not {own_version()}, the trainer's, use rollout.sglang.transport=shared or disk"
     return ServerError(error.url, call, told, retryable=error.retryable)
 
 
-async def _seat(client: Client) -> Seat:
+async def _endpoint(client: Client) -> ServerEndpoint:
     """What a server says of itself.
 
     Raises:
@@ -206,7 +210,7 @@ async def _seat(client: Client) -> Seat:
     """
     info = await client.server_info()
     if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
-        raise ServerError(client.url, "", "SGLang broadcasts to no data-parallel replicas. Fix: use the disk sink")
+        raise ServerError(client.url, "", "SGLang broadcasts to no data-parallel replicas. Fix: use the disk transport")
     if int(info.get("pp_size", 1)) > 1:
-        raise ServerError(client.url, "", "SGLang broadcasts to one pipeline stage only. Fix: use the disk sink")
-    return Seat(int(info["tp_size"]), client.start_of(info), str(info.get("device", "cuda")))
+        raise ServerError(client.url, "", "SGLang broadcasts to one pipeline stage only. Fix: use the disk transport")
+    return ServerEndpoint(int(info["tp_size"]), client.start_of(info), str(info.get("device", "cuda")))

@@ -20,7 +20,7 @@ from sdpg_megatron.rollout.transports.base import Failures, Send
 from sdpg_megatron.weights import Bucket, new_room, write_folder
 
 
-class DiskSink:
+class DiskTransport:
     """Writes a Hugging Face folder, has the servers read it, and removes it."""
 
     in_session: ClassVar[bool] = False
@@ -44,7 +44,7 @@ class DiskSink:
         return self._folder / "weights"
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """See `Sink`. What a run that was killed left behind goes first."""
+        """See `Transport`. What a run that was killed left behind goes first."""
         await asyncio.to_thread(self._clear)
         self._clients = list(clients)
         self._feed = _Feed()
@@ -52,15 +52,15 @@ class DiskSink:
         return {}
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Sink`. The writer gathers buckets into files: each has memory of its own."""
+        """See `Transport`. The writer gathers buckets into files: each has memory of its own."""
         return new_room(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Sink`."""
+        """See `Transport`."""
         return partial(self._send, bucket)
 
     async def finish(self) -> Failures:
-        """See `Sink`. Here the servers read."""
+        """See `Transport`. Here the servers read."""
         assert self._feed is not None and self._writer is not None, "not open"
         self._feed.end(whole=True)
         await self._writer
@@ -75,7 +75,7 @@ class DiskSink:
         return failures
 
     async def close(self) -> None:
-        """See `Sink`."""
+        """See `Transport`."""
         feed, writer = self._feed, self._writer
         self._feed = self._writer = None
         if feed is not None and writer is not None:
@@ -85,7 +85,7 @@ class DiskSink:
         await asyncio.to_thread(self._clear)
 
     async def dispose(self) -> None:
-        """See `Sink`."""
+        """See `Transport`."""
 
     async def _send(self, bucket: Bucket) -> Failures:
         assert self._feed is not None and self._writer is not None, "not open"
@@ -104,7 +104,7 @@ class DiskSink:
         except OSError as error:
             raise RolloutError(
                 f"{self._folder}: cannot write weights for servers ({reason_of(error)}). Fix: set "
-                "rollout.sglang.folder, or use another rollout.sglang.sink"
+                "rollout.sglang.folder, or use another rollout.sglang.transport"
             ) from error
 
     def _clear(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Buffer(Protocol):
+class ReusableBuffer(Protocol):
     """`memory`, uint8 [size], until `release`."""
 
     size: int
@@ -22,10 +22,10 @@ class Buffer(Protocol):
     def release(self) -> None: ...
 
 
-B = TypeVar("B", bound=Buffer)
+B = TypeVar("B", bound=ReusableBuffer)
 
 
-class Turns(Generic[B]):
+class DoubleBuffer(Generic[B]):
     """Two buffers, made when they are first needed and again where they are too small."""
 
     def __init__(self, make: Callable[[int], B]) -> None:

@@ -28,16 +28,16 @@ from torch.multiprocessing import reductions
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.transports.base import Failures, Send
-from sdpg_megatron.rollout.transports.double_buffer import Turns
+from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer
 from sdpg_megatron.rollout.transports.flat import Flat, as_run, copy_to, find_run, size_of
-from sdpg_megatron.rollout.transports.shared_buffer import Segment, remove_leftovers
+from sdpg_megatron.rollout.transports.shared_buffer import SharedMemoryBuffer, remove_leftovers
 from sdpg_megatron.weights import Bucket, new_room
 
 DEVICE_ARGUMENT = 6
 """Place of the storage's device among the arguments of torch's `rebuild_cuda_tensor`."""
 
 
-class SharedSink:
+class SharedMemoryTransport:
     """A bucket lies in memory that all servers read at the same time."""
 
     in_session: ClassVar[bool] = True
@@ -46,10 +46,10 @@ class SharedSink:
         self._numbers = count()
         self._readers: dict[Client, list[int]] = {}
         """Of each server's ranks: numbers that no reader of an earlier session had."""
-        self._segments = Turns(Segment)
+        self._segments = DoubleBuffer(SharedMemoryBuffer)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """See `Sink`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
+        """See `Transport`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
         remove_leftovers()
         self._segments.restart()
         found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
@@ -65,44 +65,45 @@ class SharedSink:
         return failures
 
     def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Sink`. Where there is no room to share, `pack` says so: the making of a bucket is collective."""
+        """See `Transport`. Where there is no room to share, `pack` says so: the making of a bucket is collective."""
         if device.type != "cuda":
             with suppress(RolloutError):
                 return self._segments.take(nbytes).memory
         return new_room(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Sink`. The servers read the bucket where it is, on a GPU or in a segment; otherwise a copy."""
+        """See `Transport`. The servers read the bucket where it is, on a GPU or in a segment; otherwise a copy."""
         if bucket[0][1].is_cuda:
             flat = as_run(bucket)
             torch.cuda.current_stream(flat.run.device).synchronize()
             return partial(self._send, flat, None)
         found = find_run(bucket)
-        segment = self._segments.holding(found.run) if found else None
-        if found is None or segment is None:
-            segment = self._segments.take(size_of(bucket))
-            found = copy_to(segment.memory, bucket)
-        return partial(self._send, found, segment)
+        shared_buffer = self._segments.holding(found.run) if found else None
+        if found is None or shared_buffer is None:
+            shared_buffer = self._segments.take(size_of(bucket))
+            found = copy_to(shared_buffer.memory, bucket)
+        return partial(self._send, found, shared_buffer)
 
     async def finish(self) -> Failures:
-        """See `Sink`."""
+        """See `Transport`."""
         return {}
 
     async def close(self) -> None:
-        """See `Sink`. The segments stay, for the next session."""
-        self._segments.each(Segment.close_to_readers)
+        """See `Transport`. The segments stay, for the next session."""
+        self._segments.each(SharedMemoryBuffer.close_to_readers)
         self._readers = {}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # of the buckets: a colocated server takes its memory back now
 
     async def dispose(self) -> None:
-        """See `Sink`."""
+        """See `Transport`."""
         self._segments.release()
 
-    async def _send(self, flat: Flat, segment: Segment | None) -> Failures:
+    async def _send(self, flat: Flat, shared_buffer: SharedMemoryBuffer | None) -> Failures:
         handles = {
-            client: [_handle(flat, segment, reader) for reader in readers] for client, readers in self._readers.items()
+            client: [_handle(flat, shared_buffer, reader) for reader in readers]
+            for client, readers in self._readers.items()
         }
         found = await asyncio.gather(
             *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
@@ -120,9 +121,9 @@ class SharedSink:
 class _Pickler(ForkingPickler):
     """Pickles a segment's storage by name, whatever `torch.multiprocessing`'s sharing strategy is."""
 
-    def __init__(self, file: io.BytesIO, segment: Segment | None, reader: int) -> None:
+    def __init__(self, file: io.BytesIO, shared_buffer: SharedMemoryBuffer | None, reader: int) -> None:
         super().__init__(file)
-        self._segment, self._reader = segment, reader
+        self._segment, self._reader = shared_buffer, reader
 
     def reducer_override(self, found: Any) -> Any:
         if isinstance(found, torch.UntypedStorage) and self._segment is not None:
@@ -135,7 +136,7 @@ class _Pickler(ForkingPickler):
         return NotImplemented
 
 
-def _handle(flat: Flat, segment: Segment | None, reader: int) -> str:
+def _handle(flat: Flat, shared_buffer: SharedMemoryBuffer | None, reader: int) -> str:
     """What lets one process, reader number `reader`, read the bytes once: base64."""
     spans = [
         SimpleNamespace(
@@ -150,7 +151,7 @@ def _handle(flat: Flat, segment: Segment | None, reader: int) -> str:
     ]
     content: Mapping[str, object] = {"flattened_tensor": flat.run, "metadata": spans}
     file = io.BytesIO()
-    _Pickler(file, segment, reader).dump(content)
+    _Pickler(file, shared_buffer, reader).dump(content)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
@@ -161,10 +162,10 @@ async def _ranks(client: Client) -> int:
         ServerError: it is elsewhere, does not answer, or SGLang cannot update it in this way.
     """
     if not await _is_here(client.url):
-        raise ServerError(client.url, "", "is on another machine and shares no memory. Fix: use another sink")
+        raise ServerError(client.url, "", "is on another machine and shares no memory. Fix: use another transport")
     info = await client.server_info()
     if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
-        raise ServerError(client.url, "", "SGLang shares with no data-parallel replicas. Fix: use the disk sink")
+        raise ServerError(client.url, "", "SGLang shares with no data-parallel replicas. Fix: use the disk transport")
     return int(info["tp_size"])
 
 

@@ -31,7 +31,7 @@ HEADER = 64
 READERS = 1 << 30
 
 
-class Segment:
+class SharedMemoryBuffer:
     """`memory`, uint8 [size], until `release`."""
 
     def __init__(self, size: int) -> None:
@@ -47,7 +47,7 @@ class Segment:
             self.release()
             raise RolloutError(
                 f"{FOLDER} has no room for a bucket of {size >> 20} MiB ({reason_of(error)}). Fix: enlarge it (Docker: "
-                "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.sink"
+                "--shm-size), lower rollout.sglang.bucket_mib, or use another rollout.sglang.transport"
             ) from error
 
     def _map(self) -> Tensor:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.base import Bucket
-from sdpg_megatron.rollout.transports import SharedSink
+from sdpg_megatron.rollout.transports import SharedMemoryTransport
 from sdpg_megatron.rollout.transports import shared_buffer as segment_module
-from sdpg_megatron.rollout.transports.double_buffer import Private, Turns
+from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer, Private
 from sdpg_megatron.rollout.transports.flat import as_run, copy_to, lay_out
 from sdpg_megatron.rollout.transports.shared import _handle
-from sdpg_megatron.rollout.transports.shared_buffer import FOLDER, Segment, remove_leftovers
+from sdpg_megatron.rollout.transports.shared_buffer import FOLDER, SharedMemoryBuffer, remove_leftovers
 
 # A bucket as one run of bytes
 
@@ -102,26 +102,26 @@ def shm_managers() -> list[psutil.Process]:
 
 def test_other_processes_read_a_segment_and_nothing_stays() -> None:
     before, managers = torch.multiprocessing.get_sharing_strategy(), shm_managers()
-    segment = Segment(100)
-    flat = copy_to(segment.memory, [("w", torch.arange(5.0))])
+    shared_buffer = SharedMemoryBuffer(100)
+    flat = copy_to(shared_buffer.memory, [("w", torch.arange(5.0))])
     for reader in range(2):
         # Each ends with the memory still open, as one that is killed: what it leaves behind must not trouble the next.
-        handle = _handle(flat, segment, reader)
+        handle = _handle(flat, shared_buffer, reader)
         command = [sys.executable, "-c", READER]
         found = subprocess.run(command, input=f"{handle} {handle}", capture_output=True, text=True, timeout=120)
         assert found.stdout == "w 10.0\nw 10.0\n", found.stderr
     assert torch.multiprocessing.get_sharing_strategy() == before
     assert shm_managers() == managers
-    files = f"{segment._file.name}*"
+    files = f"{shared_buffer._file.name}*"
     assert list(FOLDER.glob(files))
-    segment.release()
+    shared_buffer.release()
     assert not list(FOLDER.glob(files))
 
 
 def test_memory_that_is_not_there_is_an_error_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     with pytest.raises(RolloutError, match="has no room for a bucket of"):
-        Segment(1 << 50)
+        SharedMemoryBuffer(1 << 50)
     assert not list(FOLDER.glob(f"{prefix}*"))
 
 
@@ -150,7 +150,7 @@ def test_buffers_are_used_by_turns_and_again_in_the_next_round() -> None:
         made.append(size)
         return Private(size)
 
-    turns = Turns(make)
+    turns = DoubleBuffer(make)
     for _ in range(2):
         turns.restart()
         first, second, third = (turns.take(size) for size in (100, 30, 80))
@@ -165,15 +165,15 @@ def test_buffers_are_used_by_turns_and_again_in_the_next_round() -> None:
 
 
 def test_a_segments_bucket_is_not_copied_to_be_shared() -> None:
-    sink = SharedSink()
-    memory = sink.room(40, torch.device("cpu"))
+    transport = SharedMemoryTransport()
+    memory = transport.room(40, torch.device("cpu"))
     bucket = [("w", memory[:40].view(torch.float32))]
-    flat, segment = sink.pack(bucket).args  # type: ignore[attr-defined]
-    assert flat.run.data_ptr() == memory.data_ptr() and segment.memory.data_ptr() == memory.data_ptr()
-    flat, segment = sink.pack([("w", torch.arange(10.0))]).args  # type: ignore[attr-defined]
-    assert segment.memory.data_ptr() != memory.data_ptr(), "the bucket before it may be on its way still"
+    flat, shared_buffer = transport.pack(bucket).args  # type: ignore[attr-defined]
+    assert flat.run.data_ptr() == memory.data_ptr() and shared_buffer.memory.data_ptr() == memory.data_ptr()
+    flat, shared_buffer = transport.pack([("w", torch.arange(10.0))]).args  # type: ignore[attr-defined]
+    assert shared_buffer.memory.data_ptr() != memory.data_ptr(), "the bucket before it may be on its way still"
     assert flat.run.view(torch.float32).tolist() == list(range(10))
-    asyncio.run(sink.dispose())
+    asyncio.run(transport.dispose())
 
 
 @pytest.mark.parametrize("module, name", [(os, "open"), (os, "posix_fallocate"), (mmap, "mmap")])
@@ -186,23 +186,23 @@ def test_without_room_to_share_a_bucket_is_made_all_the_same(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
-    sink = SharedSink()
+    transport = SharedMemoryTransport()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, refuse)
-        memory = sink.room(40, torch.device("cpu"))
+        memory = transport.room(40, torch.device("cpu"))
         with pytest.raises(RolloutError, match="has no room for a bucket of"):
-            sink.pack([("w", memory[:40].view(torch.float32))])
+            transport.pack([("w", memory[:40].view(torch.float32))])
     assert not list(FOLDER.glob(f"{prefix}*"))
 
 
 def test_readers_of_one_session_cannot_open_what_the_next_one_has() -> None:
-    segment = Segment(100)
-    segment.reduced(0)
-    files = f"{segment._file.name}*"
+    shared_buffer = SharedMemoryBuffer(100)
+    shared_buffer.reduced(0)
+    files = f"{shared_buffer._file.name}*"
     assert len(list(FOLDER.glob(files))) == 2
-    segment.close_to_readers()
-    assert list(FOLDER.glob(files)) == [segment._file]
-    segment.release()
+    shared_buffer.close_to_readers()
+    assert list(FOLDER.glob(files)) == [shared_buffer._file]
+    shared_buffer.release()
     assert not list(FOLDER.glob(files))
 
 
@@ -227,12 +227,12 @@ def test_handles_name_only_what_a_server_lets_a_pickle_name() -> None:
             named.add((module, name))
             return super().find_class(module, name)
 
-    segment = Segment(100)
+    shared_buffer = SharedMemoryBuffer(100)
     try:
-        handle = _handle(copy_to(segment.memory, [("w", torch.arange(5.0))]), segment, 0)
+        handle = _handle(copy_to(shared_buffer.memory, [("w", torch.arange(5.0))]), shared_buffer, 0)
         Listing(io.BytesIO(base64.b64decode(handle))).load()
     finally:
-        segment.release()
+        shared_buffer.release()
     assert named <= allowed and ("types", "SimpleNamespace") in named
 
 
@@ -245,10 +245,10 @@ def test_no_two_sessions_share_a_readers_name() -> None:
         async def server_info(self) -> dict[str, int]:
             return {"tp_size": 2}
 
-    async def numbers(sink: SharedSink, client: Any) -> list[int]:
-        assert await sink.open([client]) == {}
-        return list(sink._readers[client])
+    async def numbers(transport: SharedMemoryTransport, client: Any) -> list[int]:
+        assert await transport.open([client]) == {}
+        return list(transport._readers[client])
 
-    sink, client = SharedSink(), Local()
-    found = [number for _ in range(2) for number in asyncio.run(numbers(sink, client))]
+    transport, client = SharedMemoryTransport(), Local()
+    found = [number for _ in range(2) for number in asyncio.run(numbers(transport, client))]
     assert len(set(found)) == 4

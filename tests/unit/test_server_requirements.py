@@ -22,7 +22,7 @@ from sdpg_megatron.rollout.base import Abandoned, Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.requirements import Wanted
+from sdpg_megatron.rollout.sglang.requirements import ServerRequirements
 from tests.rollout.contract import stream
 from tests.tiny import write_tiny_model
 
@@ -56,7 +56,7 @@ def check(folder: Path, model: dict[str, Any], server: dict[str, Any], **changes
         url="http://server", model_info=lambda: answer(MODEL | model), server_info=lambda: answer(SERVER | server)
     )
     wanted = {"prompt_tokens": 200, "response_tokens": 310, "memory_saver": False, **changes}
-    asyncio.run(Wanted(architecture=read_architecture(folder), **wanted).check(cast(Client, client)))
+    asyncio.run(ServerRequirements(architecture=read_architecture(folder), **wanted).check(cast(Client, client)))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def stubborn() -> Iterator[Stubborn]:
 def test_publishes_that_reach_nobody_end_the_run(
     stubborn: Stubborn, served: ServedModel, folder: Path, tmp_path: Path
 ) -> None:
-    config = SGLangConfig(urls=(stubborn.url,), sink="shared", attempts=2, start_timeout=10.0)
+    config = SGLangConfig(urls=(stubborn.url,), transport="shared", attempts=2, start_timeout=10.0)
     engine = SGLangEngine(config, served, run_dir=tmp_path, nonce="n")
     weights = load_file(folder / "model.safetensors")
     try:

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.dist
 def find(folders: list[Path], digests: list[str]) -> Any:
     from sdpg_megatron.errors import ConfigError
     from sdpg_megatron.mcore import parallel
-    from sdpg_megatron.train.run_fingerprint import find_origin
+    from sdpg_megatron.train.run_fingerprint import find_run_fingerprint
 
     ranks = parallel.initialize(ParallelConfig(), 0)
     config: Any = SimpleNamespace(model=SimpleNamespace(path=folders[ranks.rank]))
     prompts: Any = SimpleNamespace(digest=digests[ranks.rank])
     try:
-        origin = find_origin(config, prompts, ranks)
+        origin = find_run_fingerprint(config, prompts, ranks)
     except ConfigError as error:
         return str(error)
     return origin.model, origin.data

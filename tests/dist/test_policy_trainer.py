@@ -35,7 +35,7 @@ def updates(
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
-    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, taught=nobody)
+    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=nobody)
     batch = build_step(
         [
             dataclasses.replace(sample, advantage=sample.advantage * scale)

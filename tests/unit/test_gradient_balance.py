@@ -11,7 +11,7 @@ from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import Divergence, HeadOptions, TeacherRows, VocabShard, head_gradient_squares
 from sdpg_megatron.objectives import build
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
-from sdpg_megatron.objectives.pulls import gradient_ratio, pulls, term_gradients
+from sdpg_megatron.objectives.gradient_balance import gradient_ratio, gradient_squares, term_gradients
 from sdpg_megatron.observe.metrics import Metric
 from tests.head_twin import DIVERGENCES, dense_divergence
 
@@ -72,7 +72,7 @@ def test_a_loss_falls_apart_by_term() -> None:
 
 
 def test_the_ratio_is_that_of_norms_over_all_tokens() -> None:
-    metrics = pulls(torch.tensor([1.0, 3.0]), torch.tensor([9.0, 27.0]))
+    metrics = gradient_squares(torch.tensor([1.0, 3.0]), torch.tensor([9.0, 27.0]))
     merged = {name: Metric(float(metric.values_T.sum()), metric.reduction) for name, metric in metrics.items()}
     assert gradient_ratio(merged)["distill/gradient_ratio"].value == pytest.approx(3.0)
     assert gradient_ratio({}) == {}

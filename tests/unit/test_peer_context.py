@@ -117,7 +117,7 @@ def test_shipped_and_faulty_templates(tokenizer: Any) -> None:
 
 def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Renderer) -> None:
     groups = with_peers([group(0, 1, 0), group(0, 0)], renderer, 1.0, 999)
-    samples = make_samples(groups, SDPO, taught=build(SDPO, 1).taught, outcome=False)
+    samples = make_samples(groups, SDPO, distill_enabled=build(SDPO, 1).distill_enabled, outcome=False)
     assert [s.gate for s in samples] == [True, False, True, False, False]
     assert samples[0].teacher_prompt == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
     batch = collate(samples, Layout(packed=False))
@@ -129,5 +129,5 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
 
 def test_without_peers_the_teacher_reads_what_the_data_says() -> None:
     scored = group(1, 0)
-    samples = make_samples([scored], SDPO, taught=build(SDPO, 1).taught)
+    samples = make_samples([scored], SDPO, distill_enabled=build(SDPO, 1).distill_enabled)
     assert [s.teacher_prompt for s in samples] == [(3, 4, 5)] * 2

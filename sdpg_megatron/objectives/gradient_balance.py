@@ -29,7 +29,7 @@ def term_gradients(
     return logprob_T, divergence_T
 
 
-def pulls(by_logprob_T: Tensor, by_divergence_T: Tensor) -> dict[str, TokenMetric]:
+def gradient_squares(by_logprob_T: Tensor, by_divergence_T: Tensor) -> dict[str, TokenMetric]:
     """Report squared lengths of each token's two gradients in the logits, for `gradient_ratio`."""
     return {
         _POLICY: TokenMetric(by_logprob_T, Reduction.SUM),

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from sdpg_megatron.checkpoint.files import FileSum
-from sdpg_megatron.checkpoint.prefetched_rollouts import DRAWN, Drawn, read_drawn, write_drawn
+from sdpg_megatron.checkpoint.prefetched_rollouts import (
+    PREFETCHED,
+    PrefetchedRollouts,
+    read_prefetched,
+    write_prefetched,
+)
 from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config.load import load
 from sdpg_megatron.data.cursor import Cursor
@@ -18,7 +23,7 @@ from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.train.start import Start
-from sdpg_megatron.train.state import Position
+from sdpg_megatron.train.state import TrainState
 from tests.disk import files_end_at
 from tests.e2e.runs import ROOT
 
@@ -47,11 +52,11 @@ def responses(index: int, routed: bool) -> ScoredGroup:
 
 @pytest.mark.parametrize("routed", [False, True])
 def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
-    drawn = Drawn((8, 2, 8), tuple(responses(index, routed) for index in (8, 2, 8)))
-    write_drawn(tmp_path / "drawn", drawn)
-    read = read_drawn(tmp_path / "drawn", Source())
-    assert read == drawn
-    for old, new in zip(drawn.groups, read.groups, strict=True):
+    prefetched = PrefetchedRollouts((8, 2, 8), tuple(responses(index, routed) for index in (8, 2, 8)))
+    write_prefetched(tmp_path / "drawn", prefetched)
+    read = read_prefetched(tmp_path / "drawn", Source())
+    assert read == prefetched
+    for old, new in zip(prefetched.groups, read.groups, strict=True):
         for before, after in zip(old.group.completions, new.group.completions, strict=True):
             if before.experts is None:
                 assert after.experts is None
@@ -61,20 +66,20 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
 
 def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
     """Those whose responses are to be generated again."""
-    write_drawn(tmp_path / "drawn", Drawn((8, 2, 8), ()))
-    assert read_drawn(tmp_path / "drawn", Source()) == Drawn((8, 2, 8), ())
+    write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8, 2, 8), ()))
+    assert read_prefetched(tmp_path / "drawn", Source()) == PrefetchedRollouts((8, 2, 8), ())
 
 
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
-    with pytest.raises(OSError, match=r"drawn: .*File too large"), files_end_at(100):
-        write_drawn(tmp_path / "drawn", Drawn((8,), (responses(8, False),)))
+    with pytest.raises(OSError, match=r"prefetched: .*File too large"), files_end_at(100):
+        write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8,), (responses(8, False),)))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     """Or read as something else of the same form, where the checkpoint's digests were not looked at."""
     path = tmp_path / "drawn"
-    write_drawn(path, Drawn((8, 2), tuple(responses(index, True) for index in (8, 2))))
+    write_prefetched(path, PrefetchedRollouts((8, 2), tuple(responses(index, True) for index in (8, 2))))
     whole, draw = path.read_bytes(), random.Random(0)
     refused = 0
     for _ in range(300):
@@ -83,14 +88,14 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         path.write_bytes(damaged[: draw.choice([len(damaged), draw.randrange(len(damaged))])])
         try:
-            read_drawn(path, Source())
+            read_prefetched(path, Source())
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: found ")
             refused += 1
     assert refused > 150
     path.unlink()
     with pytest.raises(CheckpointError, match="expected the responses that a run has generated ahead"):
-        read_drawn(path, Source())
+        read_prefetched(path, Source())
 
 
 @pytest.mark.parametrize(
@@ -101,12 +106,12 @@ def test_rewards_of_a_verifier_that_failed_are_not_gone_on_with(
 ) -> None:
     """The run has ended for them, and goes on when the verifier is corrected."""
     scored = replace(responses(3, False), failures=failures, errors=())
-    write_drawn(tmp_path / DRAWN, Drawn((3,), (scored,)))
+    write_prefetched(tmp_path / PREFETCHED, PrefetchedRollouts((3,), (scored,)))
     overrides = ["model.path=m", f"reward.failure_limit={limit}"]
     config = load(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
     state = RunState(
         step=1, cursor=Cursor(9, 0, shuffle=True).state(), seconds=0, baseline={}, evaluated=True, config={},
-        model="m", data="d", files={DRAWN: FileSum(0, "")},
+        model="m", data="d", files={PREFETCHED: FileSum(0, "")},
     )  # fmt: skip
-    drawn = Position.of(Start(tmp_path, state), config, Source()).drawn
-    assert drawn == Drawn((3,), (scored,) if kept else ())
+    prefetched = TrainState.of(Start(tmp_path, state), config, Source()).prefetched
+    assert prefetched == PrefetchedRollouts((3,), (scored,) if kept else ())
