@@ -44,8 +44,6 @@ class Prompt:
     teacher_tokens: tuple[int, ...]
     answer: Answer
     """The reference answer, which verifiers compare with."""
-    contrast_tokens: tuple[int, ...] = ()
-    """The same question with the context of another problem, of another answer; empty where nobody reads that."""
     question: str = ""
     history: tuple[Mapping[str, str], ...] = ()
     """Chat messages before the question."""
@@ -200,10 +198,6 @@ class MicroBatch:
     where the objective does not ask for them, or no gate is open."""
     teacher_hidden_GH: Tensor | None = None
     """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
-    contrast: SequenceBatch | None = None
-    """The sequences of `teacher` with a wrong hint, and as many rows; None where nobody reads one."""
-    contrast_hidden_GH: Tensor | None = None
-    """Last hidden states of the teacher at `contrast.rows_T`."""
 
     @property
     def num_tokens(self) -> int:
@@ -227,8 +221,6 @@ class MicroBatch:
             reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
             teacher_logprobs_T=None if self.teacher_logprobs_T is None else self.teacher_logprobs_T[:0],
             teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
-            contrast=None if self.contrast is None else student,
-            contrast_hidden_GH=None if self.contrast_hidden_GH is None else self.contrast_hidden_GH[:0],
         )
 
     def mapped(self, function: TensorFunction) -> MicroBatch:

@@ -65,10 +65,6 @@ class _Text:
 def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     """Build a micro-batch; no samples make one that contributes nothing."""
     gated = [sample for sample in samples if sample.gate]
-    negative_context = [sample for sample in gated if sample.contrast_prompt]
-    assert not negative_context or len(negative_context) == len(gated), (
-        "either every taught response has a wrong hint or none has"
-    )
     read = [_Text(s.student_prompt, s.response, (True,) * len(s.response), s.experts) for s in samples]
     student, rank_T = _lay(read, layout)
     gates_T = torch.tensor([float(gate) for s in samples for gate in s.gates])
@@ -90,7 +86,6 @@ def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     return MicroBatch(
         student=replace(student, rows_T=student.rows_T[here]),
         teacher=hinted([_Text(s.teacher_prompt, s.response, s.gates) for s in gated]),
-        contrast=hinted([_Text(s.contrast_prompt, s.response, s.gates) for s in negative_context]),
         gated_rows_G=gates_T[here].nonzero().squeeze(1),
         labels_T=torch.tensor([t for s in samples for t in s.response], dtype=torch.int64)[here],
         sequence_T=sequence_T[here],

@@ -29,8 +29,6 @@ class Sample:
     """At which response tokens the teacher counts."""
     weight: float
     """Loss weight of each of its tokens."""
-    contrast_prompt: tuple[int, ...] = ()
-    """With a wrong hint; empty where nobody reads one."""
     experts: Routing | None = field(default=None, compare=False, repr=False)
     """Of every token of the student's prompt and the response but the last; None for the router's choice."""
     unit: int = 1
@@ -44,7 +42,7 @@ class Sample:
     @cached_property
     def cost(self) -> int:
         """Tokens that the step has to process for it, in whole `unit`s: the teacher's count where the gate is open."""
-        prompts = (self.student_prompt, *((self.teacher_prompt, self.contrast_prompt) if self.gate else ()))
+        prompts = (self.student_prompt, *((self.teacher_prompt,) if self.gate else ()))
         return sum(-(-(len(prompt) + len(self.response)) // self.unit) * self.unit for prompt in prompts if prompt)
 
 
@@ -86,7 +84,6 @@ def make_samples(
                     advantage=advantage if outcome else 0.0,
                     gates=tuple(read and token not in undistilled for token in completion.tokens),
                     weight=next(weights),
-                    contrast_prompt=scored.group.prompt.contrast_tokens if config.contrast else (),
                     experts=completion.experts,
                 )
             )

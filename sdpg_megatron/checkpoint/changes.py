@@ -36,6 +36,9 @@ GENERATION = ("rollout", "reward")
 RENAMED = {"rollout.sglang.sink": "rollout.sglang.transport"}
 """Fields of version 0.1, by their names there, as checkpoints of that version record them."""
 
+REMOVED = (("objective.contrast", 0.0),)
+"""Fields of version 0.1 with the value that had no effect."""
+
 Kind = Literal["free", "learning", "data order", "optimizer state"]
 
 
@@ -84,6 +87,7 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chang
     """
     before, after = {RENAMED.get(name, name): value for name, value in flatten(old).items()}, flatten(new)
     before |= {name: _default(name) for name in after.keys() - before.keys()}
+    before = {name: value for name, value in before.items() if (name, value) not in REMOVED}
     changes = (Change(name, before[name], after.get(name)) for name in sorted(before) if name != "run_dir")
     return [change for change in changes if change.old != change.new]
 

@@ -117,6 +117,7 @@ _NOTES = {**NOTE_ON, **{other: NOTE_ON[name] for name, others in _ALIASES.items(
 
 _IN_SECTION: Mapping[str, str] = MappingProxyType(
     {
+        "objective.contrast": "remove it: this version has no second teacher with another problem's context",
         "sglang.sink": "rollout.sglang.transport",  # the field's name in version 0.1
         "eval.n": "eval.samples",
         "eval.interval": "eval.every",

@@ -15,7 +15,6 @@ def check(config: RunConfig) -> None:
     faults = [
         *_check_data(config),
         *_check_objective(config.objective),
-        *_check_contrast(config),
         *_check_steps(config),
         *_check_rewards(config),
         *_check_parallel(config.parallel),
@@ -84,23 +83,6 @@ def _check_clipped_ratio(objective: ObjectiveConfig) -> Iterator[ConfigError]:
         if found != unset:
             expected = f"{'null' if unset is None else unset} with objective.distill_loss clipped_ratio"
             yield ConfigError(f"objective.{name}", found, expected, "remove it: only the divergence reads it")
-
-
-def _check_contrast(config: RunConfig) -> Iterator[ConfigError]:
-    objective = config.objective
-    if not objective.contrast:
-        return
-    if objective.name in UNDISTILLED:
-        expected = f"0 with {objective.name}, which has no distillation term"
-        yield ConfigError("objective.contrast", objective.contrast, expected, "use sdpg, opsd or opcd")
-    for field, found, needed in (
-        ("objective.distill_loss", objective.distill_loss, "divergence"),
-        ("objective.context", objective.context, "data"),
-        ("data.context_of", config.data.context_of, "own"),
-    ):
-        if found != needed:
-            expected = f"0 with {field} {found}: it is taken from the divergence under the problem's own hint"
-            yield ConfigError("objective.contrast", objective.contrast, expected, f"set {field} to {needed}")
 
 
 def _check_steps(config: RunConfig) -> Iterator[ConfigError]:

@@ -48,10 +48,6 @@ class ObjectiveConfig(Section):
     """Tell apart the student's top k tokens alone, all others being one outcome; null for the whole vocabulary."""
     divergence_clip: float | None = Field(None, gt=0)
     """Largest divergence of a token. Beyond, its gradient is scaled down and keeps its direction. Null for none."""
-    contrast: float = Field(0.0, ge=0, le=1)
-    """Experimental: so many times the divergence from the same teacher with a wrong hint is taken from that with the
-    right one. The hint is that of another problem with another answer, drawn by `seed`. Costs a second teacher pass,
-    and the head once more for the taught tokens; 0 for none."""
     distill_stop_tokens: bool = True
     """Distil where the sampled token is a stop token, too. The privileged teacher keeps mass on going on."""
     context: Literal["data", "peer"] = "data"

@@ -7,13 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 from sdpg_megatron.config import DataConfig
 from sdpg_megatron.data.examples import Example, parse_row
-from sdpg_megatron.data.hints import others, wish
+from sdpg_megatron.data.other_problem import other_problems
 from sdpg_megatron.data.packed import PackedPrompts, open_packed, pack
 from sdpg_megatron.data.readers import find_files, read_rows
 from sdpg_megatron.data.render import Renderer, Tokens
@@ -88,7 +88,6 @@ class PromptDataset:
         *,
         seed: int = 0,
         distill_enabled: bool = True,
-        contrast: float = 0.0,
         held_out: PromptDataset | None = None,
         scored_by_metadata: bool = False,
         on_rows: OnRows = lambda rows: None,
@@ -98,10 +97,9 @@ class PromptDataset:
         Args:
             files: paths and glob patterns; see `readers.FORMATS`.
             tokenizer: transformers tokenizer with a chat template.
-            seed: of the wrong hints that are drawn.
-            taught: False for an evaluation: there is no teacher, its prompt is the student's, and a problem counts
-                once whatever `data.duplicates` says.
-            contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
+            seed: of the draws where `data.context_of` is "other".
+            distill_enabled: False for an evaluation: the teacher's prompt is the student's, and a problem counts once,
+                independent of `data.duplicates`.
             held_out: an evaluation's prompts, to warn where these rows have the same problems.
             scored_by_metadata: Whether the verifier may read the other columns: then training rows that differ in them
                 are no repeats.
@@ -117,9 +115,7 @@ class PromptDataset:
             distill_enabled=distill_enabled,
             scored_by_metadata=scored_by_metadata,
         )
-        builder = _Builder(
-            config, Renderer(config, tokenizer), repeats, distill_enabled=distill_enabled, contrast=contrast
-        )
+        builder = _Builder(config, Renderer(config, tokenizer), repeats, distill_enabled=distill_enabled)
         builder.add(builder.rows(files, on_rows), seed)
         if not len(builder.prompts):
             found = f"{builder.dropped} rows, all longer than {config.max_prompt_tokens} tokens"
@@ -132,15 +128,8 @@ class PromptDataset:
 class _Builder:
     """A data set that grows by chunks of rows."""
 
-    def __init__(
-        self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, distill_enabled: bool, contrast: float
-    ) -> None:
-        self._config, self._renderer, self._distill_enabled, self._contrast = (
-            config,
-            renderer,
-            distill_enabled,
-            contrast,
-        )
+    def __init__(self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, distill_enabled: bool) -> None:
+        self._config, self._renderer, self._distill_enabled = config, renderer, distill_enabled
         self._repeats = repeats
         self._batches: list[Any] = []
         self._digest = hashlib.sha256()
@@ -174,34 +163,29 @@ class _Builder:
                 yield uid, example
 
     def add(self, rows: Iterator[tuple[str, Example]], seed: int) -> None:
-        """Render the rows; all are held at once only where each may be the wrong hint of another."""
-        if self._distill_enabled and (wanted := wish(self._config, self._contrast)):
+        """Render the rows, in chunks; all rows are in memory at once only if `data.context_of` is "other"."""
+        contexts: Iterator[Example | None] = repeat(None)
+        if self._distill_enabled and self._config.context_of == "other":
             named = list(rows)
-            hints: Iterator[Example | None] = iter(others([example for _, example in named], seed, wanted))
+            contexts = iter(other_problems([example for _, example in named], seed))
             rows = iter(named)
-        else:
-            hints = iter(lambda: None, 0)
         while chunk := list(islice(rows, CHUNK)):
-            self._add_chunk(chunk, list(islice(hints, len(chunk))))
+            self._add_chunk(chunk, list(islice(contexts, len(chunk))))
 
-    def _add_chunk(self, chunk: Sequence[tuple[str, Example]], hints: Sequence[Example | None]) -> None:
+    def _add_chunk(self, chunk: Sequence[tuple[str, Example]], contexts: Sequence[Example | None]) -> None:
         examples, renderer, limit = [example for _, example in chunk], self._renderer, self._config.max_prompt_tokens
         students = renderer.students(examples)
-        none: list[Example | None] = [None] * len(examples)
-        teachers = renderer.teachers(examples, none if self._contrast else hints) if self._distill_enabled else students
-        negative_context = (
-            renderer.teachers(examples, hints) if self._contrast and self._distill_enabled else [()] * len(examples)
-        )
+        teachers = renderer.teachers(examples, contexts) if self._distill_enabled else students
         prompts = []
-        for (uid, example), *tokens in zip(chunk, students, teachers, negative_context, strict=True):
+        for (uid, example), *tokens in zip(chunk, students, teachers, strict=True):
             if max(map(len, tokens)) > limit:
                 self._overlong = self._overlong or uid
                 if self._config.overlong == "drop":
                     self.dropped += 1
                     continue
                 self._truncated += 1
-            student, teacher, wrong = tokens
-            prompts.append(make_prompt(uid, example, student, teacher, limit, wrong))
+            student, teacher = tokens
+            prompts.append(make_prompt(uid, example, student, teacher, limit))
         if prompts:
             self._batches.append(pack(prompts))
             _add_to_digest(self._digest, prompts)
@@ -237,20 +221,19 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
 
 
 def _add_to_digest(digest: Any, prompts: Iterable[Prompt]) -> None:
-    for prompt in prompts:
-        digest.update(json.dumps([getattr(prompt, part.name) for part in fields(prompt)], default=str).encode())
+    for p in prompts:
+        # The empty tuple is a field of version 0.1: digests stay equal to those in its checkpoints.
+        values = (p.uid, p.student_tokens, p.teacher_tokens, p.answer, (), p.question, p.history, p.metadata)
+        digest.update(json.dumps(values, default=str).encode())
 
 
-def make_prompt(
-    uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int, contrast: Tokens = ()
-) -> Prompt:
+def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int) -> Prompt:
     """The prompt of a rendered example, each side cut on its left to `limit` tokens."""
     return Prompt(
         uid=uid,
         student_tokens=student[-limit:],
         teacher_tokens=teacher[-limit:],
         answer=example.answer,
-        contrast_tokens=contrast[-limit:],
         question=example.question,
         history=example.history,
         metadata=example.metadata,

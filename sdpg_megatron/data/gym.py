@@ -15,7 +15,7 @@ from sdpg_megatron.answers import normalised
 from sdpg_megatron.config import DataConfig, GymTask
 from sdpg_megatron.data.dataset import PromptDataset, digest_of, make_prompt
 from sdpg_megatron.data.examples import Example
-from sdpg_megatron.data.hints import Wish, misleads, wish
+from sdpg_megatron.data.other_problem import is_other_problem, no_other_problem
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
@@ -43,11 +43,10 @@ class GymSource:
 
     size = None
 
-    def __init__(self, config: DataConfig, tokenizer: Any, seed: int, contrast: float = 0.0) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, seed: int) -> None:
         """
         Args:
             tokenizer: transformers tokenizer with a chat template.
-            contrast: `ObjectiveConfig.contrast`; over 0 the prompts have `contrast_tokens`.
 
         Raises:
             ConfigError: a task that does not exist, takes other parameters, has no answer to tell the teacher, or has
@@ -55,8 +54,6 @@ class GymSource:
         """
         self._config = config
         self._seed = seed
-        self._contrast = contrast > 0
-        self._wish = wish(config, contrast)
         self._renderer = Renderer(config, tokenizer)
         self._tasks = config.reasoning_gym.tasks
         self._entries = lru_cache(maxsize=KEPT_BLOCKS * len(self._tasks))(self._make_entries)
@@ -67,8 +64,7 @@ class GymSource:
         """None where none are wanted."""
         for name in self._tasks:  # now, rather than in the middle of the run
             example = self._fitting(name, self._candidates(name, "train", 0))
-            if self._wish:
-                self._hint(name, 0, example, self._wish)
+            self._context(name, 0, example)
 
     @property
     def digest(self) -> str:
@@ -82,11 +78,9 @@ class GymSource:
         """
         task = self._task("train", index)
         example = self._fitting(task, self._candidates(task, "train", index))
-        hint = self._hint(task, index, example, self._wish) if self._wish else None
-        student, teacher = self._renderer.render(example, None if self._contrast else hint)
-        negative_context = self._renderer.teacher(example, hint) if self._contrast else ()
+        student, teacher = self._renderer.render(example, self._context(task, index, example))
         limit = self._config.max_prompt_tokens
-        return make_prompt(f"{task}:{index}", example, student, teacher, limit, negative_context)
+        return make_prompt(f"{task}:{index}", example, student, teacher, limit)
 
     def describe(self) -> str:
         return f"endless prompts of {', '.join(self._tasks)}"
@@ -103,7 +97,7 @@ class GymSource:
             task = self._task("held out", index)
             example = self._fitting(task, chain(islice(self._candidates(task, "held out", index), 1), seconds[task]))
             self._reserved.add(normalised(example.question))
-            tokens = self._renderer.student(example)
+            tokens = self._renderer.students([example])[0]
             limit = self._config.max_prompt_tokens
             prompts.append(make_prompt(f"{task}:held-out-{index}", example, tokens, tokens, limit))
         return PromptDataset(tuple(prompts), digest=digest_of(prompts)) if prompts else None
@@ -125,13 +119,15 @@ class GymSource:
             "change its parameters, lower data.reasoning_gym.held_out, or raise data.max_prompt_tokens",
         )
 
-    def _hint(self, task: str, index: int, example: Example, wish: Wish) -> Example:
-        """Another problem of the same task, with another answer."""
+    def _context(self, task: str, index: int, example: Example) -> Example | None:
+        """Another problem of the same task where `data.context_of` is "other"; None for the example's own context."""
+        if self._config.context_of == "own":
+            return None
         for other in self._candidates(task, "context", index):
-            if misleads(other, example) and self._fits(example, other):
+            if is_other_problem(other, example) and self._fits(example, other):
                 return other
-        expected = f"{wish.instead} with {task}, whose problems hardly differ in their answers, or are too long"
-        raise ConfigError(wish.field, wish.value, expected, "change the task's parameters")
+        reason = f"with {task}, whose problems hardly differ in their answers, or are too long"
+        raise no_other_problem(reason, "change the task's parameters")
 
     def _candidates(self, task: str, stream: str, index: int) -> Iterator[Example]:
         """Problems in the same place of one block after the other."""
@@ -153,9 +149,9 @@ class GymSource:
         problem = {"task": task, "parameters": self._tasks[task].parameters, "entry": entry}
         return Example(question=entry["question"], answer=_answer(task, entry), metadata={"reasoning_gym": problem})
 
-    def _fits(self, example: Example, hint: Example | None = None) -> bool:
+    def _fits(self, example: Example, context: Example | None = None) -> bool:
         limit = self._config.max_prompt_tokens
-        return self._config.overlong == "truncate" or max(map(len, self._renderer.render(example, hint))) <= limit
+        return self._config.overlong == "truncate" or max(map(len, self._renderer.render(example, context))) <= limit
 
 
 def _check(name: str, task: GymTask) -> None:

@@ -15,7 +15,7 @@ import pyarrow.ipc
 
 from sdpg_megatron.records import Prompt
 
-TOKENS = ("student_tokens", "teacher_tokens", "contrast_tokens")
+TOKENS = ("student_tokens", "teacher_tokens")
 OTHERS = ("uid", "answer", "question", "history", "metadata")
 """Fields of a prompt that are pickled together: their values have any types."""
 _SCHEMA = pyarrow.schema([*((name, pyarrow.list_(pyarrow.int32())) for name in TOKENS), ("others", pyarrow.binary())])

@@ -79,17 +79,9 @@ class Renderer:
         self._tokenizer = tokenizer
         _check_options(self._options, template)
 
-    def render(self, example: Example, hint: Example | None = None) -> tuple[Tokens, Tokens]:
+    def render(self, example: Example, context: Example | None = None) -> tuple[Tokens, Tokens]:
         """Student and teacher prompt tokens; see `students` and `teachers`."""
-        return self.student(example), self.teacher(example, hint)
-
-    def student(self, example: Example) -> Tokens:
-        """`students` of one."""
-        return self.students([example])[0]
-
-    def teacher(self, example: Example, hint: Example | None = None) -> Tokens:
-        """`teachers` of one."""
-        return self.teachers([example], [hint])[0]
+        return self.students([example])[0], self.teachers([example], [context])[0]
 
     def students(self, examples: Sequence[Example]) -> list[Tokens]:
         """Prompt tokens of each question, up to where the assistant's response begins.
@@ -99,20 +91,20 @@ class Renderer:
         """
         return self._tokens(examples, [example.question for example in examples])
 
-    def teachers(self, examples: Sequence[Example], hints: Sequence[Example | None]) -> list[Tokens]:
-        """Prompt tokens of each question with its privileged context, or with that of its hint where there is one.
+    def teachers(self, examples: Sequence[Example], contexts: Sequence[Example | None]) -> list[Tokens]:
+        """Prompt tokens of each question with its privileged context, or with another problem's (`contexts`).
 
         Raises:
             ConfigError: the chat template refuses the messages.
         """
-        return self._tokens(examples, [self._teacher_question(*pair) for pair in zip(examples, hints, strict=True)])
+        return self._tokens(examples, [self._teacher_question(*pair) for pair in zip(examples, contexts, strict=True)])
 
-    def _teacher_question(self, example: Example, hint: Example | None) -> str:
-        told = hint or example
-        if told.teacher_question is not None:
-            return example.question + told.teacher_question[len(told.question) :]
+    def _teacher_question(self, example: Example, context: Example | None) -> str:
+        source = context or example
+        if source.teacher_question is not None:
+            return example.question + source.teacher_question[len(source.question) :]
         return self._template.format(
-            question=example.question, context=told.context or told.answer_text, answer=told.answer_text
+            question=example.question, context=source.context or source.answer_text, answer=source.answer_text
         )
 
     def with_peer(self, prompt: Prompt, response: str) -> Tokens:

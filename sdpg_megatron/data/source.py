@@ -34,7 +34,6 @@ def load_prompts(
     config: DataConfig,
     tokenizer: Any,
     seed: int,
-    contrast: float = 0.0,
     *,
     scored_by_metadata: bool = False,
     on_rows: OnRows = lambda rows: None,
@@ -44,13 +43,12 @@ def load_prompts(
     Args:
         tokenizer: transformers tokenizer with a chat template.
         seed: the run's.
-        contrast: `ObjectiveConfig.contrast`; over 0 the prompts to train on have `contrast_tokens`.
         scored_by_metadata: Whether the verifier may read the other columns; see `PromptDataset.load`.
         on_rows: called with the number of rows read so far, of the held-out files first.
 
     Raises:
         ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used;
-            a wrong hint is wanted where there is none.
+            `data.context_of` is "other" and no other problem fits.
         DataError: a row of a file cannot be used.
     """
     if config.reasoning_gym.tasks:
@@ -61,7 +59,7 @@ def load_prompts(
                 raise
             expected, fix = "the package reasoning_gym, which is not installed", "pip install -e '.[gym]'"
             raise ConfigError("data.reasoning_gym.tasks", sorted(config.reasoning_gym.tasks), expected, fix) from error
-        source = GymSource(config, tokenizer, seed, contrast)
+        source = GymSource(config, tokenizer, seed)
         return source, source.held_out
     if not config.train:
         raise ConfigError("data.train", [], "at least one file", "name one, or set data.reasoning_gym.tasks")
@@ -73,7 +71,6 @@ def load_prompts(
         config.train,
         tokenizer,
         seed=seed,
-        contrast=contrast,
         held_out=held_out,
         scored_by_metadata=scored_by_metadata,
         on_rows=on_rows,

@@ -50,9 +50,8 @@ def durations(
     row = 2 * arch.hidden_size * arch.vocab_size
     several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
     forwards = load.mean_student * (several + load.required_passes.reference)
-    reads = load.mean_teacher * (2 if config.objective.contrast else 1)
     heads = several + load.required_passes.reference + load.gated * load.required_passes.teacher_logprob
-    passes = (forwards + reads) * forward + load.mean_responses * row * heads
+    passes = (forwards + load.mean_teacher) * forward + load.mean_responses * row * heads
     again = 1 if config.model.recompute else 0
     made = (4 if config.head.schedule == "recompute" else 3) * load.mean_responses  # logits and both gradients
     if load.required_passes.teacher:

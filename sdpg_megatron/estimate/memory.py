@@ -188,8 +188,7 @@ class _Work:
         required_passes = self.load.required_passes
         if not (required_passes.teacher or (required_passes.teacher_logprob and not train)) or self._early:
             return 0
-        taught = self.load.taught * (2 if self.config.objective.contrast else 1)
-        return -(-taught // self.grid.context) * self.arch.hidden_size * self.width
+        return -(-self.load.taught // self.grid.context) * self.arch.hidden_size * self.width
 
     @property
     def _early(self) -> bool:

@@ -34,8 +34,7 @@ class Flow:
 def forward_tokens(config: RunConfig, load: Load) -> tuple[float, float]:
     """Tokens of a rollout step that pass forward alone, and that are trained on."""
     several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
-    reads = 2 if config.objective.contrast else 1
-    alone = load.mean_student * (several + load.required_passes.reference) + load.mean_teacher * reads
+    alone = load.mean_student * (several + load.required_passes.reference) + load.mean_teacher
     return alone, load.mean_student
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,15 +134,13 @@ class ForwardStep:
         teacher = self._teacher(batch.teacher_hidden_GH, batch.gated_rows_G, hidden_BSH)
         weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
         hidden_TH = rows(hidden_BSH, batch.student)
-        contrast_sum, contrast_T = self._contrast(batch, model, hidden_TH, weights_T)
 
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
-            given = token_terms(batch, terms, at_C, contrast_T)
+            given = token_terms(batch, terms, at_C)
             return self.objective.loss(given, self.context).loss_T * weights_T[at_C]
 
         loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss)
-        loss_sum = loss_sum if contrast_sum is None else loss_sum + contrast_sum
-        terms = token_terms(batch, head, slice(None), contrast_T)
+        terms = token_terms(batch, head, slice(None))
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         finite_T = all_finite(batch.old_logprobs_T, head.logprob_T, head.divergence_T, loss.loss_T * weights_T)
         # The gradient follows: a caller that looks at its norm, on any rank, need not look here.
@@ -168,42 +166,14 @@ class ForwardStep:
             return None
         return TeacherRows(hidden_GH.to(like.device, non_blocking=True), rows_G, self.teacher_matrix_VH)
 
-    def _contrast(
-        self, batch: MicroBatch, model: nn.Module, hidden_TH: Tensor, weights_T: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The gradient of the loss through the divergence under a wrong hint, and that divergence as a constant, [T].
-
-        The head takes one teacher at a time, and the loss is linear in this divergence: here is a sum that is 0 and has
-        the gradient through it; the head's call for all rows has the value, and every other gradient. Nones where no
-        wrong hint was read.
-        """
-        if batch.contrast_hidden_GH is None:
-            return None, None
-        at_G = batch.gated_rows_G
-        teacher = self._teacher(batch.contrast_hidden_GH, torch.arange(len(at_G), device=at_G.device), hidden_TH)
-
-        def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
-            known = replace(terms.detached(), divergence_T=torch.zeros_like(terms.logprob_T))
-            given = replace(token_terms(batch, known, at_G[at_C]), contrast_T=terms.divergence_T)
-            loss_C = self.objective.loss(given, self.context).loss_T * weights_T[at_G[at_C]]
-            return loss_C - loss_C.detach()
-
-        loss_sum, head = self.head.loss(model, hidden_TH[at_G], batch.labels_T[at_G], teacher, row_loss)
-        assert head.divergence_T is not None
-        contrast_T = head.divergence_T.new_zeros(batch.num_tokens).index_copy_(0, at_G, head.divergence_T)
-        return loss_sum, contrast_T
-
 
 def all_finite(*values: Tensor | None) -> Tensor:
     """Where all of them are finite, bool [T]; those that are None are not asked."""
     return torch.stack([values_T.detach().isfinite() for values_T in values if values_T is not None]).all(0)
 
 
-def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast_T: Tensor | None = None) -> TokenTerms:
-    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens.
-
-    `contrast_T`: of all of them.
-    """
+def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> TokenTerms:
+    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens."""
     old_T, reference_T, teacher_T = batch.old_logprobs_T, batch.reference_logprobs_T, batch.teacher_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
@@ -214,7 +184,6 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice, contrast
         gate_T=batch.gates_T[at],
         entropy_T=head.entropy_T,
         teacher_logprob_T=head.teacher_logprob_T if teacher_T is None else teacher_T[at],
-        contrast_T=None if contrast_T is None else contrast_T[at],
         any_open_gate=len(batch.gated_rows_G) > 0,
     )
 

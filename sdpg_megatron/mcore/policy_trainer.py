@@ -52,7 +52,6 @@ class PolicyTrainer:
         self.device = device.training_device()
         self.chunks = wrap(chunks, config.optimizer)
         self._minibatches = config.optimizer.minibatches
-        self._contrasts = config.objective.contrast > 0
         self._gathers_late = config.optimizer.overlap_param_gather
         self._gathered = not self._gathers_late
         """Whether the weights are whole, and no pass gathers any: so at a rollout step's end, for others to read."""
@@ -129,22 +128,13 @@ class PolicyTrainer:
         return self._with_teacher(batches) if self.teacher.early else list(batches)
 
     def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the teacher's hidden rows under the privileged context and, where there is one, under a wrong one."""
-
-        def read(batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-            found = passes.teacher_hidden(self.chunks, batches)
-            return [None if x is None else host_copy(x) for x in found] if self.teacher.early else found
-
+        """Add the teacher's hidden rows under the privileged context."""
         self._gather()
         with self.teacher.reading():
-            found = read(batches)
-            negative_context = [dataclasses.replace(batch, teacher=batch.contrast) for batch in batches]
-            # Not by what is here to read: ranks that share experts run in step, and another may have some.
-            contrast = read(negative_context) if self._contrasts else [None] * len(batches)
-        return [
-            dataclasses.replace(b, teacher_hidden_GH=x, contrast_hidden_GH=y)
-            for b, x, y in zip(batches, found, contrast, strict=True)
-        ]
+            found = passes.teacher_hidden(self.chunks, batches)
+        if self.teacher.early:
+            found = [None if x is None else host_copy(x) for x in found]
+        return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
 
     def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the teacher's log-probs of the sampled tokens at open gates. To be called before a rollout's updates."""

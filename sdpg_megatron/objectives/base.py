@@ -53,9 +53,6 @@ class TokenTerms:
     teacher_logprob_T: Tensor | None = None
     """log q(y_t), 0 on rows with a closed gate; carries no gradient. None without a teacher. Computed before the
     rollout's first update where `RequiredPasses.teacher_logprob` asked for it, otherwise at this mini-batch."""
-    contrast_T: Tensor | None = None
-    """As `divergence_T`, from the teacher with a wrong hint. A loss is linear in it, at a rate that neither carries a
-    gradient nor depends on `divergence_T`. None where nobody reads such a hint."""
     entropy_T: Tensor | None = None
     """Of the policy, in nats; carries the gradient. None where the caller has no use for it."""
     any_open_gate: bool = True

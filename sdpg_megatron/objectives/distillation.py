@@ -44,8 +44,6 @@ class Distillation:
 def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
     """The term at the weight `beta`, which may be 0.
 
-    The divergence, less `config.contrast` times that under a wrong hint, each bounded by itself.
-
     Raises:
         ValueError: a divergence is lacking where it counts.
     """
@@ -62,12 +60,6 @@ def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: 
         clipped_T = divergence_T.detach().abs() > config.divergence_clip
         metrics["distill/clip_fraction"] = TokenMetric(clipped_T.float(), mask_T=gated_T)
         divergence_T = clip(divergence_T, config.divergence_clip)
-    if config.contrast:
-        contrast_T = _present(terms.contrast_T, terms, "contrast > 0 and an open gate need that under a wrong hint")
-        metrics["distill/contrast_kl"] = TokenMetric(contrast_T.detach(), mask_T=gated_T)
-        if config.divergence_clip is not None:
-            contrast_T = clip(contrast_T, config.divergence_clip)
-        divergence_T = divergence_T - config.contrast * contrast_T
     weight_T = beta * context.distill_scale * regularizer_weight(terms, config) * terms.gate_T
     return TokenLoss(weight_T * divergence_T, metrics)
 

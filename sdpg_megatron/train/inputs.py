@@ -73,7 +73,6 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Para
                 config.data,
                 model.tokenizer,
                 config.seed,
-                config.objective.contrast,
                 scored_by_metadata=is_own(config.reward.verifier),
                 on_rows=progress,
             )

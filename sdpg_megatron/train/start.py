@@ -163,5 +163,5 @@ def _branched(config: RunConfig, branch: BranchStart, model: str, data: str) -> 
 
 
 def _data_changes(changes: Sequence[Change]) -> str:
-    found = [str(change) for change in changes if change.within(("data", "objective.contrast"))]
+    found = [str(change) for change in changes if change.within(("data",))]
     return f"; changed: {'; '.join(found)}" if found else ""

@@ -192,35 +192,6 @@ def test_an_entropy_bonus_is_the_same_on_any_layout(model: Path, single: dict[st
     assert alone["metrics"][0]["train/loss"] == pytest.approx(single["metrics"][0]["train/loss"] - bonus, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", ["tied"], indirect=True)
-@pytest.mark.parametrize(
-    ("world", "layout"),
-    [
-        (2, {"parallel.tensor": 2, "optimizer.micro_batch_size": 3, "head.schedule": "recompute"}),
-        (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
-        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "optimizer.micro_batch_size": 3}),
-        (2, {"parallel.context": 2, "optimizer.distributed": False}),
-    ],
-    ids=["tp2", "tp2_sp_pp2", "vpp2", "cp2"],
-)
-def test_a_contrast_is_the_same_on_any_layout(
-    model: Path, single: dict[str, Any], ranks: RankPool, world: int, layout: dict[str, Any]
-) -> None:
-    alone = ranks.run(two_steps, 1, model, {"objective.contrast": 0.8})[0]
-    found = ranks.run(two_steps, world, model, {"objective.contrast": 0.8, **layout})[0]
-    for expected, step in zip(alone["metrics"], found["metrics"], strict=True):
-        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
-    for name, gradient in alone["gradients"].items():
-        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
-        plain = single["gradients"][name]
-        assert (gradient - plain).norm() > 0.05 * plain.norm(), name
-    first, plain = alone["metrics"][0], single["metrics"][0]
-    assert first["distill/kl"] == pytest.approx(plain["distill/kl"])
-    assert first["distill/contrast_kl"] > 1e-3 and "distill/contrast_kl" not in plain
-    taken = 0.7 * 0.8 * first["distill/contrast_kl"] * first["distill/gate_rate"]  # of a mean over all tokens
-    assert first["train/loss"] == pytest.approx(plain["train/loss"] - taken, rel=1e-4)
-
-
 @each_model
 def test_the_step_teaches(single: dict[str, Any]) -> None:
     """The comparison above is about something: every term is there, and every weight moves."""

@@ -36,9 +36,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "every_step": {"objective.teacher": "every", "objective.teacher_every": 1},
     "initial": {"objective.teacher": "initial"},
     "ema": {"objective.teacher": "ema", "objective.teacher_ema": 0.3},
-    "rollout_contrast": {"objective.teacher": "rollout", "objective.contrast": 0.5},
 }
-PERIODS = {"rollout": 1, "every_step": 1, "every": 2, "rollout_contrast": 1}
+PERIODS = {"rollout": 1, "every_step": 1, "every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +129,8 @@ def plain_loop(folder: Path, name: str) -> tuple[list[float], dict[str, Tensor]]
             if name == "current" or (number == 0 and step % PERIODS.get(name, STEPS) == 0):
                 move(teacher, student, 1.0)
             kls = [kl(student, teacher, *sample) for sample in part]
-            found.append(float(torch.cat([right_S for right_S, _ in kls]).mean().detach()))
-            contrast = TEACHERS[name].get("objective.contrast", 0.0)
-            loss = torch.stack([(right_S - contrast * wrong_S).mean() for right_S, wrong_S in kls]).mean()
+            found.append(float(torch.cat(kls).mean().detach()))
+            loss = torch.stack([kl_S.mean() for kl_S in kls]).mean()
             optimizer.zero_grad()
             (0.7 * loss).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -148,14 +146,12 @@ def halves() -> list[list[tuple[Prompt, Sequence[int]]]]:
     return [samples[0] + samples[1], samples[2] + samples[3]]
 
 
-def kl(student: Any, teacher: Any, prompt: Prompt, reply: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher) at each token of a response, under the right hint and under the wrong one."""
+def kl(student: Any, teacher: Any, prompt: Prompt, reply: Sequence[int]) -> Tensor:
+    """KL(student || teacher) at each token of a response."""
     logp_SV = response_logprobs(student, prompt.student_tokens, reply)
     with torch.no_grad():
-        right_SV, wrong_SV = (
-            response_logprobs(teacher, tokens, reply) for tokens in (prompt.teacher_tokens, prompt.contrast_tokens)
-        )
-    return tuple((logp_SV.exp() * (logp_SV - logq_SV)).sum(1) for logq_SV in (right_SV, wrong_SV))  # type: ignore[return-value]
+        logq_SV = response_logprobs(teacher, prompt.teacher_tokens, reply)
+    return (logp_SV.exp() * (logp_SV - logq_SV)).sum(1)
 
 
 def response_logprobs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:

@@ -330,23 +330,6 @@ def test_a_micro_batch_whose_open_gates_are_all_stop_tokens_has_no_teacher() -> 
     assert batch.teacher is None and batch.gated_rows_G.numel() == 0
 
 
-def test_a_contrast_has_the_teachers_responses_and_rows_after_other_prompts() -> None:
-    scored = stopping(REWARDS, RESPONSES)
-    prompt = dataclasses.replace(scored.group.prompt, contrast_tokens=(6, 6, 6, 6))
-    groups = [dataclasses.replace(scored, group=dataclasses.replace(scored.group, prompt=prompt))]
-    plain = make_samples(groups, ObjectiveConfig(), distill=True)
-    samples = make_samples(groups, ObjectiveConfig(contrast=0.5), distill=True)
-    assert collate(plain, PADDED).contrast is None
-    # Another prompt and the response once more where the teacher reads, nothing where it does not.
-    assert [s.cost - p.cost for s, p in zip(samples, plain, strict=True)] == [4 + 4, 0, 4 + 1, 4 + 1]
-    batch = collate(samples, PADDED)
-    assert batch.teacher is not None and batch.contrast is not None
-    assert batch.contrast.tokens_BS[0].tolist() == [6, 6, 6, 6, *RESPONSES[0]]
-    following = [side.tokens_BS.flatten()[side.rows_T + 1].tolist() for side in (batch.teacher, batch.contrast)]
-    assert following[0] == following[1] == batch.labels_T[batch.gated_rows_G].tolist()
-    assert collate(make_samples(groups, ObjectiveConfig(contrast=0.5), distill=False), PADDED).contrast is None
-
-
 def test_distill_scale_counts_gated_tokens_alone() -> None:
     """9 tokens in all; 6 of responses with a positive advantage, 3 of which are stop tokens."""
     groups = [stopping(REWARDS, RESPONSES)]

@@ -34,7 +34,6 @@ def some_samples(count: int = 9) -> list[Sample]:
                 advantage=1.0 + number,
                 gates=tuple(number % 2 == 0 and draw.random() < 0.7 for _ in response),
                 weight=0.5 + number,
-                contrast_prompt=tokens(draw.randint(4, 19)),
             )
         )
     return samples
@@ -47,9 +46,9 @@ def test_packed_sequences_lie_one_after_the_other() -> None:
     assert batch.student.tokens_BS.tolist() == [[token for text in whole for token in text]]
     assert batch.student.lengths == tuple(map(len, whole))
     assert following(batch.student) == batch.labels_T.tolist() == [t for s in samples for t in s.response]
-    assert batch.teacher is not None and batch.contrast is not None
+    assert batch.teacher is not None
     asked = [t for s in samples for t, gate in zip(s.response, s.gates, strict=True) if gate]
-    assert asked and following(batch.teacher) == following(batch.contrast) == asked
+    assert asked and following(batch.teacher) == asked
     assert batch.labels_T[batch.gated_rows_G].tolist() == asked
 
 
@@ -106,13 +105,12 @@ def _table(batch: MicroBatch) -> list[tuple[float, ...]]:
     return [tuple(row) for row in torch.stack([column.double() for column in columns], dim=1).tolist()]
 
 
-@pytest.mark.parametrize("side", ["teacher", "contrast"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_routes_bring_the_teachers_rows_to_the_students(size: int, side: str) -> None:
+def test_routes_bring_the_teachers_rows_to_the_students(size: int) -> None:
     """A row's stand-in is the label of its student's sequence; they are handed over as the collective does it."""
     samples = some_samples()
     parts = [collate(samples, PackingLayout(context=rank, context_size=size)) for rank in range(size)]
-    read = [getattr(part, side) for part in parts]
+    read = [part.teacher for part in parts]
     computed = [_next_tokens(read, rank) for rank in range(size)]
     sent = [torch.split(rows, list(one.route.sent)) for rows, one in zip(computed, read, strict=True)]
     crossing = 0
@@ -145,4 +143,4 @@ def test_a_whole_batch_moves_with_its_routes() -> None:
 def test_without_an_open_gate_nothing_is_read_on_any_rank() -> None:
     closed = [replace(sample, gates=(False,) * len(sample.gates)) for sample in some_samples()]
     batch = collate(closed, PackingLayout(context=1, context_size=2))
-    assert batch.teacher is None and batch.contrast is None and not len(batch.gated_rows_G)
+    assert batch.teacher is None and not len(batch.gated_rows_G)

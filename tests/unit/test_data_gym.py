@@ -160,22 +160,8 @@ def test_the_context_of_another_problem_is_of_the_same_task_and_wrong(tokenizer:
         assert (other[index].question, other[index].answer) == (own[index].question, own[index].answer)
 
 
-def test_a_contrast_has_a_wrong_hint_of_the_same_task_beside_its_own(tokenizer: Any) -> None:
-    own, other = source(tasks=FEW), source(tasks=FEW, context_of="other")
-    both = load_prompts(config(FEW, held_out=2), tokenizer, 0, 0.5)
-    plain = load_prompts(config(FEW, held_out=2), tokenizer, 0)
-    for index in range(30):
-        assert both[0][index].teacher_tokens == plain[0][index].teacher_tokens
-        told = tokenizer.decode(both[0][index].contrast_tokens).split("this problem is: ")[1].split("<|im_end|>")[0]
-        assert told.isdigit() and told != both[0][index].answer
-        assert not own[index].contrast_tokens and not other[index].contrast_tokens
-    assert both[1] == plain[1]
-
-
-def test_a_task_with_one_answer_has_no_contrast(tokenizer: Any) -> None:
+def test_a_task_with_one_answer_has_no_other_problem(tokenizer: Any) -> None:
     ones: dict[str, Any] = {"count_bits": {"parameters": {"min_n": 1, "max_n": 2}}}
-    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 with count_bits"):
-        load_prompts(config(ones), tokenizer, 0, 0.5)
     with pytest.raises(ConfigError, match=r"data\.context_of: found 'other', expected own with count_bits"):
         load_prompts(config(ones, context_of="other"), tokenizer, 0)
 

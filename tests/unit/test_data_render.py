@@ -105,38 +105,6 @@ def test_the_context_of_another_problem_never_has_the_same_answer(tmp_path: Path
     assert len({tuple(told(seed)) for seed in range(5)}) > 1
 
 
-def test_a_contrast_has_both_hints_and_the_wrong_one_never_the_right_answer(tmp_path: Path, tokenizer: Any) -> None:
-    answers = ["2", "2.0", "46", " 2 ", "7", "46", "$7$", "8"]
-    path = write(tmp_path / "a.jsonl", [{"question": f"q{n}", "answer": a} for n, a in enumerate(answers)])
-    mark = "The correct answer to this problem is: "
-
-    def told(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(tokens).split(mark)[1].split("<|im_end|>")[0])
-
-    plain = PromptDataset.load(config(), (path,), tokenizer)
-    assert not any(prompt.contrast_tokens for prompt in plain.prompts)
-    for seed in range(5):
-        prompts = PromptDataset.load(config(), (path,), tokenizer, seed=seed, contrast=0.5).prompts
-        other = PromptDataset.load(config(context_of="other"), (path,), tokenizer, seed=seed).prompts
-        assert [p.contrast_tokens for p in prompts] == [p.teacher_tokens for p in other]
-        assert [p.teacher_tokens for p in prompts] == [p.teacher_tokens for p in plain.prompts]
-        assert [told(p.teacher_tokens).strip() for p in prompts] == [answer.strip() for answer in answers]
-        assert not any(same(p.answer, told(p.contrast_tokens)) for p in prompts)
-        assert all(f"q{number}\n" in tokenizer.decode(p.contrast_tokens) for number, p in enumerate(prompts))
-
-
-def test_a_contrast_needs_another_answer_and_room_for_its_prompt(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "1.0"}, {"question": "c", "answer": "9" * 30}]
-    with pytest.raises(ConfigError, match=r"objective\.contrast: found 0\.5, expected 0 where .* '1'"):
-        PromptDataset.load(config(), (write(tmp_path / "a.jsonl", rows[:2]),), tokenizer, contrast=0.5)
-    path = write(tmp_path / "b.jsonl", rows[1:])
-    limit = len(PromptDataset.load(config(), (path,), tokenizer)[0].teacher_tokens)
-    with pytest.raises(DataError, match="2 rows, all longer"):  # b is too long with the hint of c, and c with its own
-        PromptDataset.load(config(max_prompt_tokens=limit), (path,), tokenizer, contrast=0.5)
-    cut = PromptDataset.load(config(max_prompt_tokens=limit, overlong="truncate"), (path,), tokenizer, contrast=0.5)
-    assert cut.truncated == 2 and {len(p.contrast_tokens) for p in cut.prompts} == {limit}
-
-
 def test_the_context_of_another_marked_row_takes_the_place_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
         {"prompt": [{"role": "user", "content": f"{question}{MARK} It is {answer}."}], "answer": answer}

@@ -121,13 +121,12 @@ def test_a_data_set_is_written_and_mapped_as_it_is(tmp_path: Path, tokenizer: An
         row("é"), row("b", {"x": [1, 2.5]}, level=1.5), {"prompt": chat, "answer": 7}, row("a"), row("é"), row("d"),
     ]  # fmt: skip
     path = write(tmp_path / "a.jsonl", rows)
-    dataset = PromptDataset.load(DataConfig(), (path,), tokenizer, contrast=0.5, seed=1)
+    dataset = PromptDataset.load(DataConfig(), (path,), tokenizer, seed=1)
     dataset.save(tmp_path / "a.arrow")
     mapped = PromptDataset.open(tmp_path / "a.arrow")
     (tmp_path / "a.arrow").unlink()
     assert list(mapped.prompts) == list(dataset.prompts)
     assert mapped[-1] == dataset[4] and mapped.prompts[1:3] == (dataset[1], dataset[2])
-    assert all(prompt.contrast_tokens for prompt in mapped.prompts)
     assert mapped.digest == dataset.digest == digest_of(dataset.prompts)
     assert (mapped.repeated, mapped.structured, mapped.warnings) == (1, dataset.structured, dataset.warnings)
     with pytest.raises(IndexError, match="prompt 5 of 5"):

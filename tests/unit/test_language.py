@@ -55,7 +55,9 @@ def test_a_habit_is_rare(name: str) -> None:
 
 
 def test_few_docstrings_open_with_a_question_word() -> None:
-    found = [place for place, text in DOCSTRINGS.items() if re.split(r"\W+", text.strip(), 1)[0].lower() in OPENERS]
+    found = [
+        place for place, text in DOCSTRINGS.items() if re.split(r"\W+", text.strip(), maxsplit=1)[0].lower() in OPENERS
+    ]
     assert len(found) <= OPENER_SHARE * len(DOCSTRINGS), f"{len(found)} of {len(DOCSTRINGS)}: {found}"
 
 

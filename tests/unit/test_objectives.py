@@ -381,36 +381,6 @@ def test_the_divergence_clip_bounds_what_is_learned_and_is_reported() -> None:
     assert reported.tolist() == [0.5, -0.5, 4.0, -8.0]
 
 
-def test_a_contrast_takes_the_divergence_under_a_wrong_hint_each_bounded_by_itself() -> None:
-    """Rows 0..3 have the open gate."""
-    sample = make_sample(near_policy=False)
-    right_T, wrong_T = (
-        torch.tensor(values, dtype=torch.float64).repeat(3).requires_grad_()
-        for values in ([0.5, 1.0, 4.0, 8.0], [0.25, 6.0, 1.0, 8.0])
-    )
-    terms = replace(token_terms(sample, sample.old_logprob_T, right_T), contrast_T=wrong_T)
-    fields: dict[str, Any] = {"name": "opcd", "gate": True, "contrast": 0.5}
-    for bound, expected, slopes in (
-        (None, [0.375, -2.0, 3.5, 4.0], [1.0, 1.0, 1.0, 1.0]),
-        (2.0, [0.375, 0.0, 1.5, 1.0], [1.0, 1 / 3, 1.0, 1 / 4]),
-    ):
-        loss = build(ObjectiveConfig(**fields, divergence_clip=bound), TOTAL).loss(terms, CONTEXT)
-        assert loss.loss_T.tolist() == pytest.approx([*expected, *8 * [0.0]])
-        (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), wrong_T)
-        assert gradient_T.tolist() == pytest.approx([*(-0.5 * slope for slope in slopes), *8 * [0.0]])
-        reported = loss.metrics["distill/contrast_kl"]
-        assert reported.mask_T is not None and not reported.values_T.requires_grad
-        assert reported.values_T[reported.mask_T].tolist() == [0.25, 6.0, 1.0, 8.0]
-        assert loss.metrics["distill/kl"].values_T[reported.mask_T].tolist() == [0.5, 1.0, 4.0, 8.0]
-    plain = build(ObjectiveConfig(name="opcd", gate=True), TOTAL).loss(terms, CONTEXT)
-    assert torch.equal(plain.loss_T, right_T * terms.gate_T) and "distill/contrast_kl" not in plain.metrics
-    lacking, objective = replace(terms, contrast_T=None), build(ObjectiveConfig(**fields), TOTAL)
-    with pytest.raises(ValueError, match="wrong hint"):
-        objective.loss(lacking, CONTEXT)
-    closed = replace(lacking, gate_T=torch.zeros_like(terms.gate_T), any_open_gate=False)
-    assert not objective.loss(closed, CONTEXT).loss_T.any()
-
-
 def test_without_a_divergence_clip_nothing_is_bounded() -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T, torch.full((ROWS,), 1e3, dtype=torch.float64))
