@@ -12,7 +12,7 @@ lines are a table. The exit code is 1 where a part has failed.
                 MFU, peak memory beside that of `sdpg-megatron plan`, kernels and waits of a step
     head        benchmarks/head.py at T 8192, H 2560, V 151936, bfloat16
     sglang      `sdpg-megatron train`, two steps with a colocated server, where an interpreter with sglang is given:
-                seconds of its phases, log-prob difference; checksums where this environment has sglang, too
+                seconds of its phases, log-prob difference; its weights verified after every step
     tests       tests/gpu, with Transformer Engine's where it is installed
     run         as sglang, with the embedded engine
     train_1.7b  as train, with recomputed layers

@@ -79,8 +79,7 @@ class SGLangConfig(Section):
     """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
     its optimizer state and gradients to the host while they generate. Needs another transport than broadcast."""
     verify_every: int = Field(0, ge=0)
-    """Compare the servers' weights with the trainer's by checksum every so many steps; 0 for never, as has to be for
-    mixtures of experts."""
+    """Verify the servers' weights every this many steps by publishing them again over random values; 0 for never."""
 
 
 class RolloutConfig(Section):

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.data.tokenizer import stop_ids
-from sdpg_megatron.errors import NumericsError, RolloutError, WeightError, did_you_mean
+from sdpg_megatron.errors import NumericsError, RolloutError
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
 from sdpg_megatron.rollout.experts import ExpertRecorder
 from sdpg_megatron.rollout.transformers_check import check_reading
+from sdpg_megatron.weights.bucket import StreamCheck
 from sdpg_megatron.weights.hf_moe_names import as_saved
 
 UNCONSTRAINED: Mapping[str, Any] = {
@@ -36,8 +37,6 @@ UNCONSTRAINED: Mapping[str, Any] = {
 UNTRUNCATED: Mapping[str, Any] = {"top_k": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 """Generation parameters that leave the model's distribution as it is; the latter only apply where tokens are sampled.
 transformers replaces unset ones by the model's, then by its own defaults (top-k 50)."""
-LISTED = 8
-"""Weights that one error message names."""
 
 
 class HFEngine:
@@ -116,25 +115,12 @@ class HFEngine:
         """See `RolloutEngine`. The stream is read to its end even where it is faulty: its source may be collective."""
         self._require_open()
         self._version = -1
-        missing = dict.fromkeys(self._targets)
-        faults: list[str] = []
+        check = StreamCheck({name: target.shape for name, target in self._targets.items()})
         for bucket in buckets:
             for name, tensor in bucket:
-                target = self._targets.get(name)
-                if target is None:
-                    faults.append(" ".join(filter(None, (f"{name} is unknown;", did_you_mean(name, self._targets)))))
-                elif name not in missing:
-                    faults.append(f"{name} came twice")
-                else:
-                    del missing[name]
-                    if tensor.shape == target.shape:
-                        target.copy_(tensor)
-                    else:
-                        faults.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
-        faults += [f"{name} is missing" for name in missing]
-        if faults:
-            more = f", and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-            raise WeightError(f"publish of version {version}: {', '.join(faults[:LISTED])}{more}")
+                if check.accept(name, tensor.shape):
+                    self._targets[name].copy_(tensor)
+        check.finish(f"publish of version {version}")
         self._version = version
 
     def close(self) -> None:

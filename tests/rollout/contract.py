@@ -42,7 +42,7 @@ def stream(weights: dict[str, Tensor], size: int = 7) -> Iterator[Bucket]:
     """A weight stream in buckets, in an order of its own."""
     items = sorted(weights.items(), reverse=True)
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield Bucket.of(items[start : start + size])
 
 
 class EngineContract:

@@ -74,7 +74,6 @@ class RankChecksums:
     """Checksums of one of the server's ranks, by its own parameter names."""
 
     tensor_rank: int
-    tensor_size: int
     by_name: Mapping[str, str]
 
 
@@ -286,16 +285,17 @@ class Client:
         await self._admin("/update_weights_from_disk", body, timeout=self.timeouts.update)
 
     async def checksums(self) -> list[RankChecksums]:
-        """Of every parameter, for every rank of the server."""
+        """Checksums of every parameter of every rank."""
         found = await self._admin("/weights_checker", {"action": "checksum"}, timeout=self.timeouts.update)
         try:
-            places = [_place(rank["parallelism_info"]) for rank in found["ranks"]]
-            return [
-                RankChecksums(place["tp_rank"], place["tp_size"], rank["checksums"])
-                for place, rank in zip(places, found["ranks"], strict=True)
-            ]
+            return [RankChecksums(_place(rank)["tp_rank"], rank["checksums"]) for rank in found["ranks"]]
         except (KeyError, TypeError, IndexError) as error:
             raise ServerError(self.url, "/weights_checker", f"an answer that cannot be read ({error!r})") from error
+
+    async def randomize_weights(self) -> None:
+        """Overwrite every parameter of the model with random values."""
+        body = {"action": "reset_tensors", "selector": "target"}
+        await self._admin("/weights_checker", body, timeout=self.timeouts.update)
 
     # --- memory
 
@@ -344,7 +344,8 @@ class Client:
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
 
 
-def _place(info: Any) -> Mapping[str, Any]:
-    """A rank's place, which SGLang 0.5.15 states once, and later ones for each model: a draft model comes last."""
+def _place(rank: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A rank's coordinates: one mapping in SGLang 0.5.15, later one per model with a draft model last."""
+    info = rank["parallelism_info"]
     place: Mapping[str, Any] = info if isinstance(info, dict) else info[0]
     return place

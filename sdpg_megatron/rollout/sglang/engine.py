@@ -11,17 +11,16 @@ from pathlib import Path
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
+from sdpg_megatron.errors import ConfigError, RolloutError, ServerError, WeightError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
-from sdpg_megatron.rollout.sglang import checksum, memory
+from sdpg_megatron.rollout.sglang import memory
 from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_transport
-from sdpg_megatron.rollout.sglang.checksum import Served
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.groups import GroupSource
-from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
+from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport, WeightsChangedError
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.weights import hf_shapes
 
@@ -130,15 +129,20 @@ class SGLangEngine:
             WeightError: see `RolloutEngine`.
             RolloutError: `attempts` publishes in a row reached none of the servers.
         """
+        self._publish(version, buckets, verify=False)
+
+    def _publish(self, version: int, buckets: Iterable[Bucket], *, verify: bool) -> PublishReport:
         thread, wire = self._open(), self._wire(version)
         assert self._publisher is not None, "this process follows another's engine"
         self._version = -1
-        handles = thread.run(self._targets(wire))
+        handles = thread.run(self._targets(wire, current=verify))
         clients = [handle.client for handle in handles]
-        report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
+        prepare = partial(memory.take_rest, self._pool)
+        report = self._publisher.publish(clients, wire, buckets, prepare=prepare, verify=verify)
         thread.run(self._settle(handles, report))
         self._count_fruitless(report)
         self._version = version
+        return report
 
     def close(self) -> None:
         """See `RolloutEngine`. Servers that this engine started end; others go on."""
@@ -171,27 +175,23 @@ class SGLangEngine:
         self._version = version
 
     def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Compare the weights of every server that serves `version` with the stream's, which is read to its end.
+        """Publish `version` again to every server that serves it, over random values, and compare checksums.
 
-        Servers that do not answer are left out: they get the weights once more before they serve again.
+        The stream is read to its end. A server that fails otherwise waits for the next publish.
 
         Raises:
-            WeightError: they differ; names servers and tensors.
-            RolloutError: `version` is not the current one, or the weights cannot be compared.
+            WeightError: a server's weights are not as before; names servers and parameters.
+            RolloutError: `version` is not the current one, or as `publish`.
         """
         stream = iter(buckets)
-        try:
-            if version != self._version:
-                raise RolloutError(f"verify: version {version} is not the current one. Fix: publish it first")
-            servers = self._open().run(self._served())
-        except Exception:
+        if version != self._version:
             deque(stream, maxlen=0)  # its source is collective
-            raise
-        if not servers:
-            logger.warning("no server's weights were compared: none serves version %d", version)
-        for found in checksum.verify(self._architecture, servers, stream):
-            if found.not_compared:
-                logger.warning("%s has parameters that the trainer does not know: %s", found.url, found.not_compared)
+            raise RolloutError(f"verify: version {version} is not the current one. Fix: publish it first")
+        report = self._publish(version, stream, verify=True)
+        if changed := [error for error in report.failures.values() if isinstance(error, WeightsChangedError)]:
+            raise WeightError("\n".join(map(str, changed)))
+        if not report.served:
+            logger.warning("no server's weights were verified: none serves version %d", version)
 
     def release(self) -> None:
         """Have the servers give their memory back. They have no weights until `resume` and the next publish.
@@ -213,9 +213,11 @@ class SGLangEngine:
         self._pool.expect(wire)
         return self._pool.targets()
 
-    async def _targets(self, wire: str) -> list[ServerHandle]:
+    async def _targets(self, wire: str, *, current: bool) -> list[ServerHandle]:
+        """The servers to publish to: those that serve the current version, or all."""
+        ready = self._pool.ready()
         self._pool.expect(wire)
-        return await self._pool.reachable()
+        return ready if current else await self._pool.reachable()
 
     async def _settle(self, handles: Sequence[ServerHandle], report: PublishReport) -> None:
         for handle in handles:
@@ -229,17 +231,6 @@ class SGLangEngine:
         logger.warning("%s did not get the weights: %s", handle.url, error)
         if handle.released or handle.ended or not await handle.client.alive():
             self._pool.mark_lost(handle, str(error))
-
-    async def _served(self) -> list[Served]:
-        found = await asyncio.gather(*(self._ask(handle) for handle in self._pool.ready()))
-        return [served for served in found if served is not None]
-
-    async def _ask(self, handle: ServerHandle) -> Served | None:
-        try:
-            return await checksum.ask(handle.client)
-        except ServerError as error:
-            self._pool.report(handle, error)
-            return None
 
     # --- small things
 

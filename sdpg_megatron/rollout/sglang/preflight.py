@@ -14,7 +14,6 @@ from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
-from sdpg_megatron.rollout.sglang.checksum import hash_on
 from sdpg_megatron.rollout.sglang.nccl import check_nccl, own_version
 from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
 from sdpg_megatron.rollout.sglang.transformers_check import check_server_reading
@@ -61,21 +60,18 @@ def check_python(sglang: SGLangConfig, folder: Path) -> None:
 
 
 def check_trainer(config: RunConfig, kind: str) -> None:
-    """Check what the servers ask of the trainer: to leave them its GPUs' memory, and to know SGLang's hash.
+    """Check that the trainer can leave its GPUs' memory to colocated servers.
 
     Args:
         kind: "cuda" or "cpu", where the trainer runs.
 
     Raises:
-        ConfigError: servers are colocated, and the trainer cannot leave the memory.
-        RolloutError: weights are to be compared by checksum, and the hash of servers on GPUs is not installed here.
+        ConfigError: it cannot.
     """
     sglang = config.rollout.sglang
     if sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
         # The optimizer's parameters are then the model's own, which have to stay for the next publish.
         raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")
-    if sglang.verify_every:
-        hash_on(kind)
 
 
 def check_hosts(sglang: SGLangConfig) -> None:

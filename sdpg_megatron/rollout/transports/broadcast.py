@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,12 +15,10 @@ from torch import Tensor
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.nccl import own_version
-from sdpg_megatron.rollout.transports.attempt import AttemptResult, attempt, leave
-from sdpg_megatron.rollout.transports.base import Failures, Send
-from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer, Private
-from sdpg_megatron.rollout.transports.flat import Flat, as_run
+from sdpg_megatron.rollout.transports.base import Failures, Send, split
 from sdpg_megatron.rollout.transports.weight_group import WeightGroup, address_towards
-from sdpg_megatron.weights import Bucket, new_room
+from sdpg_megatron.weights import Bucket, allocate
+from sdpg_megatron.weights.bucket import TensorSpec
 
 JOIN_SECONDS = 120.0
 """Bound of the time in which all ranks meet."""
@@ -29,6 +28,12 @@ the first broadcast, so what keeps it from that shows before any weights are on 
 SHARE = 0.8
 """Of the time that a server's answer may take, until which a broadcast is given up: there must be time left in which
 the others say that they are well."""
+
+
+GRACE = 1.0
+"""Seconds in which failures of one cause show, once the first has."""
+SETTLE = 10.0
+"""Seconds in which everyone notices that the group is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,57 +69,44 @@ class BroadcastTransport:
         self._group: WeightGroup | None = None
         self._endpoints: dict[Client, ServerEndpoint] = {}
         self._nccl = False
-        self._buffers = DoubleBuffer(Private)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
         """See `Transport`. The group of the session before is used again where its members are the same processes."""
-        self._buffers.restart()
         found = await asyncio.gather(*(_endpoint(client) for client in clients), return_exceptions=True)
-        failures: dict[Client, ServerError] = {}
-        endpoints: dict[Client, ServerEndpoint] = {}
-        for client, endpoint in zip(clients, found, strict=True):
-            if isinstance(endpoint, ServerEndpoint):
-                endpoints[client] = endpoint
-            elif isinstance(endpoint, ServerError):
-                failures[client] = endpoint
-            else:
-                raise endpoint
+        endpoints, failures = split(clients, found)
         if self._group is None or not self._group.joined or endpoints != self._endpoints:
             await self._dissolve()
-            failures |= await self._form(endpoints)
+            failures = {**failures, **await self._form(endpoints)}
         return failures
 
-    def room(self, nbytes: int, device: torch.device) -> Tensor:
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
         """See `Transport`."""
-        return new_room(nbytes, device) if device.type == "cuda" else self._buffers.take(nbytes).memory
+        return allocate(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Transport`. A weight stream's bucket is sent from where it lies."""
-        flat = as_run(bucket)
-        if flat.run.is_cuda and not self._nccl:
-            flat = Flat(flat.run.cpu(), flat.spans)
-        if flat.run.is_cuda:
-            # The broadcast is enqueued by another thread, on that thread's stream.
-            torch.cuda.current_stream(flat.run.device).synchronize()
-        return partial(self._send, flat)
+        """See `Transport`."""
+        memory = bucket.memory if self._nccl else bucket.memory.cpu()
+        if memory.is_cuda:
+            # Another thread enqueues the broadcast, on its own stream.
+            torch.cuda.current_stream(memory.device).synchronize()
+        return partial(self._send, memory, bucket.specs)
 
     async def finish(self) -> Failures:
         """See `Transport`."""
         return {}
 
     async def close(self) -> None:
-        """See `Transport`. The group stays, and so do the buffers."""
+        """See `Transport`. The group is kept."""
 
     async def dispose(self) -> None:
         """See `Transport`."""
-        self._buffers.release()
         await self._dissolve()
 
-    async def _send(self, flat: Flat) -> Failures:
+    async def _send(self, memory: Tensor, specs: Sequence[TensorSpec]) -> Failures:
         failures: dict[Client, ServerError] = {}
         while self._group is not None:
             clients = list(self._endpoints)
-            result = await _broadcast(self._group, flat, clients, self._seconds)
+            result = await _broadcast(self._group, memory, specs, clients, self._seconds)
             if result.well:
                 break
             failures |= _blamed(result, clients)
@@ -143,8 +135,8 @@ class BroadcastTransport:
             seconds = min(JOIN_SECONDS, self._seconds)
             result = await attempt(group, _joins(group, endpoints), group.join(seconds), seconds)
             if result.well:
-                probe = as_run([(PROBE, torch.zeros(1, device=self._device if self._nccl else "cpu"))])
-                result = await _broadcast(group, probe, list(endpoints), seconds)
+                probe = Bucket.of([(PROBE, torch.zeros(1, device=self._device if self._nccl else "cpu"))])
+                result = await _broadcast(group, probe.memory, probe.specs, list(endpoints), seconds)
             if result.well:
                 self._group, self._endpoints = group, endpoints
                 break
@@ -177,12 +169,14 @@ def _joins(group: WeightGroup, endpoints: Mapping[Client, ServerEndpoint]) -> di
     return joins
 
 
-async def _broadcast(group: WeightGroup, flat: Flat, clients: Sequence[Client], seconds: float) -> AttemptResult:
-    names = [span.name for span in flat.spans]
-    dtypes = [span.dtype_name for span in flat.spans]
-    shapes = [list(span.shape) for span in flat.spans]
+async def _broadcast(
+    group: WeightGroup, memory: Tensor, specs: Sequence[TensorSpec], clients: Sequence[Client], seconds: float
+) -> AttemptResult:
+    names = [spec.name for spec in specs]
+    dtypes = [str(spec.dtype).removeprefix("torch.") for spec in specs]
+    shapes = [spec.shape for spec in specs]
     calls = {client: client.receive(names, dtypes, shapes, group.name) for client in clients}
-    return await attempt(group, calls, group.broadcast(flat.run, seconds), seconds)
+    return await attempt(group, calls, group.broadcast(memory, seconds), seconds)
 
 
 def _blamed(result: AttemptResult, clients: Sequence[Client]) -> Failures:
@@ -214,3 +208,86 @@ async def _endpoint(client: Client) -> ServerEndpoint:
     if int(info.get("pp_size", 1)) > 1:
         raise ServerError(client.url, "", "SGLang broadcasts to one pipeline stage only. Fix: use the disk transport")
     return ServerEndpoint(int(info["tp_size"]), client.start_of(info), str(info.get("device", "cuda")))
+
+
+# --- an attempt of all servers together
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptResult:
+    """Empty where all went well."""
+
+    failed: Mapping[Client, ServerError]
+    """Servers at fault: gone, stuck, or unwilling."""
+    spoiled: frozenset[Client]
+    """Servers that failed because others did."""
+    own: BaseException | None
+    """What went wrong in this process."""
+
+    @property
+    def well(self) -> bool:
+        return not self.failed and not self.spoiled and self.own is None
+
+
+async def attempt(
+    group: WeightGroup,
+    calls: Mapping[Client, Coroutine[Any, Any, None]],
+    own: Coroutine[Any, Any, None],
+    seconds: float,
+) -> AttemptResult:
+    """Await the servers' calls and this process's own part. Where any of them fails, or all take longer than
+    `seconds`, the group is destroyed, so that nobody waits in it for the others."""
+    tasks = {client: asyncio.ensure_future(call) for client, call in calls.items()}
+    mine = asyncio.ensure_future(own)
+    try:
+        everything = {mine, *tasks.values()}
+        _, pending = await asyncio.wait(everything, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=GRACE)
+        first = {client: error for client, task in tasks.items() if (error := _error(task))}
+        if any(not task.done() or _error(task) for task in everything):
+            await _break(group, mine, list(first))
+            await asyncio.wait(tasks.values(), timeout=SETTLE)
+        return _judge(tasks, first, _error(mine))
+    except asyncio.CancelledError:
+        group.destroy()
+        raise
+    finally:
+        for task in (mine, *tasks.values()):
+            task.cancel()
+        await asyncio.gather(mine, *tasks.values(), return_exceptions=True)
+
+
+async def _break(group: WeightGroup, mine: asyncio.Future[None], unwilling: Sequence[Client]) -> None:
+    """A Gloo broadcast ends when a receiver closes its connections: a server that takes no part is told to."""
+    await group.interrupt()
+    await asyncio.gather(*(leave(client, group.name) for client in unwilling))
+    await asyncio.wait({mine}, timeout=SETTLE)
+    group.destroy()
+
+
+async def leave(client: Client, name: str) -> None:
+    """Have a server forget a group, where it answers and has one."""
+    with suppress(ServerError, asyncio.TimeoutError):
+        async with asyncio.timeout(GRACE):
+            await client.leave_group(name)
+
+
+def _judge(
+    tasks: Mapping[Client, asyncio.Future[None]], first: Mapping[Client, ServerError], own: BaseException | None
+) -> AttemptResult:
+    """Blame servers that are gone or never answered; where there are none, those that failed before the break."""
+    stuck = {
+        client: ServerError(client.url, "", "did not answer while weights were sent", retryable=True)
+        for client, task in tasks.items()
+        if not task.done()
+    }
+    errors = {client: error for client, task in tasks.items() if task.done() and (error := _error(task))}
+    gone = {client: error for client, error in errors.items() if error.__cause__ is not None}
+    failed = {**stuck, **gone} or dict(first)
+    return AttemptResult(failed, frozenset(errors) - frozenset(failed), own)
+
+
+def _error(task: asyncio.Future[None]) -> Any:
+    """What a task failed with; None for one that is not done, or well."""
+    return task.exception() if task.done() and not task.cancelled() else None
