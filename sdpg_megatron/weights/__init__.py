@@ -1,4 +1,4 @@
-"""Weights between Hugging Face tensors and Megatron shards: one map per family, read in both directions."""
+"""Hugging Face tensors to Megatron shards and back: one map per family for both directions."""
 
 from sdpg_megatron.weights.bucket import Bucket, allocate
 from sdpg_megatron.weights.folder import FolderWriter, read_folder, write_folder

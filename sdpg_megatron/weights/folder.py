@@ -16,8 +16,7 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
 from sdpg_megatron.hf_files import COMPANIONS
 from sdpg_megatron.weights.bucket import Bucket, TensorSpec, in_buckets
-from sdpg_megatron.weights.check import check_finite
-from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_weights
+from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, check_finite, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
 
 

@@ -1,8 +1,7 @@
-"""Megatron shards out as named, whole Hugging Face tensors, in buckets of bounded size.
+"""Stream of a model's weights: Megatron shards to whole Hugging Face tensors, in buckets of bounded size.
 
-Parameters travel one at a time in one canonical order: the shards of a parameter meet on the first rank of the pipeline
-stage that owns it, become whole tensors there, and go to the leader, the first rank of stage 0. Every whole tensor
-leaves its stage once.
+Parameters are sent one at a time in canonical order. The first rank of a parameter's pipeline stage gathers its shards,
+joins them into whole tensors, and sends these once to the leader, the first rank of stage 0.
 """
 
 from __future__ import annotations
@@ -44,13 +43,12 @@ class _Item:
 
 
 class WeightStream(Iterator[Bucket]):
-    """Streams the model's weights to the leader, the first rank of pipeline stage 0.
+    """Iterates over the model's weights in buckets on the leader, the first rank of pipeline stage 0.
 
-    Every rank of one model replica iterates to the end, in step: of all tensor-parallel groups that its experts are
-    spread over. The leader's buckets hold the tensors; those of the other ranks are empty, as many of them. The tensors
-    are copies on the parameters' device, which an optimizer step does not change later; those of a bucket lie end to
-    end in one piece of memory. A rank holds one bucket and one parameter at a time, as long as its consumer lets go of
-    a bucket before it asks for the next.
+    Collective: every rank of one model replica, including all tensor-parallel groups of its experts, iterates to the
+    end. The other ranks get the same number of empty buckets. The tensors are copies on the parameters' device: later
+    optimizer steps do not change them. A rank holds one bucket and one parameter at a time if its consumer releases a
+    bucket before it requests the next.
     """
 
     allocate: Allocate
@@ -70,16 +68,16 @@ class WeightStream(Iterator[Bucket]):
     ) -> None:
         """
         Args:
-            local_params: the rank's parameters, all model chunks together, under their Megatron names with global
-                numbers of layers and experts.
-            arch: what the model is.
+            local_params: the rank's parameters of all model chunks, under their Megatron names with global layer and
+                expert numbers.
+            arch: the model's architecture.
             tp_group: the tensor-parallel group; None for a single rank.
             pp_group: the pipeline group, in stage order; None for a single stage.
-            expert_group: the ranks of the stage that hold one copy of its experts, those that share an expert next to
-                one another; not looked at for a dense model. None for a single rank.
-            expert_tensor: how many share an expert.
+            expert_group: the stage's ranks of one copy of its experts, ranks of one expert adjacent; ignored for a
+                dense model. None for a single rank.
+            expert_tensor: number of ranks per expert.
             bucket_bytes: bound of a bucket; a larger parameter has a bucket to itself.
-            dtype: type of the tensors; None for each parameter's own.
+            dtype: type of the tensors; None for each parameter's type.
         """
         self.allocate = allocate
         self._params, self._arch = local_params, arch
@@ -91,11 +89,11 @@ class WeightStream(Iterator[Bucket]):
         self._buckets = self._make()
 
     def __next__(self) -> Bucket:
-        """A bucket of (Hugging Face name, whole tensor); in canonical order, each tensor of the model exactly once.
+        """Next bucket in canonical order; each tensor of the model is in one bucket.
 
         Raises:
-            WeightError: on every rank, before anything is sent: a parameter is not in the map, has the wrong shape,
-                is missing, or is owned by two stages.
+            WeightError: a parameter is not in the map, has the wrong shape, is missing, or is on two stages. Raised on
+                every rank before anything is sent.
         """
         return next(self._buckets)
 
@@ -151,7 +149,7 @@ class WeightStream(Iterator[Bucket]):
 def _exchange(
     operation: Callable[..., object], parts: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup | None
 ) -> None:
-    """Send tensors to these ranks of the group, or receive them; as a batch, for which NCCL needs no group of two."""
+    """Send tensors to these ranks of the group, or receive them, in one batch: NCCL then needs no pairwise groups."""
     batch = [dist.P2POp(operation, tensor, group=group, group_peer=rank) for rank, tensor in parts]
     for work in dist.batch_isend_irecv(batch) if batch else []:
         work.wait()
@@ -160,7 +158,7 @@ def _exchange(
 def _plan(
     local_params: Mapping[str, Tensor], arch: Architecture, place: Replica, dtype: torch.dtype | None
 ) -> list[_Item]:
-    """Who sends what, in canonical order; the same on every rank. Faults anywhere are raised everywhere."""
+    """Parameters in canonical order with their owners, the same on every rank. A fault on any rank is raised on all."""
     parameters = weight_map(arch)
     stages = place.gather({name: (tuple(local.shape), local.dtype) for name, local in local_params.items()})
     items: dict[str, _Item] = {}
@@ -181,7 +179,7 @@ def _plan(
 
 
 def _put(item: _Item, shard: Tensor, whole: Tensors, rank: int, size: int) -> None:
-    """Copy a tensor-parallel rank's shard into its places."""
+    """Copy a tensor-parallel rank's shard into the whole tensors."""
     dim, start = item.parameter.layout.dim, 0
     for piece in item.parameter.pieces(rank, size):
         if piece.source is not None:
