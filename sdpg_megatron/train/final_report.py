@@ -17,7 +17,7 @@ from sdpg_megatron.observe.report import CURVE_FILE
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.summary import Summary
 from sdpg_megatron.observe.writers import METRICS_FILE, TENSORBOARD_FOLDER
-from sdpg_megatron.rollout.sglang.server import default_python
+from sdpg_megatron.rollout.sglang.interpreter import default_python
 from sdpg_megatron.train.run_dir import EVAL_FOLDER, EXPORT_FOLDER
 
 FILES = {

@@ -15,9 +15,10 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
+from sdpg_megatron.rollout.sglang.interpreter import default_python
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.requirements import ServerRequirements
-from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, default_python
+from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.rollout.transports import BroadcastTransport, DiskTransport, SharedMemoryTransport, Transport
 

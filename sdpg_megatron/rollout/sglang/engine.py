@@ -15,10 +15,9 @@ from sdpg_megatron.errors import ConfigError, RolloutError, ServerError, WeightE
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
 from sdpg_megatron.rollout.sglang import memory
-from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_transport
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.event_loop import LoopThread
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread, unless
 from sdpg_megatron.rollout.sglang.groups import GroupSource
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport, WeightsChangedError
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle

@@ -13,8 +13,8 @@ import numpy as np
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted, compact
-from sdpg_megatron.rollout.sglang.async_tools import together
 from sdpg_megatron.rollout.sglang.client import Client, GeneratedSample
+from sdpg_megatron.rollout.sglang.event_loop import together
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 

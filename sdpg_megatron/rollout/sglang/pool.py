@@ -18,8 +18,8 @@ import aiohttp
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.base import WeightsWanted
-from sdpg_megatron.rollout.sglang.async_tools import Threads, nap, together
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.event_loop import Threads, nap, together
 from sdpg_megatron.rollout.sglang.server import ServerProcess
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, ServerState
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.nccl import own_version
+from sdpg_megatron.rollout.sglang.interpreter import own_version
 from sdpg_megatron.rollout.transports.base import Failures, Send, split
 from sdpg_megatron.rollout.transports.weight_group import WeightGroup, address_towards
 from sdpg_megatron.weights import Bucket, allocate

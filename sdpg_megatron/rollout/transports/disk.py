@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.errors import RolloutError, reason_of
-from sdpg_megatron.rollout.sglang.async_tools import Threads
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.event_loop import Threads
 from sdpg_megatron.rollout.transports.base import Failures, Send, split
 from sdpg_megatron.weights import Bucket, FolderWriter, allocate
 
