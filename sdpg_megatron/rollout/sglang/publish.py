@@ -1,11 +1,10 @@
-"""New weights into running servers: one session over all of them, at whose end each has all the weights or is not used.
+"""Publish weights to running servers in one session; a server that misses any part leaves rotation.
 
     pause  ->  version "unfinished"  ->  begin  ->  bucket, bucket, ...  ->  end  ->  flush cache  ->  version
-           ->  resume  ->  the server itself says the version
+           ->  resume  ->  the server confirms the version
 
-A server that fails takes no further part; the others go on. From the moment when a server may hold weights of two
-versions until it has all of the new ones it goes by a version that nobody asks for, so that no sample of such weights
-can pass for one of a real version, whatever fails in between.
+A server that fails drops out; the others continue. While a server's weights may be mixed, it reports a version that no
+request accepts, so no sample of mixed weights is used, whatever fails.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from sdpg_megatron.weights import Bucket, WeightStream
 from sdpg_megatron.weights.bucket import StreamCheck, listed
 
 UNFINISHED = "unfinished"
-"""What a server's version begins with while its weights are not of one version."""
+"""Prefix of a server's version while its weights may be mixed."""
 FLUSH_SECONDS = 10.0
-"""In which a paused server has finished what it was doing."""
+"""Time for a paused server to become idle."""
 
 Prepare = Callable[[Client], Awaitable[None]]
 Step = Callable[[Client], Coroutine[Any, Any, None]]
@@ -37,17 +36,17 @@ Step = Callable[[Client], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What came of a session."""
+    """Result of a session."""
 
     version: str
     served: Sequence[Client]
-    """Servers that have the weights, and say so."""
+    """Servers that have the weights and confirmed the version."""
     failures: Failures
-    """The others. Those that answer were resumed, with weights that belong to no version."""
+    """The other servers. Those that answer were resumed, with an unfinished version."""
     bytes: int
     seconds: Mapping[str, float]
-    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" their way
-    into the servers, "wait" the part of the sending in which nothing else was done."""
+    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" sending them
+    and loading them on the servers, "wait" the part of "send" that overlaps with nothing."""
 
 
 class Publisher:
@@ -56,9 +55,9 @@ class Publisher:
     def __init__(self, transport: Transport, shapes: Mapping[str, Sequence[int]], thread: LoopThread) -> None:
         """
         Args:
-            transport: the way that buckets go.
-            shapes: of every tensor that a stream must have.
-            thread: where the clients live.
+            transport: sends the buckets.
+            shapes: shapes of all tensors of a stream.
+            thread: event loop of the clients.
         """
         self._transport, self._shapes, self._thread = transport, shapes, thread
 
@@ -71,21 +70,21 @@ class Publisher:
         prepare: Prepare | None = None,
         verify: bool = False,
     ) -> PublishReport:
-        """Give all these servers the stream's weights. A bucket is made while the one before it is sent.
+        """Publish a stream to these servers. A bucket is made while the previous one is sent.
 
-        The stream is read to its end, in the calling thread, whatever fails: its source may be collective. Afterwards
+        The stream is read to its end in the calling thread, whatever fails, as its source may be collective. Afterwards
         no server that answers is paused or in a session of updates.
 
         Args:
-            clients: may be none: then the stream is read and checked alone.
-            version: as servers are to call the weights.
+            clients: may be empty; the stream is then read and checked only.
+            version: the servers' name of the weights.
             prepare: awaited for each server when its weights are in place, before it takes requests again.
             verify: the servers have these weights already. Each overwrites them with random values first, and must end
                 with equal checksums; otherwise it fails with `WeightsChangedError`.
 
         Raises:
-            WeightError: a tensor of the stream is unknown, of another shape, there twice, or missing. Nobody serves it.
-            RolloutError: this machine lacks what sending needs.
+            WeightError: a tensor of the stream is unknown, misshapen, duplicate, or missing. No server serves it.
+            RolloutError: this machine lacks resources for sending.
         """
         session = _Session(self._transport, clients, version, prepare, verify)
         if isinstance(buckets, WeightStream):
@@ -105,11 +104,11 @@ class Publisher:
         return session.report(stream.bytes)
 
     def close(self) -> None:
-        """Give back what is kept from session to session."""
+        """Free the resources that are kept between sessions."""
         self._thread.run(self._transport.dispose())
 
     def _send_all(self, session: _Session, stream: _CheckedStream) -> None:
-        """At most two buckets are held: the one being sent, in the transport's form, and the one being made."""
+        """Send all buckets, holding at most two: the one being sent and the one being made."""
         sending: Future[None] | None = None
         try:
             while (bucket := next(stream, None)) is not None:
@@ -124,7 +123,7 @@ class Publisher:
             _wait(sending, session.clock)
         except Exception:
             if sending is not None:
-                sending.exception()  # only to wait: the session must not end under it
+                sending.exception()  # wait: the session must not end before it
             raise
         except BaseException:
             if sending is not None:
@@ -139,7 +138,7 @@ def _wait(sending: Future[None] | None, clock: _Clock) -> None:
 
 
 class _Session:
-    """What happens to the servers; in the event loop."""
+    """The servers' side of a publish; runs in the event loop."""
 
     def __init__(
         self, transport: Transport, clients: Sequence[Client], version: str, prepare: Prepare | None, verify: bool
@@ -169,7 +168,7 @@ class _Session:
             await self._each(self._serve)
 
     async def close(self) -> None:
-        """Let go of everything. A server that is still paused failed, or the session did: it may go on."""
+        """Close the transport, and resume servers that are still paused after a failure."""
         try:
             await self._transport.close()
         finally:
@@ -191,7 +190,7 @@ class _Session:
         if self._verify:
             self._checksums[client] = await client.checksums()
             await client.randomize_weights()
-        # A publisher that was killed may have left its session open; a second one is refused.
+        # SGLang refuses a second session; a publisher that was killed may have left one open.
         if not self._transport.in_session:
             await _tolerate_refusal(client.end_update())
             return
@@ -228,7 +227,7 @@ class _Session:
                 await client.resume()
 
     async def _each(self, step: Step) -> None:
-        """Take all live servers through a step; those that fail drop out."""
+        """Run a step on all live servers; those that fail drop out."""
         clients = tuple(self.live)
         found = await asyncio.gather(*(step(client) for client in clients), return_exceptions=True)
         for client, error in zip(clients, found, strict=True):
@@ -299,7 +298,7 @@ class _CheckedStream(Iterator[Bucket]):
 
 
 class _Clock:
-    """Seconds by phase. No two threads may be in the same phase."""
+    """Seconds by phase. Only one thread at a time may be in a phase."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("control", "gather", "convert", "send", "wait"), 0.0)
