@@ -25,6 +25,20 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+class Scratch:
+    """Memory for one use at a time, kept and grown as needed: on CPUs new memory is several times slower to fill."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
+        """An `Allocate`."""
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old memory first
+            self._memory = allocate(nbytes, device)
+        return self._memory
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor's place in a bucket's memory, from byte `start`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.weights.bucket import Allocate, Bucket, TensorSpec, allocate, in_buckets
+from sdpg_megatron.weights.bucket import Allocate, Bucket, Scratch, TensorSpec, allocate, in_buckets
 from sdpg_megatron.weights.map import Parameter, check_covered, check_local, hf_shapes, weight_map
 from sdpg_megatron.weights.replica import Replica
 
@@ -85,7 +85,7 @@ class WeightStream(Iterator[Bucket]):
         device = next(iter(local_params.values())).device
         self._place = Replica(tp_group, pp_group, group, expert_tensor if group else 1, device)
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
-        self._shards, self._joined = _Scratch(), _Scratch()
+        self._shards, self._joined = Scratch(), Scratch()
         self._buckets = self._make()
 
     def __next__(self) -> Bucket:
@@ -186,17 +186,3 @@ def _put(item: _Item, shard: Tensor, whole: Tensors, rank: int, size: int) -> No
             target = whole[piece.source].narrow(dim, piece.start, piece.length)
             target.copy_(shard.narrow(dim, start, piece.length))
         start += piece.length
-
-
-class _Scratch:
-    """Memory for one use at a time; it grows to the largest request and is kept."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        """An `Allocate`."""
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = allocate(nbytes, device)
-        return self._memory

@@ -45,8 +45,8 @@ class PublishReport:
     """The other servers. Those that answer were resumed, with an unfinished version."""
     bytes: int
     seconds: Mapping[str, float]
-    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" sending them
-    and loading them on the servers, "wait" the part of "send" that overlaps with nothing."""
+    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" sending
+    and loading them, "wait" the part of "send" that overlaps with nothing."""
 
 
 class Publisher:

@@ -1,4 +1,4 @@
-"""Weights by broadcast: one process group of this process and all ranks of all servers, kept between publishes."""
+"""Weights by broadcast: a process group of this process and all ranks of all servers, kept between publishes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any, ClassVar
 
 import torch
@@ -18,31 +19,30 @@ from sdpg_megatron.rollout.sglang.interpreter import own_version
 from sdpg_megatron.rollout.transports.base import Failures, Send, split
 from sdpg_megatron.rollout.transports.weight_group import WeightGroup, address_towards
 from sdpg_megatron.weights import Bucket, allocate
-from sdpg_megatron.weights.bucket import TensorSpec
+from sdpg_megatron.weights.bucket import Scratch, TensorSpec
 
 JOIN_SECONDS = 120.0
-"""Bound of the time in which all ranks meet."""
+"""Time limit for all ranks to join."""
 PROBE = "model.layers.0.self_attn.rotary_emb.inv_freq"
-"""A name under which SGLang's models take no weights: one number is sent under it through a new group. NCCL connects at
-the first broadcast, so what keeps it from that shows before any weights are on their way."""
+"""Name of a tensor that SGLang's models ignore: one number is sent under it through a new group. NCCL connects at the
+first broadcast, so connection errors appear before any weights are sent."""
 SHARE = 0.8
-"""Of the time that a server's answer may take, until which a broadcast is given up: there must be time left in which
-the others say that they are well."""
+"""Share of a server's time limit after which a broadcast is given up; the healthy servers answer in the rest."""
 
 
 GRACE = 1.0
-"""Seconds in which failures of one cause show, once the first has."""
+"""Seconds after the first failure in which others of the same cause appear."""
 SETTLE = 10.0
-"""Seconds in which everyone notices that the group is gone."""
+"""Seconds in which all members notice that the group is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEndpoint:
-    """A server's part of the group."""
+    """A server's membership in the group."""
 
     ranks: int
     start: object
-    """Says which process it is: a server that was started again has no group."""
+    """Identifies the process: a restarted server has no group."""
     device: str
 
 
@@ -58,10 +58,10 @@ class BroadcastTransport:
     def __init__(self, *, nonce: str, device: torch.device, address: str | None, seconds: float) -> None:
         """
         Args:
-            nonce: unique to this process's transport; group names begin with it.
-            device: where buckets come from.
-            address: this machine's, as the servers reach it; None for the one that the route to them says.
-            seconds: that a server has for its answer to one bucket.
+            nonce: unique prefix of this transport's group names.
+            device: device of the buckets.
+            address: this machine's address for the servers; None for the address of the route to them.
+            seconds: a server's time limit for one bucket.
         """
         self._nonce, self._device, self._address = nonce, device, address
         self._seconds = SHARE * seconds
@@ -69,9 +69,12 @@ class BroadcastTransport:
         self._group: WeightGroup | None = None
         self._endpoints: dict[Client, ServerEndpoint] = {}
         self._nccl = False
+        self._buffers = Scratch(), Scratch()
+        self._turns = cycle(self._buffers)
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """See `Transport`. The group of the session before is used again where its members are the same processes."""
+        """See `Transport`. The previous session's group is reused if its members are the same processes."""
+        self._turns = cycle(self._buffers)  # the first bucket's size fits the first buffer
         found = await asyncio.gather(*(_endpoint(client) for client in clients), return_exceptions=True)
         endpoints, failures = split(clients, found)
         if self._group is None or not self._group.joined or endpoints != self._endpoints:
@@ -80,8 +83,8 @@ class BroadcastTransport:
         return failures
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Transport`."""
-        return allocate(nbytes, device)
+        """See `Transport`. On CPUs, two buffers alternate: one is sent while the other is filled."""
+        return allocate(nbytes, device) if device.type == "cuda" else next(self._turns).allocate(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
         """See `Transport`."""
@@ -118,7 +121,7 @@ class BroadcastTransport:
         return failures
 
     async def _form(self, endpoints: Mapping[Client, ServerEndpoint]) -> Failures:
-        """Make a group with as many of these servers as can be had."""
+        """Form a group with as many of these servers as possible."""
         failures: dict[Client, ServerError] = {}
         endpoints = dict(endpoints)
         while endpoints:
@@ -180,7 +183,7 @@ async def _broadcast(
 
 
 def _blamed(result: AttemptResult, clients: Sequence[Client]) -> Failures:
-    """Servers that are out; all where it cannot be told whose fault it was, so that every failure leaves fewer."""
+    """Servers to drop; all if none is known to be at fault, so that retries end."""
     if result.failed:
         return result.failed
     reason = (
@@ -190,17 +193,17 @@ def _blamed(result: AttemptResult, clients: Sequence[Client]) -> Failures:
 
 
 def _with_nccl(error: ServerError) -> ServerError:
-    """The error, with the version that the server needs: SGLang does not tell its own."""
+    """Add the required NCCL version to an error, as servers do not report theirs."""
     call, _, found = str(error).removeprefix(error.url).partition(": ")
     told = f"{found}; where its NCCL is not {own_version()}, the trainer's, use rollout.sglang.transport=shared or disk"
     return ServerError(error.url, call, told, retryable=error.retryable)
 
 
 async def _endpoint(client: Client) -> ServerEndpoint:
-    """What a server says of itself.
+    """Ask a server for its endpoint.
 
     Raises:
-        ServerError: it does not answer, or SGLang cannot update it in this way.
+        ServerError: it does not answer, or SGLang does not support broadcasts to it.
     """
     info = await client.server_info()
     if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
@@ -215,14 +218,14 @@ async def _endpoint(client: Client) -> ServerEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """Empty where all went well."""
+    """Failures of an attempt; empty after success."""
 
     failed: Mapping[Client, ServerError]
-    """Servers at fault: gone, stuck, or unwilling."""
+    """Servers at fault: gone, stuck, or refusing."""
     spoiled: frozenset[Client]
-    """Servers that failed because others did."""
+    """Servers that failed because of others."""
     own: BaseException | None
-    """What went wrong in this process."""
+    """Error in this process."""
 
     @property
     def well(self) -> bool:
@@ -235,8 +238,8 @@ async def attempt(
     own: Coroutine[Any, Any, None],
     seconds: float,
 ) -> AttemptResult:
-    """Await the servers' calls and this process's own part. Where any of them fails, or all take longer than
-    `seconds`, the group is destroyed, so that nobody waits in it for the others."""
+    """Await the servers' calls and this process's part. After a failure or `seconds`, destroy the group, which ends the
+    other members' waiting."""
     tasks = {client: asyncio.ensure_future(call) for client, call in calls.items()}
     mine = asyncio.ensure_future(own)
     try:
@@ -259,7 +262,7 @@ async def attempt(
 
 
 async def _break(group: WeightGroup, mine: asyncio.Future[None], unwilling: Sequence[Client]) -> None:
-    """A Gloo broadcast ends when a receiver closes its connections: a server that takes no part is told to."""
+    """Break the group. A Gloo broadcast ends when a receiver closes its connections, so refusing servers leave it."""
     await group.interrupt()
     await asyncio.gather(*(leave(client, group.name) for client in unwilling))
     await asyncio.wait({mine}, timeout=SETTLE)
@@ -267,7 +270,7 @@ async def _break(group: WeightGroup, mine: asyncio.Future[None], unwilling: Sequ
 
 
 async def leave(client: Client, name: str) -> None:
-    """Have a server forget a group, where it answers and has one."""
+    """Have a server leave a group, ignoring errors."""
     with suppress(ServerError, asyncio.TimeoutError):
         async with asyncio.timeout(GRACE):
             await client.leave_group(name)
@@ -276,7 +279,7 @@ async def leave(client: Client, name: str) -> None:
 def _judge(
     tasks: Mapping[Client, asyncio.Future[None]], first: Mapping[Client, ServerError], own: BaseException | None
 ) -> AttemptResult:
-    """Blame servers that are gone or never answered; where there are none, those that failed before the break."""
+    """Blame servers that are gone or did not answer; if there are none, those that failed before the break."""
     stuck = {
         client: ServerError(client.url, "", "did not answer while weights were sent", retryable=True)
         for client, task in tasks.items()
@@ -289,5 +292,5 @@ def _judge(
 
 
 def _error(task: asyncio.Future[None]) -> Any:
-    """What a task failed with; None for one that is not done, or well."""
+    """Error of a task; None if it is running, cancelled or successful."""
     return task.exception() if task.done() and not task.cancelled() else None
