@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.data.tokenizer import stop_ids
 from sdpg_megatron.errors import NumericsError, RolloutError
-from sdpg_megatron.records import Completion, FinishReason, Group, Prompt, Routing
+from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, compact, never
 from sdpg_megatron.rollout.transformers_check import check_reading
 from sdpg_megatron.weights.bucket import StreamCheck
 from sdpg_megatron.weights.hf_moe_names import as_saved
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 UNCONSTRAINED: Mapping[str, Any] = {
     "num_beams": 1,
