@@ -95,7 +95,9 @@ def main() -> None:
     ranks = parallel.initialize(ParallelConfig(tensor=options.tensor, pipeline=options.pipeline), seed=0)
     model = your_model(options.tensor, options.pipeline)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, use_distributed_optimizer=True), [model])
-    objective = objectives.build(ObjectiveConfig(alpha=0.0, beta=0.5, beta_warmup_steps=0, beta_decay_steps=0), STEPS)
+    objective = objectives.build_objective(
+        ObjectiveConfig(alpha=0.0, beta=0.5, beta_warmup_steps=0, beta_decay_steps=0), STEPS
+    )
     head = Head(vocab_size=VOCAB, tensor_group=ranks.tensor_group)
 
     for step in range(STEPS):

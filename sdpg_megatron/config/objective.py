@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from sdpg_megatron.config.base import Section
-from sdpg_megatron.config.method_defaults import Method, defaults
+from sdpg_megatron.config.method_defaults import with_method_defaults
 
 Deviation = Literal["population", "sample", "none"]
 
@@ -15,8 +16,11 @@ Deviation = Literal["population", "sample", "none"]
 class ObjectiveConfig(Section):
     """The defaults written here are SDPG's; `methods.DEFAULTS` has what other methods have instead."""
 
-    name: Method = "sdpg"
-    """Training method; docs/methods.md has them all."""
+    name: str = "sdpg"
+    """Training method: sdpg, rpg, grpo, dapo, rlsd, opsd, opcd, sdpo, or the class of an objective of your own as
+    package.module:Class (docs/methods.md)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of an objective of your own, as its class declares them."""
     advantage_deviation: Deviation = "population"
     """Divides a group's rewards less their mean: the standard deviation with the divisor G, with G - 1, or nothing."""
     policy: Literal["ratio", "reinforce", "clipped_reinforce"] = "ratio"
@@ -101,5 +105,5 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_method(cls, tree: Any) -> Any:
-        return {**defaults(tree.get("name")), **tree} if isinstance(tree, dict) else tree
+    def _with_method_defaults(cls, tree: Any) -> Any:
+        return with_method_defaults(tree) if isinstance(tree, Mapping) else tree

@@ -39,7 +39,7 @@ class Load:
     def of(cls, config: RunConfig, data: int) -> Load:
         """`data`: data-parallel ranks."""
         steps = config.total_optimizer_steps
-        required_passes = objectives.passes_of_run(objectives.build(config.objective, steps), steps)
+        required_passes = objectives.passes_of_run(objectives.build_objective(config.objective, steps), steps)
         rollout, optimizer = config.rollout, config.optimizer
         samples = rollout.prompts_per_step * rollout.group_size
         share = -(-samples // (optimizer.minibatches * data))

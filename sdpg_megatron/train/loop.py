@@ -82,7 +82,7 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> RunOut
         if start.done:
             return RunOutcome.ALREADY_DONE
         store.sweep()
-        objective = objectives.build(config.objective, config.total_optimizer_steps)
+        objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
         policy_trainer = PolicyTrainer(config, inputs.arch, objective, ranks)
         if start.checkpoint is not None and start.state is not None:
             store.load(start.checkpoint, start.state, policy_trainer)

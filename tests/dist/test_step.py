@@ -76,7 +76,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step, with_corrections
@@ -88,7 +88,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     samples = make_samples(
         scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
@@ -97,7 +97,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         samples,
         regularized=True,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     batches = batch.micro_batches

@@ -72,7 +72,7 @@ def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
-    with pytest.raises(OSError, match=r"prefetched: .*File too large"), files_end_at(100):
+    with pytest.raises(OSError, match=r"drawn: .*File too large"), files_end_at(100):
         write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8,), (responses(8, False),)))
 
 

@@ -23,8 +23,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.config.load import dump, load
 from sdpg_megatron.estimate.gpus import find_gpu
 from sdpg_megatron.estimate.plan import make_plan
-from sdpg_megatron.objectives.rlsd import RLSD
-from sdpg_megatron.objectives.sdpg import SDPG
+from sdpg_megatron.objectives.methods import RLSD, SDPG
 from tests.server_python import write_server_python
 from tests.tiny import EOS, TURN_END, tiny_tokenizer, write_hollow_weights
 
@@ -274,7 +273,7 @@ def test_a_paper_s_recipe_has_the_paper_s_settings(sandbox: Sandbox, name: str, 
     assert {field: objective[field] for field in OBJECTIVES[method]} == OBJECTIVES[method]
     assert config.objective.aggregation == AGGREGATION.get(method, "group-token-mean")
     assert config.selection.drop_dead == (method == "dapo")
-    built = objectives.build(config.objective, config.total_optimizer_steps)
+    built = objectives.build_objective(config.objective, config.total_optimizer_steps)
     if isinstance(built, SDPG):
         schedule = built.schedule
         assert (schedule.warmup_steps, schedule.decay_steps, schedule.total_steps) == (8 * 50, 8 * 350, 8 * 400)
