@@ -60,7 +60,7 @@ from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftove
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.records import ScoredGroup
 from tools.make_addition import split, write
@@ -224,7 +224,7 @@ def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunCo
         **changes,
     }
     overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
-    return load(DEMO, overrides)
+    return load_config(DEMO, overrides)
 
 
 def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.config.load import dump, load_config
 from sdpg_megatron.errors import ConfigError, OutputError, SdpgError
 from sdpg_megatron.process import streams
 from sdpg_megatron.process.rank_environment import RankEnvironment
@@ -186,7 +186,7 @@ def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     environment = RankEnvironment.read()
-    config = load(options.config, overrides)
+    config = load_config(options.config, overrides)
     from sdpg_megatron.runtime.run_lock import end_with_launcher
 
     end_with_launcher()
@@ -297,7 +297,7 @@ def _bytes_of(gigabytes: float) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load(options.config, overrides)
+    config = load_config(options.config, overrides)
     from sdpg_megatron.estimate.advice import advise
     from sdpg_megatron.estimate.gpus import find_gpu
     from sdpg_megatron.estimate.plan import make_plan

@@ -86,6 +86,7 @@ class ScoredGroup:
     group: Group
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
+    """Empty until the step's groups are shaped."""
     failures: int = 0
     """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
     answers: tuple[str | None, ...] | None = None

@@ -15,7 +15,8 @@ from sdpg_megatron.config.load import flatten
 from sdpg_megatron.errors import ConfigError
 
 FREE = (
-    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
+    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "writers",
+    "data.eval", "data.train",
     "model.path", "model.spec", "model.packed", "model.recompute", "model.gradient_accumulation_fusion",
     "model.activation_fusion",
     "reward.workers", "reward.timeout",

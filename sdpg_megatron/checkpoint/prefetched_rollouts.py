@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.errors import CheckpointError, reason_of
-from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, ScoredGroup
 
 PREFETCHED = "drawn.safetensors"
@@ -32,7 +31,7 @@ class PrefetchedRollouts:
     indices: tuple[int, ...]
     """Of the prompts, in the run's data."""
     groups: tuple[ScoredGroup, ...]
-    """One for each, with the advantages of the verifier's rewards."""
+    """One for each, without advantages."""
 
 
 def write_prefetched(path: Path, prefetched: PrefetchedRollouts) -> None:
@@ -79,7 +78,7 @@ def read_prefetched(path: Path, prompts: PromptSource) -> PrefetchedRollouts:
         for (start, end), index, failures, errors in zip(_spans(sizes), indices, failed, told, strict=True):
             group = Group(prompts[index], tuple(completions[start:end]))
             given = tuple(rewards[start:end])
-            groups.append(ScoredGroup(group, given, group_advantages(given), failures, errors=tuple(errors)))
+            groups.append(ScoredGroup(group, given, (), failures, errors=tuple(errors)))
         return PrefetchedRollouts(tuple(indices), tuple(groups))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         expected = "the responses that a run has generated ahead"

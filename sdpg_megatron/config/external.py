@@ -31,7 +31,7 @@ def load_object(field: str, spec: str, *, extras: Mapping[str, str] = NO_EXTRAS)
     """
     module_name, _, name = spec.partition(":")
     if not is_external(spec):
-        raise ConfigError(field, spec, "module:name", "write it as module:name")
+        raise ConfigError(field, spec, "module:function", "write it as module:function")
     _search_working_directory()
     try:
         module = importlib.import_module(module_name)

@@ -11,6 +11,8 @@ from sdpg_megatron.config.base import MAX_SECONDS, Section
 
 
 class ModelConfig(Section):
+    """Model and how its layers are computed."""
+
     path: Path
     """Hugging Face folder: config.json, safetensors, tokenizer with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -36,6 +38,8 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
+    """Sizes of the parallel groups."""
+
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks."""
     pipeline: int = Field(1, ge=1)
@@ -88,6 +92,8 @@ class HeadConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW, its schedule, mini-batches and micro-batches."""
+
     lr: float = Field(1e-6, gt=0, le=1e3)
     min_lr: float = Field(0.0, ge=0, le=1e3)
     warmup_steps: int = Field(10, ge=0)

@@ -39,6 +39,9 @@ class RunConfig(Section):
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    writers: tuple[str, ...] = ()
+    """Metrics writers of your own, as package.module:Class, beside metrics.jsonl and TensorBoard; docs/training.md has
+    the interface."""
 
     @model_validator(mode="before")
     @classmethod

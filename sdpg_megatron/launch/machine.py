@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import flatten, load
+from sdpg_megatron.config.load import flatten, load_config
 from sdpg_megatron.errors import ConfigError, LaunchError
 from sdpg_megatron.launch.liveness import Liveness
 from sdpg_megatron.launch.rendezvous import LaunchPlan, NodeInfo, check_port, free_port, rendezvous
@@ -71,7 +71,7 @@ class Machine:
         self._place = node_config
         self._arguments = [str(config), *overrides, *options]
         self._options = options
-        self._config = load(config, overrides)
+        self._config = load_config(config, overrides)
         self._servers = Servers()
         self._ranks: TorchrunProcess | None = None
         self._circle: Liveness | None = None

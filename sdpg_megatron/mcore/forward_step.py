@@ -42,7 +42,7 @@ def last_hidden(
         model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
         tokens_BS: int64, right-padded; or [1, S], sequences one after the other. Under sequence parallelism S must be a
             multiple of the tensor-parallel size.
-        lengths: of the packed sequences, over all context-parallel ranks (`mcore.context_parallel`); None where they are
+        lengths: of the packed sequences, over all context-parallel ranks; None where they are
             padded.
         numbers_BS: see `SequenceBatch.numbers_BS`.
 

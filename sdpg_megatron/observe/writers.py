@@ -8,12 +8,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdpg_megatron.errors import DataError
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.external import load_object
+from sdpg_megatron.errors import ConfigError, DataError
 from sdpg_megatron.observe.files import Appender, json_line, writing
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.truncate import beyond, truncate_events, truncate_files, truncate_lines
@@ -25,9 +27,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter(Protocol):
-    """A place that plain numbers are written to, one call per step, by one rank.
+    """Destination of a run's metrics, on the main rank. Constructor and `write` raise `WriteError` if the disk refuses.
 
-    To make one, and to write to it, raises `WriteError` where the disk refuses.
+    A class of your own, named in `writers`, is built as ``Class(config)`` with the `RunConfig`.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -103,11 +105,30 @@ class MultiWriter:
                 stack.callback(writer.close)
 
 
-def open_writers(run_dir: Path) -> MetricsWriter:
-    """The run's metrics.jsonl and TensorBoard events, from their ends on."""
+def open_writers(run_dir: Path, external: Sequence[MetricsWriter] = ()) -> MetricsWriter:
+    """Open the run's metrics.jsonl and TensorBoard events for appending; `external` writers are written to as well."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    return MultiWriter([JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)])
+    own = [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)]
+    return MultiWriter([*own, *external])
+
+
+def find_writer(spec: str) -> Callable[[RunConfig], MetricsWriter]:
+    """The class of `config.writers`. Raises `ConfigError`."""
+    found: Callable[[RunConfig], MetricsWriter] = load_object("writers", spec)
+    if not (isinstance(found, type) and hasattr(found, "write") and hasattr(found, "close")):
+        raise ConfigError("writers", spec, "a class with write(step, values) and close()", "see docs/training.md")
+    return found
+
+
+def open_external(spec: str, config: RunConfig) -> MetricsWriter:
+    """Build a writer of `config.writers`. Raises `ConfigError`, also if its constructor raises."""
+    kind = find_writer(spec)
+    try:
+        return kind(config)
+    except Exception as error:
+        expected = f"a writer that opens ({type(error).__name__}: {error})"
+        raise ConfigError("writers", spec, expected, "correct it, or remove it from writers") from error
 
 
 def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:

@@ -150,7 +150,7 @@ class Trainer:
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
         rollouts.check_verifier(inputs.prompts[0])
-        self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
+        self.collector = Collector(config, inputs.prompts, rollouts, policy_trainer.objective, self.ranks)
         self.updater = PolicyUpdater(config, inputs, policy_trainer, state.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 

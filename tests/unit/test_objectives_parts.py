@@ -15,7 +15,7 @@ from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.advantages import group_advantages, sequence_weights
 from sdpg_megatron.objectives.base import RequiredPasses, StepContext
 from sdpg_megatron.objectives.distillation import BetaSchedule, clip
-from sdpg_megatron.objectives.methods import SCHEDULED, UNSCHEDULED, build_objective, passes_of_run
+from sdpg_megatron.objectives.methods import METHODS, build_objective, passes_of_run
 from sdpg_megatron.objectives.policy import bounded_exp, clipped_ratio
 from sdpg_megatron.objectives.reference import reference_term, reference_value
 
@@ -194,7 +194,7 @@ def test_weights_sum_to_the_number_of_tokens_in_any_order(pairs: Any, aggregatio
 
 
 @given(
-    name=st.sampled_from([*UNSCHEDULED, *SCHEDULED]),
+    name=st.sampled_from(list(METHODS)),
     total=st.integers(1, 40),
     warmup=st.none() | st.integers(0, 40),
     decay=st.none() | st.integers(0, 40),

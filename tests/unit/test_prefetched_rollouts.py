@@ -17,10 +17,9 @@ from sdpg_megatron.checkpoint.prefetched_rollouts import (
     write_prefetched,
 )
 from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.train.start import Start
 from sdpg_megatron.train.state import TrainState
@@ -47,7 +46,7 @@ def responses(index: int, routed: bool) -> ScoredGroup:
     rewards = (1.0, 1 / 7)
     group = Group(Source()[index], completions)
     errors = (None, "KeyError: 'é' (a.py:3)") if index == 8 else ()
-    return ScoredGroup(group, rewards, group_advantages(rewards), failures=index, errors=errors)
+    return ScoredGroup(group, rewards, (), failures=index, errors=errors)
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -108,7 +107,7 @@ def test_rewards_of_a_verifier_that_failed_are_not_gone_on_with(
     scored = replace(responses(3, False), failures=failures, errors=())
     write_prefetched(tmp_path / PREFETCHED, PrefetchedRollouts((3,), (scored,)))
     overrides = ["model.path=m", f"reward.failure_limit={limit}"]
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
+    config = load_config(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
     state = RunState(
         step=1, cursor=Cursor(9, 0, shuffle=True).state(), seconds=0, baseline={}, evaluated=True, config={},
         model="m", data="d", files={PREFETCHED: FileSum(0, "")},

@@ -20,7 +20,7 @@ import pytest
 from sdpg_megatron import objectives
 from sdpg_megatron.cli import main
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.config.load import dump, load_config
 from sdpg_megatron.estimate.gpus import find_gpu
 from sdpg_megatron.estimate.plan import make_plan
 from sdpg_megatron.objectives.methods import RLSD, SDPG
@@ -149,10 +149,10 @@ def planned(sandbox: Sandbox, call: str, place: str = "colocated") -> list[str]:
 
 def configured(sandbox: Sandbox, call: str) -> RunConfig:
     _, config, *more = planned(sandbox, call)
-    return load(sandbox.root / config, [argument for argument in more if "=" in argument])
+    return load_config(sandbox.root / config, [argument for argument in more if "=" in argument])
 
 
-@pytest.mark.parametrize(("call", "place", "needs"), SHARED + APART)
+@pytest.mark.parametrize(("call", "place", "required_passes"), SHARED + APART)
 def test_a_recipe_fits_its_hardware(
     sandbox: Sandbox,
     call: str,
@@ -203,7 +203,7 @@ def test_a_recipe_walks_its_model_before_it_trains(
     world = int(dry[dry.index("--ranks") + 1])
     monkeypatch.chdir(sandbox.root)
     monkeypatch.setenv("SDPG_SGLANG_PYTHON", str(write_server_python(sandbox.root / "server-python")))
-    config = load(Path(dry[1]), [argument for argument in dry if "=" in argument])
+    config = load_config(Path(dry[1]), [argument for argument in dry if "=" in argument])
     write_hollow_weights(config.model.path)
     monkeypatch.setattr(
         "sdpg_megatron.train.dry_run.check_values", lambda folder, arch: None
@@ -292,7 +292,7 @@ def test_the_papers_recipes_have_its_prompts_and_the_others_do_not(sandbox: Sand
         prepare = next(words for words in calls if words[1] == "tools/prepare_data.py")
         named = dict(pairwise(prepare))
         plan = next(words for words in calls if words[3] == "plan")
-        config = load(sandbox.root / plan[4])
+        config = load_config(sandbox.root / plan[4])
         assert {str(path.parent) for path in (*config.data.train, *config.data.eval)} == {prepare[2]}
         shutil.rmtree(sandbox.root / "runs" / "data")
         thinks = config.data.template_options["enable_thinking"]
@@ -327,7 +327,7 @@ def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: S
     (run_dir / "model").mkdir(parents=True)
     changes = [argument for argument in launch if "=" in argument]
     lost = "rollout.sglang.urls=[http://10.0.0.3:20000, http://10.0.0.3:20001]"
-    (run_dir / "config.yaml").write_text(dump(load(sandbox.root / config, [*changes, lost])))
+    (run_dir / "config.yaml").write_text(dump(load_config(sandbox.root / config, [*changes, lost])))
     assert evaluate[3] == "eval"
     eval_target = find_eval_target(run_dir, 0, [argument for argument in evaluate if "=" in argument])
     served = for_evaluation(eval_target.config, run_dir, run_dir).rollout.sglang
