@@ -1,8 +1,8 @@
-"""Rows of the tensors in a Megatron checkpoint of the format torch_dist, with no model and no process group.
+"""Read rows of tensors from a Megatron checkpoint of the format torch_dist, without a model or process group.
 
-A checkpoint is a folder of files, each a row of archives that ``torch.save`` wrote; one archive is one chunk of one
-tensor. The tensors are whole ones, independent of the layout that they were saved under: a layer's parameter is a slice
-of one tensor over all layers.
+A checkpoint is a folder of files; each is a sequence of ``torch.save`` archives with one chunk of one tensor. The
+tensors are unsharded, independent of the layout of the run: a layer's parameter is a slice of one tensor over all
+layers.
 """
 
 from __future__ import annotations
@@ -29,52 +29,52 @@ from sdpg_megatron.mcore.trusted import trusted_globals
 BACKEND_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
-"""Where megatron-core keeps what is no tensor: 0.16.1 in a file of its own, 0.19.2 among the tensors."""
+"""Key of the data other than tensors: a separate file with megatron-core 0.16.1, among the tensors with 0.19.2."""
 BACKEND = "torch_dist"
 _NUMBERS = "data/0"
-"""The record of an archive with the numbers of its only tensor."""
+"""Record of an archive with the data of its only tensor."""
 
 Index = tuple[int, ...]
-"""Leading indices of a slice: of a layer, and of an expert in it."""
+"""Leading indices of a slice: the layer, and an expert in it."""
 
 
-class _Place(NamedTuple):
-    """Where a chunk's numbers lie, end to end."""
+class _Location(NamedTuple):
+    """Position of a chunk's contiguous data."""
 
     file: Path
     offset: int
 
 
 class TorchDist:
-    """The tensors of a checkpoint. Files are opened when they are needed, and read in the parts that are asked for."""
+    """Tensors of a checkpoint. Files are opened on use, and read in parts."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `CheckpointError` where `folder` is no such checkpoint, or its description is damaged."""
+        """Read the metadata. Raises `CheckpointError` if `folder` is not such a checkpoint, or damaged."""
         self.folder = folder
         check_backend(folder)
         self._metadata = read_tensor_list(folder)
-        self._places: dict[MetadataIndex, _Place] = {}
+        self._locations: dict[MetadataIndex, _Location] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Shape and type of each tensor, by its key."""
+        """Shape, dtype and chunks of each tensor, by key."""
         found = self._metadata.state_dict_metadata.items()
         return {key: value for key, value in found if isinstance(value, TensorStorageMetadata)}
 
     def common(self) -> dict[str, Any]:
-        """What is no tensor: Megatron-LM's arguments, iteration, the learning-rate schedule.
+        """Data other than tensors: Megatron-LM's arguments, iteration, learning-rate schedule.
 
-        Only plain data and the classes that Megatron-LM's arguments consist of are read.
+        Only plain data and the classes of Megatron-LM's arguments are unpickled.
 
         Raises:
-            CheckpointError: it is missing, damaged, or has anything else in it.
+            CheckpointError: it is missing, damaged, or contains other objects.
         """
         path = self.folder / COMMON_FILE
         try:
             try:
                 found = self._read_common(path, [Namespace, SimpleNamespace])
             except pickle.UnpicklingError:
-                found = self._read_common(path, trusted_globals())  # takes seconds to import
+                found = self._read_common(path, trusted_globals())  # slow to import
         except CheckpointError:
             raise
         except Exception as error:  # a damaged archive may raise anything
@@ -93,13 +93,13 @@ class TorchDist:
                 return found
 
     def rows(self, key: str, index: Index, start: int, length: int) -> Tensor:
-        """`length` rows from `start` of the slice of tensor `key` at `index`, as stored.
+        """Read `length` rows from `start` of the slice of tensor `key` at `index`, as stored.
 
         Raises:
             CheckpointError: a part of it is missing or damaged.
         """
         meta, dim = self.tensors[key], len(index)
-        found = torch.empty(length, *meta.size[dim + 1 :], dtype=meta.properties.dtype)  # no memory before it is filled
+        found = torch.empty(length, *meta.size[dim + 1 :], dtype=meta.properties.dtype)  # lazily allocated
         filled = 0
         for chunk in self._chunks(key, index):
             first = max(start, chunk.offsets[dim])
@@ -117,13 +117,13 @@ class TorchDist:
                 filled += part.numel()
         if filled != found.numel():
             raise CheckpointError(
-                f"{self.folder / TENSOR_LIST}: {key!r} at {list(index)}: found {filled} numbers of rows {start} to "
+                f"{self.folder / TENSOR_LIST}: {key!r} at {list(index)}: found {filled} elements of rows {start} to "
                 f"{start + length}, expected {found.numel()}. Fix: copy the checkpoint again"
             )
         return found
 
     def faults(self) -> list[CheckpointError]:
-        """Files that are missing, or shorter than the description says."""
+        """Errors for files that are missing, or shorter than the metadata says."""
         ends: defaultdict[str, int] = defaultdict(int)
         for info in self._metadata.storage_data.values():
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
@@ -157,33 +157,34 @@ class TorchDist:
     def _read(
         self, key: str, meta: TensorStorageMetadata, chunk: ChunkStorageMetadata, index: Index, first: int, last: int
     ) -> Tensor:
-        """Rows `first` to `last`, counted in the whole slice, that a chunk has of it."""
+        """Read rows `first` to `last` (row numbers of the whole slice) from a chunk."""
         dim = len(index)
         columns, dtype = prod(chunk.sizes[dim + 1 :]), meta.properties.dtype
-        place = self._place(MetadataIndex(key, chunk.offsets), chunk, dtype)
+        location = self._location(MetadataIndex(key, chunk.offsets), chunk, dtype)
         skipped = (first - chunk.offsets[dim]) * columns * dtype.itemsize
-        room = torch.empty((last - first) * columns, dtype=dtype)
-        with place.file.open("rb") as file:
-            file.seek(place.offset + skipped)
-            if file.readinto(room.view(torch.uint8).numpy().data) != room.nbytes:
-                raise CheckpointError(f"{place.file}: found the end of the file within {key!r}. Fix: copy it again")
-        return room.view(last - first, *chunk.sizes[dim + 1 :])
+        buffer = torch.empty((last - first) * columns, dtype=dtype)
+        with location.file.open("rb") as file:
+            file.seek(location.offset + skipped)
+            if file.readinto(buffer.view(torch.uint8).numpy().data) != buffer.nbytes:
+                raise CheckpointError(f"{location.file}: found the end of the file within {key!r}. Fix: copy it again")
+        return buffer.view(last - first, *chunk.sizes[dim + 1 :])
 
-    def _place(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> _Place:
-        if at not in self._places:
+    def _location(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> _Location:
+        if at not in self._locations:
             info = self._metadata.storage_data.get(at)
             if info is None or info.transform_descriptors:
-                raise CheckpointError(f"{self.folder / TENSOR_LIST}: {at.fqn!r}: a chunk has no place, or is packed")
-            self._places[at] = _Place(self._file(info.relative_path), info.offset + self._start(at, chunk, dtype))
-        return self._places[at]
+                raise CheckpointError(f"{self.folder / TENSOR_LIST}: {at.fqn!r}: a chunk is missing or compressed")
+            offset = info.offset + self._start(at, chunk, dtype)
+            self._locations[at] = _Location(self._file(info.relative_path), offset)
+        return self._locations[at]
 
     def _start(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
-        """Bytes from the start of a chunk's archive to its numbers."""
+        """Offset of a chunk's data in its archive, in bytes."""
         try:
-            with self._open(at) as archive, torch.serialization.skip_data():  # what the tensor is, not its numbers
+            with self._open(at) as archive, torch.serialization.skip_data():  # shape and dtype only
                 tensor = torch.load(archive, map_location="cpu", weights_only=True)
                 archive.seek(0)
-                records: Any = torch._C.PyTorchFileReader(archive)  # torch's stub does not know all of it
+                records: Any = torch._C.PyTorchFileReader(archive)  # incomplete in torch's stubs
                 start = records.get_record_offset(_NUMBERS)
         except CheckpointError:
             raise
@@ -191,7 +192,7 @@ class TorchDist:
             raise CheckpointError(f"{self.folder}: {at.fqn!r}: {error}. Fix: copy the checkpoint again") from error
         found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
         if found != (expected := (tuple(chunk.sizes), dtype, True)):
-            raise CheckpointError(f"{self.folder}: {at.fqn!r}: found (shape, type, in order) {found}, not {expected}")
+            raise CheckpointError(f"{self.folder}: {at.fqn!r}: found (shape, type, contiguous) {found}, not {expected}")
         return int(start) + int(tensor.storage_offset()) * dtype.itemsize
 
     def _open(self, at: MetadataIndex) -> IO[bytes]:
@@ -207,7 +208,7 @@ class TorchDist:
 
 
 def check_backend(folder: Path) -> None:
-    """Raises `CheckpointError` where a folder is no Megatron checkpoint of the format torch_dist."""
+    """Raise `CheckpointError` if a folder is not a Megatron checkpoint of the format torch_dist."""
     path = folder / BACKEND_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
@@ -219,7 +220,7 @@ def check_backend(folder: Path) -> None:
 
 
 class _Slice(io.RawIOBase):
-    """Part of a file as a file."""
+    """Part of a file, as a file object."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0

@@ -24,9 +24,9 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("how", "lost", "phase", "found"),
     [
-        ("stop", 1, "update", "no sign of life from rank 1 for 10 s"),
+        ("stop", 1, "update", "no heartbeat from rank 1 for 10 s"),
         # the first rank has the store, whose thread does not need Python's lock; then, it has, and is stopped
-        ("hold", 0, "update", "no sign of life from rank 0 for 10 s"),
+        ("hold", 0, "update", "no heartbeat from rank 0 for 10 s"),
         ("stop", 0, "eval", "the first rank's machine has not answered for 10 s"),
         ("die", 1, "update", "a collective has failed in update"),
     ],

@@ -165,7 +165,7 @@ def test_the_only_one_being_damaged_means_to_start_again(tmp_path: Path) -> None
     store = store_in(tmp_path)
     add(store, 1)
     (tmp_path / "step_00000001" / MANIFEST).write_text("{}")
-    with pytest.raises(CheckpointError, match="starts the run again: there is no older one"):
+    with pytest.raises(CheckpointError, match="restarts the run: there is no older checkpoint"):
         store.newest()
 
 
@@ -217,7 +217,7 @@ def test_damage_is_found_by_several_threads(tmp_path: Path) -> None:
         (tmp_path / str(number)).write_bytes(bytes([number]))
         sums[str(number)] = fsync_and_hash(tmp_path / str(number))
     seen: list[int] = []
-    assert find_damage(tmp_path, sums, digests=True, threads=3, looked=seen.append) is None
+    assert find_damage(tmp_path, sums, digests=True, threads=3, checked=seen.append) is None
     assert sum(seen) == 9
     for changed in ("7", "2"):
         (tmp_path / changed).write_bytes(b"x")
