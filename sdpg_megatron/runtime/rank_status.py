@@ -90,7 +90,7 @@ def describe(states: Mapping[int, RankStatus], silent: Mapping[int, float]) -> s
     missing = find_missing(states, silent)
     lines = [f"missing: {name_ranks(missing)}" if missing else "missing: undetermined, all ranks are at the same point"]
     for rank in missing:
-        quiet = f"; silent for {silent[rank]:.0f} s, what follows is older" if rank in silent else ""
+        quiet = f"; silent for {silent[rank]:.0f} s, last known status" if rank in silent else ""
         lines.append(f"  rank {rank} ({states[rank].process}{quiet}): {_doing(states[rank])}")
     others = sorted(states.keys() - set(missing), key=lambda rank: (_doing(states[rank]), rank))
     for doing, alike in itertools.groupby(others, lambda rank: _doing(states[rank])):

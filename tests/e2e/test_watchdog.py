@@ -44,7 +44,7 @@ def test_a_rank_that_is_silent_is_named_by_the_others(
         assert f"watchdog, rank {rank} of {RANKS}, process " in told
         assert found in told, told[-3000:]
         assert f"missing: rank {lost}\n  rank {lost} (process " in told
-        assert "silent for " in told and f"what follows is older): {phase} for " in told
+        assert "silent for " in told and f"last known status): {phase} for " in told
         assert "hanging.py" in told, "its last place"
         assert 'train/loop.py", line ' in told, "a stack of its own"
     if how == "hold":
