@@ -336,7 +336,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: Sequence[int], code: int
 ) -> None:
     """Slurm signals all launchers; here machine 0 has ranks, 1 and 2 have servers alone."""
-    monkeypatch.setattr(machine, "Ranks", SavingRanks)
+    monkeypatch.setattr(machine, "TorchrunProcess", SavingRanks)
     monkeypatch.setattr(machine, "prepare", lambda *_, **__: Servers())
     monkeypatch.setattr(SavingRanks, "made", [])
     config, port = write_config(tmp_path), two_free_ports()
