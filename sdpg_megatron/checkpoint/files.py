@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.observe.files import flush_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def flush_tree(folder: Path) -> None:
     """Flush a folder and all its contents to the disk."""
     for path in folder.rglob("*"):
@@ -51,17 +43,6 @@ def flush_tree(folder: Path) -> None:
 def _flush_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write to a staging file, flush, and rename: the file is whole or absent, also after a loss of power."""
-    staging = path.with_name(f".{path.name}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-    flush_folder(path.parent)
 
 
 def find_damage(

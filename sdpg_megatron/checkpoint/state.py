@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from sdpg_megatron import __version__
-from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
+from sdpg_megatron.checkpoint.files import FileSum, sha256_of
 from sdpg_megatron.errors import CheckpointError, ConfigError, reason_of
 from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.observe.files import write_atomically
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
 """In `run_dir`: the checkpoints' folder, and the resolved configuration of the last call."""
@@ -107,7 +108,7 @@ class RunState:
     def write(self, path: Path) -> None:
         """Write the manifest atomically, with digests of the configuration and of itself."""
         fields = dataclasses.asdict(self) | {"config_digest": digest(self.config)}
-        write_durably(path, json.dumps(fields | {"digest": digest(fields)}, indent=1) + "\n")
+        write_atomically(path, json.dumps(fields | {"digest": digest(fields)}, indent=1) + "\n", durable=True)
 
     @classmethod
     def read(cls, path: Path) -> RunState:

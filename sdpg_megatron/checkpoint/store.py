@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpg_megatron.checkpoint.branch import explain_damage
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
-from sdpg_megatron.checkpoint.files import find_damage, flush_folder, fsync_and_hash, write_durably
+from sdpg_megatron.checkpoint.files import find_damage, fsync_and_hash
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
 from sdpg_megatron.checkpoint.state import (
     MANIFEST,
@@ -37,7 +37,7 @@ from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
-from sdpg_megatron.observe.files import free_mib
+from sdpg_megatron.observe.files import flush_folder, free_mib, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class CheckpointStore:
     def _sweep(self) -> None:
         for path in self._folder.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.glob(f".{LATEST}.*"):
+            path.unlink()
         complete = complete_checkpoints(self._folder)
         if complete:
             self._point_at(complete[-1])
@@ -188,7 +190,7 @@ class CheckpointStore:
         self._prune()
 
     def _point_at(self, path: Path) -> None:
-        write_durably(self._folder / LATEST, path.name + "\n")
+        write_atomically(self._folder / LATEST, path.name + "\n", durable=True)
 
     def _prune(self) -> None:
         """Remove old checkpoints after a new one is in place. Failures are logged only."""

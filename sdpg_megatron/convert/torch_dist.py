@@ -3,24 +3,28 @@
 A checkpoint is a folder of files; each is a sequence of ``torch.save`` archives with one chunk of one tensor. The
 tensors are unsharded, independent of the layout of the run: a layer's parameter is a slice of one tensor over all
 layers.
+
+`torch.distributed.checkpoint.load` is not used: it loads the whole chunk of every row that it reads.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError, reason_of
@@ -38,13 +42,6 @@ Index = tuple[int, ...]
 """Leading indices of a slice: the layer, and an expert in it."""
 
 
-class _Location(NamedTuple):
-    """Position of a chunk's contiguous data."""
-
-    file: Path
-    offset: int
-
-
 class TorchDist:
     """Tensors of a checkpoint. Files are opened on use, and read in parts."""
 
@@ -53,7 +50,8 @@ class TorchDist:
         self.folder = folder
         check_backend(folder)
         self._metadata = read_tensor_list(folder)
-        self._locations: dict[MetadataIndex, _Location] = {}
+        self._chunks: dict[str, dict[Index, list[ChunkStorageMetadata]]] = {}
+        self._offsets: dict[MetadataIndex, int] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -101,7 +99,7 @@ class TorchDist:
         meta, dim = self.tensors[key], len(index)
         found = torch.empty(length, *meta.size[dim + 1 :], dtype=meta.properties.dtype)  # lazily allocated
         filled = 0
-        for chunk in self._chunks(key, index):
+        for chunk in self._chunks_at(key, index):
             first = max(start, chunk.offsets[dim])
             last = min(start + length, chunk.offsets[dim] + chunk.sizes[dim])
             if first < last:
@@ -137,22 +135,15 @@ class TorchDist:
         found = "no such file" if size is None else f"{size} bytes"
         return CheckpointError(f"{path}: found {found}, expected {end} bytes. Fix: copy the file again")
 
-    def _chunks(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
-        return self._by_index(key, len(index)).get(index, [])
-
-    def _by_index(self, key: str, dims: int) -> dict[Index, list[ChunkStorageMetadata]]:
-        if key not in self._grouped:
-            groups: defaultdict[Index, list[ChunkStorageMetadata]] = defaultdict(list)
+    def _chunks_at(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
+        if key not in self._chunks:
+            dims, groups = len(index), defaultdict[Index, list[ChunkStorageMetadata]](list)
             for chunk in self.tensors[key].chunks:
                 if any(size != 1 for size in chunk.sizes[:dims]):
                     raise CheckpointError(f"{self.folder}: {key!r}: found several layers in a chunk, expected one")
                 groups[tuple(chunk.offsets[:dims])].append(chunk)
-            self._grouped[key] = groups
-        return self._grouped[key]
-
-    @cached_property
-    def _grouped(self) -> dict[str, dict[Index, list[ChunkStorageMetadata]]]:
-        return {}
+            self._chunks[key] = groups
+        return self._chunks[key].get(index, [])
 
     def _read(
         self, key: str, meta: TensorStorageMetadata, chunk: ChunkStorageMetadata, index: Index, first: int, last: int
@@ -160,26 +151,26 @@ class TorchDist:
         """Read rows `first` to `last` (row numbers of the whole slice) from a chunk."""
         dim = len(index)
         columns, dtype = prod(chunk.sizes[dim + 1 :]), meta.properties.dtype
-        location = self._location(MetadataIndex(key, chunk.offsets), chunk, dtype)
-        skipped = (first - chunk.offsets[dim]) * columns * dtype.itemsize
+        at = MetadataIndex(key, chunk.offsets)
+        offset = self._offset(at, chunk, dtype) + (first - chunk.offsets[dim]) * columns * dtype.itemsize
+        path = self._file(self._metadata.storage_data[at].relative_path)
         buffer = torch.empty((last - first) * columns, dtype=dtype)
-        with location.file.open("rb") as file:
-            file.seek(location.offset + skipped)
+        with path.open("rb") as file:
+            file.seek(offset)
             if file.readinto(buffer.view(torch.uint8).numpy().data) != buffer.nbytes:
-                raise CheckpointError(f"{location.file}: found the end of the file within {key!r}. Fix: copy it again")
+                raise CheckpointError(f"{path}: found the end of the file within {key!r}. Fix: copy it again")
         return buffer.view(last - first, *chunk.sizes[dim + 1 :])
 
-    def _location(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> _Location:
-        if at not in self._locations:
+    def _offset(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
+        """Offset of a chunk's contiguous data in its file, in bytes."""
+        if at not in self._offsets:
             info = self._metadata.storage_data.get(at)
             if info is None or info.transform_descriptors:
                 raise CheckpointError(f"{self.folder / TENSOR_LIST}: {at.fqn!r}: a chunk is missing or compressed")
-            offset = info.offset + self._start(at, chunk, dtype)
-            self._locations[at] = _Location(self._file(info.relative_path), offset)
-        return self._locations[at]
+            self._offsets[at] = info.offset + self._offset_in_archive(at, chunk, dtype)
+        return self._offsets[at]
 
-    def _start(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
-        """Offset of a chunk's data in its archive, in bytes."""
+    def _offset_in_archive(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
         try:
             with self._open(at) as archive, torch.serialization.skip_data():  # shape and dtype only
                 tensor = torch.load(archive, map_location="cpu", weights_only=True)
@@ -195,11 +186,13 @@ class TorchDist:
             raise CheckpointError(f"{self.folder}: {at.fqn!r}: found (shape, type, contiguous) {found}, not {expected}")
         return int(start) + int(tensor.storage_offset()) * dtype.itemsize
 
-    def _open(self, at: MetadataIndex) -> IO[bytes]:
+    @contextmanager
+    def _open(self, at: MetadataIndex) -> Iterator[IO[bytes]]:
         info = self._metadata.storage_data[at]
         if fault := self._fault(info.relative_path, info.offset + info.length):
             raise fault
-        return cast(IO[bytes], _Slice(self._file(info.relative_path), info.offset, info.length))
+        with self._file(info.relative_path).open("rb") as file:
+            yield cast(IO[bytes], _create_file_view(file, info.offset, info.length))
 
     def _file(self, name: str) -> Path:
         if Path(name).name != name:
@@ -217,35 +210,3 @@ def check_backend(folder: Path) -> None:
         raise CheckpointError(f"{path}: found {found}, expected a Megatron checkpoint. Fix: check the path") from error
     if found != BACKEND:
         raise CheckpointError(f"{path}: found the format {found!r}, expected {BACKEND!r}. Fix: save it as {BACKEND}")
-
-
-class _Slice(io.RawIOBase):
-    """Part of a file, as a file object."""
-
-    def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = origin + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -1,4 +1,4 @@
-"""Atomic and append-only writes of a run's files outside of checkpoints, with errors that name the path."""
+"""Atomic and append-only writes of files, with errors that name the path."""
 
 from __future__ import annotations
 
@@ -40,16 +40,43 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     Raises:
         WriteError: the file could not be written, and is unchanged.
     """
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        try:
-            staging.write_bytes(content.encode() if isinstance(content, str) else content)
-            staging.replace(path)
-        except OSError:
-            with suppress(OSError):
-                staging.unlink(missing_ok=True)
-            raise
+        write_atomically(path, content)
     return path
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a staging file and rename it: the file is whole or unchanged.
+
+    Args:
+        durable: flush the file and the rename to the disk, so that this holds after a loss of power too.
+
+    Raises:
+        OSError: the file could not be written, and is unchanged.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staging.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        staging.replace(path)
+        if durable:
+            flush_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def json_line(fields: Mapping[str, Any]) -> bytes:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.checkpoint import store as store_module
-from sdpg_megatron.checkpoint.files import FileSum, find_damage, flush_folder, fsync_and_hash
+from sdpg_megatron.checkpoint.files import FileSum, find_damage, fsync_and_hash
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.observe.files import flush_folder
 
 
 class Alone:
