@@ -147,7 +147,7 @@ class HeadBytes:
 
 
 def head_bytes(
-    arch: Architecture, head: HeadConfig, grid: Grid, dtype: str, rows: int, *, taught: bool, cuda: bool, train: bool
+    arch: Architecture, head: HeadConfig, grid: Grid, dtype: str, rows: int, *, distill: bool, cuda: bool, train: bool
 ) -> HeadBytes:
     """Estimate the head's memory.
 
@@ -155,6 +155,7 @@ def head_bytes(
 
     Args:
         rows: response tokens of a micro-batch on this rank.
+        distill: with a teacher distribution.
         train: with gradients; otherwise log-probs only.
     """
     columns, w = arch.padded_vocab(grid.tensor) // grid.tensor, BYTES[dtype]
@@ -163,12 +164,12 @@ def head_bytes(
     schedule: Schedule = of_run if train else "recompute"
     # The chunk size is chosen once per run, for the schedule of its updates.
     chunk = head.chunk_rows or shape.chunk_rows(of_run, shape.default_bytes())
-    distributions = 2 if taught and train else 1
-    ordered = w if taught else 0
+    distributions = 2 if distill and train else 1
+    reordered = w if distill else 0
     held = min(rows, chunk * 2 // distributions)
     kept = w * columns * min(rows, shape.group_rows(schedule, shape.default_bytes(), chunk))
     return HeadBytes(
         chunk=held * shape.logits_bytes(schedule, distributions) + kept,
-        rows=rows * arch.hidden_size * ((4 + w + ordered) if train else w),
+        rows=rows * arch.hidden_size * ((4 + w + reordered) if train else w),
         matrix=shape.matrix_bytes if schedule == "grad_in_forward" else 0,
     )

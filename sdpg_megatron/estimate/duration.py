@@ -48,15 +48,13 @@ def durations(
     """Seconds of each phase of a rollout step."""
     forward = _forward(arch, load.mean_prompt + load.mean_response)
     row = 2 * arch.hidden_size * arch.vocab_size
-    several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
-    forwards = load.mean_student * (several + load.required_passes.reference)
-    heads = several + load.required_passes.reference + load.gated * load.required_passes.teacher_logprob
-    passes = (forwards + load.mean_teacher) * forward + load.mean_responses * row * heads
-    again = 1 if config.model.recompute else 0
-    made = (4 if config.head.schedule == "recompute" else 3) * load.mean_responses  # logits and both gradients
+    heads = load.old_logprobs + load.required_passes.reference + load.gated * load.required_passes.teacher_logprob
+    passes = load.mean_forward_only * forward + load.mean_responses * row * heads
+    head_recompute = config.head.schedule == "recompute"
+    head_rows = (3 + head_recompute) * load.mean_responses  # logits and both gradients
     if load.required_passes.teacher:
-        made += (2 if config.head.schedule == "recompute" else 1) * load.gated * load.mean_responses
-    update = load.mean_student * (3 + again) * forward + made * row
+        head_rows += (1 + head_recompute) * load.gated * load.mean_responses
+    update = load.mean_student * (3 + config.model.recompute) * forward + head_rows * row
     rate = grid.world * gpu.flops * ASSUMED.products
     bubble = 1 + (grid.pipeline - 1) / (load.micro_batches * grid.chunks)
     return {

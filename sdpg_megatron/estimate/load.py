@@ -24,7 +24,7 @@ class Load:
     teacher: int
     """Teacher tokens of a micro-batch; 0 without a teacher."""
     response: int
-    taught: int
+    teacher_rows: int
     """Response tokens with a teacher row of an optimizer step, per data-parallel rank."""
     micro_batches: int
     """Micro-batches of an optimizer step, per data-parallel rank, at full lengths."""
@@ -34,6 +34,8 @@ class Load:
     mean_response: float
     gated: float
     """Mean share of responses that the teacher reads."""
+    old_logprobs: bool
+    """True if a forward-only pass computes the log-probs of the sampling weights."""
 
     @classmethod
     def of(cls, config: RunConfig, data: int) -> Load:
@@ -64,11 +66,12 @@ class Load:
             student=student,
             teacher=teacher,
             response=response,
-            taught=(most * rollout.max_response_tokens if required_passes.privileged else 0),
+            teacher_rows=most * rollout.max_response_tokens if required_passes.privileged else 0,
             micro_batches=count,
             samples=samples,
             mean_prompt=MEAN_LENGTH * config.data.max_prompt_tokens,
             mean_response=MEAN_LENGTH * rollout.max_response_tokens,
+            old_logprobs=optimizer.minibatches > 1 or config.objective.correction != "none",
             gated=0.0 if not required_passes.privileged else MEAN_GATED if config.objective.gate else 1.0,
         )
 
@@ -80,6 +83,11 @@ class Load:
     @property
     def mean_teacher(self) -> float:
         return self.gated * self.mean_student
+
+    @property
+    def mean_forward_only(self) -> float:
+        """Tokens of a rollout step's forward-only passes: old and reference log-probs, teacher."""
+        return self.mean_student * (self.old_logprobs + self.required_passes.reference) + self.mean_teacher
 
     @property
     def mean_responses(self) -> float:

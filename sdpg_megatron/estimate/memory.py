@@ -81,7 +81,7 @@ def stage_memory(
     """
     cuda = memory is not None
     chunks = stage_shards(arch, grid, stage)
-    laid = [
+    stage_buffers = [
         found
         for number, shards in enumerate(chunks)
         for found in buffers(
@@ -94,30 +94,29 @@ def stage_memory(
     work = _Work(arch, config, grid, load, stage, cuda, w * numel, max(s.numel for shards in chunks for s in shards))
     served = config.rollout.engine == "sglang"
     colocated = served and config.rollout.sglang.colocated
-    weights = w * sum(buffer.numel if buffer.padded else 0 for buffer in laid)
+    weights = w * sum(buffer.numel if buffer.padded else 0 for buffer in stage_buffers)
     own_copies = 0 if config.optimizer.distributed else w * numel
-    optimizer = moments * sum(buffer.own for buffer in laid)
+    optimizer = moments * sum(buffer.own for buffer in stage_buffers)
     phases: dict[str, dict[str, float]] = {"passes": work.passes(), "update": work.update(), "publish": work.publish()}
     if not served:
         phases["rollout"] = work.embedded()
     if memory is not None:
-        beside: dict[str, float] = {"context": CONTEXT}
         for name in (*phases, *(["rollout"] if served else [])):
-            parts = {**phases.get(name, {}), **beside}
+            parts: dict[str, float] = {**phases.get(name, {}), "context": CONTEXT}
             if colocated:
                 awake = name in ("rollout", "publish")
                 parts["server"] = _server_room(config, memory, weights + own_copies) if awake else SLEEPING
             phases[name] = parts
-    away = frozenset({"gradients", "optimizer"} if colocated else ())
+    offloaded = frozenset({"gradients", "optimizer"} if colocated else ())
     return StageMemory(
         stage=stage,
         weights=weights + own_copies,
-        gradients=4 * sum(buffer.numel for buffer in laid),
+        gradients=4 * sum(buffer.numel for buffer in stage_buffers),
         optimizer=optimizer,
         numel=numel,
-        buffers=tuple(laid),
+        buffers=tuple(stage_buffers),
         phases=phases,
-        absent={"rollout": away, "publish": away},
+        absent={"rollout": offloaded, "publish": offloaded},
         host=work.host(optimizer),
     )
 
@@ -147,14 +146,13 @@ class _Work:
 
     def _head(self, *, train: bool) -> HeadBytes:
         rows = -(-self.load.response // self.grid.context)
-        taught = self.load.required_passes.teacher
         return head_bytes(
             self.arch,
             self.config.head,
             self.grid,
             self.config.model.dtype,
             rows,
-            taught=taught,
+            distill=self.load.required_passes.teacher,
             cuda=self.cuda,
             train=train,
         )
@@ -189,7 +187,7 @@ class _Work:
         required_passes = self.load.required_passes
         if not (required_passes.teacher or (required_passes.teacher_logprob and not train)) or self._early:
             return 0
-        return -(-self.load.taught // self.grid.context) * self.arch.hidden_size * self.width
+        return -(-self.load.teacher_rows // self.grid.context) * self.arch.hidden_size * self.width
 
     @property
     def _early(self) -> bool:
@@ -249,7 +247,7 @@ class _Work:
         if required_passes.privileged and objective.teacher == "ema":
             parts["teacher"] = self.weights * 4 // self.width
         if self._early and self.last:
-            rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)
+            rows = -(-self.load.teacher_rows * self.config.optimizer.minibatches // self.grid.context)
             parts["teacher rows"] = rows * self.arch.hidden_size * self.width
         if self.config.checkpoint.asynchronous:
             moving = self.cuda and objective.teacher in ("every", "ema")  # pinned, and therefore copied

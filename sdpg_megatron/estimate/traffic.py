@@ -31,22 +31,15 @@ class Flow:
         return self.span <= MACHINE
 
 
-def forward_tokens(config: RunConfig, load: Load) -> tuple[float, float]:
-    """Tokens of a rollout step in forward-only passes, and in training."""
-    several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
-    alone = load.mean_student * (several + load.required_passes.reference) + load.mean_teacher
-    return alone, load.mean_student
-
-
 def flows(
     arch: Architecture, config: RunConfig, grid: Grid, load: Load, stages: Sequence[StageMemory]
 ) -> dict[str, Flow]:
     """Bytes that a rank of the largest of the pipeline `stages` sends, by kind, for kinds that the layout has."""
     w, t, c, p = BYTES[config.model.dtype], grid.tensor, grid.context, grid.pipeline
-    alone, trained = (tokens / (grid.data * c) for tokens in forward_tokens(config, load))
+    forward_only, trained = (tokens / (grid.data * c) for tokens in (load.mean_forward_only, load.mean_student))
     layers = arch.num_layers / p
     row = arch.hidden_size * w
-    again = trained * (2 if config.model.recompute else 1)
+    forward = trained * (2 if config.model.recompute else 1)
     largest = max(stages, key=lambda stage: stage.numel)
     found = {"data": Flow({"update": _reductions(config, largest, w)}, t * c * grid.data)}
     if t > 1:
@@ -55,18 +48,18 @@ def flows(
         one = layers * row * (1 if arch.experts else 2) * 2 * (t - 1) / t
         backward = (1.5 if config.parallel.sequence else 1) * trained
         head = load.mean_responses / (grid.data * c) * arch.hidden_size * 4 * 2 * (t - 1) / t
-        found["tensor"] = Flow({"passes": one * alone, "update": one * (again + backward) + head}, t)
+        found["tensor"] = Flow({"passes": one * forward_only, "update": one * (forward + backward) + head}, t)
     if p > 1:
         one = grid.chunks * row / (t if config.parallel.sequence else 1)
-        found["pipeline"] = Flow({"passes": one * alone, "update": one * 2 * trained}, grid.world)
+        found["pipeline"] = Flow({"passes": one * forward_only, "update": one * 2 * trained}, grid.world)
     if c > 1:
         one = layers * 2 * arch.num_kv_heads * arch.head_dim / t * w * (c - 1)
         rows = load.gated * load.mean_responses / (grid.data * c) * row
-        found["context"] = Flow({"passes": one * alone + rows, "update": one * (again + trained)}, t * c)
+        found["context"] = Flow({"passes": one * forward_only + rows, "update": one * (forward + trained)}, t * c)
     ranks = 1 if arch.experts is None else grid.expert * grid.expert_tensor
     if arch.experts is not None and ranks > 1:
         one = layers * 2 * arch.experts.per_token * row * grid.expert_tensor * (ranks - 1) / ranks / t
-        found["expert"] = Flow({"passes": one * alone, "update": one * (again + trained)}, max(t, ranks))
+        found["expert"] = Flow({"passes": one * forward_only, "update": one * (forward + trained)}, max(t, ranks))
     if gathered := _gathered(arch, config, stages):
         found["gather"] = Flow({"publish": gathered}, grid.world if p > 1 else max(t, ranks))
     found["publish"] = Flow({"publish": float(publish_bytes(arch, config))}, _reach(config, grid))

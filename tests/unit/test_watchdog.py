@@ -56,7 +56,7 @@ def test_ranks_are_named_in_spans() -> None:
 
 def test_the_place_of_this_thread() -> None:
     place, waits = locate_main_thread()
-    assert "place_of_main_thread (whereabouts.py:" in place and not waits
+    assert "locate_main_thread (rank_status.py:" in place and not waits
 
 
 def test_time_in_which_a_process_was_stopped_does_not_count() -> None:
