@@ -43,8 +43,8 @@ CONFIG_KEYS: Mapping[str, str] = {
     "rotary_interleaved": "model_type",
 }
 """Arguments that determine weights or computation, with the equivalent keys of config.json. Other arguments are in
-`_ONLY`, concern training only (dropout, dropping of tokens, lengths), or have no effect."""
-_KEYS_OF: Mapping[Family, Mapping[str, str]] = {
+`_FIXED`, concern training only (dropout, dropping of tokens, lengths), or have no effect."""
+_FAMILY_KEYS: Mapping[Family, Mapping[str, str]] = {
     "qwen3_moe": {"ffn_hidden_size": "moe_intermediate_size"},
     "mixtral": {
         "num_experts": "num_local_experts",
@@ -53,7 +53,7 @@ _KEYS_OF: Mapping[Family, Mapping[str, str]] = {
     },
 }
 """Keys of config.json that differ in a family."""
-_OF_A_FEATURE = {
+_CONDITIONS = {
     "num_query_groups": "group_query_attention",
     "rope_scaling_factor": "use_rope_scaling",
     "num_experts": "num_experts",
@@ -61,8 +61,8 @@ _OF_A_FEATURE = {
     "moe_router_topk": "num_experts",
     "moe_router_pre_softmax": "num_experts",
 }
-"""Arguments that apply only if another argument is true, as those of `_ONLY_OF_EXPERTS` do with "num_experts"."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
+"""Arguments that apply only if another argument is true, as those of `_FIXED_FOR_EXPERTS` do with "num_experts"."""
+_FIXED: Mapping[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "attention_output_gate": (False,),
@@ -81,7 +81,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Arguments without an equivalent in config.json, with the values that all families have: first Megatron-LM's default,
 then equivalent values."""
-_ONLY_OF_EXPERTS: Mapping[str, tuple[Any, ...]] = {
+_FIXED_FOR_EXPERTS: Mapping[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "moe_router_score_function": ("softmax",),
     "moe_router_topk_scaling_factor": (None, 1),
@@ -90,7 +90,7 @@ _ONLY_OF_EXPERTS: Mapping[str, tuple[Any, ...]] = {
     "moe_shared_expert_intermediate_size": (None, 0),
     "moe_apply_probs_on_input": (False,),
 }
-_OF_EACH = {"no_rope_freq", "moe_layer_freq", "moe_router_load_balancing_type"}
+_LIST_VALUED = {"no_rope_freq", "moe_layer_freq", "moe_router_load_balancing_type"}
 """Arguments of these that may be lists, of a value for each layer or of several losses."""
 
 
@@ -166,10 +166,10 @@ def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) ->
         ConversionError: names the first argument that contradicts config.json, with its key, or that no supported
             family has.
     """
-    expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_KEYS_OF.get(arch.family, {})}
+    expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_FAMILY_KEYS.get(arch.family, {})}
     for argument, key in keys.items():
         value = found.get(argument)
-        feature = _OF_A_FEATURE.get(argument)
+        feature = _CONDITIONS.get(argument)
         if value is None or (feature and not found.get(feature)):
             continue
         if argument == "ffn_hidden_size" and arch.experts and found.get("moe_ffn_hidden_size"):
@@ -181,20 +181,20 @@ def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) ->
                 f"{expected[argument]!r}, as in config.json ({key})",
                 "convert with the config.json that the model was trained with",
             )
-    _check_only(found, arch, where)
+    _check_fixed(found, arch, where)
 
 
-def _check_only(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
+def _check_fixed(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
     """Refuse arguments that no supported family computes."""
     scale, groups = arch.head_dim**-0.5, found.get("moe_router_num_groups")
-    only = dict(_ONLY)
+    fixed = dict(_FIXED)
     if not _is_close(found.get("softmax_scale"), scale):
-        only["softmax_scale"] = (None,)
+        fixed["softmax_scale"] = (None,)
     if found.get("num_experts"):
-        only |= {**_ONLY_OF_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups: no restriction
-    for argument, allowed in only.items():
+        fixed |= {**_FIXED_FOR_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups: no restriction
+    for argument, allowed in fixed.items():
         value = found.get(argument)
-        one_by_one = argument in _OF_EACH and isinstance(value, list | tuple)
+        one_by_one = argument in _LIST_VALUED and isinstance(value, list | tuple)
         if value is not None and not all(_is_one_of(each, allowed) for each in (value if one_by_one else [value])):
             raise ConversionError(
                 f"{where}: {argument}",

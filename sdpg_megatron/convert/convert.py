@@ -190,7 +190,7 @@ def _blocks(stored: Stored, tensors: Tensors, dtype: torch.dtype, moved: Moved) 
             moved(rows.nbytes)
             return rows
 
-        yield Block(location.key, (*location.lead, *stored.shape), dtype, location.at, start, length, make)
+        yield Block(location.key, (*location.lead, *stored.shape), dtype, location.index, start, length, make)
 
 
 def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, dtype: torch.dtype) -> Tensor:

@@ -108,9 +108,9 @@ def inspect(path: Path, *, digests: bool = False) -> Report:
         report.family, report.layers, report.hidden = arch.family, arch.num_layers, arch.hidden_size
         report.heads, report.kv_heads, report.vocabulary = arch.num_heads, arch.num_kv_heads, arch.vocab_size
     if source.kind == "Hugging Face folder":
-        _attempt(report, _look_at_folder, report, source.folder, arch)
+        _attempt(report, _inspect_folder, report, source.folder, arch)
     else:
-        _attempt(report, _look_at_checkpoint, report, source, arch, digests)
+        _attempt(report, _inspect_checkpoint, report, source, arch, digests)
     return report
 
 
@@ -124,7 +124,7 @@ def _attempt(report: Report, read: Callable[..., T], *arguments: Any) -> T | Non
         return None
 
 
-def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> None:
+def _inspect_folder(report: Report, folder: Path, arch: Architecture | None) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if arch is not None else {}
     if version := config.get("transformers_version"):
         report.versions["transformers"] = str(version)
@@ -136,10 +136,10 @@ def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> 
     _count(report, ((source.shape(name), source.dtype(name)) for name in source.names))
 
 
-def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | None, digests: bool) -> None:
+def _inspect_checkpoint(report: Report, source: Source, arch: Architecture | None, digests: bool) -> None:
     if source.state is not None:
         report.step = source.state.step
-        _look_at_manifest(report, source.folder, source.state, digests)
+        _inspect_manifest(report, source.folder, source.state, digests)
     checkpoint = TorchDist(source.folder)
     report.damage += [str(fault) for fault in checkpoint.faults()]
     model = model_keys(checkpoint.tensors)
@@ -149,10 +149,10 @@ def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | Non
     if arch is not None and not report.damage:
         _attempt(report, CheckpointTensors, checkpoint, arch)
     if source.state is None:
-        _look_at_arguments(report, checkpoint, arch)
+        _inspect_arguments(report, checkpoint, arch)
 
 
-def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
+def _inspect_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
     report.versions |= {"manifest": str(state.format), **state.versions}
     if damage := find_damage(folder, state.files, digests=digests, threads=THREADS):
         report.damage.append(str(damage))
@@ -161,7 +161,7 @@ def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bo
     report.layout = _layout(parallel) if isinstance(parallel, dict) else None
 
 
-def _look_at_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
+def _inspect_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
     common, arguments = checkpoint.common(), arguments_of(checkpoint)
     if isinstance(common.get("iteration"), int):
         report.step = common["iteration"]

@@ -25,9 +25,9 @@ class TensorLocation(NamedTuple):
     """Slice of a checkpoint's tensor, which spans all layers and, for experts, all experts."""
 
     key: str
-    at: Index
+    index: Index
     lead: Shape
-    """Sizes of the dimensions that `at` indexes."""
+    """Sizes of the dimensions that `index` selects from."""
 
 
 class Run(NamedTuple):
@@ -83,15 +83,15 @@ class Stored:
                 yield self._location(name, by_layer=by_layer)
 
     def _location(self, name: str, *, by_layer: bool) -> TensorLocation:
-        at: Index = ()
+        index: Index = ()
         lead: Shape = ()
         if by_layer and (layer := _LAYER.match(name)):
             name = _LAYER.sub("decoder.layers.", name)
-            at, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
+            index, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
         if expert := _EXPERT.search(name):
             name = _EXPERT.sub(".experts.experts.", name)
-            at, lead = (*at, int(expert[1])), (*lead, self.experts)
-        return TensorLocation(name, at, lead)
+            index, lead = (*index, int(expert[1])), (*lead, self.experts)
+        return TensorLocation(name, index, lead)
 
 
 def stored_parameters(arch: Architecture) -> list[Stored]:
@@ -114,10 +114,10 @@ def extra_states(stored: Collection[Stored]) -> list[str]:
         module, _, last = location.key.rpartition(".")
         if last != "weight" or module in ("embedding.word_embeddings", "output_layer"):
             continue
-        at = ".".join(map(str, location.at or (0,))) + "_" + ".".join(map(str, location.lead or (1,)))
-        found[f"{module}._extra_state/shard_{at}"] = None
+        shard = ".".join(map(str, location.index or (0,))) + "_" + ".".join(map(str, location.lead or (1,)))
+        found[f"{module}._extra_state/shard_{shard}"] = None
         if module.endswith(".linear_qkv"):
-            found[f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_{at}"] = None
+            found[f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_{shard}"] = None
     return list(found)
 
 

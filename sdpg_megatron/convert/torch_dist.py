@@ -82,11 +82,11 @@ class TorchDist:
         return found
 
     def _read_common(self, path: Path, classes: list[Any]) -> Any:
-        at = MetadataIndex(COMMON_OBJECT)
+        entry = MetadataIndex(COMMON_OBJECT)
         with torch.serialization.safe_globals(classes):
-            if at not in self._metadata.storage_data:
+            if entry not in self._metadata.storage_data:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            with self._open(at) as archive:
+            with self._open(entry) as archive:
                 (found,) = torch.load(archive, map_location="cpu", weights_only=True)
                 return found
 
@@ -151,9 +151,9 @@ class TorchDist:
         """Read rows `first` to `last` (row numbers of the whole slice) from a chunk."""
         dim = len(index)
         columns, dtype = prod(chunk.sizes[dim + 1 :]), meta.properties.dtype
-        at = MetadataIndex(key, chunk.offsets)
-        offset = self._offset(at, chunk, dtype) + (first - chunk.offsets[dim]) * columns * dtype.itemsize
-        path = self._file(self._metadata.storage_data[at].relative_path)
+        entry = MetadataIndex(key, chunk.offsets)
+        offset = self._offset(entry, chunk, dtype) + (first - chunk.offsets[dim]) * columns * dtype.itemsize
+        path = self._file(self._metadata.storage_data[entry].relative_path)
         buffer = torch.empty((last - first) * columns, dtype=dtype)
         with path.open("rb") as file:
             file.seek(offset)
@@ -161,18 +161,18 @@ class TorchDist:
                 raise CheckpointError(f"{path}: found the end of the file within {key!r}. Fix: copy it again")
         return buffer.view(last - first, *chunk.sizes[dim + 1 :])
 
-    def _offset(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
+    def _offset(self, entry: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
         """Offset of a chunk's contiguous data in its file, in bytes."""
-        if at not in self._offsets:
-            info = self._metadata.storage_data.get(at)
+        if entry not in self._offsets:
+            info = self._metadata.storage_data.get(entry)
             if info is None or info.transform_descriptors:
-                raise CheckpointError(f"{self.folder / TENSOR_LIST}: {at.fqn!r}: a chunk is missing or compressed")
-            self._offsets[at] = info.offset + self._offset_in_archive(at, chunk, dtype)
-        return self._offsets[at]
+                raise CheckpointError(f"{self.folder / TENSOR_LIST}: {entry.fqn!r}: a chunk is missing or compressed")
+            self._offsets[entry] = info.offset + self._offset_in_archive(entry, chunk, dtype)
+        return self._offsets[entry]
 
-    def _offset_in_archive(self, at: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
+    def _offset_in_archive(self, entry: MetadataIndex, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int:
         try:
-            with self._open(at) as archive, torch.serialization.skip_data():  # shape and dtype only
+            with self._open(entry) as archive, torch.serialization.skip_data():  # shape and dtype only
                 tensor = torch.load(archive, map_location="cpu", weights_only=True)
                 archive.seek(0)
                 records: Any = torch._C.PyTorchFileReader(archive)  # incomplete in torch's stubs
@@ -180,15 +180,15 @@ class TorchDist:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged archive may raise anything
-            raise CheckpointError(f"{self.folder}: {at.fqn!r}: {error}. Fix: copy the checkpoint again") from error
+            raise CheckpointError(f"{self.folder}: {entry.fqn!r}: {error}. Fix: copy the checkpoint again") from error
         found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
         if found != (expected := (tuple(chunk.sizes), dtype, True)):
-            raise CheckpointError(f"{self.folder}: {at.fqn!r}: found (shape, type, contiguous) {found}, not {expected}")
+            raise CheckpointError(f"{self.folder}: {entry.fqn!r}: found (shape, type, order) {found}, not {expected}")
         return int(start) + int(tensor.storage_offset()) * dtype.itemsize
 
     @contextmanager
-    def _open(self, at: MetadataIndex) -> Iterator[IO[bytes]]:
-        info = self._metadata.storage_data[at]
+    def _open(self, entry: MetadataIndex) -> Iterator[IO[bytes]]:
+        info = self._metadata.storage_data[entry]
         if fault := self._fault(info.relative_path, info.offset + info.length):
             raise fault
         with self._file(info.relative_path).open("rb") as file:

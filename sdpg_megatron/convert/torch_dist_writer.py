@@ -80,7 +80,7 @@ class _Planner(DefaultSavePlanner):
         self._objects = objects
 
     def create_local_plan(self) -> SavePlan:
-        tensors = [_item(at, block) for at, block in self._blocks.items()]
+        tensors = [_item(entry, block) for entry, block in self._blocks.items()]
         return SavePlan([*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects)])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -106,10 +106,10 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _item(at: MetadataIndex, block: Block) -> WriteItem:
+def _item(entry: MetadataIndex, block: Block) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
     data = TensorWriteData(chunk, TensorProperties(dtype=block.dtype), torch.Size(block.shape))
-    return WriteItem(at, WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(entry, WriteItemType.SHARD, tensor_data=data)
 
 
 def _empty_state() -> io.BytesIO:

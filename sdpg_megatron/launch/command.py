@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.launch.machine import Machine, NodeConfig, run
+from sdpg_megatron.launch.machine import Machine, NodeConfig
 from sdpg_megatron.process import streams
 
 
@@ -42,16 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    node_config = NodeConfig(
-        nodes=options.nodes,
-        node=options.node,
-        ranks=options.ranks,
-        servers=options.servers,
-        address=options.address,
-        port=options.port,
-        meet_seconds=options.meet_seconds,
-        lost_seconds=options.lost_seconds,
-    )
+    node_config = NodeConfig(**{field.name: getattr(options, field.name) for field in fields(NodeConfig)})
     branch = ["--branch-from", options.branch_from] if options.branch_from is not None else []
     branch += ["--new-reference"] if options.new_reference else []
-    return run(Machine(node_config, options.config, options.overrides, branch))
+    return asyncio.run(Machine(node_config, options.config, options.overrides, branch).run())

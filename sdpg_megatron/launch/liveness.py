@@ -36,7 +36,7 @@ class Liveness:
     """Exit codes of the machines that have ended."""
     lost: dict[int, str] = field(default_factory=dict)
     """Machines that are unreachable, with the reason."""
-    asked: int | None = None
+    stop_signal: int | None = None
     """First signal of a machine without ranks: a request to stop the run."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _since: float | None = None
@@ -99,7 +99,7 @@ class Liveness:
             elif "lost" in message:
                 self._note_lost(*message["lost"])
             elif "stop" in message:
-                self.asked = self.asked or message["stop"]
+                self.stop_signal = self.stop_signal or message["stop"]
         if node not in self.ended:
             self._note_lost(node, "closed its connection: its launcher, or the machine, ended without an exit code")
 

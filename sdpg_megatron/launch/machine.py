@@ -173,8 +173,8 @@ class Machine:
                 _say(f"{why}. Ending this machine's ranks; the same command continues from the newest checkpoint")
                 return code
             # Slurm signals all launchers: a second signal would end the ranks while they save.
-            if liveness.asked is not None and not self._asked and self._ranks is not None:
-                self._ask(liveness.asked, "another machine's signal", self._ranks)
+            if liveness.stop_signal is not None and not self._asked and self._ranks is not None:
+                self._ask(liveness.stop_signal, "another machine's signal", self._ranks)
             self._servers.look()
             await asyncio.sleep(POLL_SECONDS)
 
@@ -209,11 +209,6 @@ class Machine:
         if self._ranks is not None:
             self._ranks.kill()
         self._servers.close()
-
-
-def run(machine: Machine) -> int:
-    """Call `Machine.run` in a new event loop."""
-    return asyncio.run(machine.run())
 
 
 def _say(text: str) -> None:

@@ -82,20 +82,18 @@ def _cut(path: Path, kept: int) -> None:
 
 def truncate_files(folder: Path, is_beyond: Beyond) -> None:
     """Remove files ``step_<number>.jsonl`` of later steps, and partial ones left by a kill."""
-    for path in folder.glob("step_*.jsonl"):
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and is_beyond(int(number)):
-            with writing(path):
-                path.unlink()
-    for path in folder.glob(".step_*"):
+    for path in [*_steps_beyond(folder, ".jsonl", is_beyond), *folder.glob(".step_*")]:
         with writing(path):
             path.unlink()
 
 
 def truncate_folders(folder: Path, step: int, *, evaluated: bool) -> None:
     """Remove evaluations, in folders ``step_<number>``, that will be made again."""
-    for path in folder.glob("step_*"):
-        number = path.name.removeprefix("step_")
-        if number.isdigit() and (int(number) > step or (int(number) == step and not evaluated)):
-            with writing(path):
-                shutil.rmtree(path)
+    for path in _steps_beyond(folder, "", beyond(step, evaluated=evaluated)):
+        with writing(path):
+            shutil.rmtree(path)
+
+
+def _steps_beyond(folder: Path, suffix: str, is_beyond: Beyond) -> list[Path]:
+    numbers = {path: path.name.removeprefix("step_").removesuffix(suffix) for path in folder.glob(f"step_*{suffix}")}
+    return [path for path, number in numbers.items() if number.isdigit() and is_beyond(int(number))]
