@@ -183,7 +183,9 @@ class TorchDist:
             raise CheckpointError(f"{self.folder}: {entry.fqn!r}: {error}. Fix: copy the checkpoint again") from error
         found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
         if found != (expected := (tuple(chunk.sizes), dtype, True)):
-            raise CheckpointError(f"{self.folder}: {entry.fqn!r}: found (shape, type, order) {found}, not {expected}")
+            raise CheckpointError(
+                f"{self.folder}: {entry.fqn!r}: found (shape, type, contiguous) {found}, expected {expected}"
+            )
         return int(start) + int(tensor.storage_offset()) * dtype.itemsize
 
     @contextmanager
