@@ -35,7 +35,7 @@ GENERATION = ("rollout", "reward")
 """Sections that determine responses and rewards, apart from the fields in `FREE`."""
 
 RENAMED = {"rollout.sglang.sink": "rollout.sglang.transport"}
-"""New names of fields of version 0.1, whose checkpoints record the old ones."""
+"""New names of fields; checkpoints of version 0.1 record the old ones."""
 
 REMOVED = (("objective.contrast", 0.0),)
 """Fields of version 0.1 with the value that had no effect."""
@@ -104,12 +104,12 @@ def check_optimizer_state(state: RunState, changes: Sequence[Change]) -> None:
 
 
 def changes_generation(changes: Sequence[Change]) -> bool:
-    """True if prefetched responses differ from what the new configuration would generate."""
+    """True if the new configuration would generate other responses than the prefetched ones."""
     return any(change.kind == "learning" and change.within(GENERATION) for change in changes)
 
 
 def end_dependent_schedules(config: RunConfig) -> list[str]:
-    """Fields whose schedule depends on the last step, so that another `steps` changes it."""
+    """Fields with a schedule that depends on the last step, so that another `steps` changes it."""
     objective, optimizer = config.objective, config.optimizer
     fields = ["optimizer.schedule"] if optimizer.schedule != "constant" else []
     if objective.beta:

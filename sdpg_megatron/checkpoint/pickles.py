@@ -19,7 +19,7 @@ from sdpg_megatron.errors import CheckpointError
 TENSOR_LIST = ".metadata"
 """Metadata file of `torch.distributed.checkpoint`: each tensor's shape, dtype, and position in the files."""
 DESCRIPTIONS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-"""Modules whose data classes and enumerations only describe tensors and are safe to construct."""
+"""Modules with data classes and enumerations that only describe tensors and are safe to construct."""
 OTHERS = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),

@@ -173,7 +173,7 @@ def _flushing(folder: Path) -> Iterator[None]:
 
 
 def _type_of(stored: Stored, tensors: Tensors, dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype of a parameter, whose tensors must have the same."""
+    """Dtype of a parameter; its tensors must agree."""
     found = {tensors.dtype(name) for name in stored.parameter.tensors}
     if dtype is None and len(found) > 1:
         names = ", ".join(stored.parameter.tensors)
@@ -190,7 +190,7 @@ def _blocks(stored: Stored, tensors: Tensors, dtype: torch.dtype, moved: Moved) 
             moved(rows.nbytes)
             return rows
 
-        yield Block(location.key, (*location.lead, *stored.shape), dtype, location.index, start, length, make)
+        yield Block(location.key, (*location.lead, *stored.shape), dtype, location.indices, start, length, make)
 
 
 def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, dtype: torch.dtype) -> Tensor:

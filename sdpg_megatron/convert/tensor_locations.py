@@ -25,9 +25,9 @@ class TensorLocation(NamedTuple):
     """Slice of a checkpoint's tensor, which spans all layers and, for experts, all experts."""
 
     key: str
-    index: Index
+    indices: Index
     lead: Shape
-    """Sizes of the dimensions that `index` selects from."""
+    """Sizes of the dimensions that `indices` select from."""
 
 
 class Run(NamedTuple):
@@ -83,15 +83,15 @@ class Stored:
                 yield self._location(name, by_layer=by_layer)
 
     def _location(self, name: str, *, by_layer: bool) -> TensorLocation:
-        index: Index = ()
+        indices: Index = ()
         lead: Shape = ()
         if by_layer and (layer := _LAYER.match(name)):
             name = _LAYER.sub("decoder.layers.", name)
-            index, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
+            indices, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
         if expert := _EXPERT.search(name):
             name = _EXPERT.sub(".experts.experts.", name)
-            index, lead = (*index, int(expert[1])), (*lead, self.experts)
-        return TensorLocation(name, index, lead)
+            indices, lead = (*indices, int(expert[1])), (*lead, self.experts)
+        return TensorLocation(name, indices, lead)
 
 
 def stored_parameters(arch: Architecture) -> list[Stored]:
@@ -114,7 +114,7 @@ def extra_states(stored: Collection[Stored]) -> list[str]:
         module, _, last = location.key.rpartition(".")
         if last != "weight" or module in ("embedding.word_embeddings", "output_layer"):
             continue
-        shard = ".".join(map(str, location.index or (0,))) + "_" + ".".join(map(str, location.lead or (1,)))
+        shard = ".".join(map(str, location.indices or (0,))) + "_" + ".".join(map(str, location.lead or (1,)))
         found[f"{module}._extra_state/shard_{shard}"] = None
         if module.endswith(".linear_qkv"):
             found[f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_{shard}"] = None

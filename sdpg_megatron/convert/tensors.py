@@ -93,7 +93,7 @@ class CheckpointTensors:
             last = min(start + length, run.tensor_start + run.length)
             if run.tensor == name and first < last:
                 row = run.start + first - run.tensor_start
-                parts.append((first, self._source.rows(location.key, location.index, row, last - first)))
+                parts.append((first, self._source.rows(location.key, location.indices, row, last - first)))
         if len(parts) == 1:
             return parts[0][1]
         return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])

@@ -72,7 +72,7 @@ _BACKENDS = {"sharded_backend": BACKEND, "sharded_backend_version": 1, "common_b
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans from a list of blocks instead of a state dict, whose tensors would all be in memory."""
+    """Plans from a list of blocks instead of a state dict, which would keep all tensors in memory."""
 
     def __init__(self, blocks: Sequence[Block], objects: Sequence[str]) -> None:
         super().__init__(flatten_state_dict=False)

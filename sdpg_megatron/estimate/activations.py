@@ -107,7 +107,7 @@ def _feed_forward(arch: Architecture, parallel: ParallelConfig, w: int, *, fused
 
 
 def in_flight(grid: Grid, stage: int, micro_batches: int) -> float:
-    """Number of micro-batches whose activations a stage keeps at a time; fractional with virtual stages."""
+    """Number of micro-batches with saved activations on a stage at a time; fractional with virtual stages."""
     if grid.chunks == 1:
         return min(grid.pipeline - stage, micro_batches)
     warm_up = 2 * (grid.pipeline - stage - 1) + (grid.chunks - 1) * grid.pipeline + 1

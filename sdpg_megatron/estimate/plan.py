@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def fullest(self) -> StageMemory:
-        """Pipeline stage whose ranks need the most memory."""
+        """Pipeline stage with the largest memory per rank."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property

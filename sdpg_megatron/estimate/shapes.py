@@ -1,8 +1,8 @@
 """Shape check of a run's model without memory or other ranks, the last step of ``train --dry-run``.
 
 It runs in a subprocess, as one rank of each pipeline stage in turn. Megatron's groups use torch's fake process group,
-whose collectives do nothing, and the model is on the meta device, whose tensors have only shapes. Both are private test
-utilities of torch; the check is skipped for a torch that has moved them.
+with collectives that do nothing, and the model is on the meta device, where tensors have only shapes. Both are private
+test utilities of torch; the check is skipped for a torch that has moved them.
 """
 
 from __future__ import annotations

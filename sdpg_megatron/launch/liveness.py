@@ -17,7 +17,7 @@ from sdpg_megatron.launch.rendezvous import LaunchPlan
 from sdpg_megatron.process.signals import STOPPED
 
 CLEAN_EXITS = (0, STOPPED)
-"""Exit codes of a machine whose ranks ended normally."""
+"""Exit codes of a machine with ranks that ended normally."""
 FAILED_GRACE = 15.0
 """Seconds for ranks to end by themselves, and to report the error, after another machine's ranks have failed."""
 CLEAN_GRACE = 300.0

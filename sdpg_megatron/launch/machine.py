@@ -236,7 +236,7 @@ def _served(plan: LaunchPlan) -> list[str]:
 
 
 def _environment(node_config: NodeConfig, address: str) -> dict[str, str]:
-    """Interface for Gloo, whose default is that of the host name, often the loopback."""
+    """Interface for Gloo; its default is the host name's, often the loopback."""
     if node_config.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     for name, addresses in psutil.net_if_addrs().items():

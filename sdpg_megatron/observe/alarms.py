@@ -1,7 +1,7 @@
 """Alarms: known failure modes of such runs, each detected by a function of the metric records so far.
 
 A record holds a step's finite metrics by name. "Now" is the mean of a metric's last `window` values, "the start" the
-mean of its first. An alarm whose metrics are missing or too few is None.
+mean of its first. An alarm with missing or too few metrics is None.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm
         return None
     usual = median(values[-config.window - 1 : -1])
     limit = max(config.kl_floor, config.kl_spike * usual)
-    return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most beside a usual {usual:.4g}")
+    return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most (median {usual:.4g})")
 
 
 def entropy_floor(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:

@@ -46,7 +46,7 @@ class RankEnvironment:
             return cls(local_rank=local_rank or 0, local_world_size=local_world_size)
         if rank is None or world_size is None:
             set_one, missing = ("RANK", "WORLD_SIZE") if world_size is None else ("WORLD_SIZE", "RANK")
-            found = f"none, beside {set_one}={environment[set_one]}"
+            found = f"none, with {set_one}={environment[set_one]}"
             raise LaunchError(missing, found, "both or neither", _fix(environment))
         if rank >= world_size:
             expected = f"a number below WORLD_SIZE ({world_size})"

@@ -48,7 +48,7 @@ class Interrupt:
         name = signal.Signals(number).name
         self._signals += 1
         if self._signals > 1:
-            leave(128 + number, f"{name}: ended at once; the same command continues from what is saved")
+            leave(128 + number, f"{name}: ended at once; the same command continues from the last save")
         if not self._deferring:
             leave(STOPPED, f"{name}: stopped before the first step; the same command starts the run")
         self.requested = True

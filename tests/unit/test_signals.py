@@ -90,7 +90,7 @@ def test_afterwards_the_second_one_does_also_in_a_collective(number: Signal) -> 
     assert code == 128 + number
     assert errors.splitlines() == [
         "SIGTERM: the run saves and stops; a second signal ends it at once",
-        f"{number.name}: ended at once; the same command continues from what is saved",
+        f"{number.name}: ended at once; the same command continues from the last save",
     ]
 
 
