@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.observe.files import flush_folder
+from sdpg_megatron.observe.files import fsync_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class FileSum:
 
 def fsync_and_hash(path: Path) -> FileSum:
     """Flush a file to the disk, and compute its size and digest."""
-    _flush_file(path)
+    fsync_path(path)
     return FileSum(path.stat().st_size, sha256_of(path))
 
 
@@ -36,13 +35,8 @@ def sha256_of(path: Path) -> str:
 def flush_tree(folder: Path) -> None:
     """Flush a folder and all its contents to the disk."""
     for path in folder.rglob("*"):
-        flush_folder(path) if path.is_dir() else _flush_file(path)
-    flush_folder(folder)
-
-
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        fsync_path(path)
+    fsync_path(folder)
 
 
 def find_damage(

@@ -37,7 +37,7 @@ from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
-from sdpg_megatron.observe.files import flush_folder, free_mib, write_atomically
+from sdpg_megatron.observe.files import free_mib, fsync_path, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class CheckpointStore:
         new = not self._folder.exists()
         partial.mkdir(parents=True)
         if new:
-            flush_folder(self._folder.parent)
+            fsync_path(self._folder.parent)
         return partial
 
     def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None = None) -> None:
@@ -182,7 +182,7 @@ class CheckpointStore:
             target = self._folder / checkpoint_name(state.step)
             self._remove(target)
             partial.rename(target)
-            flush_folder(self._folder)
+            fsync_path(self._folder)
             self._point_at(target)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -207,7 +207,7 @@ class CheckpointStore:
         if path.exists():
             staging = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
             path.rename(staging)
-            flush_folder(path.parent)  # otherwise a loss of power could restore the old name with fewer files
+            fsync_path(path.parent)  # otherwise a loss of power could restore the old name with fewer files
             shutil.rmtree(staging)
 
     def _on_main(self, act: Callable[[], T]) -> T:

@@ -63,16 +63,16 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
                 os.fsync(file.fileno())
         staging.replace(path)
         if durable:
-            flush_folder(path.parent)
+            fsync_path(path.parent)
     except OSError:
         with suppress(OSError):
             staging.unlink(missing_ok=True)
         raise
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Flush a file's content or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

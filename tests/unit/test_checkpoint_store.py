@@ -17,7 +17,7 @@ from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoi
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.observe.files import flush_folder
+from sdpg_megatron.observe.files import fsync_path
 
 
 class Alone:
@@ -104,7 +104,7 @@ def test_the_disk_knows_that_one_is_out_of_sight_before_any_of_it_goes(
         return act
 
     monkeypatch.setattr(Path, "rename", recorded("rename", Path.rename))
-    monkeypatch.setattr(store_module, "flush_folder", recorded("flush", flush_folder))
+    monkeypatch.setattr(store_module, "fsync_path", recorded("flush", fsync_path))
     monkeypatch.setattr(shutil, "rmtree", recorded("remove", shutil.rmtree))
     store._remove(tmp_path / "step_00000001")
     assert calls == [("rename", "step_00000001"), ("flush", "parent"), ("remove", "step_00000001")]
