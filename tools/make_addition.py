@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from sdpg_megatron.observe.files import write_atomically
 
 NUMBERS = range(10, 50)
 Problem = tuple[int, int]
@@ -52,10 +53,7 @@ def row(problem: Problem) -> dict[str, str]:
 
 
 def write(path: Path, problems: Sequence[Problem]) -> None:
-    """Write aside and rename, so that a running job never reads half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(json.dumps(row(problem)) + "\n" for problem in problems), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, "".join(json.dumps(row(problem)) + "\n" for problem in problems))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

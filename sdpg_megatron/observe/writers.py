@@ -1,4 +1,4 @@
-"""Where metrics go: one JSON line a step, TensorBoard events, or several places at once."""
+"""Metrics writers: JSON lines, TensorBoard events, or several at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdpg_megatron.observe.truncate import beyond, truncate_events, truncate_fil
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
-"""Which prompts each step learned from: ``{"step": ..., "prompts": [uid, ...]}`` lines, in the order of the batch."""
+"""Prompts of each step's batch, in order: ``{"step": ..., "prompts": [uid, ...]}`` lines."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -33,16 +33,16 @@ class MetricsWriter(Protocol):
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` after `step` training steps (0: before the first). Lasting when the call returns."""
+        """Record `values` after `step` training steps (0: before the first), durably."""
         ...
 
     def close(self) -> None:
-        """Release the place; nothing is written afterwards."""
+        """Release the destination. No writes may follow."""
         ...
 
 
 class JsonlWriter:
-    """Appends ``{"step": ..., name: value}`` lines. A value that is not finite is written as null."""
+    """Appends ``{"step": ..., name: value}`` lines, with null for non-finite values."""
 
     def __init__(self, path: Path) -> None:
         self._file = Appender(path)
@@ -51,7 +51,7 @@ class JsonlWriter:
         self.append(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def append(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Record whatever JSON knows; the disk has it when the call returns."""
+        """Append a record of JSON values, durably."""
         self._file.append(json_line({"step": step, **fields}))
 
     def close(self) -> None:
@@ -61,13 +61,13 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Writes scalars as TensorBoard events.
 
-    TensorBoard's own writer does so from a thread, in which a disk's refusal is a traceback that nobody catches.
+    TensorBoard's own writer runs on a thread, where errors of a full disk cannot be caught.
     """
 
     def __init__(self, folder: Path) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        now = time.time()  # to the microsecond: each call of a run has a file of its own, and readers go by the names
+        now = time.time()  # with microseconds: each call of a run has its own file, and readers sort by name
         self._file = Appender(folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}")
         self._append([{"file_version": "brain.Event:2"}])
 
@@ -76,7 +76,7 @@ class TensorBoardWriter:
         self._append([{"step": step, "summary": {"value": [scalar]}} for scalar in scalars])
 
     def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # takes long, and only the writing rank needs it
+        from tensorboard.compat.proto.event_pb2 import Event  # slow to import, and only the writing rank needs it
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         records = io.BytesIO()
@@ -89,7 +89,7 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Writes to several places; to none where it is given none, as on ranks that do not report."""
+    """Writes to several destinations, or to none on ranks that do not report."""
 
     def __init__(self, writers: Sequence[MetricsWriter]) -> None:
         self._writers = tuple(writers)
@@ -99,7 +99,7 @@ class MultiWriter:
             writer.write(step, values)
 
     def close(self) -> None:
-        """Close all of them, also where closing one fails."""
+        """Close all, even if closing one fails."""
         with ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
@@ -132,7 +132,7 @@ def open_external(spec: str, config: RunConfig) -> MetricsWriter:
 
 
 def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
-    """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.truncate`."""
+    """Truncate all of a run's records to the step from which it continues; see `sdpg_megatron.observe.truncate`."""
     is_beyond = beyond(step, evaluated=evaluated)
     truncate_lines(run_dir / METRICS_FILE, is_beyond)
     truncate_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
@@ -141,7 +141,7 @@ def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, one a step; null is read as NaN.
+    """Read the records of a metrics.jsonl, one per step; null becomes NaN.
 
     Raises:
         DataError: a line is neither a record nor blank.
@@ -151,7 +151,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def last_value(path: Path, name: str) -> float | None:
-    """The newest finite value of a metric in a metrics.jsonl; None where there is none. Raises as `read_metrics`."""
+    """Newest finite value of a metric in a metrics.jsonl; None if there is none. Raises as `read_metrics`."""
     found = (record.get(name, math.nan) for record in reversed(read_metrics(path)))
     return next((value for value in found if math.isfinite(value)), None)
 

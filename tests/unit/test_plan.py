@@ -71,7 +71,7 @@ def test_a_method_keeps_its_teachers_rows_as_long_as_it_reads_them(
     """rlsd takes log-probs of them before the update."""
     plan = plan_of(models, name, f"objective.name={method}", ranks=8)
     assert {phase for phase, parts in plan.fullest.phases.items() if parts.get("teacher rows")} == phases
-    assert bool(plan.load.taught) == bool(phases)
+    assert bool(plan.load.teacher_rows) == bool(phases)
 
 
 def test_a_walk_over_pipeline_stages(models: Path) -> None:

@@ -52,8 +52,8 @@ def responses(index: int, routed: bool) -> ScoredGroup:
 @pytest.mark.parametrize("routed", [False, True])
 def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
     prefetched = PrefetchedRollouts((8, 2, 8), tuple(responses(index, routed) for index in (8, 2, 8)))
-    write_prefetched(tmp_path / "drawn", prefetched)
-    read = read_prefetched(tmp_path / "drawn", Source())
+    write_prefetched(tmp_path / "prefetched", prefetched)
+    read = read_prefetched(tmp_path / "prefetched", Source())
     assert read == prefetched
     for old, new in zip(prefetched.groups, read.groups, strict=True):
         for before, after in zip(old.group.completions, new.group.completions, strict=True):
@@ -65,19 +65,19 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
 
 def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
     """Those whose responses are to be generated again."""
-    write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8, 2, 8), ()))
-    assert read_prefetched(tmp_path / "drawn", Source()) == PrefetchedRollouts((8, 2, 8), ())
+    write_prefetched(tmp_path / "prefetched", PrefetchedRollouts((8, 2, 8), ()))
+    assert read_prefetched(tmp_path / "prefetched", Source()) == PrefetchedRollouts((8, 2, 8), ())
 
 
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
-    with pytest.raises(OSError, match=r"drawn: .*File too large"), files_end_at(100):
-        write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8,), (responses(8, False),)))
+    with pytest.raises(OSError, match=r"prefetched: .*File too large"), files_end_at(100):
+        write_prefetched(tmp_path / "prefetched", PrefetchedRollouts((8,), (responses(8, False),)))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     """Or read as something else of the same form, where the checkpoint's digests were not looked at."""
-    path = tmp_path / "drawn"
+    path = tmp_path / "prefetched"
     write_prefetched(path, PrefetchedRollouts((8, 2), tuple(responses(index, True) for index in (8, 2))))
     whole, draw = path.read_bytes(), random.Random(0)
     refused = 0
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             refused += 1
     assert refused > 150
     path.unlink()
-    with pytest.raises(CheckpointError, match="expected the responses that a run has generated ahead"):
+    with pytest.raises(CheckpointError, match="expected responses that a run has generated ahead"):
         read_prefetched(path, Source())
 
 

@@ -152,12 +152,12 @@ def configured(sandbox: Sandbox, call: str) -> RunConfig:
     return load_config(sandbox.root / config, [argument for argument in more if "=" in argument])
 
 
-@pytest.mark.parametrize(("call", "place", "required_passes"), SHARED + APART)
+@pytest.mark.parametrize(("call", "place", "hardware"), SHARED + APART)
 def test_a_recipe_fits_its_hardware(
     sandbox: Sandbox,
     call: str,
     place: str,
-    required_passes: tuple[str, int, int],
+    hardware: tuple[str, int, int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
@@ -166,11 +166,11 @@ def test_a_recipe_fits_its_hardware(
     code = main([*arguments, "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert code == 0 and plan["fits"] and not plan["advice"]
-    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == required_passes
+    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == hardware
     assert plan["server"]["longest_sequences"] >= 8
     assert main(arguments) == 0
     publish = next(line for line in capsys.readouterr().out.splitlines() if "the leader sends" in line)
-    assert publish.endswith("between machines" if required_passes[1] > 8 else "within a machine")
+    assert publish.endswith("between machines" if hardware[1] > 8 else "within a machine")
 
 
 def test_there_is_hardware_for_every_recipe() -> None:

@@ -346,5 +346,5 @@ def test_damage_of_the_other_run_is_named_with_what_else_there_is(tmp_path: Path
     config = config_in(tmp_path / "branch")
     config.run_dir.mkdir()
     (config.run_dir / "branch.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"branch\.json: found .*expected where the branch starts"):
+    with pytest.raises(CheckpointError, match=r"branch\.json: found .*expected a branch point"):
         start(config, str(tmp_path / "run"))

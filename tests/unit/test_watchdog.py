@@ -44,10 +44,8 @@ def test_a_description_has_a_line_for_each_place() -> None:
         "  ranks 0-1, 3, 5: update for 10 s, in a collective: gather_all (parallel.py:1)",
     ]
     silent = describe(states, {0: 30.4, 5: 31.0})
-    assert silent.startswith(
-        "missing: ranks 0, 5\n  rank 0 (process 7; silent for 30 s, what follows is older): update"
-    )
-    assert describe({0: at(), 1: at()}, {}).startswith("missing: cannot be told")
+    assert silent.startswith("missing: ranks 0, 5\n  rank 0 (process 7; silent for 30 s, last known status): update")
+    assert describe({0: at(), 1: at()}, {}).startswith("missing: undetermined")
     assert describe({}, {}) == "nothing is known of the ranks"
 
 
