@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError, reason_of
-from sdpg_megatron.mcore.trusted import trusted_globals
 
 BACKEND_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
@@ -74,7 +73,7 @@ class TorchDist:
             try:
                 found = self._read_common(path, [Namespace, SimpleNamespace])
             except pickle.UnpicklingError:
-                found = self._read_common(path, trusted_globals())  # takes seconds to import
+                found = self._read_common(path, trusted_globals())
         except CheckpointError:
             raise
         except Exception as error:  # a damaged archive may raise anything
@@ -248,3 +247,10 @@ class _Slice(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def trusted_globals() -> list[Any]:
+    """Classes that megatron-core allows in the arguments of a Megatron-LM checkpoint, besides plain data."""
+    from megatron.core.safe_globals import SAFE_GLOBALS  # the import takes seconds
+
+    return list(SAFE_GLOBALS)

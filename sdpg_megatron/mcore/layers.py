@@ -1,8 +1,8 @@
-"""Transformer layers out of megatron-core's parallel linears, for machines without Transformer Engine.
+"""Transformer layer specs: megatron-core's parallel linears without Transformer Engine, or Transformer Engine's layers.
 
-Three parts replace megatron-core's local ones: its norm refuses sequence parallelism, its attention core
-(`mcore.attention` is ours) materialises all scores, and its rotary embedding (ours is `mcore.rotary`) makes cosines
-anew in each layer.
+Without Transformer Engine, three local modules of megatron-core are replaced: its norm does not support sequence
+parallelism, its attention core materializes all scores (replaced by `mcore.attention`), and its rotary embedding
+recomputes cosines in each layer (replaced by `mcore.rotary`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sdpg_megatron.mcore.routing import use_own_router
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in float32, as Hugging Face's Llama and Qwen compute it.
+    """RMS norm in float32, as in Hugging Face's Llama and Qwen.
 
-    Under sequence parallelism its weight is marked, so that Megatron sums its gradient over tensor-parallel ranks.
+    Under sequence parallelism the weight is marked, so that Megatron sums its gradient over tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """This stage's layers from megatron-core's own modules, with the parts above."""
+    """Spec of this stage's layers without Transformer Engine."""
     rotary.install()
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -62,7 +62,7 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
 
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's fused layer."""
+    """Spec of Transformer Engine's fused layer."""
     layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
