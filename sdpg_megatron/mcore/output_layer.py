@@ -87,7 +87,7 @@ def _check_layer(gpt: Any) -> None:
     if getattr(gpt.config, "mtp_num_layers", None):
         raise _refused(f"mtp_num_layers={gpt.config.mtp_num_layers}", "no layers for multi-token prediction")
     if getattr(type(layer), "forward", None) is not ColumnParallelLinear.forward or "forward" in vars(layer):
-        found = f"an output layer with a forward of its own ({type(layer).__qualname__})"
+        found = f"an output layer with a custom forward ({type(layer).__qualname__})"
         raise _refused(found, "Megatron's ColumnParallelLinear.forward")
     if layer.bias is not None:
         raise _refused("an output layer with a bias", "one without")

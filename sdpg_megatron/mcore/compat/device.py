@@ -87,12 +87,11 @@ def _on_cpu(argument: Any) -> Any:
 
 def _redirect_cuda_module() -> None:
     """Replace `torch.cuda` functions that megatron-core calls without checking for a device."""
-
-    cuda: Any = torch.cuda  # these are plain functions of the module: replaced, not subclassed
+    cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
-    # Each stand-in is an object of its own: torch.compile refuses to register one object under two of these names.
+    # Each replacement is a separate object: torch.compile refuses to register one object under two of these names.
     cuda.synchronize = lambda device=None: None
-    cuda.current_stream = _NoStream  # 0.19 asks for it before each gradient reduction; only CUDA graphs use it
+    cuda.current_stream = _NoStream  # 0.19 calls it before each gradient reduction; only CUDA graphs use the result
     cuda.empty_cache = lambda: None
     cuda.Stream = _NoStream
     cuda.stream = contextlib.nullcontext
