@@ -22,7 +22,12 @@ from torch.nn import functional
 
 from sdpg_megatron.mcore import rotary
 from sdpg_megatron.mcore.attention import CausalAttention
+from sdpg_megatron.mcore.compiled import CompiledOnGpu
 from sdpg_megatron.mcore.routing import use_own_router
+
+SHORT_ROW = 256
+"""Rows up to this size, such as the heads of the query and key norms, are normalized by a compiled kernel on a GPU.
+torch's kernel works on one row per thread block, which short rows do not fill."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -40,7 +45,16 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        norm = rms_norm_on_gpu if len(self.weight) <= SHORT_ROW else rms_norm
+        return norm(hidden, self.weight, self.eps)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(hidden, weight.shape, weight, eps)
+
+
+rms_norm_on_gpu = CompiledOnGpu(rms_norm, token_inputs=1)
+"""`rms_norm`, as one kernel on a GPU."""
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -10,17 +10,13 @@ of a head that are rotated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
-from sdpg_megatron.mcore.compat.device import has_compiled_kernels
-
-Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden [P, B, N, D] or [P, N, D], cosines and sines that broadcast to its first R columns) -> hidden, rotated."""
+from sdpg_megatron.mcore.compiled import CompiledOnGpu
 
 
 @functools.cache  # the replacement must not wrap itself
@@ -33,7 +29,7 @@ def install() -> None:
         if args or any(options.values()):  # interleaved rotation
             interleaved: Tensor = original(t, freqs, *args, mscale=mscale, **options)
             return interleaved
-        return rotation(t)(t, *cosines_and_sines(freqs, mscale, t.dtype))
+        return rotate_on_gpu(t, *cosines_and_sines(freqs, mscale, t.dtype))
 
     rope_utils._apply_rotary_pos_emb_bshd = apply
 
@@ -48,7 +44,12 @@ def cosines_and_sines(angles: Tensor, scale: float, dtype: torch.dtype) -> tuple
 
 
 def rotate(hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate element i of a head's first R with element i + R / 2, as Llama and Qwen do."""
+    """Rotate element i of a head's first R with element i + R / 2, as Llama and Qwen do.
+
+    Args:
+        hidden: [P, B, N, D] or [P, N, D].
+        cosines, sines: broadcast to the first R columns of `hidden`.
+    """
     size = cosines.shape[-1]
     turned, rest = hidden[..., :size], hidden[..., size:]
     first, second = turned.chunk(2, -1)
@@ -56,18 +57,5 @@ def rotate(hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def rotation(hidden: Tensor) -> Rotation:
-    """`rotate`, compiled if `hidden` is on a GPU and Triton is installed."""
-    return _rotate_compiled if hidden.is_cuda and has_compiled_kernels() else rotate
-
-
-@functools.cache
-def _compiled() -> Rotation:
-    return torch.compile(rotate)
-
-
-def _rotate_compiled(hidden: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`rotate`, compiled once for all numbers of tokens, which differ between micro-batches."""
-    for tensor in (hidden, cosines, sines):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compiled()(hidden, cosines, sines)
+rotate_on_gpu = CompiledOnGpu(rotate, token_inputs=3)
+"""`rotate`, as one kernel on a GPU."""
