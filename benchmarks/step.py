@@ -56,7 +56,7 @@ if not __package__:  # run as a script, whose folder is then the first place to 
 from benchmarks.head import machine, write_json
 from benchmarks.step_data import PROMPT_TOKENS, coin, even_lengths, given_groups, long_tailed_lengths
 from benchmarks.step_plain import PlainLoop
-from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftovers
+from benchmarks.step_trainer import StandingPolicyTrainer, StandingTrainer, no_leftovers
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
@@ -150,7 +150,7 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
 def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
     """Steps on given responses: of sdpg, of sdpg with its pulls measured, and of sdpg where beta is 0."""
     with no_leftovers():
-        trainer = StandingLearner(config)
+        trainer = StandingPolicyTrainer(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
         at = {"beta0": UNTAUGHT, "sdpg": TAUGHT, "sdpg_measured": MEASURED}
         steps = {name: _learning(trainer, groups, step) for name, step in at.items()}
@@ -160,7 +160,7 @@ def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict
 def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
     """Steps of sdpg on given responses: packed, padded, and padded in the order of arrival."""
     with no_leftovers():
-        trainer = StandingLearner(config)
+        trainer = StandingPolicyTrainer(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
         padded = _learning(trainer, groups, TAUGHT, packed=False)
 
@@ -178,7 +178,7 @@ def plan_unsorted(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike:
     return [[list(samples[first : first + size]) for first in range(0, len(samples), size)]]
 
 
-def _learning(trainer: StandingLearner, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
+def _learning(trainer: StandingPolicyTrainer, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
     def learn() -> Known:
         return {"gated_share": trainer.learn(groups, step, **changes)["distill/gate_rate"]}
 

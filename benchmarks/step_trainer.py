@@ -24,7 +24,7 @@ from sdpg_megatron.train.state import Position
 from sdpg_megatron.train.update import PolicyUpdater
 
 
-class StandingLearner:
+class StandingPolicyTrainer:
     """A learner that takes the step that it is told to, on groups that it is given."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -40,7 +40,7 @@ class StandingLearner:
         return values(updater.learn(step, updater.prepare(step, groups)))
 
 
-class StandingTrainer(StandingLearner):
+class StandingTrainer(StandingPolicyTrainer):
     """A whole trainer that takes the same step again and again."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
