@@ -279,7 +279,7 @@ def fuzz(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, keep:
 
 
 def share(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, jobs: int) -> tuple[Result, Counter[str]]:
-    """Run `fuzz` in several forks, each with every n-th case. `multiprocessing` would track the cases as its children."""
+    """Run `fuzz` in several forks, each with every n-th case. `multiprocessing` would own the cases as children."""
     result, codes = Result(), Counter[str]()
     readers = []
     for job in range(jobs):

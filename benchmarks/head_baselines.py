@@ -307,7 +307,7 @@ class ChunkedLogits(torch.autograd.Function):
 
 
 class ChunkedReverseKL(torch.autograd.Function):
-    """(student logits_TV, teacher logits_TV, vocab) -> KL [T], like `ChunkedLogits`. Its gradient is at least float32."""
+    """(student logits_TV, teacher logits_TV, vocab) -> KL [T], by chunks. The gradient is at least float32."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, teacher_TV: Tensor, vocab: VocabShard) -> Tensor:
