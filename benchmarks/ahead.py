@@ -65,7 +65,7 @@ LEARNING = ("time/prepare", "time/update")
 
 @dataclass(slots=True)
 class Result:
-    """The output; the JSON has these keys and no others."""
+    """The output. The JSON has exactly these keys."""
 
     seconds_in_turns: float
     seconds_ahead: float

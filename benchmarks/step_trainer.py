@@ -20,7 +20,7 @@ from sdpg_megatron.train.inputs import load_inputs
 from sdpg_megatron.train.loop import Trainer
 from sdpg_megatron.train.run_fingerprint import RunFingerprint
 from sdpg_megatron.train.seeds import draw_seed
-from sdpg_megatron.train.state import Position
+from sdpg_megatron.train.state import TrainState
 from sdpg_megatron.train.update import PolicyUpdater
 
 
@@ -47,16 +47,16 @@ class StandingTrainer(StandingPolicyTrainer):
         """`stack`: closes the trainer's resources."""
         super().__init__(config)
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
-        nobody = Interrupt(), Watchdog(config.watchdog)  # not entered: they watch nothing
+        inactive = Interrupt(), Watchdog(config.watchdog)  # never entered
         self._trainer = Trainer(
-            config, self.inputs, self.policy_trainer, store, self._first(), RunFingerprint("", ""), *nobody, stack
+            config, self.inputs, self.policy_trainer, store, self._first(), RunFingerprint("", ""), *inactive, stack
         )
         self._trainer.serving.publish(0)
 
     def whole_step(self, step: int) -> dict[str, float]:
         """Take a complete step, from the run's first prompts to published weights."""
-        self._trainer.at = self._first()
-        self._trainer.at.step = step
+        self._trainer.state = self._first()
+        self._trainer.state.step = step
         metrics = self._trainer._train_step()
         assert metrics is not None, "the step was not interrupted"
         return values(metrics)
@@ -66,8 +66,8 @@ class StandingTrainer(StandingPolicyTrainer):
         taken = self._first().cursor.take(self.config.rollout.prompts_per_step)
         return [self.inputs.prompts[i] for i in taken], draw_seed(self.config.seed, f"rollout/{step}", 0)
 
-    def _first(self) -> Position:
-        return Position.first(self.config, self.inputs.prompts.size)
+    def _first(self) -> TrainState:
+        return TrainState.first(self.config, self.inputs.prompts.size)
 
 
 @contextmanager
