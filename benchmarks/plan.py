@@ -102,7 +102,7 @@ def groups_of(vocab: int) -> list[ScoredGroup]:
 
 def measure(config: RunConfig) -> int:
     """Peak bytes of two optimizer steps, including the model."""
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
@@ -122,7 +122,7 @@ def measure(config: RunConfig) -> int:
                 samples,
                 regularized=True,
                 limit=Limit.of(config),
-                layout=Layout.of(config, ranks),
+                layout=PackingLayout.of(config, ranks),
                 device=policy_trainer.device,
             )
             policy_trainer.begin(step)

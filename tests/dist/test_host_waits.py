@@ -44,7 +44,7 @@ class Waits(TorchDispatchMode):
 def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -> tuple[Any, list[Any]]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
@@ -59,7 +59,11 @@ def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -
         scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
     )
     batch = build_step(
-        samples, regularized=True, limit=Limit.of(config), layout=Layout.of(config, ranks), device=policy_trainer.device
+        samples,
+        regularized=True,
+        limit=Limit.of(config),
+        layout=PackingLayout.of(config, ranks),
+        device=policy_trainer.device,
     )
     return policy_trainer, policy_trainer.with_reference(batch.micro_batches)
 

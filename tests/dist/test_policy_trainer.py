@@ -24,7 +24,7 @@ def updates(
     """Gradient norms of two updates on advantages multiplied by `scale`; None where one was skipped."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples, nobody
     from sdpg_megatron.batching.step_batch import build_step
@@ -44,7 +44,7 @@ def updates(
         ],
         regularized=regularized,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     found = [policy_trainer.update(batch.micro_batches, StepContext(step, 4)) for step in range(2)]

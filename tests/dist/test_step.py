@@ -76,7 +76,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step, with_corrections
@@ -97,7 +97,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         samples,
         regularized=True,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     batches = batch.micro_batches

@@ -59,7 +59,7 @@ class Run:
     config: Any
 
     def minibatches(self) -> list[Any]:
-        from sdpg_megatron.batching.collate import Layout
+        from sdpg_megatron.batching.collate import PackingLayout
         from sdpg_megatron.batching.micro_batches import Limit
         from sdpg_megatron.batching.samples import make_samples
         from sdpg_megatron.batching.step_batch import build_step
@@ -75,7 +75,7 @@ class Run:
                 ),
                 regularized=False,
                 limit=Limit.of(self.config),
-                layout=Layout.of(self.config, self.ranks),
+                layout=PackingLayout.of(self.config, self.ranks),
                 device=self.policy_trainer.device,
             ).micro_batches
             for part in (groups[:2], groups[2:])

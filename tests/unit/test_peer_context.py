@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.peer_context import describe_contexts, with_peers, without_thinking
 from sdpg_megatron.batching.samples import make_samples
 from sdpg_megatron.config import DataConfig, ObjectiveConfig
@@ -120,7 +120,7 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
     samples = make_samples(groups, SDPO, distill_enabled=build(SDPO, 1).distill_enabled, outcome=False)
     assert [s.gate for s in samples] == [True, False, True, False, False]
     assert samples[0].teacher_prompt == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
-    batch = collate(samples, Layout(packed=False))
+    batch = collate(samples, PackingLayout(packed=False))
     assert batch.teacher is not None and batch.teacher.tokens_BS.shape[0] == 2
     assert batch.gates_T.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert describe_contexts(groups)["distill/without_context"].value == 3
