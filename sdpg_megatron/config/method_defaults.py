@@ -1,7 +1,7 @@
-"""What each method's fields of `objective` are by default, where that differs from SDPG's.
+"""Defaults of each method that differ from `sdpg`.
 
-A field that the user sets always wins. `config.ObjectiveConfig` merges these in before it checks anything, so that the
-resolved configuration shows them. docs/methods.md has the sources.
+A field set by the user takes precedence. The defaults are merged in before validation, so the resolved configuration
+shows them. docs/methods.md has the sources.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Literal, get_args
 
 Method = Literal["sdpg", "rpg", "grpo", "dapo", "rlsd", "opsd", "opcd", "sdpo"]
 TEACHERLESS = ("grpo", "dapo", "rpg")
+"""Methods without a teacher."""
 UNDISTILLED = (*TEACHERLESS, "rlsd")
-"""Methods without a distillation term: their beta is 0."""
+"""Methods without a distillation loss: their beta is 0."""
 
 _GRPO: Mapping[str, object] = {
     "beta": 0.0,
@@ -72,13 +73,13 @@ assert set(DEFAULTS) == set(get_args(Method))
 
 
 def defaults(method: object) -> Mapping[str, object]:
-    """The defaults of a method; none for what is not the name of one, which the configuration refuses by itself."""
+    """Defaults of a method; empty for an unknown name, which validation refuses later."""
     return next((fields for name, fields in DEFAULTS.items() if name == method), {})
 
 
 def dapo_sections(max_tokens: int) -> dict[str, dict[str, object]]:
-    """DAPO's part outside of `objective`: no dead groups, and a penalty for length over the last fifth of the limit.
+    """DAPO's defaults outside of `objective`: dynamic sampling, and an overlong penalty over a fifth of the limit.
 
-    Its own numbers are 4096 of 20480 tokens (arXiv 2503.14476, section 4.1).
+    The paper uses 4096 of 20480 tokens (arXiv 2503.14476, section 4.1).
     """
     return {"selection": {"drop_dead": True}, "reward": {"overlong_buffer": max(1, max_tokens // 5)}}
