@@ -196,7 +196,7 @@ def test_the_tasks_score_themselves_in_the_pool() -> None:
     ("tasks", "names"),
     [
         ({"gdc": {}}, r"tasks\.gdc: .*did you mean 'gcd'"),
-        ({"ransom_note": {}}, r"tasks\.ransom_note: .*follow from the seed alone"),
+        ({"ransom_note": {}}, r"tasks\.ransom_note: .*depend on the seed alone"),
         ({"rubiks_cube": {}}, r"tasks\.rubiks_cube: found 'the answer None'"),
         ({"gcd": {"parameters": {"seed": 3}}}, r"tasks\.gcd\.parameters: found \['seed'\]"),
         ({"gcd": {"parameters": {"max_nmbers": 3}}}, r"tasks\.gcd\.parameters: .*max_nmbers"),

@@ -143,9 +143,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no template": (remove("chat_template.jinja"), "expected a tokenizer with a chat template"),
     "template": (
         write("chat_template.jinja", "{% for m in messages %}{{ m.content }}"),
-        "a chat template with a fault",
+        "a chat template with an error",
     ),
-    "template's filter": (write("chat_template.jinja", "{{ messages | strange }}"), "a chat template with a fault"),
+    "template's filter": (write("chat_template.jinja", "{{ messages | strange }}"), "a chat template with an error"),
     "dangling link": (dangle, r"model-00001-of-00001\.safetensors: a link to \.\./\.\./blobs/gone, which is not there"),
     "padding": (
         edit("config.json", pad_token_id=VOCAB),
