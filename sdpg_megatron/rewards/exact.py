@@ -1,4 +1,4 @@
-"""A verifier for responses that are the answer and nothing else."""
+"""Verifier `exact`, for responses that consist of the answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from sdpg_megatron.records import Prompt
 
 
 def exact(prompt: Prompt, response: str) -> float:
-    """1.0 where `response` is the prompt's answer but for case, blanks, Unicode form and markup, else 0.0."""
+    """1.0 if `response` equals the prompt's answer up to case, whitespace, Unicode form and markup, else 0.0."""
     return float(normalised(response) == normalised(prompt.answer_text))
 
 
 def extract_exact(response: str) -> str | None:
-    """What `exact` compares; None where that is nothing."""
+    """Text that `exact` compares; None if it is empty."""
     return normalised(response) or None
