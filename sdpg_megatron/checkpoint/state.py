@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
 from sdpg_megatron.errors import CheckpointError, ConfigError, reason_of
-from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.hf_files import HF_ASSETS
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
 """In a run's `run_dir`: its checkpoints, and the resolved configuration of its last call."""
@@ -202,7 +202,7 @@ def _was_at(state: RunState) -> str:
 
 def fingerprint(folder: Path) -> str:
     """Digest of a Hugging Face folder: of its configuration, tokenizer and weights, every byte of them."""
-    known = {"config.json", *COMPANIONS}
+    known = {"config.json", *HF_ASSETS}
     paths = sorted(path for path in folder.iterdir() if path.name in known or path.suffix == ".safetensors")
     with ThreadPoolExecutor(_THREADS) as threads:
         sums = list(threads.map(sha256_of, paths))

@@ -11,7 +11,7 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from sdpg_megatron.answers import normalised
+from sdpg_megatron.answers import normalized
 from sdpg_megatron.config import DataConfig, GymTask
 from sdpg_megatron.data.dataset import PromptDataset, digest_of, make_prompt
 from sdpg_megatron.data.examples import Example
@@ -96,7 +96,7 @@ class GymSource:
         for index in range(wanted):
             task = self._task("held out", index)
             example = self._fitting(task, chain(islice(self._candidates(task, "held out", index), 1), seconds[task]))
-            self._reserved.add(normalised(example.question))
+            self._reserved.add(normalized(example.question))
             tokens = self._renderer.students([example])[0]
             limit = self._config.max_prompt_tokens
             prompts.append(make_prompt(f"{task}:held-out-{index}", example, tokens, tokens, limit))
@@ -110,7 +110,7 @@ class GymSource:
     def _fitting(self, task: str, candidates: Iterator[Example]) -> Example:
         """First of `ATTEMPTS` candidates that is not held out and not too long."""
         for example in islice(candidates, ATTEMPTS):
-            if normalised(example.question) not in self._reserved and self._fits(example):
+            if normalized(example.question) not in self._reserved and self._fits(example):
                 return example
         raise ConfigError(
             f"{FIELD}.{task}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sdpg_megatron.answers import normalised, same
+from sdpg_megatron.answers import normalized, same
 from sdpg_megatron.data.examples import Example
 from sdpg_megatron.errors import ConfigError
 
@@ -21,7 +21,7 @@ def other_problems(examples: Sequence[Example], seed: int) -> list[Example]:
 
 def is_other_problem(other: Example, example: Example) -> bool:
     """True if question and answer differ."""
-    return not same(example.answer_text, other.answer_text) and normalised(example.question) != normalised(
+    return not same(example.answer_text, other.answer_text) and normalized(example.question) != normalized(
         other.question
     )
 

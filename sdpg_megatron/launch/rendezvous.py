@@ -329,7 +329,7 @@ async def _told(connection: Connection, seconds: float) -> dict[str, Any]:
     if told is None:
         told = {"refused": "machine 0 has ended; what it says itself may tell why"}
     if "refused" in told:
-        raise LaunchError.said(told["refused"])
+        raise LaunchError.of_text(told["refused"])
     return told
 
 

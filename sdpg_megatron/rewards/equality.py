@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from sdpg_megatron.answers import as_number, canonical, normalised, plain_digits, stripped
+from sdpg_megatron.answers import as_number, canonical, normalized, plain_digits, stripped
 
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 UNITS = {
@@ -93,7 +93,7 @@ def decide(answer: str, stated: str) -> bool | None:
     expected, found = plain(answer), plain(stated)
     if not found:
         return False
-    if normalised(expected) == normalised(found):
+    if normalized(expected) == normalized(found):
         return True
     booleans = _boolean(expected), _boolean(found)
     if booleans != (None, None):

@@ -146,7 +146,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         "a chat template with an error",
     ),
     "template's filter": (write("chat_template.jinja", "{{ messages | strange }}"), "a chat template with an error"),
-    "dangling link": (dangle, r"model-00001-of-00001\.safetensors: a link to \.\./\.\./blobs/gone, which is not there"),
+    "dangling link": (
+        dangle,
+        r"model-00001-of-00001\.safetensors: a link to \.\./\.\./blobs/gone, which does not exist",
+    ),
     "padding": (
         edit("config.json", pad_token_id=VOCAB),
         r"config\.json: pad_token_id: found 300, expected ids below .*300",
