@@ -1,6 +1,6 @@
-"""SDPG in a loop of your own: a stock GPTModel, Megatron's schedules, DDP and optimizer, this package's forward step.
+"""SDPG in a custom training loop: a stock GPTModel with Megatron's schedules, DDP and optimizer.
 
-Run it anywhere:
+This package provides the forward step and the objective. Runs on GPUs and CPUs:
 
     python examples/plugin.py
     torchrun --nproc-per-node 4 examples/plugin.py --tensor 2 --pipeline 2
@@ -34,7 +34,7 @@ VOCAB, STEPS = 120, 5
 
 
 def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
-    """Whatever your loop builds. Two things matter: `calculate_per_token_loss`, and gradients finalised by Megatron."""
+    """Model of the custom loop. `calculate_per_token_loss` and Megatron's `finalize_model_grads` are required."""
     config = TransformerConfig(
         num_layers=4,
         hidden_size=64,
@@ -64,7 +64,7 @@ def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
 
 
 def your_batch() -> MicroBatch:
-    """Two responses of three tokens to one prompt; the first was right, so the teacher distils into it."""
+    """Two responses of three tokens to one prompt. The first was correct and is distilled."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ def main() -> None:
             forward_only=False,
         )
         optimizer.step()
-        for report in reports:  # the last stage's
+        for report in reports:  # only on the last pipeline stage
             numbers = {name: metric.read().value for name, metric in report.items()}
             sys.stdout.write(f"step {step}: loss {numbers['train/loss']:+.4f}, KL {numbers['distill/kl']:.4f}\n")
     parallel.shutdown()

@@ -223,7 +223,7 @@ def test_a_check_goes_through_a_process(name: str) -> None:
 def test_a_check_tells_of_a_verifier_that_never_rewards_the_own_answer() -> None:
     check = check_verifier(RewardConfig(verifier="theirs:never_right"), PROMPT)
     assert (check.reward, check.error, check.unrewarded) == (0.0, None, True)
-    assert "gave 0 to the response '7' to train.jsonl:7, which is its own answer" in str(check)
+    assert "gave 0 to the response '7' to train.jsonl:7, which is the reference answer" in str(check)
     check = check_verifier(RewardConfig(verifier="theirs:wants_a_box"), PROMPT)
     assert (check.response, check.reward, check.unrewarded) == ("\\boxed{7}", 1.0, False)
 
