@@ -85,15 +85,15 @@ class ObjectiveConfig(Section):
     credit_clip: float = Field(0.2, gt=0, lt=1)
     """Only `rlsd`: the teacher's scale is clipped to [1 - `credit_clip`, 1 + `credit_clip`]."""
     credit_ratio: Literal["current", "rollout"] = "current"
-    """Only `rlsd`: weights that the scale q / p of the sampled token is computed with, for teacher and student:
-    those at each mini-batch (`current`), or those before the first update of each rollout (`rollout`)."""
+    """Only `rlsd`: computation of the scale q / p of the sampled token, at each mini-batch (`current`) or once per
+    rollout before its first update (`rollout`)."""
     alpha: float = Field(1e-3, ge=0)
     """Weight of the KL regularization towards the reference model, the weights at the start of the run. 0: none."""
     reference: Literal["urkl", "ufkl", "fkl", "rkl"] = "urkl"
     """Reference loss as a function of r = log(pi / pi_ref) of the sampled token: r^2 / 2 (`urkl`), exp(-r) + r
     (`ufkl`), exp(-r) (`fkl`) or (r + 1)^2 / 2 (`rkl`)."""
     entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus: coefficient x entropy, in nats per response token, is subtracted from the loss. 0:
+    """Weight of the entropy bonus: coefficient x entropy (in nats) of a response token is subtracted from its loss. 0:
     none."""
     ratio_weighted_regularizers: bool = True
     """Multiply the distillation and reference losses by the detached importance ratio pi / pi_old."""
@@ -106,9 +106,10 @@ class ObjectiveConfig(Section):
     `correction_bound` and `correction_bound`, and dropped otherwise. With one mini-batch per step it costs one
     additional forward pass."""
     correction_level: Literal["token", "sequence"] = "token"
-    """Weight w of each token, or one weight per response: the geometric mean of its tokens' weights."""
+    """Level of the weight w in `correction`: one weight per token, or one per response, which is the geometric mean of
+    its tokens' weights."""
     correction_bound: float = Field(2.0, gt=1)
-    """Bound of the weight in `correction`."""
+    """Bound of the weight w in `correction`."""
     aggregation: Literal["token-mean", "group-token-mean", "sequence-mean"] = "token-mean"
     """Reduction of per-token losses: the mean over all tokens, the mean over groups of their token means, or the mean
     over responses of their token means. Denominators are global, over all micro-batches and ranks."""

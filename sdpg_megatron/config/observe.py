@@ -107,30 +107,32 @@ class CheckpointConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """Time limits in seconds for the phases of a run on each rank. If one is exceeded, the job ends and reports the
-    phase and stack of every rank. Null: no limit."""
+    """Time limits for the phases of a run on each rank. If one is exceeded, the job ends and reports phase and stack of
+    every rank."""
 
     enabled: bool = True
-    """Run the watchdog."""
+    """Enable the watchdog."""
     silence: float = Field(300.0, gt=0, le=MAX_SECONDS)
-    """Time since the last heartbeat of a rank. It is exceeded if the process is dead, stopped or disconnected."""
+    """Time limit, in seconds, since the last heartbeat of a rank. It is exceeded if the process is dead, stopped or
+    disconnected."""
     start: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Loading the model or a checkpoint, and starting servers."""
+    """Time limit, in seconds, for loading the model or a checkpoint and starting servers. Null: no limit."""
     rollout: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Generating and scoring the responses of a step, over all rounds."""
+    """Time limit, in seconds, for generating and scoring the responses of a step, over all rounds. Null: no limit."""
     prepare: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Forward passes before the first update of a rollout: log-probabilities of old policy, reference and teacher."""
+    """Time limit, in seconds, for the forward passes before the first update of a rollout (log-probabilities of old
+    policy, reference and teacher). Null: no limit."""
     update: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """All optimizer steps of a rollout."""
+    """Time limit, in seconds, for all optimizer steps of a rollout. Null: no limit."""
     publish: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Publishing the weights to the rollout engine."""
+    """Time limit, in seconds, for publishing weights to the rollout engine. Null: no limit."""
     switch: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Taking the devices back from colocated servers."""
+    """Time limit, in seconds, for taking the devices back from colocated servers. Null: no limit."""
     eval: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
-    """One evaluation."""
+    """Time limit, in seconds, for an evaluation. Null: no limit."""
     checkpoint: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Saving a checkpoint."""
+    """Time limit, in seconds, for saving a checkpoint. Null: no limit."""
     finish: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Waiting for the last checkpoint and exporting the model."""
+    """Time limit, in seconds, for waiting for the last checkpoint and exporting the model. Null: no limit."""
     between: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Time outside of these phases, such as planning and logging."""
+    """Time limit, in seconds, outside of these phases, for example for planning and logging. Null: no limit."""
