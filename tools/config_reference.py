@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,8 @@ def reference(schema: Schema) -> str:
             if "$ref" not in field
         ]
         heading = f"### `{name}`" if name else "### Top level"
-        parts.append(
-            f"{heading}\n\n{section['description']}\n\n{table(('field', 'type', 'default', 'description'), rows)}"
-        )
+        introduction = textwrap.fill(section["description"], 118, break_on_hyphens=False)
+        parts.append(f"{heading}\n\n{introduction}\n\n{table(('field', 'type', 'default', 'description'), rows)}")
     return "\n".join(parts)
 
 
