@@ -60,8 +60,8 @@ class DataConfig(Section):
     """Format of the teacher's prompt with a successful response (`objective.context: peer`): `peer`, or a custom
     template with `{question}`, `{context}` (the response) and, optionally, `{answer}`."""
     max_peer_tokens: int | None = Field(None, ge=1)
-    """Maximum length, in tokens, of a teacher prompt with a successful response. A response whose teacher prompt is
-    longer is not distilled. Null: the sum of `max_prompt_tokens` and `rollout.max_response_tokens`."""
+    """Maximum length, in tokens, of a teacher prompt with a successful response. A response with a
+    longer teacher prompt is not distilled. Null: the sum of `max_prompt_tokens` and `rollout.max_response_tokens`."""
     system: str | None = None
     """System message for student and teacher. Null: the default of the chat template."""
     template_options: dict[str, Any] = Field(default_factory=dict)
@@ -89,7 +89,7 @@ class RewardConfig(Section):
     """Time limit of one verifier call, in seconds. A call that times out or raises is counted as a failure and gives
     `failure_reward`."""
     failure_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
-    """Reward of a response whose verifier call failed."""
+    """Reward of a response if its verifier call failed."""
     failure_limit: float | None = Field(0.5, gt=0, le=1)
     """Maximum fraction of failed verifier calls in a step or an evaluation. The run ends with an error if it is
     exceeded, or if all calls fail. Null: no limit."""

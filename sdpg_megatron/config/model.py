@@ -87,7 +87,7 @@ class HeadConfig(Section):
     backward pass. `recompute` stores almost nothing and computes the logits again in the backward pass. `auto` selects
     `grad_in_forward`, which is faster, if it fits the memory that is free when the model is built."""
     chunk_rows: int | None = Field(None, ge=1)
-    """Number of rows (tokens) whose logits are in memory at a time. Rows without a teacher use twice this number. Null:
+    """Number of rows (tokens) of logits in memory at a time; twice as many for rows without a teacher. Null:
     derived from the free memory."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of elementwise operations. `auto` selects Triton if it is installed and a GPU is present, else

@@ -65,8 +65,8 @@ class ObjectiveConfig(Section):
     peer_reward: float = 1.0
     """Minimum reward of a successful response (`context: peer`)."""
     strip_peer_thinking: bool = False
-    """Remove `<think>...</think>` from a successful response before the teacher reads it. No effect for models whose
-    tokenizer treats these tags as special tokens."""
+    """Remove `<think>...</think>` from a successful response before the teacher reads it. No effect for
+    tokenizers that treat these tags as special tokens."""
     teacher: Literal["current", "rollout", "every", "initial", "ema"] = "current"
     """Teacher weights: the student's at each mini-batch (`current`), before the first update of each rollout
     (`rollout`), at every `teacher_every`-th rollout step (`every`), at the start of the run (`initial`), or their

@@ -79,7 +79,7 @@ class AlarmConfig(Section):
     """Maximum norm of the distillation loss's gradient with respect to the logits, as a multiple of the gradient norm
     of the policy and reference losses."""
     dead_groups: float | None = Field(0.9, gt=0, le=1)
-    """Maximum fraction of groups whose rewards are all equal."""
+    """Maximum fraction of groups with equal rewards."""
     reward_gain: float | None = Field(0.05, gt=0)
     """Rise of the mean training reward over `evaluations` evaluations that raises the alarm if held-out accuracy does
     not rise, too."""
@@ -95,7 +95,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     """Number of latest checkpoints to keep."""
     keep_every: int = Field(0, ge=0)
-    """Also keep checkpoints whose step is a multiple of this. 0: none."""
+    """Also keep checkpoints at steps that are multiples of this. 0: none."""
     asynchronous: bool = True
     """Write checkpoints in the background, from a copy of the state in host memory. A checkpoint is then complete one
     or more steps later; the end or interruption of a run waits for it."""

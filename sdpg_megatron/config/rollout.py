@@ -122,7 +122,7 @@ class SelectionConfig(Section):
     """Filtering of groups. Dropped groups are replaced by groups of further prompts."""
 
     drop_dead: bool = False
-    """Drop groups whose rewards are all equal, which have zero advantages (DAPO's dynamic sampling). Default of `dapo`:
+    """Drop groups with equal rewards, which have zero advantages (DAPO's dynamic sampling). Default of `dapo`:
     true."""
     filters: tuple[str, ...] = ()
     """Custom filters, each as `module:function`. A filter is called with a `ScoredGroup` and returns True to keep it.

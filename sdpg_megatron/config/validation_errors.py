@@ -135,7 +135,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _field(location: Sequence[str | int]) -> FieldInfo:
-    """Field at a location, or the field whose list or mapping contains the location."""
+    """Field at a location, or the field with the list or mapping that contains it."""
     for end in range(len(location), 0, -1):
         section = section_at(location[: end - 1])
         if section is not None and (found := section.model_fields.get(str(location[end - 1]))):

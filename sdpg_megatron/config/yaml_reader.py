@@ -22,7 +22,7 @@ _QUOTE = "quote text that holds one of : # [ ] { } & * ! | > % @ `, and indent w
 
 
 class Plain(str):
-    """Unquoted YAML scalar: text whose type depends on the field."""
+    """Unquoted YAML scalar: its type depends on the field."""
 
     __slots__ = ("after",)
     after: str

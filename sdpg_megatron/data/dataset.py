@@ -37,7 +37,7 @@ class PromptDataset:
     dropped: int = 0
     """Number of rows dropped because a prompt was too long."""
     truncated: int = 0
-    """Number of rows whose student or teacher prompt was cut on the left."""
+    """Number of rows with a student or teacher prompt that was cut on the left."""
     repeated: int = 0
     """Number of rows dropped as repetitions of an earlier row."""
     overlong: str = ""
@@ -47,7 +47,7 @@ class PromptDataset:
     warnings: tuple[str, ...] = ()
     """Warnings about the rows, for the log."""
     structured: str | None = None
-    """Name of the first prompt whose answer is a dict or list."""
+    """Name of the first prompt with a dict or list as answer."""
     problems: ProblemIndex = field(default_factory=dict, compare=False)
     """First row of each problem, only for evaluation prompts; used to detect the same problems in training data."""
 

@@ -189,7 +189,7 @@ def limit_responses(folder: Path, max_bytes: int) -> None:
     The newest evaluation keeps its responses. Numbers, questions and answers are kept.
 
     Args:
-        folder: folder of evaluations, whose names sort from oldest to newest.
+        folder: folder of evaluations; their names sort from oldest to newest.
 
     Raises:
         WriteError: a disk error; every file is either unchanged or without responses.

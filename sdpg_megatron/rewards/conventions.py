@@ -203,9 +203,9 @@ def _role(name: str) -> str | None:
 
 
 def _asked(signature: inspect.Signature) -> list[inspect.Parameter]:
-    """Parameters that get an argument: those without a default, and some optional ones whose name has a role.
+    """Parameters that get an argument: all without a default, and some with a default and a known role.
 
-    These are the first two parameters, and an answer that defaults to None.
+    The latter are the first two parameters, and an answer that defaults to None.
     """
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variable]

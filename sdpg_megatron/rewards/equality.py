@@ -132,7 +132,7 @@ def _boolean(text: str) -> bool | None:
 
 
 def _is_words(text: str) -> bool:
-    """True if `text` consists of words, not a product of variables, whose letters are in alphabetical order."""
+    """True if `text` consists of words. Letters in alphabetical order are a product of variables."""
     if not _WORDS.fullmatch(text):
         return False
     letters = text.casefold()
