@@ -35,8 +35,8 @@ VARYING = frozenset(
         "ransom_note", "word_ladder",
     }
 )  # fmt: skip
-"""Tasks of reasoning-gym 0.1.25 with problems that do not depend on the seed alone. They iterate over sets of strings or
-use the global random generator, so the ranks of a run would get different prompts."""
+"""Tasks of reasoning-gym 0.1.25 with problems that do not depend on the seed alone. They iterate over sets of strings
+or use the global random generator, so the ranks of a run would get different prompts."""
 
 
 class GymSource:
