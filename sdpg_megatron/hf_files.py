@@ -27,7 +27,7 @@ HF_ASSETS = (
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_AGAIN = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
+_DOWNLOAD_AGAIN = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
 
 
 def check_files(folder: Path) -> None:
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fix = fix_of(error, path, reading=True)
         raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _AGAIN) from error
+        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
         raise ConfigError("model.path", f"{path}: a {type(content).__name__}", "a JSON object", "check the file")
     return content
@@ -100,9 +100,9 @@ def check_file(path: Path) -> None:
         ConfigError: a broken link, no file, an empty file, or a Git LFS pointer.
     """
     if path.is_symlink() and not path.exists():
-        found, fix = f"{path}: a link to {os.readlink(path)}, which does not exist", _AGAIN
+        found, fix = f"{path}: a link to {os.readlink(path)}, which does not exist", _DOWNLOAD_AGAIN
     elif not path.is_file():
-        found, fix = f"{path}: no file", _AGAIN
+        found, fix = f"{path}: no file", _DOWNLOAD_AGAIN
     else:
         try:
             with path.open("rb") as file:
@@ -112,7 +112,7 @@ def check_file(path: Path) -> None:
             raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
         if head and head != _LFS_POINTER:
             return
-        found, fix = f"{path}: an empty file", _AGAIN
+        found, fix = f"{path}: an empty file", _DOWNLOAD_AGAIN
         if head:
-            found, fix = f"{path}: a Git LFS pointer", f"git lfs pull in {path.parent}, or {_AGAIN}"
+            found, fix = f"{path}: a Git LFS pointer", f"git lfs pull in {path.parent}, or {_DOWNLOAD_AGAIN}"
     raise ConfigError("model.path", found, "a file with content", fix)

@@ -13,7 +13,7 @@ Deviation = Literal["population", "sample", "none"]
 
 
 class ObjectiveConfig(Section):
-    """Training method and loss. Defaults are those of `sdpg`; `method_defaults.DEFAULTS` has the other methods'."""
+    """Training method and loss. The defaults are for `sdpg`; `method_defaults.DEFAULTS` has the other methods."""
 
     name: Method = "sdpg"
     """Training method; docs/methods.md has the formulas. It selects the defaults of the other fields."""

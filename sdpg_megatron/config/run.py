@@ -48,8 +48,8 @@ class RunConfig(Section):
         if not isinstance(tree, dict) or _section(tree, "objective").get("name") != "dapo":
             return tree
         longest = _section(tree, "rollout").get("max_response_tokens", RolloutConfig().max_response_tokens)
-        wanted = dapo_sections(longest) if isinstance(longest, int) else {}
-        sound = {name: fields for name, fields in wanted.items() if isinstance(tree.get(name, {}), dict)}
+        defaults = dapo_sections(longest) if isinstance(longest, int) else {}
+        sound = {name: fields for name, fields in defaults.items() if isinstance(tree.get(name, {}), dict)}
         return {**tree, **{name: {**fields, **_section(tree, name)} for name, fields in sound.items()}}
 
     @property

@@ -96,23 +96,23 @@ def _argument_faults(arguments: Sequence[str]) -> Iterator[ConfigError]:
         name = re.split(r"[=\s]", argument, maxsplit=1)[0].replace("_", "-")
         if len(name) < 3 or not name.startswith("--"):
             continue
-        if meant := _meant(name, SAMPLING_ARGUMENTS):
+        if match := _match(name, SAMPLING_ARGUMENTS):
             expected = "no argument that changes sampling: training needs samples of the model's distribution"
             fix = "remove it; eval.temperature and eval.top_p are for evaluations"
-            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
-        elif meant := _meant(name, OWNED_ARGUMENTS):
+            yield ConfigError("rollout.sglang.arguments", _shown(name, match), expected, fix)
+        elif match := _match(name, OWNED_ARGUMENTS):
             expected = "no argument that a field of the configuration sets"
-            fix = f"remove it; set {OWNED_ARGUMENTS[meant]}"
-            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
+            fix = f"remove it; set {OWNED_ARGUMENTS[match]}"
+            yield ConfigError("rollout.sglang.arguments", _shown(name, match), expected, fix)
 
 
-def _meant(name: str, listed: Iterable[str]) -> str | None:
+def _match(name: str, listed: Iterable[str]) -> str | None:
     """Argument that a name equals or abbreviates: SGLang's parser accepts every unambiguous prefix."""
     return name if name in listed else next((full for full in listed if full.startswith(name)), None)
 
 
-def _shown(name: str, meant: str) -> str:
-    return name if name == meant else f"{name} ({meant})"
+def _shown(name: str, match: str) -> str:
+    return name if name == match else f"{name} ({match})"
 
 
 def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:

@@ -34,8 +34,8 @@ def no_other_problem(reason: str, fix: str) -> ConfigError:
 def _draw(examples: Sequence[Example], index: int, generator: random.Random) -> Example:
     """Return the first other problem after a random position."""
     start = int(generator.random() * len(examples))
-    for place in range(start, start + len(examples)):
-        other = examples[place % len(examples)]
+    for position in range(start, start + len(examples)):
+        other = examples[position % len(examples)]
         if is_other_problem(other, examples[index]):
             return other
     answer = examples[index].answer_text

@@ -39,13 +39,13 @@ class PackedPrompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
     def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         if isinstance(index, slice):
-            return tuple(self[place] for place in range(*index.indices(len(self))))
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
+            return tuple(self[position] for position in range(*index.indices(len(self))))
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
-        number = bisect_right(self._ends, place)
+        number = bisect_right(self._ends, position)
         batch = self._batches[number]
-        row = place - (self._ends[number] - batch.num_rows)
+        row = position - (self._ends[number] - batch.num_rows)
         values: dict[str, Any] = dict(zip(OTHERS, pickle.loads(batch.column("others")[row].as_py()), strict=True))
         values |= {name: tuple(batch.column(name)[row].values.to_numpy().tolist()) for name in TOKENS}
         return Prompt(**values)

@@ -176,7 +176,7 @@ class Evaluation:
             }
             return cls(folder, _request(tree), scores)
         except (KeyError, TypeError, AttributeError) as error:
-            raise _not_ours(path, repr(error)) from error
+            raise _invalid(path, repr(error)) from error
 
     def problems(self, name: str) -> list[Problem]:
         """Results of each problem of a data file. Raises `EvaluationError` if the file is damaged."""
@@ -238,7 +238,7 @@ def read_request(path: Path) -> Request:
     try:
         return _request(_read(path))
     except (KeyError, TypeError, AttributeError) as error:
-        raise _not_ours(path, repr(error)) from error
+        raise _invalid(path, repr(error)) from error
 
 
 def _request(tree: Mapping[str, Any]) -> Request:
@@ -254,12 +254,12 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _not_ours(path, error.strerror or str(error)) from error
+        raise _invalid(path, error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise _not_ours(path, str(error)) from error
+        raise _invalid(path, str(error)) from error
 
 
-def _not_ours(path: Path, found: str) -> EvaluationError:
+def _invalid(path: Path, found: str) -> EvaluationError:
     fix = "name the folder of a finished evaluation, or finish it with the command that started it"
     return EvaluationError(str(path), found, "a file written by an evaluation", fix)
 

@@ -70,12 +70,12 @@ def named(signature: inspect.Signature) -> Convention:
     `data_source` and `extra_info` are columns of the row, or else the data file's name and all other columns.
     """
     parameters = signature.parameters
-    wanted = {parameter.name: _role(parameter.name) for parameter in _asked(signature)}
-    wanted |= {name: role for name, role in VERL.items() if name in parameters}
+    roles = {parameter.name: _role(parameter.name) for parameter in _bound_parameters(signature)}
+    roles |= {name: role for name, role in VERL.items() if name in parameters}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if open_ended and "solution_str" in parameters:
-        wanted |= VERL
-    by_position = [name for name in wanted if name in parameters and _is_positional_only(parameters[name])]
+        roles |= VERL
+    by_position = [name for name in roles if name in parameters and _is_positional_only(parameters[name])]
 
     def arguments(prompt: Prompt, response: str) -> Arguments:
         values = {
@@ -85,7 +85,7 @@ def named(signature: inspect.Signature) -> Convention:
             "data_source": prompt.metadata.get("data_source", prompt.uid.rpartition(":")[0]),
             "extra_info": prompt.metadata.get("extra_info", dict(prompt.metadata)),
         }
-        keywords = {name: values[role] for name, role in wanted.items() if role}
+        keywords = {name: values[role] for name, role in roles.items() if role}
         return tuple(keywords.pop(name) for name in by_position), keywords
 
     return arguments
@@ -106,14 +106,14 @@ def find_convention(target: Callable[..., object]) -> Convention | None:
         signature = _signature(target)
     except ValueError:
         return positional
-    names, asked = list(signature.parameters), [parameter.name for parameter in _asked(signature)]
-    roles = [_role(name) for name in asked]
+    names, bound = list(signature.parameters), [parameter.name for parameter in _bound_parameters(signature)]
+    roles = [_role(name) for name in bound]
     convention: Convention | None = None
     if not BATCHES.isdisjoint(names):
         return None
     if names[1:2] == ["sample"] and _role(names[0]) is None:
         convention = slime
-    elif _are_clear(roles) and (len(asked) > 1 or "solution_str" in names):
+    elif _are_clear(roles) and (len(bound) > 1 or "solution_str" in names):
         convention = named(signature)
     elif {"answer", AMBIGUOUS}.isdisjoint(roles) and "response" not in roles[:1] and "prompt" not in roles[1:]:
         convention = positional
@@ -202,7 +202,7 @@ def _role(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _asked(signature: inspect.Signature) -> list[inspect.Parameter]:
+def _bound_parameters(signature: inspect.Signature) -> list[inspect.Parameter]:
     """Parameters that get an argument: all without a default, and some with a default and a known role.
 
     The latter are the first two parameters, and an answer that defaults to None.
@@ -211,9 +211,9 @@ def _asked(signature: inspect.Signature) -> list[inspect.Parameter]:
     parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variable]
     return [
         parameter
-        for place, parameter in enumerate(parameters)
+        for index, parameter in enumerate(parameters)
         if parameter.default is parameter.empty
-        or (place < 2 and _role(parameter.name) is not None)
+        or (index < 2 and _role(parameter.name) is not None)
         or (parameter.default is None and _role(parameter.name) == "answer")
     ]
 

@@ -72,8 +72,10 @@ def is_kept(spec: str, keeps: GroupFilter, scored: ScoredGroup) -> bool:
     try:
         kept: object = keeps(scored)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise FilterError(spec, uid, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+        location = traceback.extract_tb(error.__traceback__)[-1]
+        raise FilterError(
+            spec, uid, f"{type(error).__name__}: {error} ({location.filename}:{location.lineno})"
+        ) from error
     verdict = scalar(kept)
     if not isinstance(verdict, bool):
         raise FilterError(spec, uid, repr(kept))

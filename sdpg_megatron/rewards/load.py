@@ -120,7 +120,7 @@ def instantiate(field: str, spec: str, target: Callable[..., object]) -> Callabl
         raise ConfigError(field, spec, expected, "correct its constructor") from error
 
 
-def is_own(spec: str) -> bool:
+def is_custom(spec: str) -> bool:
     """True for a custom verifier, which may read all fields of a prompt."""
     return spec not in VERIFIERS
 

@@ -221,12 +221,12 @@ class _Worker:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, child_end = context.Pipe()
         # Daemonic processes cannot start processes, which verifiers that run programs need. multiprocessing waits for
         # other processes at exit, so they are ended before, in case the pool was not closed.
-        self._process = context.Process(target=_serve, args=(theirs, self._spec), daemon=False)
+        self._process = context.Process(target=_serve, args=(child_end, self._spec), daemon=False)
         self._process.start()
-        theirs.close()
+        child_end.close()
         self._ready = False
         atexit.register(self.stop)
 
@@ -331,9 +331,9 @@ def _call(verifier: Verifier, prompt: Prompt, response: str, extract: bool) -> O
 def _describe(error: BaseException) -> str:
     """Last line of a traceback with the location in the verifier's code."""
     frames = [frame.f_code.co_filename + f":{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
-    place = next((f" ({frame})" for frame in reversed(frames) if not frame.startswith(_REWARDS_FOLDER)), "")
+    location = next((f" ({frame})" for frame in reversed(frames) if not frame.startswith(_REWARDS_FOLDER)), "")
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{text if len(text) <= LONGEST else text[:LONGEST] + '...'}{place}"
+    return f"{text if len(text) <= LONGEST else text[:LONGEST] + '...'}{location}"
 
 
 _REWARDS_FOLDER = os.path.dirname(__file__) + os.sep
