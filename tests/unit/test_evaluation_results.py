@@ -207,7 +207,7 @@ def test_starting_anew_leaves_no_summary_of_what_was_there(tmp_path: Path) -> No
         ({"temperature": 0.5}, r"evaluation\.json: found eval\.temperature: 1\.0, expected 0\.5, as requested"),
         ({"count": 2}, r"found the data file 'sums': 3 problems, digest \w+, expected 2 problems"),
         ({"name": "other"}, r"found the data file 'sums': 3 problems, digest \w+, expected none, as requested"),
-        ({"model": "another"}, "found results of a model, expected those of another"),
+        ({"model": "another"}, "found results of a model, expected results of another"),
     ],
 )
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -116,7 +116,7 @@ def strip_blanks(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "LFS tokenizer": (
         write("tokenizer.json", LFS),
-        r"tokenizer\.json: a Git LFS pointer', expected the file .*git lfs pull",
+        r"tokenizer\.json: a Git LFS pointer', expected a file with content.*git lfs pull",
     ),
     "LFS config": (write("config.json", LFS), r"config\.json: a Git LFS pointer"),
     "LFS weights": (write("model.safetensors", LFS), r"model\.safetensors: a Git LFS pointer"),
