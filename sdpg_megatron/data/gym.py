@@ -72,10 +72,7 @@ class GymSource:
         return digest_of(self[index] for index in range(DIGESTED))
 
     def __getitem__(self, index: int) -> Prompt:
-        """
-        Raises:
-            ConfigError: no problem fits.
-        """
+        """Render prompt `index`. Raises `ConfigError` if no problem fits."""
         task = self._task("train", index)
         example = self._fitting(task, self._candidates(task, "train", index))
         student, teacher = self._renderer.render(example, self._context(task, index, example))
