@@ -74,15 +74,16 @@ def reveals(question: str, context: str | None, answer: str) -> bool:
 
     An answer is stated in the words of the contexts in the public SDPG files. Case and whitespace are ignored.
     """
-    question = _plain(question)
-    whole = _plain(context or "")
+    question = folded(question)
+    whole = folded(context or "")
     if len(whole) >= LONG_CONTEXT and whole in question:
         return True
     stated = _STATED.search(question)
-    return stated is not None and (stated[1] is not None or question[stated.end() :].startswith(_plain(answer)))
+    return stated is not None and (stated[1] is not None or question[stated.end() :].startswith(folded(answer)))
 
 
-def _plain(text: str) -> str:
+def folded(text: str) -> str:
+    """Text without differences of case and whitespace."""
     return " ".join(text.casefold().split())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 
 from sdpg_megatron.answers import canonical
-from sdpg_megatron.data.examples import Example
+from sdpg_megatron.data.examples import Example, folded
 
 ProblemIndex = Mapping[int, str]
 """Digest of a problem (question and history) -> uid of its first row."""
@@ -45,7 +45,7 @@ class Repeats:
             self.first = self.first or uid
             return True
         self._rows.add(row)
-        problem = _digest(" ".join(example.question.casefold().split()), example.history)
+        problem = _digest(folded(example.question), example.history)
         answer = _digest(canonical(example.answer_text).casefold())
         self.problems.setdefault(problem, uid)
         if self._answers.setdefault(problem, answer) != answer:
