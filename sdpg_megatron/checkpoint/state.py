@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 from sdpg_megatron import __version__
 from sdpg_megatron.checkpoint.files import FileSum, sha256_of
 from sdpg_megatron.errors import CheckpointError, ConfigError, reason_of
-from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.hf_files import HF_ASSETS
 from sdpg_megatron.observe.files import write_atomically
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
@@ -203,7 +203,7 @@ def _was_at(state: RunState) -> str:
 
 def fingerprint(folder: Path) -> str:
     """Digest of every byte of a Hugging Face folder's configuration, tokenizer and weights."""
-    known = {"config.json", *COMPANIONS}
+    known = {"config.json", *HF_ASSETS}
     paths = sorted(path for path in folder.iterdir() if path.name in known or path.suffix == ".safetensors")
     with ThreadPoolExecutor(_THREADS) as threads:
         sums = list(threads.map(sha256_of, paths))

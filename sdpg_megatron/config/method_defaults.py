@@ -1,7 +1,7 @@
-"""Defaults of the section `objective` by method, where they differ from SDPG's.
+"""Defaults of each method that differ from `sdpg`.
 
-A field that the user sets takes precedence. `ObjectiveConfig` merges the defaults in before validation, so that the
-resolved configuration shows them. docs/methods.md has the sources.
+A field set by the user takes precedence. The defaults are merged in before validation, so the resolved configuration
+shows them. docs/methods.md has the sources.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from sdpg_megatron.config.field_values import Refused
 from sdpg_megatron.errors import ConfigError, did_you_mean
 
 TEACHERLESS = ("grpo", "dapo", "rpg")
+"""Methods without a teacher."""
 UNDISTILLED = (*TEACHERLESS, "rlsd")
-"""Methods without a distillation term: their beta is 0."""
+"""Methods without a distillation loss: their beta is 0."""
 
 _GRPO: Mapping[str, object] = {
     "beta": 0.0,
@@ -102,8 +103,8 @@ def with_method_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dapo_sections(max_tokens: int) -> dict[str, dict[str, object]]:
-    """DAPO's part outside of `objective`: no dead groups, and a penalty for length over the last fifth of the limit.
+    """DAPO's defaults outside of `objective`: dynamic sampling, and an overlong penalty over a fifth of the limit.
 
-    Its own numbers are 4096 of 20480 tokens (arXiv 2503.14476, section 4.1).
+    The paper uses 4096 of 20480 tokens (arXiv 2503.14476, section 4.1).
     """
     return {"selection": {"drop_dead": True}, "reward": {"overlong_buffer": max(1, max_tokens // 5)}}

@@ -333,7 +333,7 @@ async def _receive(connection: Connection, seconds: float) -> dict[str, Any]:
     if reply is None:
         reply = {"refused": "machine 0 has ended; see its errors"}
     if "refused" in reply:
-        raise LaunchError.said(reply["refused"])
+        raise LaunchError.of_text(reply["refused"])
     return reply
 
 

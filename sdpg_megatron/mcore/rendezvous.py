@@ -191,7 +191,7 @@ class _RollCall:
         self._store.add(READ, 1)
         if answer["error"]:
             self._let_others_read()
-            raise LaunchError.said(answer["error"])
+            raise LaunchError.of_text(answer["error"])
         if number not in answer["accepted"]:
             self._read()
             accepted = (self._arrivals[accepted] for accepted in answer["accepted"])

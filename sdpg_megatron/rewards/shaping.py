@@ -1,4 +1,4 @@
-"""Reward shaping: bounds and the overlong penalty, between the verifier's rewards and the advantages."""
+"""Reward shaping: clipping and overlong penalty, between verifier and advantages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sdpg_megatron.records import Completion
 
 @dataclass(frozen=True, slots=True)
 class Shaping:
-    """Bounds a verifier's reward, then adds the penalty for a length close to the limit."""
+    """Clips the verifier's reward, then adds the overlong penalty."""
 
     clip: tuple[float, float] | None
     buffer: int | None
-    """Tokens over which the penalty grows; None for no penalty."""
+    """Number of tokens over which the penalty grows; None for no penalty."""
     penalty: float
-    """At the limit."""
+    """Magnitude of the penalty at the length limit."""
     max_tokens: int
 
     @classmethod
@@ -26,14 +26,14 @@ class Shaping:
         return cls(config.clip, config.overlong_buffer, config.overlong_penalty, max_tokens)
 
     def shape(self, rewards: Sequence[float], completions: Sequence[Completion]) -> tuple[float, ...]:
-        """Rewards of one group's completions, in their order."""
+        """Shaped rewards of one group."""
         return tuple(
             self._bounded(reward) + self._overlong(completion)
             for reward, completion in zip(rewards, completions, strict=True)
         )
 
     def describe(self, rewards: Sequence[float], completions: Sequence[Completion]) -> dict[str, Metric]:
-        """What it did to one group; nothing where it does nothing."""
+        """Shaping metrics of one group; empty if no shaping is configured."""
         if self.clip is None and self.buffer is None:
             return {}
         n = len(rewards)
@@ -56,8 +56,8 @@ class Shaping:
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
-    """0 up to ``max_tokens - buffer`` tokens, from there falling linearly to -1 at `max_tokens`, and -1 beyond.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
+    0 up to ``max_tokens - buffer`` tokens, then linear down to -1 at `max_tokens`, and -1 beyond.
     """
     return -min(max(length - (max_tokens - buffer), 0) / buffer, 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.hf_files import HF_ASSETS
 from sdpg_megatron.weights.check import check_finite
 from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
@@ -145,7 +145,7 @@ def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, T
 
 def copy_hf_assets(source_folder: Path, folder: Path) -> None:
     """Copy what a model has beside weights and config.json: tokenizer, chat template, generation defaults."""
-    for name in COMPANIONS:
+    for name in HF_ASSETS:
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
 

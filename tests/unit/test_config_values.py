@@ -276,8 +276,8 @@ BOMB = "a: &a [x, x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}]\n" for p, c 
     [
         ("steps: [1", "run.yaml:1: found .*expected valid YAML"),
         ("steps:\n\t- 1", r"run.yaml:2: found .*\\t.*Fix: .*indent with spaces"),
-        ("a: &a\n  b: *a\n", "run.yaml:1: found 'an alias that leads to itself"),
-        (BOMB, "an alias that leads to itself, or to very many values"),
+        ("a: &a\n  b: *a\n", "run.yaml:1: found 'a recursive alias"),
+        (BOMB, "a recursive alias, or one that expands to very many values"),
         ("steps: !!set {1}", "run.yaml:1: found the tag .*Fix: remove the tag"),
         ("[a]: 1", "run.yaml:1: found a list or mapping as a key"),
         ("<<: 3", r"run.yaml:1: found a merge key \(<<\) with another value"),

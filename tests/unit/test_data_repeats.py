@@ -55,7 +55,7 @@ def test_an_evaluation_takes_a_problem_once(tmp_path: Path, tokenizer: Any, dupl
     dataset = PromptDataset.load(DataConfig(duplicates=duplicates), (path,), tokenizer, distill_enabled=False)
     assert [prompt.question for prompt in dataset.prompts] == ["q0", "q1", "q2"]
     (warning,) = dataset.warnings
-    assert warning == "9 rows of the evaluation repeat a problem and are left out, the first: aime.jsonl:4"
+    assert warning == "9 evaluation rows repeat a problem and are dropped, the first: aime.jsonl:4"
 
 
 def test_evaluation_files_may_share_problems(tmp_path: Path, tokenizer: Any) -> None:

@@ -103,7 +103,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     assert obstacle(write, tmp_path) == f"remove or rename the folder {tmp_path}"
     assert obstacle(Path.read_bytes, tmp_path, reading=True) == f"name a file in the folder {tmp_path}"
     assert obstacle(Path.read_bytes, tmp_path / "a" / "b", reading=True).endswith(f"there is no a in {tmp_path}")
-    assert obstacle(Path.touch, tmp_path / "a" / "b") == f"make the folder {tmp_path / 'a'}"
+    assert obstacle(Path.touch, tmp_path / "a" / "b") == f"create the folder {tmp_path / 'a'}"
     assert obstacle(make, tmp_path / ("x" * 300)) == "choose a shorter path"
 
 
