@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Methods side by side on one small task, under equal settings: a sweep of SDPG's beta on one seed, then three seeds of each.
+# Compare methods on one small task with equal settings: a sweep of SDPG's beta with one seed, then three seeds each.
 #
 #   bash examples/compare_methods.sh
 #
-# The runs, about five minutes each on one CPU core, are written under runs/compare. The script may be stopped and called
-# again, and several calls may work side by side: each takes runs that are neither done nor taken. Tables and pictures of
-# what is done are written at the end of each call. docs/evidence.md has what came of it.
+# Runs take about five minutes each on one CPU core and are written to runs/compare. The script can be interrupted and
+# started again. Several instances can run at the same time; each takes runs that are neither finished nor running.
+# Each instance ends with tables and plots of the finished runs. docs/evidence.md has the results.
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
 
 RUNS=runs/compare
-BETA=1 # of the comparison; docs/evidence.md says why
+BETA=1 # beta of the comparison, chosen from the sweep (docs/evidence.md)
 
-# run NAME SEED key=value ...: one run to its end, unless it is done or another call is at it.
+# run NAME SEED key=value ...: complete one run, unless it is finished or another instance is running it.
 run() {
   local name=$1 seed=$2 folder="$RUNS/$1/seed_$2"
   shift 2

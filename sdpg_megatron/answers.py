@@ -1,6 +1,6 @@
-r"""Answers as text: where a response or a solution states one, and when two are the same.
+r"""Extract answers from text and compare them as text.
 
-Everything here takes time linear in the text's length, whatever the text is.
+All functions take linear time in the length of any text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import unicodedata
 from decimal import Decimal
 
 MAX_LENGTH = 2000
-"""Longest answer in characters; what is longer is not taken for one."""
+"""Maximum length of an answer in characters; longer text is not an answer."""
 
 _BARE_BOX = r"(?=[-+\u2212]?\.?[0-9]|\\(?:[dt]?frac|sqrt|pi|text|math|\$)|[A-Za-z]\s*(?:\$|\\\)))"
 _BOX_PARTS = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|{_BARE_BOX})|\\.|[{{}}]", re.DOTALL)
@@ -29,7 +29,7 @@ _DISPLAY = re.compile(
     r"(?P<fence>```)[^\n`]*\n|(?P<dollars>\$\$)|(?P<bracket>\\\[)"
     r"|\\begin\s*\{(?P<name>(?:equation|align|gather|displaymath)\*?)\}"
 )
-"""The beginning of a value that is set off on lines of its own."""
+"""Opening of displayed mathematics or fenced code."""
 _SUPERSCRIPTS = str.maketrans(
     {digit: f"^{value}" for value, digit in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")}
 )
@@ -39,7 +39,7 @@ _VULGAR = re.compile("([0-9]?)([\u00bc-\u00be\u2150-\u215e\u2189])")
 
 
 class WrittenFloat(float):
-    """A float that keeps the decimal text that it was read from, such as JSON's 7.30 or 1e-05."""
+    """Float that keeps its source text, such as 7.30 or 1e-05 in JSON."""
 
     __slots__ = ("text",)
     text: str
@@ -54,13 +54,13 @@ class WrittenFloat(float):
 
 
 def decimal_text(value: int | float | Decimal) -> str:
-    """Write a number in decimal digits, without an exponent.
+    """Format a number in decimal digits, without an exponent.
 
-    Digits are kept as they were read (`WrittenFloat`, Decimal). Other floats get the shortest text that reads back as
-    the same float, whole ones no decimal point: 42.0 is "42", 1e-05 is "0.00001".
+    `WrittenFloat` and Decimal keep their digits. Other floats get the shortest text that parses to the same float;
+    integral floats have no decimal point: 42.0 is "42", 1e-05 is "0.00001".
 
     Raises:
-        ValueError: NaN, infinity, or a number of more than `MAX_LENGTH` digits.
+        ValueError: NaN, infinity, or a number with more than `MAX_LENGTH` digits.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(value.text if isinstance(value, WrittenFloat) else str(value))
@@ -76,23 +76,23 @@ def decimal_text(value: int | float | Decimal) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete ``\boxed{...}`` or ``\fbox{...}`` holds, the inner one where boxes nest; None for no box.
+    r"""Content of the last complete ``\boxed{...}`` or ``\fbox{...}``; None without one.
 
-    A box that is not closed, as in a response that was cut off, is none. ``\boxed 42`` without braces holds what
-    follows up to the end of the formula, or outside of one to the next blank.
+    The inner one of nested boxes counts. An unclosed box, as in a truncated response, does not. The content of
+    ``\boxed 42`` without braces ends at the end of the formula, or outside a formula at the next whitespace.
     """
-    open_at: list[int | None] = []  # where the content of each open brace starts; None where it is no box
+    open_starts: list[int | None] = []  # content start of each open brace; None if not a box
     last: tuple[int, int] | None = None
     for part in _BOX_PARTS.finditer(text):
         match part.group():
             case "{":
-                open_at.append(None)
+                open_starts.append(None)
             case "}":
-                start = open_at.pop() if open_at else None
+                start = open_starts.pop() if open_starts else None
                 if start is not None and (last is None or start > last[0]):
                     last = start, part.start()
             case opening if opening.endswith("{") and len(opening) > 2:
-                open_at.append(part.end())
+                open_starts.append(part.end())
             case bare if bare.startswith((r"\boxed", r"\fbox")):
                 last = part.end(), -1
     if last is None:
@@ -101,7 +101,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _bare_box(text: str, start: int) -> str:
-    """The content of a box without braces that starts at `start`."""
+    """Content of a box without braces, from `start`."""
     rest = text[start : start + MAX_LENGTH]
     end = _END_OF_MATHEMATICS.search(rest)
     if end is None or end.group() == "\n":
@@ -110,9 +110,9 @@ def _bare_box(text: str, start: int) -> str:
 
 
 def last_line(text: str) -> str | None:
-    """The value of the last line of the form ``Answer: value``; where the line ends there, that of the lines below it.
+    """Value of the last line ``Answer: value``; if the line has no value, the value below it.
 
-    Markdown around it, and "The final answer is value", are understood. Below, the value is a line, displayed
+    Surrounding Markdown and the form "The final answer is value" are accepted. The value below is one line, displayed
     mathematics or fenced code.
     """
     lines = text.splitlines()
@@ -127,7 +127,7 @@ def last_line(text: str) -> str | None:
 
 
 def _first_value(text: str) -> str:
-    """The displayed formula or fenced code that `text` begins with, else its first line that is not blank."""
+    """Displayed formula or fenced code at the start of `text`, else its first nonblank line."""
     text = text.lstrip()
     opening = _DISPLAY.match(text)
     if opening is None:
@@ -139,13 +139,13 @@ def _first_value(text: str) -> str:
 
 
 def last_statement(text: str) -> str | None:
-    """What follows the last "final answer is" or "final answer:" in its line and sentence."""
+    """Text after the last "final answer is" or "final answer:", up to the end of its line or sentence."""
     statements = _STATEMENT.findall(text)
     return _bounded(stripped(_NEXT_SENTENCE.split(statements[-1], maxsplit=1)[0])) if statements else None
 
 
 def stripped(text: str) -> str:
-    r"""`text` without what is only around the answer: Markdown, dollar signs, ``\( \)``, a box, a full stop."""
+    r"""Remove markup around an answer: Markdown, dollar signs, ``\( \)``, a box, a final full stop."""
     text = text.strip(_MARKUP)
     if (box := last_boxed(text)) is not None:
         return stripped(box)
@@ -161,9 +161,9 @@ def stripped(text: str) -> str:
 
 
 def as_number(text: str) -> Decimal | None:
-    """`text` as a number, exactly, if it is one and nothing else.
+    """Exact number if `text` is nothing but a number, else None.
 
-    Thousands may carry commas or blanks, dollars their sign, and ``1e-05`` is understood.
+    Thousands separators (commas or spaces), dollar signs and exponents (``1e-05``) are accepted.
     """
     text = stripped(text).replace("\u2212", "-").replace("{,}", ",").replace(r"\!", "").replace(r"\,", "")
     text = re.sub(r"^([-+]?)\\?\$", r"\1", text).replace("\\ ", " ").translate(_BLANKS).strip()
@@ -172,14 +172,16 @@ def as_number(text: str) -> Decimal | None:
     return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
 
 
-def normalised(text: str) -> str:
-    """`text` for an exact comparison: one Unicode form and case, single blanks, nothing around it."""
+def normalized(text: str) -> str:
+    """Normalize text for comparison: Unicode form, case, whitespace and surrounding markup."""
     return " ".join(stripped(unicodedata.normalize("NFKC", plain_digits(text))).casefold().split())
 
 
 def plain_digits(text: str) -> str:
-    """`text` with superscripts as ``^2`` and vulgar fractions as ``1/2``: Unicode's compatibility form makes x2 of the
-    one and 11/2 of 1 and a half."""
+    """Replace superscripts by ``^2`` and vulgar fractions by ``1/2``.
+
+    Unicode compatibility normalization would make x2 of the former and 11/2 of one and a half.
+    """
     if text.isascii():
         return text
     return _VULGAR.sub(_as_quotient, text.translate(_SUPERSCRIPTS))
@@ -191,9 +193,9 @@ def _as_quotient(found: re.Match[str]) -> str:
 
 
 def canonical(answer: str) -> str:
-    """One spelling for each answer: plain digits for a number ("1,234.50" is "1234.5"), else without what is around it.
+    """Canonical spelling of an answer: plain digits for a number ("1,234.50" is "1234.5"), else `stripped` text.
 
-    LaTeX within an answer stays as it is.
+    LaTeX within an answer is unchanged.
     """
     number = as_number(answer)
     if number is None:
@@ -204,8 +206,8 @@ def canonical(answer: str) -> str:
 
 
 def same(answer: str, stated: str) -> bool:
-    """Whether two answers are equal as numbers or, where they are none, as normalised text."""
-    return normalised(canonical(answer)) == normalised(canonical(stated))
+    """True if two answers are equal as numbers, or else as normalized text."""
+    return normalized(canonical(answer)) == normalized(canonical(stated))
 
 
 def _bounded(answer: str) -> str | None:

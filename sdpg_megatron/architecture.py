@@ -1,6 +1,6 @@
-"""What a model is made of, read from its Hugging Face config.json, and the parallel layouts it can take.
+"""Model architecture from a Hugging Face config.json, and checks of parallel layouts against it.
 
-Whatever the Megatron model would compute differently from the Hugging Face one is refused here, by the name of the key.
+Keys that the Megatron model would compute differently from Hugging Face are refused by name.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _FIXED: Mapping[str, Any] = {
     "num_shared_experts": 0,
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
-    # Scales, soft-caps and biases of other families. transformers' classes of the supported ones ignore them; servers
-    # may not.
+    # Scales, soft-caps and biases of other families. transformers' classes of the supported families ignore them;
+    # servers may not.
     **dict.fromkeys(
         ("logit_scale", "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier"), 1
     ),
@@ -50,30 +50,30 @@ _FIXED: Mapping[str, Any] = {
     **dict.fromkeys(("clip_qkv", "logit_bias"), None),
     "lm_head_bias": False,
 }
-"""Keys with the only value that is supported; a key that is absent or null has it."""
-
+"""Keys with their only supported value. An absent or null key is equivalent to it."""
 
 FUSION_KERNELS = "fused_weight_gradient_mlp_cuda"
-"""apex's extension; without it Megatron's output layer refuses to fuse, also where the other layers are Transformer
-Engine's."""
+"""Extension module of apex. Megatron's output layer needs it for gradient accumulation fusion, even if the other layers
+are Transformer Engine's."""
 
 LLAMA3_ROPE: Mapping[str, float] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Llama 3's rotary parameters besides the factor: megatron-core has them built in."""
+"""Rotary parameters of Llama 3 besides the factor, which are constants in megatron-core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """The feed-forward networks of a layer in a mixture of experts, each of `Architecture.ffn_size` columns."""
+    """Experts of a mixture-of-experts layer: feed-forward networks with `Architecture.ffn_size` columns each."""
 
     count: int
+    """Number of experts per layer."""
     per_token: int
-    """How many of them a token is sent to: those with the largest router logits. No token is dropped."""
+    """Number of experts per token, selected by the largest router logits. No token is dropped."""
     normalized: bool
-    """A token's weights sum to 1 over its own experts; otherwise they are its softmax over all of the layer's."""
+    """True if the weights of a token sum to 1 over its experts; otherwise they are the softmax over all experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class Architecture:
     num_layers: int
     hidden_size: int
     ffn_size: int
-    """Columns of a layer's feed-forward network, or of one expert's."""
+    """Columns of the feed-forward network of a layer, or of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -93,33 +93,33 @@ class Architecture:
     rms_eps: float
     rope_theta: float
     rope_scaling: float | None
-    """Factor by which Llama 3 stretches the longer rotary wavelengths; None for plain rotary positions."""
+    """Llama 3's scaling factor of long rotary wavelengths; None for plain rotary positions."""
     tied_embeddings: bool
-    """The output layer is the input embedding."""
+    """True if output layer and input embedding share their weights."""
     experts: Experts | None = None
-    """Of every layer; None for a dense model."""
+    """Experts of every layer; None for a dense model."""
 
     @property
     def qkv_bias(self) -> bool:
-        """The query, key and value projections have biases."""
+        """True if the query, key and value projections have biases."""
         return self.family == "qwen2"
 
     @property
     def qk_norm(self) -> bool:
-        """Queries and keys pass through an RMSNorm over the head dimension."""
+        """True if queries and keys are normalized by RMSNorm over the head dimension."""
         return self.family in ("qwen3", "qwen3_moe")
 
     def padded_vocab(self, tensor: int, multiple: int = 128) -> int:
-        """Rows of the embedding under Megatron: the next multiple of `multiple` * `tensor`."""
+        """Number of embedding rows in Megatron: the next multiple of `multiple` * `tensor`."""
         unit = multiple * tensor
         return -(-self.vocab_size // unit) * unit
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Read ``folder/config.json``, as written by transformers 4 or 5.
+    """Read ``folder/config.json``, written by transformers 4 or 5.
 
     Raises:
-        ConfigError: the file cannot be read, lacks a dimension, or asks for something that is not supported.
+        ConfigError: an unreadable file, a missing dimension, or an unsupported value.
     """
     config = read_config(folder)
     _check_values(config)
@@ -153,10 +153,10 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def check_parallel(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the model can be cut as `parallel` says.
+    """Check that the model can be sharded as `parallel` requires.
 
     Raises:
-        ConfigError: naming the field, what it must divide, and the values that would work.
+        ConfigError: names the field, the size that it must divide, and the valid values.
     """
     _check_tensor(arch, parallel)
     _check_experts(arch, parallel)
@@ -182,7 +182,7 @@ def _check_tensor(arch: Architecture, parallel: ParallelConfig) -> None:
 
 
 def check_served(arch: Architecture, served: SGLangConfig) -> None:
-    """Check that SGLang can cut the model over a server's ranks. Raises `ConfigError`."""
+    """Check that SGLang can shard the model over the ranks of a server. Raises `ConfigError`."""
     heads, pairs = arch.num_heads, arch.num_kv_heads
     columns = arch.ffn_size if arch.experts is None else 0
 
@@ -217,12 +217,12 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
         expected = f"a divisor of an expert's {arch.ffn_size} feed-forward columns"
         raise _indivisible(field, size, expected, _divisors(arch.ffn_size))
     if parallel.tensor > 1 and not parallel.sequence:
-        expected = "true where a mixture of experts is trained on several tensor-parallel ranks"
+        expected = "true for a mixture of experts on several tensor-parallel ranks"
         raise ConfigError("parallel.sequence", False, expected, "set it, or parallel.tensor to 1")
 
 
 def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool = False) -> None:
-    """Check that what the configuration asks of the model is there. Raises `ConfigError`."""
+    """Check that the model and the installed modules support the configuration. Raises `ConfigError`."""
     if arch.experts is None and replay_routing:
         raise ConfigError("rollout.replay_routing", True, f"false with a dense model ({arch.family})", "remove it")
     for field in ("router_aux_loss", "router_z_loss"):
@@ -235,7 +235,7 @@ def check_model(arch: Architecture, model: ModelConfig, *, replay_routing: bool 
 
 
 def check_lengths(arch: Architecture, config: RunConfig) -> None:
-    """Check that prompts, responses and top tokens fit the model's positions and vocabulary. Raises `ConfigError`."""
+    """Check sequence lengths against the model's positions, and top k against its vocabulary. Raises `ConfigError`."""
     top_k = config.objective.top_k
     if top_k is not None and top_k > arch.vocab_size:
         expected = f"at most the model's {arch.vocab_size} tokens"
@@ -269,13 +269,13 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "layer_types": ((list, NoneType), "a list"),
     "tie_word_embeddings": ((bool, NoneType), "true or false"),
 }
-"""What keys may be that need not be there."""
+"""Types of optional keys, with their description for errors."""
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
-    """Refuse values that no model has, before anything is computed from them. Raises `ConfigError`."""
-    for place in (config, config.get("rope_parameters"), config.get("rope_scaling")):
-        for key, value in place.items() if isinstance(place, dict) else ():
+    """Refuse invalid types and dimensions before they are used. Raises `ConfigError`."""
+    for section in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        for key, value in section.items() if isinstance(section, dict) else ():
             if key in _KINDS and not _fits(value, _KINDS[key][0]):
                 raise ConfigError(f"config.json: {key}", value, _KINDS[key][1], f"correct {key} in config.json")
     if any(not isinstance(kind, str) for kind in config.get("layer_types") or ()):
@@ -309,7 +309,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if type(value) is not int or value < 1:  # true and false are integers, too
+    if type(value) is not int or value < 1:  # bool is a subclass of int
         raise ConfigError(f"config.json: {key}", value, "a positive integer", f"set {key} in the model's config.json")
     return value
 
@@ -329,7 +329,7 @@ def _experts(config: Mapping[str, Any], family: Family) -> Experts | None:
 
 
 def _rope_parameters(config: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5; of older files, `rope_scaling` with the `rope_theta` beside it."""
+    """`rope_parameters` of transformers 5, or `rope_scaling` and `rope_theta` of transformers 4."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     return rope

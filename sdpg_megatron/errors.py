@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each names what was found, what was expected, and the fix."""
+"""Error types for users. Messages name the value found, the expectation and the fix."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class SdpgError(Exception):
-    """Base of every error that this package raises on purpose. All of them travel between ranks."""
+    """Base class of all errors of this package. All of them can be pickled, to be sent between ranks."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as they are: the default calls the constructor, which takes other arguments, with the message."""
+        """Pickle without the constructor: the default would call it with the message instead of its arguments."""
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -24,7 +24,7 @@ def _rebuild(kind: type[SdpgError], args: tuple[object, ...], state: dict[str, o
 
 
 class ConfigError(SdpgError):
-    """A field of the run's configuration cannot work."""
+    """Invalid field of the configuration, or of a model's files."""
 
     field: str
 
@@ -34,7 +34,7 @@ class ConfigError(SdpgError):
 
     @classmethod
     def of_text(cls, field: str, text: str) -> ConfigError:
-        """Make an error with another form of message."""
+        """Create an error with a custom message."""
         error = cls.__new__(cls, text)
         error.args = (text,)
         error.field = field
@@ -42,7 +42,7 @@ class ConfigError(SdpgError):
 
     @classmethod
     def joined(cls, errors: Sequence[ConfigError]) -> ConfigError:
-        """One error that shows several, a line each; `field` is that of the first."""
+        """Combine several errors into one, one line each; `field` is the field of the first."""
         if len(errors) == 1:
             return errors[0]
         lines = [f"{len(errors)} errors", *map(str, errors)]
@@ -50,7 +50,7 @@ class ConfigError(SdpgError):
 
 
 class DataError(SdpgError):
-    """A row of a data file cannot be used."""
+    """Invalid row or data file."""
 
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
@@ -73,7 +73,7 @@ class CheckpointError(SdpgError):
 
 
 class ConversionError(SdpgError):
-    """A model cannot be brought into another format, or did not arrive as it was."""
+    """A model cannot be converted, or the converted model differs."""
 
     def __init__(self, where: str, found: object, expected: str, fix: str) -> None:
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
@@ -86,48 +86,48 @@ class LaunchError(SdpgError):
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}")
 
     @classmethod
-    def said(cls, text: str) -> LaunchError:
-        """What another machine found, in its words."""
+    def of_text(cls, text: str) -> LaunchError:
+        """Create an error with the message of another machine."""
         error = cls.__new__(cls, text)
-        error.args = (text,)  # the constructor makes a message of its arguments
+        error.args = (text,)
         return error
 
 
 class OutputError(SdpgError):
-    """Standard output does not take what a command prints."""
+    """Standard output cannot be written."""
 
     def __init__(self, where: str, found: str, *, reader_ended: bool) -> None:
         super().__init__(f"{where}: found {found}, expected a stream that can be written. Fix: redirect it elsewhere")
         self.reader_ended = reader_ended
-        """A pipe's reader has ended, as `head` does: nothing is wrong."""
+        """True if the reader of a pipe has ended, as `head` does: not a failure."""
 
 
 class WriteError(SdpgError):
-    """The disk refused a file that a run or an evaluation keeps beside checkpoints."""
+    """A file of a run or an evaluation, other than a checkpoint, cannot be written."""
 
     def __init__(self, where: str, found: str, free_mib: int, fix: str) -> None:
         super().__init__(
-            f"{where}: could not be written: {found} ({free_mib} MiB free). What was saved before is untouched. "
+            f"{where}: could not be written: {found} ({free_mib} MiB free). Files saved before are unchanged. "
             f"Fix: {fix}; the same command then continues from it"
         )
 
 
 class RolloutError(SdpgError):
-    """A rollout engine could not do what was asked of it."""
+    """Failure of a rollout engine."""
 
 
 class ServerError(RolloutError):
-    """A rollout server did not do what one request asked of it."""
+    """Failed request to a rollout server."""
 
     def __init__(self, url: str, call: str, found: str, *, retryable: bool = False) -> None:
         super().__init__(f"{url}{call}: {found}")
         self.url = url
         self.retryable = retryable
-        """Whether the same request may succeed later, or elsewhere."""
+        """True if the same request may succeed later, or on another server."""
 
 
 class MismatchError(SdpgError):
-    """Rollout engine and trainer give the same tokens log-probs that are too far apart."""
+    """Log-probabilities of rollout engine and trainer differ too much."""
 
     def __init__(self, step: int, found: float, limit: float) -> None:
         super().__init__(
@@ -138,7 +138,7 @@ class MismatchError(SdpgError):
 
 
 class FilterError(SdpgError):
-    """A group filter of the user's did not say whether to keep a group."""
+    """A custom group filter raised or did not return a bool."""
 
     def __init__(self, spec: str, uid: str, found: str) -> None:
         super().__init__(
@@ -148,7 +148,7 @@ class FilterError(SdpgError):
 
 
 class VerifierError(SdpgError):
-    """A verifier fails on so many responses that rewards mean nothing."""
+    """Too many verifier calls failed."""
 
     def __init__(self, where: str, failures: int, calls: int, first: str, limit: float) -> None:
         share = f"at most {limit:.0%} of them" if limit < 1 else "at least one that does not fail"
@@ -160,18 +160,17 @@ class VerifierError(SdpgError):
 
 
 class NumericsError(SdpgError):
-    """A quantity that training rests on is not finite."""
+    """Base class of errors about values that are not finite."""
 
 
 class SkippedStepsError(NumericsError):
-    """Optimizer steps have been skipped too often in a row."""
+    """Too many consecutive optimizer steps were skipped."""
 
     def __init__(self, step: int, count: int) -> None:
         super().__init__(
-            f"optimizer step {step}: found {count} steps in a row whose loss or gradient is not finite, expected fewer "
-            "than optimizer.skip_limit. All were skipped: the weights are those before. Fix: lower "
-            "optimizer.lr or objective.beta; the same command with that change continues from the last checkpoint, as "
-            "does the same command alone where the cause was elsewhere and is gone"
+            f"optimizer step {step}: found {count} consecutive steps whose loss or gradient is not finite, expected "
+            "fewer than optimizer.skip_limit. All were skipped: the weights did not change. Fix: lower optimizer.lr or "
+            "objective.beta, or remove another cause; the same command then continues from the last checkpoint"
         )
 
 
@@ -186,14 +185,9 @@ class NonFiniteWeightsError(NumericsError):
         )
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The candidates most like `name`, best first; empty where nothing comes close."""
-    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
-
-
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """``"did you mean 'a' or 'b'?"``, or the empty string where nothing comes close."""
-    near = nearest(name, candidates)
+    """Up to three similar candidates as ``"did you mean 'a' or 'b'?"``; empty if none is similar."""
+    near = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
@@ -206,7 +200,7 @@ _FIXES = {
 
 
 def reason_of(error: Exception) -> str:
-    """An error's own words on one line; of one of the system's, its reason without number and path."""
+    """Message of an error on one line; for a system error, the reason without number and path."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -217,7 +211,7 @@ def fix_of(error: OSError, path: Path, *, reading: bool = False) -> str:
             missing = _first(path, lambda part: not _exists(part))
             return f"check the path: there is no {missing.name} in {missing.absolute().parent}"
         case errno.ENOENT:
-            return f"make the folder {path.absolute().parent}"
+            return f"create the folder {path.absolute().parent}"
         case errno.EISDIR:
             return f"name a file in the folder {path}" if reading else f"remove or rename the folder {path}"
         case errno.EEXIST | errno.ENOTDIR:
@@ -225,24 +219,24 @@ def fix_of(error: OSError, path: Path, *, reading: bool = False) -> str:
             kind = "file" if _exists(obstacle) else "broken link"
             return f"remove or rename the {kind} {obstacle}, or choose another path"
         case errno.EACCES | errno.EPERM:
-            what = "read" if reading else "write to"
-            return f"get the right to {what} {_first_existing(path)}, or choose another path"
+            action = "read" if reading else "write to"
+            return f"get the right to {action} {_first_existing(path)}, or choose another path"
         case _:
             return _FIXES.get(error.errno or 0, "check the disk and its mount")
 
 
 def _first(path: Path, found: Callable[[Path], bool]) -> Path:
-    """The outermost part of a path of which `found` is true; the whole path where there is none."""
+    """Outermost part of a path for which `found` is true, else the whole path."""
     return next((part for part in (*reversed(path.parents), path) if found(part)), path)
 
 
 def _first_existing(path: Path) -> Path:
-    """The innermost part of a path that exists."""
+    """Innermost existing part of a path."""
     return next((part for part in (path, *path.parents) if _exists(part)), path)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # below a folder that cannot be entered
+    except OSError:  # below a folder without access
         return False

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder, and the faults that downloads leave in them: each one is an error with its fix."""
+"""Read and check the files of a Hugging Face folder. Incomplete downloads are errors with a fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from sdpg_megatron.errors import ConfigError, fix_of
 
-COMPANIONS = (
+HF_ASSETS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,24 +23,24 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that a Hugging Face folder may have beside config.json and the weights."""
+"""Tokenizer and generation files of a Hugging Face folder, in addition to config.json and the weights."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_AGAIN = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
+_DOWNLOAD_AGAIN = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
 
 
 def check_files(folder: Path) -> None:
-    """Check that configuration, tokenizer and weight files are the files themselves, and the JSON among them valid.
+    """Check that configuration, tokenizer and weight files have content, and that JSON files are valid.
 
     Weights are not read.
 
     Raises:
-        ConfigError: the folder has no config.json; a file is empty, a link to nothing, a Git LFS pointer or no JSON.
+        ConfigError: no config.json; or a file that is empty, a broken link, a Git LFS pointer or invalid JSON.
     """
     read_config(folder)
     for path in sorted(folder.iterdir()):
-        known = path.name in COMPANIONS or path.name.endswith((".safetensors", ".safetensors.index.json"))
+        known = path.name in HF_ASSETS or path.name.endswith((".safetensors", ".safetensors.index.json"))
         if known and path.suffix == ".json":
             read_json(path)
         elif known:
@@ -48,7 +48,7 @@ def check_files(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json.
+    """Read the config.json of a model.
 
     Raises:
         ConfigError: as `check_file` and `read_json`; or there is no such folder or file.
@@ -61,9 +61,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fix_for_missing(path: Path) -> str:
-    """How to get a folder that is not there, or does not hold what is looked for.
+    """Fix for a folder that is missing or incomplete.
 
-    By a download where its name is like a hub's id, and no folder of the owner's name is there.
+    It proposes a download if the path looks like a hub id and no folder with the owner's name exists.
     """
     if path.is_file():
         return f"name its folder, {path.parent}" if path.parent.name else "name a folder"
@@ -75,7 +75,7 @@ def fix_for_missing(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON object from a file.
 
     Raises:
         ConfigError: as `check_file`; or the file is not JSON, or not an object.
@@ -87,22 +87,22 @@ def read_json(path: Path) -> dict[str, Any]:
         fix = fix_of(error, path, reading=True)
         raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _AGAIN) from error
+        raise ConfigError("model.path", f"{path}: {error}", "valid JSON", _DOWNLOAD_AGAIN) from error
     if not isinstance(content, dict):
         raise ConfigError("model.path", f"{path}: a {type(content).__name__}", "a JSON object", "check the file")
     return content
 
 
 def check_file(path: Path) -> None:
-    """Check that a path is a file with content of its own.
+    """Check that a path is a file with content.
 
     Raises:
-        ConfigError: it is a link to nothing, no file, empty, or a Git LFS pointer.
+        ConfigError: a broken link, no file, an empty file, or a Git LFS pointer.
     """
     if path.is_symlink() and not path.exists():
-        found, fix = f"{path}: a link to {os.readlink(path)}, which is not there", _AGAIN
+        found, fix = f"{path}: a link to {os.readlink(path)}, which does not exist", _DOWNLOAD_AGAIN
     elif not path.is_file():
-        found, fix = f"{path}: no file", _AGAIN
+        found, fix = f"{path}: no file", _DOWNLOAD_AGAIN
     else:
         try:
             with path.open("rb") as file:
@@ -112,7 +112,7 @@ def check_file(path: Path) -> None:
             raise ConfigError("model.path", f"{path}: {error.strerror}", "a readable file", fix) from error
         if head and head != _LFS_POINTER:
             return
-        found, fix = f"{path}: an empty file", _AGAIN
+        found, fix = f"{path}: an empty file", _DOWNLOAD_AGAIN
         if head:
-            found, fix = f"{path}: a Git LFS pointer", f"git lfs pull in {path.parent}, or {_AGAIN}"
-    raise ConfigError("model.path", found, "the file itself", fix)
+            found, fix = f"{path}: a Git LFS pointer", f"git lfs pull in {path.parent}, or {_DOWNLOAD_AGAIN}"
+    raise ConfigError("model.path", found, "a file with content", fix)

@@ -1,7 +1,8 @@
-"""What flows along one training step. Every stage takes some of these and returns new ones.
+"""Records of a training step. Each stage takes records and returns new ones.
 
-Shape suffixes: B sequences of a micro-batch, S their padded length (where they are packed, B is 1 and S all tokens),
-T response tokens of a micro-batch (the rows that the head sees), G those of them whose gate is open, H hidden size.
+Shape suffixes: B sequences of a micro-batch, S their padded length (packed: B is 1 and S is the number of tokens),
+T response tokens of a micro-batch (rows of the output head), G response tokens with an open gate, H hidden size, L
+layers, K experts per token, Q packed sequences.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # processes that run verifiers read these records, too; to import torch takes them seconds
+if TYPE_CHECKING:  # verifier processes import this module; importing torch would take seconds
     import numpy as np
     import torch
     from torch import Tensor
 
     Routing = np.ndarray[tuple[int, int, int], np.dtype[np.integer[Any]]]
-    """[tokens, layers, experts of a token]: which experts of a mixture each token was sent to."""
+    """Selected experts of each token, [tokens, layers, experts per token]."""
     TensorFunction = Callable[[Tensor], Tensor]
 
 FinishReason = Literal["stop", "length", "abort"]
 Answer = str | Mapping[str, Any] | Sequence[Any]
-"""Text, or the dict or list that the data has; numbers are text."""
+"""Text (also for numbers), or a dict or list of the data."""
 
 
 def answer_text(answer: Answer) -> str:
-    """An answer as text: itself, or its JSON where it is a dict or list."""
+    """Answer as text; JSON for a dict or list."""
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question, rendered twice with the model's chat template.
+    """One question, rendered for student and teacher with the model's chat template.
 
-    The teacher reads the same question together with the privileged context; both are followed by the same response.
+    The teacher's prompt has the privileged context in addition. The same response follows both prompts.
     """
 
     uid: str
@@ -43,7 +44,7 @@ class Prompt:
     student_tokens: tuple[int, ...]
     teacher_tokens: tuple[int, ...]
     answer: Answer
-    """The reference answer, which verifiers compare with."""
+    """Reference answer, for verifiers."""
     question: str = ""
     history: tuple[Mapping[str, str], ...] = ()
     """Chat messages before the question."""
@@ -51,7 +52,6 @@ class Prompt:
 
     @property
     def answer_text(self) -> str:
-        """The answer as text; see `answer_text`."""
         return answer_text(self.answer)
 
 
@@ -60,20 +60,20 @@ class Completion:
     """One sampled response."""
 
     tokens: tuple[int, ...]
-    """Response tokens; the stop token is the last of them where `finish_reason` is "stop"."""
+    """Response tokens, including the stop token if `finish_reason` is "stop"."""
     logprobs: tuple[float, ...]
-    """Natural log-probability of each token under the rollout weights, at the sampling temperature, before top-p."""
+    """Log-probability (natural) of each token under the rollout weights, at the sampling temperature, before top-p."""
     finish_reason: FinishReason
     weight_version: int
     text: str
-    """Decoded response without special tokens: what a verifier reads."""
+    """Decoded response without special tokens, for verifiers."""
     experts: Routing | None = field(default=None, compare=False, repr=False)
-    """Of every token of prompt and response but the last, which is read by nobody; None where it is not recorded."""
+    """Selected experts of all prompt and response tokens except the last; None if not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The responses to one prompt."""
+    """Responses to one prompt."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -81,36 +81,36 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group with its verifier's rewards and the advantages that follow from them, in completion order."""
+    """Group with rewards and advantages, in completion order."""
 
     group: Group
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
+    """Empty until the step's groups are shaped."""
     failures: int = 0
-    """Verifier calls that raised or ran out of time; each gave its sample the failure reward."""
+    """Number of failed verifier calls; their completions have the failure reward."""
     answers: tuple[str | None, ...] | None = None
-    """The answer that each completion gives, as the verifier reads it; None where nobody asked, or it cannot say."""
+    """Extracted answer of each completion, None for none. None if answers were not extracted."""
     errors: tuple[str | None, ...] = ()
-    """Why the verifier's call on each completion failed, None where it did not; empty where none did."""
+    """Error message of each failed verifier call, None for successful calls; empty if no call failed."""
     teacher_prompts: tuple[tuple[int, ...] | None, ...] | None = None
-    """What the teacher reads before each completion, None where there is nothing for it to read; None for the group's
-    own teacher prompt."""
+    """Teacher prompt of each completion, None for a completion without one. None: all use the group's."""
 
     def teacher_prompt(self, number: int) -> tuple[int, ...] | None:
-        """What the teacher reads before a completion."""
+        """Teacher prompt of a completion; None for none."""
         return self.group.prompt.teacher_tokens if self.teacher_prompts is None else self.teacher_prompts[number]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the rows that a context-parallel rank has computed come to the ranks that want them, all to all."""
+    """All-to-all exchange of rows between context-parallel ranks."""
 
     sent: tuple[int, ...]
-    """How many of this rank's rows, in their order, go to each rank."""
+    """Number of this rank's rows sent to each rank, in row order."""
     received: tuple[int, ...]
-    """How many come from each rank."""
+    """Number of rows received from each rank."""
     order_G: Tensor
-    """int64: at which place each row that is wanted here arrives."""
+    """int64 [G]: index of each needed row among the received rows."""
 
     def mapped(self, function: TensorFunction) -> Route:
         return Route(self.sent, self.received, function(self.order_G))
@@ -118,41 +118,41 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Token sequences and the positions whose next token is a response token: padded, or packed one after the other.
+    """Token sequences, padded or packed, and the positions that predict response tokens.
 
-    Under context parallelism, which takes packed ones, this rank's share of each sequence alone.
+    Under context parallelism (packed only), this rank's part of each sequence.
     """
 
     tokens_BS: Tensor
-    """int64 [B, S], right-padded; packed, [1, S]."""
+    """int64 [B, S], right-padded; packed: [1, S]."""
     rows_T: Tensor
     """int64 [T]: index b * S + s of the position that predicts each response token, sequence by sequence."""
     lengths: tuple[int, ...] | None = None
-    """Of the packed sequences, over all context-parallel ranks and with what pads them; None where they are padded."""
+    """Lengths of the packed sequences with their padding, over all context-parallel ranks; None for padded batches."""
     multiple: int = 1
-    """Of what the number of packed tokens on a rank has to be a multiple."""
+    """The number of packed tokens on a rank is padded to a multiple of this."""
     route: Route | None = None
-    """Under context parallelism, for sequences whose rows are wanted elsewhere."""
+    """Exchange of rows under context parallelism; None if rows stay on their rank."""
     sequence_BS: Tensor | None = None
-    """int64 [B, S]: which sequence each token is of, -1 in padding; None where nobody asks."""
+    """int64 [B, S]: sequence index of each token, -1 for padding. Read by routers only."""
     sizes_Q: Tensor | None = None
-    """int64: tokens of each sequence without padding, over all context-parallel ranks; None likewise."""
+    """int64 [Q]: number of tokens of each sequence without padding, over all context-parallel ranks. Read by
+    routers only."""
     experts_BSLK: Tensor | None = None
-    """int16 [B, S, layers, experts of a token] that each token is to be sent to, -1 for the router's own choice; None
-    where all of it is."""
+    """int16 [B, S, L, K]: replayed experts of each token, -1 for the router's choice. None: no replay."""
     numbers_BS: Tensor | None = None
-    """int64 [B, S]: each token's number in this rank's step, 0 in padding; None where no router asks for it."""
+    """int64 [B, S]: index of each token in this rank's step, 0 for padding. Read by routers only."""
 
     def mapped(self, function: TensorFunction) -> SequenceBatch:
         return SequenceBatch(**_mapped_parts(self, function))
 
     @property
     def count(self) -> int:
-        """Sequences, those included that only fill up."""
+        """Number of sequences, including padding sequences."""
         return self.tokens_BS.shape[0] if self.lengths is None else len(self.lengths)
 
     def emptied(self) -> SequenceBatch:
-        """A short one of mere padding, with no response token marked."""
+        """Short batch of padding without response tokens."""
         kept, lengths = self.tokens_BS.shape[1], None
         if self.lengths is not None:
             kept, lengths = self.multiple, (sum(self.lengths) // kept * self.multiple,)
@@ -170,65 +170,50 @@ class SequenceBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass reads. Per-token tensors follow the order of `student.rows_T`."""
+    """Input of one forward and backward pass. Per-token tensors are in the order of `student.rows_T`."""
 
     student: SequenceBatch
     teacher: SequenceBatch | None
-    """Teacher sequences of the samples with an open gate; None where there is none."""
+    """Teacher sequences of the samples with an open gate; None if there are none."""
     gated_rows_G: Tensor
-    """int64 [G]: position in 0..T-1 of each row of `teacher.rows_T`."""
+    """int64 [G]: index into T of each row of `teacher.rows_T`."""
     labels_T: Tensor
     """int64 [T] response tokens."""
     sequence_T: Tensor
-    """int64 [T]: which sequence of the micro-batch each response token is of."""
+    """int64 [T]: index of each response token's sequence in the micro-batch."""
     advantages_T: Tensor
     gates_T: Tensor
-    """float32 [T], 1 where the distillation term counts."""
+    """float32 [T]: 1 for distilled tokens, else 0."""
     weights_T: Tensor
-    """float32 [T] aggregation weights; they sum to the global number of response tokens over all micro-batches and
-    data-parallel ranks of one optimiser step, so that dividing by that number gives the loss."""
+    """float32 [T]: aggregation weights. Over all micro-batches and data-parallel ranks of an optimizer step they sum to
+    the global number of response tokens, by which the sum of the losses is divided."""
     rollout_logprobs_T: Tensor
     old_logprobs_T: Tensor | None = None
-    """Log-probs under the weights before the first optimiser step on this batch; None where there is but one step."""
+    """Log-probs under the weights before the rollout's first optimizer step; None with one step per rollout."""
     corrections_T: Tensor | None = None
-    """What each token's loss is multiplied by, because the rollout engine is not the trainer; None for 1."""
+    """Factor of each token's loss that corrects the mismatch between rollout engine and trainer; None for 1."""
     reference_logprobs_T: Tensor | None = None
     teacher_logprobs_T: Tensor | None = None
-    """float32 [T], 0 at closed gates: log-probs under the teacher, computed before the rollout's first update. None
-    where the objective does not ask for them, or no gate is open."""
+    """float32 [T]: log-probs under the teacher, computed before the rollout's first update; 0 at closed gates. None if
+    the objective does not need them, or no gate is open."""
     teacher_hidden_GH: Tensor | None = None
-    """Last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
+    """[G, H]: last hidden states of the teacher at `teacher.rows_T`, before the output layer."""
 
     @property
     def num_tokens(self) -> int:
         return int(self.labels_T.numel())
 
     def emptied(self) -> MicroBatch:
-        """A micro-batch that takes part in every collective and contributes nothing."""
+        """Micro-batch that takes part in every collective without contributing to the loss."""
         student = self.student.emptied()
-        return MicroBatch(
-            student=student,
-            teacher=student,
-            gated_rows_G=self.gated_rows_G[:0],
-            labels_T=self.labels_T[:0],
-            sequence_T=self.sequence_T[:0],
-            advantages_T=self.advantages_T[:0],
-            gates_T=self.gates_T[:0],
-            weights_T=self.weights_T[:0],
-            rollout_logprobs_T=self.rollout_logprobs_T[:0],
-            old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[:0],
-            corrections_T=None if self.corrections_T is None else self.corrections_T[:0],
-            reference_logprobs_T=None if self.reference_logprobs_T is None else self.reference_logprobs_T[:0],
-            teacher_logprobs_T=None if self.teacher_logprobs_T is None else self.teacher_logprobs_T[:0],
-            teacher_hidden_GH=None if self.teacher_hidden_GH is None else self.teacher_hidden_GH[:0],
-        )
+        return replace(self.mapped(lambda tensor: tensor[:0]), student=student, teacher=student)
 
     def mapped(self, function: TensorFunction) -> MicroBatch:
-        """The same micro-batch with `function` of every tensor, in an order that does not change."""
+        """Apply `function` to every tensor, in a fixed order."""
         return MicroBatch(**_mapped_parts(self, function))
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with every tensor on `device`. `mcore.transfer.to_device` copies all at once."""
+        """Move every tensor to `device`. `mcore.transfer.to_device` copies several batches at once."""
         return self.mapped(lambda tensor: tensor.to(device))
 
 

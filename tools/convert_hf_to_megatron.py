@@ -1,4 +1,4 @@
-"""Make a Megatron checkpoint of a Hugging Face folder: ``sdpg-megatron convert``, as a script.
+"""Convert a Hugging Face folder to a Megatron checkpoint, with ``sdpg-megatron convert``.
 
 python tools/convert_hf_to_megatron.py FOLDER TARGET [--dtype bfloat16] [--verify]
 """

@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder of a Megatron checkpoint or a run: ``sdpg-megatron convert``, as a script.
+"""Convert a Megatron checkpoint or a run to a Hugging Face folder, with ``sdpg-megatron convert``.
 
 python tools/convert_megatron_to_hf.py CHECKPOINT TARGET [--like FOLDER] [--dtype bfloat16] [--verify]
 """

@@ -1,32 +1,32 @@
-"""Write two-digit addition problems as JSONL: train.jsonl, and eval.jsonl with problems that training never shows.
+"""Write two-digit addition problems as JSONL: train.jsonl, and eval.jsonl with held-out problems.
 
-A problem and the same problem with its numbers swapped count as one: both are held out, or neither is. The same
-arguments give the same files, byte for byte.
+A problem and its copy with swapped numbers are in the same file. The same arguments give identical files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from sdpg_megatron.observe.files import write_atomically
 
 NUMBERS = range(10, 50)
 Problem = tuple[int, int]
 
 
 def split(held_out: int, train: int | None, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Shuffled training and held-out problems.
+    """Return shuffled training and held-out problems.
 
     Args:
-        held_out: number of held-out problems, no two of which are swaps of each other.
-        train: number of training problems; None for all that remain.
+        held_out: number of held-out problems, without swapped copies.
+        train: number of training problems; None for all remaining ones.
 
     Raises:
-        ValueError: more problems wanted than there are.
+        ValueError: a number that is not available.
     """
     problems = [(a, b) for a in NUMBERS for b in NUMBERS]
     random.Random(seed).shuffle(problems)
@@ -34,15 +34,15 @@ def split(held_out: int, train: int | None, seed: int) -> tuple[list[Problem], l
     for problem in problems:
         by_pair.setdefault(frozenset(problem), problem)
     pairs = list(by_pair)
-    kept_apart = set(pairs[:held_out])
+    held_out_pairs = set(pairs[:held_out])
     evaluation = [by_pair[pair] for pair in pairs[:held_out]]
-    rest = [problem for problem in problems if frozenset(problem) not in kept_apart]
-    for name, wanted, there in (
+    rest = [problem for problem in problems if frozenset(problem) not in held_out_pairs]
+    for name, wanted, available in (
         ("--eval", held_out, len(pairs) - 1),
         ("--train", len(rest) if train is None else train, len(rest)),
     ):
-        if not 1 <= wanted <= there:
-            raise ValueError(f"{name}: found {wanted}, expected 1 to {there}. Fix: choose a number in that range")
+        if not 1 <= wanted <= available:
+            raise ValueError(f"{name}: found {wanted}, expected 1 to {available}. Fix: choose a number in that range")
     return rest[:train], evaluation
 
 
@@ -52,18 +52,15 @@ def row(problem: Problem) -> dict[str, str]:
 
 
 def write(path: Path, problems: Sequence[Problem]) -> None:
-    """Write aside and rename, so that a running job never reads half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(json.dumps(row(problem)) + "\n" for problem in problems), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, "".join(json.dumps(row(problem)) + "\n" for problem in problems))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write two-digit addition problems as JSONL.")
-    parser.add_argument("folder", type=Path, help="where train.jsonl and eval.jsonl go")
-    parser.add_argument("--eval", type=int, default=64, help="held-out problems (default: %(default)s)")
-    parser.add_argument("--train", type=int, help="training problems (default: all others)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("folder", type=Path, help="output folder of train.jsonl and eval.jsonl")
+    parser.add_argument("--eval", type=int, default=64, help="number of held-out problems (default: %(default)s)")
+    parser.add_argument("--train", type=int, help="number of training problems (default: all others)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         train, evaluation = split(options.eval, options.train, options.seed)

@@ -1,14 +1,13 @@
-"""Turn public mathematics data sets into the project's JSONL: one train.jsonl, and a file for each evaluation set.
+"""Convert public mathematics data sets to JSONL: one train.jsonl, and a file for each evaluation set.
 
     python tools/prepare_data.py data --train dapo-math-17k --eval aime-2024 aime-2025 amc-2023
     python tools/prepare_data.py data --train downloads/dapo-math-17k.parquet --eval downloads/aime_2024
 
-A source is a known name, which is fetched from the Hugging Face hub, or a Parquet, JSONL, JSON or CSV file, or a folder
-of them. Every row gets question, answer, source and, where the set has worked solutions, context. What the public SDPG
-files have after [TEACHER_CONTEXT_TOKEN] is context, never question. A question that occurs more
-than once is kept once; with answers that differ it is dropped; one that is evaluated on is not trained on. Questions
-are compared as text, without regard to case, blanks, dollar signs and a few LaTeX spellings. What was left out is
-counted in the report.
+A source is a known name, which is downloaded from the Hugging Face hub, or a Parquet, JSONL, JSON or CSV file, or a
+folder of them. Every row has question, answer, source and, for sets with worked solutions, context. Text after
+[TEACHER_CONTEXT_TOKEN] in the public SDPG files is context. A repeated question is kept once. A question with
+conflicting answers is dropped. Evaluation questions are removed from the training file. Questions are compared as text,
+ignoring case, whitespace, dollar signs and a few LaTeX spellings. The report counts dropped rows.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ from sdpg_megatron.errors import DataError, SdpgError
 from sdpg_megatron.observe.reading_progress import RowProgress
 
 FOLDER_FORMATS = (".parquet", ".jsonl", ".csv")
-"""Of a folder's files, those that are read: a .json file there often describes the data set."""
+"""Formats read from a folder. A .json file in a folder often describes the data set."""
 TRAIN = "train.jsonl"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A data set on the hub."""
+    """Data set on the hub."""
 
     repository: str
     train: str
-    """Files to train on, as a pattern."""
+    """Glob pattern of the training files."""
     eval: str
-    """Files to evaluate on; the same where the set has one split."""
+    """Glob pattern of the evaluation files; the same for sets with a single split."""
 
 
 PUBLISHED = {
@@ -71,18 +70,18 @@ ANSWER_CONTEXT = re.compile(
     rf"(?:{either('Use this to verify your reasoning, but show your full solution process.')})?\s*",
     re.DOTALL | re.IGNORECASE,
 )
-"""The context of the public SDPG files: the answer, and nothing else where that is one line or the row's answer."""
+"""Context of the public SDPG files. It has only the answer if that is one line, or the answer of the row."""
 SOLUTION_CONTEXT = re.compile(
     rf"\s*\[Hint\].*?(?:{either('A common way to solve this is:')})(?P<solution>.*)\[Instruction\].*", re.DOTALL
 )
-"""The context of SDPG's paper (figure 4): answer, worked solution and an instruction."""
+"""Context in the SDPG paper (figure 4): answer, worked solution and an instruction."""
 
 
 @dataclass(frozen=True)
 class Problem:
     question: str
     answer: str
-    """Empty where the row states none."""
+    """Empty if the row has none."""
     context: str | None
     source: str
 
@@ -91,22 +90,22 @@ class Problem:
         return question_key(self.question)
 
     def line(self, instruction: str) -> str:
-        around = instruction if "{question}" in instruction else "{question}" + instruction
-        question = around.replace("{question}", self.question)
+        template = instruction if "{question}" in instruction else "{question}" + instruction
+        question = template.replace("{question}", self.question)
         values = {"question": question, "answer": self.answer, "source": self.source}
         return json.dumps(values | ({"context": self.context} if self.context else {}), ensure_ascii=False) + "\n"
 
 
 @dataclass
 class Kept:
-    """The problems of one output file, by their question, and what was left out."""
+    """Problems of one output file by question, and counts of dropped rows."""
 
     problems: dict[str, Problem] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     conflicts: set[str] = field(default_factory=set)
 
     def add(self, problem: Problem) -> None:
-        """Keep the problem if its question is new; drop the question for good where its answers differ."""
+        """Keep the problem if its question is new; drop the question permanently if its answers differ."""
         key = problem.key
         self.counts["rows"] += 1
         first = self.problems.get(key)
@@ -125,30 +124,30 @@ class Kept:
             self.conflicts.add(key)
             self.counts["with conflicting answers"] += 2
 
-    def leave_out(self, keys: set[str]) -> None:
-        """Drop the problems that are evaluated on."""
+    def drop(self, keys: set[str]) -> None:
+        """Drop evaluation problems."""
         for key in keys & self.problems.keys():
             del self.problems[key]
             self.counts["evaluated on"] += 1
 
     def report(self, name: str) -> str:
-        left_out = [f"{count} {why}" for why, count in sorted(self.counts.items()) if why != "rows"]
-        return f"{name}: {len(self.problems)} of {self.counts['rows']} rows" + "".join(f", {part}" for part in left_out)
+        dropped = [f"{count} {reason}" for reason, count in sorted(self.counts.items()) if reason != "rows"]
+        return f"{name}: {len(self.problems)} of {self.counts['rows']} rows" + "".join(f", {part}" for part in dropped)
 
 
 @lru_cache(maxsize=1 << 16)
 def question_key(question: str) -> str:
-    """What two spellings of one question have in common."""
+    """Key of a question that is equal for different spellings."""
     text = unicodedata.normalize("NFKC", question).casefold()
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|\\?\$|\\[()\[\]]", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\s+", "", text)).rstrip(".")
 
 
 def parse(row: Row, source: str) -> Problem:
-    """The problem that a row of any of the published layouts states.
+    """Parse a row in any of the published layouts.
 
     Raises:
-        DataError: the row has none of the columns that they have, no question, or more than one turn.
+        DataError: a row without the columns of a known layout, without a question, or with more than one turn.
     """
     question, answer, context = _chat(row) if isinstance(row.values.get("prompt"), list) else _columns(row)
     text = bare(question)
@@ -158,7 +157,7 @@ def parse(row: Row, source: str) -> Problem:
 
 
 def _chat(row: Row) -> tuple[str, str, str | None]:
-    """DAPO-Math-17k and other sets in its layout: a chat, and the answer beside it."""
+    """Parse the layout of DAPO-Math-17k: a chat, and the answer in `reward_model`."""
     messages, reward = row.values["prompt"], row.values.get("reward_model")
     assert isinstance(messages, list)
     chat = read_chat(row.where, "prompt", messages)
@@ -171,14 +170,14 @@ def _chat(row: Row) -> tuple[str, str, str | None]:
 
 
 def _columns(row: Row) -> tuple[str, str, str | None]:
-    """A question, with an answer, a solution, or both; in GSM8K the answer is both."""
+    """Parse a question with an answer, a solution, or both; in GSM8K the answer contains both."""
     question = _first(row, QUESTIONS)
     answer, solution = _first(row, ANSWERS), _first(row, SOLUTIONS)
     if question is None or (answer is None and solution is None):
         raise _unusable(row, "", f"one of {', '.join(QUESTIONS)} and one of {', '.join((*ANSWERS, *SOLUTIONS))}")
     question, context = split_context(row.where, "of the question", question)
     if answer is None and solution is not None:
-        if "prompt" in row.values:  # a processed DAPO-Math-17k: its solution is the answer alone
+        if "prompt" in row.values:  # DAPO-Math-17k-Processed: its solution is only the answer
             return question, solution, _worked(context, solution)
         boxed = last_boxed(solution) or ""
         return question, boxed, _worked(context, boxed) or solution
@@ -190,7 +189,7 @@ def _columns(row: Row) -> tuple[str, str, str | None]:
 
 
 def _worked(context: str | None, answer: str) -> str | None:
-    """The worked solution in the context of a public SDPG file; None where there is only the answer."""
+    """Worked solution in the context of a public SDPG file; None if there is only the answer."""
     if context is None:
         return None
     context = without_closing(context)
@@ -203,7 +202,7 @@ def _worked(context: str | None, answer: str) -> str | None:
 
 
 def _first(row: Row, names: Sequence[str], values: Mapping[str, object] | None = None) -> str | None:
-    """The first of the columns that has text or a number, as text."""
+    """First of the columns with text or a number, as text; None without one."""
     for name in names:
         value = (row.values if values is None else values).get(name)
         if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
@@ -226,17 +225,17 @@ def _unusable(row: Row, column: str, expected: str) -> DataError:
 
 
 def label(source: str) -> str:
-    """What a source is called in rows and file names."""
+    """Name of a source in rows and file names."""
     if source in PUBLISHED or Path(source).is_dir():
         return Path(source).name
     return Path(source.removesuffix(".gz")).stem
 
 
 def files_of(source: str, split: str) -> list[Path]:
-    """A source's files.
+    """List the files of a source, downloaded if necessary.
 
     Raises:
-        DataError: no such file or data set, or it cannot be fetched.
+        DataError: no such file or data set, or a failed download.
     """
     if published := PUBLISHED.get(source):
         pattern = published.train if split == "train" else published.eval
@@ -247,7 +246,7 @@ def files_of(source: str, split: str) -> list[Path]:
         return _found(source, sorted(file for file in path.rglob("*") if file_format(file) in FOLDER_FORMATS))
     if not path.exists():
         expected = f"a file, a folder, or one of {', '.join(PUBLISHED)}"
-        raise DataError(source, "nothing of that name", expected, "correct it")
+        raise DataError(source, "no such file", expected, "correct it")
     return [path]
 
 
@@ -258,12 +257,12 @@ def _found(source: str, files: list[Path]) -> list[Path]:
 
 
 def fetch(repository: str, pattern: str) -> Path:
-    """Download the matching files of a data set on the hub; the folder that they are in."""
+    """Download the matching files of a data set on the hub; return their folder."""
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
-    except Exception as error:  # whatever network, hub or library raise
+    except Exception as error:  # errors of network, hub and library have many types
         fix = "download the files by other means, and pass their path"
         raise DataError(repository, f"{type(error).__name__}: {error}", "a data set to download", fix) from error
 
@@ -275,10 +274,10 @@ def read(source: str, split: str) -> Iterator[Problem]:
 
 
 def prepare(train: Sequence[str], evaluation: Sequence[str]) -> dict[str, Kept]:
-    """What goes into each output file.
+    """Collect the problems of each output file.
 
     Raises:
-        DataError: a source cannot be read, two evaluation sets have one name, or nothing is left to train on.
+        DataError: an unreadable source, two evaluation sets with the same name, or no training problems.
     """
     outputs: dict[str, Kept] = {}
     for source in evaluation:
@@ -286,9 +285,9 @@ def prepare(train: Sequence[str], evaluation: Sequence[str]) -> dict[str, Kept]:
         if name in outputs or name == TRAIN:
             raise DataError(source, f"the name {name} a second time", "another", "rename the file or folder")
         outputs[name] = _collect([source], "eval")
-    taken = {key for kept in outputs.values() for key in kept.problems.keys() | kept.conflicts}
+    held_out = {key for kept in outputs.values() for key in kept.problems.keys() | kept.conflicts}
     kept = _collect(train, "train")
-    kept.leave_out(taken)
+    kept.drop(held_out)
     if train and not kept.problems:
         raise DataError(", ".join(train), kept.report("nothing left"), "problems to train on", "use other sources")
     return ({TRAIN: kept} if train else {}) | outputs
@@ -306,33 +305,36 @@ def _collect(sources: Sequence[str], split: str) -> Kept:
 
 
 def write(folder: Path, outputs: Mapping[str, Kept], instruction: str) -> None:
-    """Write all files aside, then put them in place: none is ever half there."""
+    """Write all files to a temporary folder, then move them into place, so that no partial file is visible."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as aside:
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as staging:
         for name, kept in outputs.items():
-            with (Path(aside) / name).open("w", encoding="utf-8") as file:
+            with (Path(staging) / name).open("w", encoding="utf-8") as file:
                 file.writelines(problem.line(instruction) for problem in kept.problems.values())
         for name in outputs:
-            (Path(aside) / name).replace(folder / name)
+            (Path(staging) / name).replace(folder / name)
 
 
 def shared(outputs: Mapping[str, Kept]) -> Iterator[str]:
-    """Evaluation sets that have problems in common; each keeps them."""
+    """Report problems that evaluation sets have in common. Each set keeps them."""
     sets = [(name, kept.problems.keys()) for name, kept in outputs.items() if name != TRAIN]
-    for place, (name, keys) in enumerate(sets):
-        for other, others in sets[place + 1 :]:
+    for index, (name, keys) in enumerate(sets):
+        for other, others in sets[index + 1 :]:
             if common := len(keys & others):
                 yield f"{name} and {other}: {common} problems in common"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Turn public mathematics data sets into the project's JSONL.")
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser = argparse.ArgumentParser(description="Convert public mathematics data sets to JSONL.")
+    parser.add_argument("folder", type=Path, help="output folder")
     known = ", ".join(PUBLISHED)
     parser.add_argument("--train", nargs="+", default=[], metavar="SOURCE", help=f"a path, or one of {known}")
-    parser.add_argument("--eval", nargs="+", default=[], metavar="SOURCE", help="likewise; each gets a file of its own")
+    parser.add_argument("--eval", nargs="+", default=[], metavar="SOURCE", help="as --train; one file per source")
     parser.add_argument(
-        "--instruction", choices=INSTRUCTIONS, default="boxed", help="said with each question (default: %(default)s)"
+        "--instruction",
+        choices=INSTRUCTIONS,
+        default="boxed",
+        help="added to each question (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     if not options.train and not options.eval:

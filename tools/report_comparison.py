@@ -1,9 +1,9 @@
-"""Tables and pictures of runs that differ in their method and seed, as examples/compare_methods.sh leaves them.
+"""Tables and plots of the runs of examples/compare_methods.sh, which differ in method and seed.
 
     python tools/report_comparison.py runs/compare [--out DIR]
 
-Reads NAME/seed_N/ under the folder, and of those only finished runs. Writes comparison.md, comparison.json,
-comparison.png and, of the runs named sdpg_beta_VALUE, beta.png into DIR, which by default is the same folder.
+Reads the finished runs in NAME/seed_N/ under the folder. Writes comparison.md, comparison.json, comparison.png and,
+for runs named sdpg_beta_VALUE, beta.png to DIR, by default the same folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdpg_megatron.observe.summary import SUMMARY_FILE
 from sdpg_megatron.observe.writers import METRICS_FILE, read_metrics
 
 BETA = "sdpg_beta_"
-"""Prefix of the runs of the sweep."""
+"""Name prefix of the runs of the beta sweep."""
 CURVES = (
     ("reward/mean", "reward of the step's samples"),
     ("eval/sampled_accuracy", "held-out accuracy, sampled"),
@@ -43,11 +43,11 @@ COLUMNS = {
     "divergence": ("distill/kl", 2),
     "prompts asked a step": ("selection/prompts", None),
 }
-"""What a column shows: the mean of a metric over its last so many values, or over all."""
+"""Column -> metric, and number of last values to average; None for all."""
 
 
 class ReportError(Exception):
-    """There is nothing to report; the message says what was expected."""
+    """No finished run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +58,22 @@ class Run:
     records: Sequence[Mapping[str, float]]
 
     def points(self, metric: str) -> list[tuple[int, float]]:
-        """Step and value, of the steps that have the metric."""
+        """Step and value of each record with the metric."""
         return [(int(record["step"]), record[metric]) for record in self.records if metric in record]
 
     def value(self, metric: str, last: int | None) -> float | None:
-        """Mean of the metric's last values; None for a run without."""
+        """Mean of the last values of the metric; None if the run has none."""
         values = [value for _, value in self.points(metric)]
         return fmean(values[-last:] if last else values) if values else None
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One number of some runs: mean, least and largest."""
+    """Mean, minimum and maximum of a number over runs."""
 
     mean: float
-    least: float
-    largest: float
+    minimum: float
+    maximum: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -81,16 +81,16 @@ class Spread:
 
     def __str__(self) -> str:
         digits = 1 if self.mean >= 10 else 3
-        if self.least == self.largest:
+        if self.minimum == self.maximum:
             return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} ({self.least:.{digits}f} to {self.largest:.{digits}f})"
+        return f"{self.mean:.{digits}f} ({self.minimum:.{digits}f} to {self.maximum:.{digits}f})"
 
 
 def read_runs(folder: Path) -> dict[str, list[Run]]:
-    """Finished runs by name, ordered by seed.
+    """Read the finished runs by name, ordered by seed.
 
     Raises:
-        ReportError: there is none.
+        ReportError: no finished run.
     """
     runs: dict[str, list[Run]] = {}
     for summary in folder.glob(f"*/seed_*/{SUMMARY_FILE}"):
@@ -102,14 +102,14 @@ def read_runs(folder: Path) -> dict[str, list[Run]]:
 
 
 def spreads(runs: Sequence[Run]) -> dict[str, Spread]:
-    """Each column's numbers, of those that the runs have."""
+    """Spread of each column over the runs that have it."""
     found = {name: [run.value(*column) for run in runs] for name, column in COLUMNS.items()}
     known = {name: [value for value in values if value is not None] for name, values in found.items()}
     return {name: Spread.of(values) for name, values in known.items() if values}
 
 
 def table(runs: Mapping[str, Sequence[Run]]) -> str:
-    """A Markdown table, one row a name."""
+    """Markdown table with one row per name."""
     rows = [["run", "seeds", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
     for name, some in runs.items():
         numbers = spreads(some)
@@ -118,15 +118,15 @@ def table(runs: Mapping[str, Sequence[Run]]) -> str:
 
 
 def numbers(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Every run's numbers: by name, seed and column."""
+    """Numbers of every run, by name, seed and column."""
     return {
-        name: {str(run.seed): {column: run.value(*what) for column, what in COLUMNS.items()} for run in some}
+        name: {str(run.seed): {column: run.value(*source) for column, source in COLUMNS.items()} for run in some}
         for name, some in runs.items()
     }
 
 
 def plot(runs: Mapping[str, Sequence[Run]], target: Path, title: str) -> None:
-    """Draw each metric over steps: the mean over seeds as a line, least to largest as a band."""
+    """Plot each metric over steps: the mean over seeds as a line, minimum to maximum as a band."""
     figure = Figure(figsize=(12, 11), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(3, 2).flat, CURVES, strict=True):
         axes.set_title(label)
@@ -142,21 +142,21 @@ def plot(runs: Mapping[str, Sequence[Run]], target: Path, title: str) -> None:
 
 
 def draw(axes: Axes, curves: Sequence[Sequence[tuple[int, float]]], label: str, color: str) -> None:
-    """One name's curves, over the steps that any of them has; a line of nothing where none has a value."""
+    """Draw the curves of one name over all steps with a value."""
     by_step: dict[int, list[float]] = {}
     for step, value in (point for curve in curves for point in curve):
         by_step.setdefault(step, []).append(value)
     spread = {step: Spread.of(by_step[step]) for step in sorted(by_step)}
     axes.plot(list(spread), [found.mean for found in spread.values()], label=label, color=color, linewidth=1.6)
-    least, largest = [found.least for found in spread.values()], [found.largest for found in spread.values()]
-    axes.fill_between(list(spread), least, largest, color=color, alpha=0.12, linewidth=0)
+    low, high = [found.minimum for found in spread.values()], [found.maximum for found in spread.values()]
+    axes.fill_between(list(spread), low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def report(folder: Path, out: Path) -> str:
-    """Write everything; returns the tables.
+    """Write tables, numbers and plots; return the tables.
 
     Raises:
-        ReportError: no run is finished.
+        ReportError: no finished run.
     """
     runs = read_runs(folder)
     sweep = {name: some for name, some in runs.items() if name.startswith(BETA)}
@@ -164,8 +164,8 @@ def report(folder: Path, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     tables = []
     for some, picture, title in (
-        (methods, "comparison.png", "Methods: mean over seeds, and the band from least to largest"),
-        (sweep, "beta.png", "SDPG at several beta"),
+        (methods, "comparison.png", "Methods: mean over seeds, and the band from minimum to maximum"),
+        (sweep, "beta.png", "SDPG with different beta"),
     ):
         if some:
             tables.append(table(some))
@@ -178,7 +178,7 @@ def report(folder: Path, out: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/report_comparison.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs/compare")
-    parser.add_argument("--out", type=Path, help="folder to write to; by default the same")
+    parser.add_argument("--out", type=Path, help="output folder (default: the same)")
     options = parser.parse_args(argv)
     try:
         sys.stdout.write(report(options.folder, options.out or options.folder))

@@ -1,4 +1,4 @@
-"""Configuration of a run: the schema, with every field's default and description.
+"""Configuration of a run: the schema, with the default and description of every field.
 
 `load` reads a file with overrides, `checks` has the checks across fields.
 """

@@ -1,4 +1,4 @@
-"""Names that Megatron, verl, slime and TRL have for what a field of this package sets."""
+"""Field names of Megatron, verl, slime and TRL, and their counterparts in this package."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ FIELD_OF: Mapping[str, str] = MappingProxyType(
         "async_save": "checkpoint.asynchronous",
     }
 )  # fmt: skip
-"""Field of this package by the last part of another framework's name; in parentheses what to write there."""
+"""Field by the last part of another framework's name. Parentheses hold a hint about its value."""
 
 NOTE_ON: Mapping[str, str] = MappingProxyType(
     {
@@ -111,7 +111,7 @@ NOTE_ON: Mapping[str, str] = MappingProxyType(
         "ppo_epochs": "set optimizer.minibatches; a rollout is learned from once",
     }
 )
-"""Fixes for names without a counterpart in this package."""
+"""Fixes for names without a counterpart."""
 _ALIASES = {"epochs": ("total_epochs", "num_epochs", "num_train_epochs", "num_epoch")}
 _NOTES = {**NOTE_ON, **{other: NOTE_ON[name] for name, others in _ALIASES.items() for other in others}}
 
@@ -139,15 +139,11 @@ _IN_SECTION: Mapping[str, str] = MappingProxyType(
         "rollout.top_k": "remove it: responses are sampled from the whole vocabulary",
     }
 )
-"""Names that mean something else in this section, by their last two parts."""
+"""Counterparts and fixes by the last two parts of a name, which take precedence over `FIELD_OF`."""
 
 
 def translate(path: Sequence[str]) -> str | None:
-    """Fix for a key of another framework; None for an unknown name.
-
-    Args:
-        path: the key, for example ("actor_rollout_ref", "rollout", "n").
-    """
+    """Fix for a key of another framework, such as ("actor_rollout_ref", "rollout", "n"); None for an unknown name."""
     name = normal(path[-1])
     special = _IN_SECTION.get(".".join([normal(path[-2]), name])) if len(path) > 1 else None
     found = special or FIELD_OF.get(name)
@@ -157,5 +153,5 @@ def translate(path: Sequence[str]) -> str | None:
 
 
 def normal(name: str) -> str:
-    """A name in lower case with underscores, without the dashes of an option."""
+    """Name in lower case with underscores, without leading dashes."""
     return name.strip("-+ ").replace("-", "_").lower()

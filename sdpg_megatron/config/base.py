@@ -1,15 +1,15 @@
-"""The base of all configuration sections."""
+"""Base class of all configuration sections."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
 MAX_SECONDS = 2_000_000.0
-"""Bound on a time, 23 days: poll(2) takes milliseconds in 32 bits."""
+"""Maximum of a time limit, 23 days: poll(2) takes milliseconds in 32 bits."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable; unknown keys and numbers that are not finite are refused."""
+    """Immutable part of the configuration. Unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -17,5 +17,5 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         allow_inf_nan=False,
-        ser_json_inf_nan="constants",  # in mappings of any values, such as options of a chat template
+        ser_json_inf_nan="constants",  # for mappings with values of any type, such as chat template options
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from sdpg_megatron.config.external import is_external
 from sdpg_megatron.config.method_defaults import TEACHERLESS, UNDISTILLED
 from sdpg_megatron.config.server_checks import server_faults
 from sdpg_megatron.errors import ConfigError
 
 
 def check(config: RunConfig) -> None:
-    """Cross-field checks that need nothing but the configuration. Raises `ConfigError` with all that is found."""
+    """Check combinations of fields, without files or devices. Raises one `ConfigError` with all findings."""
     faults = [
         *_check_data(config),
         *_check_objective(config.objective),
@@ -65,18 +66,18 @@ def _check_objective(objective: ObjectiveConfig) -> Iterator[ConfigError]:
             if found != none:
                 expected = f"{none} with {objective.name}, which has no teacher"
                 yield ConfigError(f"objective.{field}", found, expected, "remove it")
-    if objective.name != "opsd" and objective.distill_loss != "divergence":
+    if objective.name not in ("opsd",) and not is_external(objective.name) and objective.distill_loss != "divergence":
         expected = f"divergence with {objective.name}"
         yield ConfigError("objective.distill_loss", objective.distill_loss, expected, "use opsd, or remove it")
     if objective.distill_loss == "clipped_ratio":
         yield from _check_clipped_ratio(objective)
     if objective.name == "rlsd" and objective.divergence != "sampled_token":
-        expected = "sampled_token with rlsd, which reads no other token"
+        expected = "sampled_token with rlsd, which uses no other token"
         yield ConfigError("objective.divergence", objective.divergence, expected, "remove it")
 
 
 def _check_clipped_ratio(objective: ObjectiveConfig) -> Iterator[ConfigError]:
-    """Refuse other values than the method's defaults in fields of the divergence, which is not computed."""
+    """Refuse changed fields of the divergence, which `clipped_ratio` does not compute."""
     default = ObjectiveConfig(name=objective.name)
     for name in ("divergence", "jsd_beta", "top_k", "divergence_clip", "ratio_weighted_regularizers"):
         found, unset = getattr(objective, name), getattr(default, name)
@@ -98,7 +99,7 @@ def _check_steps(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "objective.policy",
             "reinforce",
-            f"ratio with {optimizer.minibatches} mini-batches: from the second on, the samples are off-policy",
+            f"ratio with {optimizer.minibatches} mini-batches: after the first, the samples are off-policy",
             "use ratio, or set optimizer.minibatches to 1",
         )
     ramp = (objective.beta_warmup_steps or 0) + (objective.beta_decay_steps or 0)
@@ -127,7 +128,7 @@ def _check_overlap(optimizer: OptimizerConfig) -> Iterator[ConfigError]:
         expected = f"false without optimizer.{needed}"
         yield ConfigError("optimizer.overlap_param_gather", True, expected, f"set optimizer.{needed}, or remove it")
     if optimizer.bucket_size and not optimizer.overlap_grad_reduce:
-        expected = "null without optimizer.overlap_grad_reduce: everything then travels at once"
+        expected = "null without optimizer.overlap_grad_reduce: there is a single bucket then"
         yield ConfigError("optimizer.bucket_size", optimizer.bucket_size, expected, "remove it")
 
 
@@ -140,7 +141,7 @@ def _check_rewards(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("reward.overlong_buffer", reward.overlong_buffer, expected, "lower it")
     if selection.oversample > 1 and not (selection.drop_dead or selection.filters):
         fix = "set selection.drop_dead or selection.filters, or remove it"
-        yield ConfigError("selection.oversample", selection.oversample, "1 where no group is left out", fix)
+        yield ConfigError("selection.oversample", selection.oversample, "1 where no group is dropped", fix)
 
 
 def _check_parallel(parallel: ParallelConfig) -> Iterator[ConfigError]:
@@ -158,7 +159,7 @@ def _check_parallel(parallel: ParallelConfig) -> Iterator[ConfigError]:
         fix = "change parallel.expert_tensor, or leave it null"
         yield ConfigError("parallel.expert x parallel.expert_tensor", parallel.expert_ranks, expected, fix)
     if parallel.dispatcher == "allgather" and (parallel.expert_ranks > parallel.tensor or parallel.pipeline > 1):
-        # Ranks gather equal shapes: those of data-parallel ranks differ, and in a pipeline megatron-core refuses it.
+        # The gather needs equal shapes, which data-parallel ranks do not have; megatron-core refuses it in a pipeline.
         expected = "alltoall with several pipeline stages, or experts over more ranks than parallel.tensor"
         yield ConfigError("parallel.dispatcher", "allgather", expected, "use alltoall")
 
@@ -167,8 +168,8 @@ def _check_packed(config: RunConfig) -> Iterator[ConfigError]:
     model = config.model
     if model.packed:
         if model.spec == "te" and model.dtype == "float32":
-            # Nor has it any for context parallelism, which takes packed sequences alone.
-            expected = "auto or local with model.dtype float32: Transformer Engine packs no sequences of float32"
+            # Context parallelism requires packed sequences, so this covers it, too.
+            expected = "auto or local with model.dtype float32: Transformer Engine has no packed sequences in float32"
             yield ConfigError("model.spec", "te", expected, "set model.dtype to bfloat16, or remove it")
         return
     for field, found, none in (
@@ -185,15 +186,15 @@ def _check_ahead(config: RunConfig) -> Iterator[ConfigError]:
     if not rollout.ahead:
         return
     if config.objective.correction == "none":
-        expected = "0 with objective.correction none: responses of older weights need their importance weights"
+        expected = "0 with objective.correction none: responses of older weights need importance weights"
         yield ConfigError("rollout.ahead", rollout.ahead, expected, "set objective.correction to truncate")
     if rollout.engine == "sglang" and rollout.sglang.colocated:
-        expected = "0 where servers share the trainer's devices: only one of them has the memory"
-        yield ConfigError("rollout.ahead", rollout.ahead, expected, "give the servers devices of their own")
+        expected = "0 where servers share the trainer's devices: their memory is in use by one of the two at a time"
+        yield ConfigError("rollout.ahead", rollout.ahead, expected, "give the servers separate devices")
     if rollout.engine == "hf" and (config.model.recompute or config.parallel.sequence):
         expected = (
-            "0 for the embedded engine with model.recompute or parallel.sequence: Megatron then puts torch's generator "
-            "back while the engine draws from it"
+            "0 for the embedded engine with model.recompute or parallel.sequence: Megatron then resets torch's random "
+            "generator while the engine samples from it"
         )
         yield ConfigError("rollout.ahead", rollout.ahead, expected, "generate on servers: rollout.engine=sglang")
 
@@ -201,8 +202,7 @@ def _check_ahead(config: RunConfig) -> Iterator[ConfigError]:
 def _check_sampling(config: RunConfig) -> Iterator[ConfigError]:
     if config.rollout.top_p != 1:
         expected = (
-            "1: samples would come from a truncated distribution; the loss and the recorded log-probs are those of "
-            "the whole one"
+            "1: samples would come from a truncated distribution; the loss and the recorded log-probs use the whole one"
         )
         fix = "remove it; eval.top_p is for evaluations"
         yield ConfigError("rollout.top_p", config.rollout.top_p, expected, fix)

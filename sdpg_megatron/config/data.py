@@ -1,4 +1,4 @@
-"""Sections `data` and `reward`: prompts, privileged contexts, and how responses are scored."""
+"""Sections `data` and `reward`: prompts, the teacher's context and the scoring of responses."""
 
 from __future__ import annotations
 
@@ -10,84 +10,96 @@ from pydantic import Field
 from sdpg_megatron.config.base import MAX_SECONDS, Section
 
 MAX_REWARD = 1e100
-"""Bound of a reward's magnitude: sums of rewards stay finite."""
+"""Largest magnitude of a reward. Sums of rewards stay finite."""
 
 
 class GymTask(Section):
+    """One reasoning-gym task."""
+
     weight: float = Field(1.0, gt=0)
-    """Its share of the prompts, relative to the other tasks' weights."""
+    """Relative sampling weight of the task."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """The task's own settings, as reasoning_gym.create_dataset takes them."""
+    """Keyword arguments of the task for `reasoning_gym.create_dataset`."""
 
 
 class GymConfig(Section):
-    """Endless prompts from reasoning-gym, in the place of `data.train`."""
+    """Endless stream of prompts from reasoning-gym, used instead of `data.train`."""
 
     tasks: dict[str, GymTask] = Field(default_factory=dict)
-    """By reasoning-gym's name, for example {gcd: {weight: 2}, basic_arithmetic: {parameters: {max_terms: 3}}}."""
+    """Tasks by their reasoning-gym name, for example `{gcd: {weight: 2}, basic_arithmetic: {parameters:
+    {max_terms: 3}}}`. Empty: prompts come from `data.train`."""
     held_out: int = Field(0, ge=0)
-    """Problems for evaluation, in the place of `data.eval`; training never shows them."""
+    """Number of problems to evaluate on, used instead of `data.eval`. Training never uses them."""
 
 
 class DataConfig(Section):
+    """Training and evaluation prompts, and the teacher's context."""
+
     train: tuple[Path, ...] = ()
-    """Files of prompts, or glob patterns: JSONL, JSON, CSV (each also gzipped) or Parquet."""
+    """Training files or glob patterns: JSONL, JSON or CSV, each optionally gzipped, or Parquet."""
     eval: tuple[Path, ...] = ()
-    """Held-out prompts; empty for no evaluation."""
+    """Evaluation files or glob patterns, in the formats of `train`. Empty: no evaluation."""
     reasoning_gym: GymConfig = GymConfig()
     question_key: str = "question"
-    """Column of the question, text or a list of chat messages. Where a row has none, the list in its column `prompt`,
-    `messages` or `conversations`. The public SDPG format ([TEACHER_CONTEXT_TOKEN] in the content of a `prompt` list) is
-    recognised by itself."""
+    """Column with the question: text or a list of chat messages. A row without it is read from the list in its column
+    `prompt`, `messages` or `conversations`. The public SDPG format (`[TEACHER_CONTEXT_TOKEN]` in a `prompt` list) is
+    detected automatically."""
     answer_key: str = "answer"
-    """Column of the verifier's answer: text, a number, or a dict or list for a verifier of your own."""
+    """Column with the reference answer: text, a number or a boolean. Custom verifiers may also take a dict or a list.
+    """
     context_key: str = "context"
-    """Column of the privileged context. Where a row has none: the assistant's message that ends its chat, else the
-    answer."""
+    """Column with the teacher's context, for example a worked solution. A row without it uses the assistant message
+    that ends its chat, or else the answer."""
     context_template: str = "answer"
-    """How the teacher's prompt carries the context: "answer", "verify", "solution", "feedback", or a template with
-    {question}, {context} and, if wanted, {answer}."""
+    """Format of the teacher's prompt: `answer`, `verify`, `solution`, `feedback`, or a custom template with
+    `{question}` and, optionally, `{context}` and `{answer}`."""
     context_of: Literal["own", "other"] = "own"
-    """Whose context and answer the teacher is given: the problem's own or, as a control, those of another problem with
-    another answer, drawn by `seed`."""
+    """Problem that the teacher's context and answer are taken from. `own` is the same problem. `other` is a control
+    experiment: a different problem with a different answer, drawn with `seed`."""
     peer_template: str = "peer"
-    """How the teacher's prompt carries another response to the same question: "peer", or a template of your own with
-    {question}, {context} (the response) and, if wanted, {answer}."""
+    """Format of the teacher's prompt with a successful response (`objective.context: peer`): `peer`, or a custom
+    template with `{question}`, `{context}` (the response) and, optionally, `{answer}`."""
     max_peer_tokens: int | None = Field(None, ge=1)
-    """Longest teacher prompt with another response; one that is longer counts as none. Null for `max_prompt_tokens` and
-    `rollout.max_response_tokens` together."""
+    """Maximum length, in tokens, of a teacher prompt with a successful response. A response with a
+    longer teacher prompt is not distilled. Null: the sum of `max_prompt_tokens` and `rollout.max_response_tokens`."""
     system: str | None = None
-    """System message for student and teacher; null leaves the chat template's own default."""
+    """System message for student and teacher. Null: the default of the chat template."""
     template_options: dict[str, Any] = Field(default_factory=dict)
-    """Variables of the model's chat template, for example {enable_thinking: false} for Qwen3."""
+    """Variables of the model's chat template, for example `{enable_thinking: false}` for Qwen3."""
     max_prompt_tokens: int = Field(2048, ge=1)
-    """Longest student or teacher prompt."""
+    """Maximum length, in tokens, of a student or teacher prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to a longer one: left out, or cut on its left. Both are counted and reported."""
+    """Treatment of prompts over `max_prompt_tokens`: `drop` removes the row, `truncate` cuts the prompt on the left.
+    Both are counted and reported."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to training rows with the question, answer and context of an earlier row, and the same other columns
-    where the verifier is a module:function: left out and counted, or kept. An evaluation takes a problem once either
-    way."""
+    """Treatment of training rows that repeat question, answer and context of an earlier row. With a custom verifier
+    the other columns must be equal, too. `drop` removes and counts them. Evaluation always uses each problem once."""
     shuffle: bool = True
-    """Shuffle every epoch, seeded by `seed`."""
+    """Shuffle the training prompts in every epoch, with `seed`."""
 
 
 class RewardConfig(Section):
+    """Verifier and reward shaping."""
+
     verifier: str = "number"
-    """How a response is scored: "number" (its last number equals the answer), "math" (its last boxed answer, by
-    math-verify), "answer" (its last line "Answer: value"), "exact" (all of it), "reasoning_gym" (the task's own
-    scorer), or "module:function" of your own. docs/data.md says what each accepts."""
+    """Scoring function of a response: `number` (the last number equals the answer), `math` (the last boxed answer, by
+    math-verify), `answer` (the last line `Answer: value`), `exact` (the whole response), `reasoning_gym` (the scorer
+    of the task), or a custom `module:function`. docs/data.md has the details."""
     timeout: float = Field(10.0, gt=0, le=MAX_SECONDS)
-    """Seconds for one call; a call that takes longer, or raises, gives `failure_reward` and is counted."""
+    """Time limit of one verifier call, in seconds. A call that times out or raises is counted as a failure and gives
+    `failure_reward`."""
     failure_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
+    """Reward of a response if its verifier call failed."""
     failure_limit: float | None = Field(0.5, gt=0, le=1)
-    """Largest share of a step's or an evaluation's verifier calls that may fail; beyond, or where all fail, the run
-    ends. Null for no limit."""
+    """Maximum fraction of failed verifier calls in a step or an evaluation. The run ends with an error if it is
+    exceeded, or if all calls fail. Null: no limit."""
     workers: int = Field(1, ge=1, le=1024)
-    """Processes that run verifiers."""
+    """Number of verifier processes per data-parallel replica."""
     clip: tuple[float, float] | None = None
-    """Bounds of a verifier's reward in the advantages, for example [0, 1]; null for none."""
+    """Lower and upper bound of the rewards that enter the advantages, for example `[0, 1]`. Null: no clipping."""
     overlong_buffer: int | None = Field(None, ge=1)
-    """DAPO's penalty: over the last so many tokens below `rollout.max_response_tokens`, what is added to a reward falls
-    linearly from 0 to -`overlong_penalty`; null for none."""
+    """Length in tokens of DAPO's soft overlong penalty (arXiv 2503.14476, eq. 13). Over the last `overlong_buffer`
+    tokens below `rollout.max_response_tokens` the term added to the reward falls linearly from 0 to
+    -`overlong_penalty`. Null: no penalty. Default of `dapo`: a fifth of `rollout.max_response_tokens`."""
     overlong_penalty: float = Field(1.0, gt=0)
+    """Magnitude of the overlong penalty at `rollout.max_response_tokens`."""

@@ -1,8 +1,8 @@
-"""Give every value of a configuration the type of its field.
+"""Convert every value of a configuration to the type of its field.
 
-Unquoted scalars become what the field's annotation asks for: text stays text whatever it looks like, paths have `~` and
-environment variables expanded, numbers are decimal. A null section, list or mapping is an empty one. What cannot be
-converted becomes a `Refused`, which validation then reports under the field's name.
+Unquoted scalars follow the annotation of the field: text stays text, `~` and environment variables are expanded in
+paths, numbers are decimal. A null section, list or mapping is empty. A value that cannot be converted becomes a
+`Refused`, which validation reports under the name of the field.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pydantic import BaseModel
 from sdpg_megatron.config.yaml_reader import Plain
 
 ExpandedText = Annotated[str, "expanded"]
-"""Text in which `~` and environment variables are expanded, such as a program's name or path."""
+"""Text in which `~` and environment variables are expanded, such as the name or path of a program."""
 INTEGER_BOUND = 2**63
-"""Whole numbers stay below this size: torch, NumPy and file formats hold them in 64 bits."""
+"""Exclusive bound of whole numbers: torch, NumPy and file formats use 64 bits."""
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(?=[eE]))([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
@@ -34,16 +34,16 @@ _VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\})")
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A value that its field cannot take."""
+    """A value that cannot be converted to the type of its field."""
 
     found: object
     fix: str
     expected: str | None = None
-    """None for what the field's type and bounds say."""
+    """None: derived from the type and bounds of the field."""
 
 
 def typed(tree: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """A configuration tree with the types of a model's fields; unknown keys are kept for validation to refuse."""
+    """Convert a configuration tree to the field types of a model. Unknown keys are kept; validation refuses them."""
     fields = model.model_fields
     return {
         key: _convert(value, fields[key].annotation) if key in fields else plain_data(value)
@@ -52,7 +52,7 @@ def typed(tree: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
 
 
 def plain_data(value: Any) -> Any:
-    """A value without a declared type, with unquoted scalars read as in YAML's core schema."""
+    """Convert a value without a declared type; unquoted scalars are read as in YAML's core schema."""
     if isinstance(value, Plain):
         return read_scalar(value)
     if isinstance(value, Mapping):
@@ -63,7 +63,7 @@ def plain_data(value: Any) -> Any:
 
 
 def read_scalar(text: str) -> Any:
-    """An unquoted scalar as null, bool, int or float; as text where it is none of these."""
+    """Read an unquoted scalar as null, bool, int, float or else text."""
     if text in NULLS:
         return None
     if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -78,7 +78,7 @@ def read_scalar(text: str) -> Any:
 
 
 def takes_text(annotation: Any) -> bool:
-    """True if a field holds one piece of text: a string, a path, or one of several words."""
+    """True if a field is a string, a path or a choice of words."""
     kind = without_none(annotation)
     words = get_args(kind) if get_origin(kind) is Literal else ()
     return kind in (str, Path, ExpandedText) or (bool(words) and all(isinstance(word, str) for word in words))
@@ -107,7 +107,7 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 
 def without_none(annotation: Any) -> Any:
-    """The type that an optional field has where it is not null."""
+    """Type of an optional field without None."""
     if get_origin(annotation) in (Union, types.UnionType):
         others = [part for part in get_args(annotation) if part is not type(None)]
         return others[0] if len(others) == 1 else annotation
@@ -159,15 +159,15 @@ def _text(value: Any) -> Any:
 
 
 def _cut(value: Any) -> Refused | None:
-    """Refuse text that YAML ends at a ``#`` which looks like a part of it."""
+    """Refuse text cut by YAML at a ``#`` that looks like part of the text."""
     if not isinstance(value, Plain) or not value.after:
         return None
-    fix = "put quotes around text that has a #; write a comment with a blank after the #"
-    return Refused(value + value.after, fix, f"text that YAML does not end before {value.after.strip()!r}")
+    fix = "put quotes around text that has a #; write a comment with a space after the #"
+    return Refused(value + value.after, fix, f"text that YAML does not cut before {value.after.strip()!r}")
 
 
 def read_path(value: Any) -> Any:
-    """A path with `~` and environment variables expanded; `Refused` where that cannot be."""
+    """Expand `~` and environment variables in a path; `Refused` if that is not possible."""
     if isinstance(value, Path):
         return value
     if cut := _cut(value):
@@ -194,7 +194,7 @@ def _variable(match: re.Match[str]) -> str:
 
 
 def escaped(config: BaseModel) -> dict[str, Any]:
-    """The plain data of a configuration, with paths written so that `typed` reads the same ones."""
+    """Plain data of a configuration, with paths escaped so that `typed` reads them back unchanged."""
     tree = config.model_dump(mode="json")
     for name, info in type(config).model_fields.items():
         value, kind = getattr(config, name), without_none(info.annotation)

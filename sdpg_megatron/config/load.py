@@ -1,4 +1,4 @@
-"""A run's settings: one YAML file plus ``key=value`` overrides, checked before any process group exists.
+"""Load a configuration from a YAML file and ``key=value`` overrides, before any process group exists.
 
 Checks that need the model's own configuration are in `sdpg_megatron.architecture`.
 """
@@ -20,7 +20,7 @@ from sdpg_megatron.config.yaml_reader import Plain, read_value, read_yaml
 from sdpg_megatron.errors import ConfigError, fix_of
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run's configuration.
 
     Args:
@@ -28,8 +28,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``section.field=value`` items; see `apply_override`.
 
     Raises:
-        ConfigError: unreadable file, repeated or unknown keys, values of the wrong type or range, or combinations that
-            cannot work. All that is found in one pass is shown.
+        ConfigError: unreadable file, repeated or unknown keys, values of the wrong type or range, or invalid
+            combinations. One error shows all findings of a pass.
     """
     tree = read_yaml(_text_of(path), str(path))
     if not isinstance(tree, dict):
@@ -58,9 +58,9 @@ def _text_of(path: Path) -> str:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in a nested mapping, in place; missing sections are made.
+    """Set ``a.b=value`` in a nested mapping, in place. Missing sections are created.
 
-    The value of a text or path field is taken as written, without quotes around it. Any other value is read as YAML.
+    The value of a text or path field is taken literally, unless it begins with a quote. Other values are read as YAML.
 
     Raises:
         ConfigError: no key and value, a section that is a single value, or invalid YAML.
@@ -88,10 +88,10 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def parse(tree: Mapping[str, Any]) -> RunConfig:
-    """Build a `RunConfig` from plain data and check it whole.
+    """Build a `RunConfig` from plain data and check it.
 
     Raises:
-        ConfigError: shows every field that cannot be used; or, where all can, every combination that cannot work.
+        ConfigError: shows all invalid fields; or, if there are none, all invalid combinations.
     """
     try:
         config = RunConfig.model_validate(typed(tree, RunConfig))
@@ -102,12 +102,12 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    """Resolved configuration as YAML; `load` reads it back to an equal one."""
     return yaml.dump(escaped(config), Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `read_scalar` would not read as text."""
+    """Quotes text that `read_scalar` would convert."""
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -119,7 +119,7 @@ _Dumper.add_representer(str, _text_node)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration by its fields' dotted names."""
+    """Map dotted field names to values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""Sections `model`, `parallel`, `head` and `optimizer`: what is trained, and how it is laid out and computed."""
+"""Sections `model`, `parallel`, `head` and `optimizer`: model, parallel layout, output head and optimizer."""
 
 from __future__ import annotations
 
@@ -11,111 +11,131 @@ from sdpg_megatron.config.base import MAX_SECONDS, Section
 
 
 class ModelConfig(Section):
+    """The trained model."""
+
     path: Path
-    """Hugging Face folder: config.json, safetensors, tokenizer with a chat template."""
+    """Hugging Face folder with config.json, safetensors and a tokenizer with a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and activation type. The head's sums, the buffers that gradients are added up in over micro-batches and
-    ranks, and the optimizer with its own copy of the weights are float32 either way."""
+    """Data type of parameters and activations. The sums of the output head, gradient accumulation and reduction, and
+    the optimizer with its copy of the weights always use float32."""
     spec: Literal["auto", "local", "te"] = "auto"
-    """Layer implementation: Transformer Engine's or this package's. "auto" takes the former where it is installed, a
-    GPU is present and `dtype` is bfloat16: its attention has no float32 for packed sequences."""
+    """Layer implementation: Transformer Engine (`te`) or this package (`local`). `auto` selects `te` if Transformer
+    Engine is installed, a GPU is present and `dtype` is bfloat16; its attention does not support packed sequences in
+    float32."""
     recompute: bool = False
-    """Recompute each layer's activations in the backward pass."""
+    """Recompute the activations of each layer in the backward pass instead of storing them."""
     packed: bool = True
-    """Sequences of a micro-batch lie one after the other, without padding; otherwise padded to the longest of them, for
-    attention kernels that want it."""
+    """Pack the sequences of a micro-batch into one row without padding. If false, sequences are padded to the longest
+    of the micro-batch, for attention kernels that need it."""
     gradient_accumulation_fusion: bool = False
-    """Linear layers add to the float32 gradient buffers within their matrix products: needs apex's CUDA extension."""
+    """Accumulate weight gradients into the float32 buffers within the matrix products of linear layers. Needs apex with
+    its CUDA extensions."""
     activation_fusion: bool = True
-    """Compute the gated activation as one compiled kernel on a GPU. No effect without a GPU or without Triton."""
+    """Compute the gated activation as one compiled kernel. No effect without a GPU or without Triton."""
     router_aux_loss: float = Field(0.0, ge=0)
-    """Coefficient of a mixture of experts' load-balancing loss, for each layer; 0 for none. It balances each sequence's
-    tokens; docs/experts.md has the formula."""
+    """Coefficient, per layer, of the load-balancing loss of a mixture of experts. It balances the tokens of each
+    sequence; docs/experts.md has the formula. 0: no such loss."""
     router_z_loss: float = Field(0.0, ge=0)
-    """Coefficient of the router's z-loss, the squared log-sum-exp of its logits, for each layer; 0 for none."""
+    """Coefficient, per layer, of the router z-loss, the squared log-sum-exp of the router logits. 0: no such loss."""
 
 
 class ParallelConfig(Section):
+    """Parallel layout. Data parallelism takes the ranks that the other dimensions leave."""
+
     tensor: int = Field(1, ge=1)
-    """Tensor-parallel ranks."""
+    """Tensor-parallel size."""
     pipeline: int = Field(1, ge=1)
-    """Pipeline stages."""
+    """Number of pipeline stages."""
     virtual_pipeline: int | None = Field(None, ge=2)
-    """Model chunks per pipeline stage (interleaved schedule); null for the plain 1F1B schedule."""
+    """Model chunks per pipeline stage, for the interleaved schedule. Null: 1F1B schedule."""
     sequence: bool = False
-    """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks. A mixture of
-    experts needs it where `tensor` is over 1."""
+    """Sequence parallelism: shard activations outside attention and MLP over the tensor-parallel ranks. Required for a
+    mixture of experts if `tensor` is above 1."""
     context: int = Field(1, ge=1)
-    """Context-parallel ranks: each holds a share of every sequence's tokens. Needs `model.packed`."""
+    """Context-parallel size: each rank holds a part of every sequence's tokens. Needs `model.packed`."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel ranks of a mixture of experts: each holds its share of every layer's experts. They are taken from
-    the tensor-, context- and data-parallel ones."""
+    """Expert-parallel size of a mixture of experts: each rank holds a part of every layer's experts. Expert-parallel
+    groups are formed from the tensor-, context- and data-parallel ranks."""
     expert_tensor: int | None = Field(None, ge=1)
-    """Tensor-parallel ranks of each expert; null for `tensor`."""
+    """Tensor-parallel size of each expert. Null: `tensor`."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens come to the ranks of their experts: each to those alone, or all to all of them and only the results
-    summed. The latter where experts are spread over the tensor-parallel ranks alone, in a single pipeline stage."""
+    """Token exchange between experts. `alltoall` sends each token to the ranks of its experts only. `allgather` sends
+    all tokens to all ranks and sums the results; it needs a single pipeline stage and experts that are sharded over the
+    tensor-parallel ranks only."""
     timeout: float = Field(4 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Seconds that a rank waits for the others in a collective. Ranks that do not generate wait for those that do."""
+    """Timeout of a collective, in seconds. It must cover the generation of a step, because ranks that do not generate
+    wait for those that do."""
     rendezvous_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
-    """Seconds until all ranks have joined the run, each after it has read the model's description."""
+    """Time limit, in seconds, until all ranks have joined the run. Each rank reads the model's configuration first."""
 
     @property
     def expert_tensor_size(self) -> int:
-        """Tensor-parallel ranks of each expert."""
+        """Tensor-parallel size of each expert."""
         return self.expert_tensor or self.tensor
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks of a pipeline stage that hold one copy of its experts between them."""
+        """Number of ranks of a pipeline stage that together hold one copy of its experts."""
         return self.expert * self.expert_tensor_size
 
 
 class HeadConfig(Section):
-    """How the output head is computed. None of this changes what is computed, beyond rounding."""
+    """Computation of the output head. These fields change results by rounding only."""
 
     schedule: Literal["auto", "grad_in_forward", "recompute"] = "auto"
-    """grad_in_forward makes the logits once and keeps the gradients of hidden rows and vocabulary matrix until the
-    backward pass. recompute keeps next to nothing and makes the logits again in it. auto is grad_in_forward, which is
-    faster, unless its memory does not fit what is free when the model is built."""
+    """`grad_in_forward` computes the logits once and stores the gradients of hidden states and output matrix until the
+    backward pass. `recompute` stores almost nothing and computes the logits again in the backward pass. `auto` selects
+    `grad_in_forward`, which is faster, if it fits the memory that is free when the model is built."""
     chunk_rows: int | None = Field(None, ge=1)
-    """Rows whose logits are held at a time where they have a teacher, twice as many where they have none; null for what
-    fits the free memory."""
+    """Number of rows (tokens) of logits in memory at a time; twice as many for rows without a teacher. Null:
+    derived from the free memory."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Elementwise work; auto is Triton where there is a GPU and Triton, else plain torch."""
+    """Implementation of elementwise operations. `auto` selects Triton if it is installed and a GPU is present, else
+    torch."""
     main_grad: bool = True
-    """Add the vocabulary matrix's gradient to Megatron's float32 buffer, never rounding it to the weight's type."""
+    """Accumulate the gradient of the output matrix directly in Megatron's float32 buffer, without rounding it to
+    `model.dtype`."""
 
 
 class OptimizerConfig(Section):
+    """AdamW, learning rate schedule and mini-batches."""
+
     lr: float = Field(1e-6, gt=0, le=1e3)
+    """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0, le=1e3)
+    """Learning rate at the end of a `linear` or `cosine` schedule. At most `lr`."""
     warmup_steps: int = Field(10, ge=0)
-    """Optimizer steps of linear warm-up."""
+    """Number of optimizer steps over which the learning rate rises linearly to `lr`. 0: no warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up; "linear" and "cosine" reach `min_lr` when the run ends."""
+    """Learning rate after the warm-up. `linear` and `cosine` reach `min_lr` at the end of the run."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay rate of the second moment."""
     eps: float = Field(1e-8, gt=0, le=1e3)
+    """Term added to the denominator of the update for numerical stability."""
     weight_decay: float = Field(0.1, ge=0, le=1e36)
+    """Decoupled weight decay. 0: none."""
     clip_grad: float = Field(1.0, ge=0, le=1e30)
-    """Global gradient-norm bound; 0 for none."""
+    """Maximum global gradient norm. 0: no clipping."""
     skip_limit: int = Field(5, ge=1)
-    """An optimizer step whose loss or gradient is not finite is skipped; so many in a row end the run. 1 ends it at the
-    first."""
+    """Number of consecutive optimizer steps with a loss or gradient that is not finite after which the run ends. Up to
+    then such steps are skipped. 1: the run ends at the first."""
     minibatches: int = Field(1, ge=1)
-    """Optimizer steps per rollout; prompts are split evenly over them."""
+    """Number of mini-batches, and of optimizer steps, per rollout step. Must divide `rollout.prompts_per_step`."""
     micro_batch_size: int = Field(8, ge=1)
-    """Sequences per forward and backward pass."""
+    """Number of sequences per forward and backward pass."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """In the place of `micro_batch_size`: tokens per forward and backward pass, those that the teacher reads included,
-    and of all context-parallel ranks together. A response that has more with its prompts is alone. Needs
-    `model.packed`."""
+    """Maximum number of tokens per forward and backward pass, over all context-parallel ranks and including the
+    teacher's sequences; replaces `micro_batch_size`. A sample that exceeds it gets a micro-batch of one. Needs
+    `model.packed`. Null: `micro_batch_size` applies."""
     distributed: bool = True
-    """Shard optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over the data-parallel ranks while the backward pass of the last micro-batch goes on."""
+    """Reduce gradients over the data-parallel ranks during the backward pass of the last micro-batch."""
     overlap_param_gather: bool = False
-    """Gather sharded updates as the next mini-batch's layers need them, where nothing else reads the weights first."""
+    """Gather updated parameters during the next forward pass, layer by layer, unless something else reads the weights
+    first. Needs `distributed` and `overlap_grad_reduce`."""
     bucket_size: int | None = Field(None, ge=1)
-    """Parameters that travel together where communication overlaps; null for Megatron's choice, 40 million or more."""
+    """Number of parameters per communication bucket; only with `overlap_grad_reduce`. Null: Megatron's default, at
+    least 40 million."""

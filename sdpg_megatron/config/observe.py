@@ -1,4 +1,4 @@
-"""Sections `eval`, `rollout_log`, `alarms`, `checkpoint` and `watchdog`: what a run measures, keeps and watches."""
+"""Sections `eval`, `rollout_log`, `alarms`, `checkpoint` and `watchdog`."""
 
 from __future__ import annotations
 
@@ -10,111 +10,129 @@ from sdpg_megatron.config.base import MAX_SECONDS, Section
 
 
 class EvalConfig(Section):
+    """Evaluation on held-out problems; docs/evaluation.md defines the metrics."""
+
     every: int = Field(0, ge=0)
-    """Evaluate every so many steps; 0 for before and after training only."""
+    """Interval between evaluations, in rollout steps. 0: only before and after training."""
     samples: int = Field(4, ge=1, le=65_536)
-    """Sampled responses per held-out prompt, besides the greedy one."""
+    """Number of sampled responses per problem, in addition to one greedy response."""
     temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling threshold. 1: the whole distribution."""
     max_response_tokens: int | None = Field(None, ge=1)
-    """Null for the rollout's."""
+    """Maximum response length in tokens. Null: `rollout.max_response_tokens`."""
     k: tuple[int, ...] = ()
-    """pass@k and majority@k are reported for these; empty for the powers of two up to `samples`, and `samples`."""
+    """Values of k for pass@k and majority@k, each from 1 to `samples`. Empty: the powers of two up to `samples`, and
+    `samples`."""
     responses: bool = True
-    """Keep the responses' text in the file of each problem's results."""
+    """Keep the text of the responses in the results."""
 
 
 class RolloutLogConfig(Section):
-    """Responses that a run keeps for reading, in `run_dir/rollouts`: a JSONL file a step, a response a line."""
+    """Log of training responses: one JSONL file per step in `run_dir/rollouts`, one response per line."""
 
     groups: int = Field(8, ge=0)
-    """Groups of a step that are kept: the first of its prompts. 0 for none."""
+    """Number of groups to log per step, in prompt order. 0: no log."""
     every: int = Field(1, ge=1)
-    """Steps between two files."""
+    """Interval between logged steps."""
     max_mib: int = Field(256, ge=1)
-    """Bound of the folder: the oldest files are removed. Also of `run_dir/eval`: the oldest evaluations lose their
-    responses."""
+    """Maximum size of the log in MiB; the oldest files are removed. It also bounds `run_dir/eval`, where the oldest
+    evaluations lose the text of their responses."""
 
 
 class AlarmConfig(Section):
-    """When a run is warned about. Each threshold may be null, for no such alarm. docs/training.md has the formulas."""
+    """Warnings about the state of a run; docs/training.md has the formulas. A threshold of null disables its alarm."""
 
     window: int = Field(5, ge=1)
-    """Steps that "now" is the mean of; the run's first so many are its start."""
+    """Number of steps in the moving averages. The reference value "at the start" is the mean of the first `window`
+    steps."""
     entropy: float | None = Field(0.1, gt=0)
-    """Least entropy, over that of the run's start."""
+    """Minimum policy entropy, as a fraction of the entropy at the start."""
     length_low: float | None = Field(0.25, gt=0)
-    """Least response length, over that of the run's start."""
+    """Minimum mean response length, as a fraction of the length at the start."""
     length_high: float | None = Field(4.0, gt=1)
-    """Largest response length, likewise."""
+    """Maximum mean response length, as a multiple of the length at the start."""
     truncated: float | None = Field(0.5, gt=0, le=1)
-    """Largest share of responses that are cut at their length limit. Where all of a step are, one step is enough."""
+    """Maximum fraction of responses that reach the length limit. A single step in which all do raises the alarm."""
     stop_probability: float | None = Field(0.5, gt=0)
-    """Least probability of the stop tokens that end responses, over that of the run's start."""
+    """Minimum probability of the sampled stop tokens, as a fraction of the probability at the start."""
     gate: bool = True
-    """Whether to warn where no gate was open for `window` steps."""
+    """Warn if no response was distilled for `window` steps, because no gate was open."""
     kl_spike: float | None = Field(5.0, gt=1)
-    """Largest KL (to teacher, reference or rollout engine), over the median of the `window` steps before."""
+    """Maximum KL (to teacher, reference or rollout engine) of a step, as a multiple of the median over the `window`
+    steps before."""
     kl_floor: float = Field(0.05, ge=0)
-    """Nats a token below which no KL is a spike."""
+    """KL, in nats per token, up to which `kl_spike` raises no alarm."""
     entropy_floor: float | None = Field(0.01, ge=0)
-    """Least entropy of a step, in nats a token, from the first step on."""
+    """Minimum policy entropy of a step, in nats per token. Applies from the first step."""
     kl_limit: float | None = Field(5.0, gt=0)
-    """Largest KL (to teacher, reference or rollout engine) of a step, in nats a token, from the first step on."""
-    failures: float | None = Field(0.1, ge=0, le=1)
-    """Largest share of a step's verifier calls that fail, from the first step on. `reward.failure_limit` ends the run.
+    """Maximum KL (to teacher, reference or rollout engine) of a step, in nats per token. Applies from the first step.
     """
+    failures: float | None = Field(0.1, ge=0, le=1)
+    """Maximum fraction of failed verifier calls in a step. Applies from the first step. `reward.failure_limit` is the
+    threshold that ends the run."""
     gradient_every: int = Field(10, ge=0)
-    """Optimizer steps between measurements of `gradient_ratio`, each at the price of some forward passes of the head; 0
-    for never."""
+    """Interval, in optimizer steps, between measurements of the gradient ratio. Each costs about three forward passes
+    of the output head. 0: never."""
     gradient_ratio: float | None = Field(10.0, gt=0)
-    """Largest norm of the distillation term's gradient in the logits, over that of the outcome and reference terms."""
+    """Maximum norm of the distillation loss's gradient with respect to the logits, as a multiple of the gradient norm
+    of the policy and reference losses."""
     dead_groups: float | None = Field(0.9, gt=0, le=1)
-    """Largest share of groups whose rewards are all equal."""
+    """Maximum fraction of groups with equal rewards."""
     reward_gain: float | None = Field(0.05, gt=0)
-    """Rise of the training reward, from one span of evaluations to the next, that held-out accuracy has to follow."""
+    """Rise of the mean training reward over `evaluations` evaluations that raises the alarm if held-out accuracy does
+    not rise, too."""
     evaluations: int = Field(3, ge=2)
-    """Evaluations of such a span."""
+    """Number of evaluations per interval that `reward_gain` compares."""
 
 
 class CheckpointConfig(Section):
+    """Checkpoints in `run_dir/checkpoints` and the exported model."""
+
     every: int = Field(10, ge=0)
-    """Save every so many steps, and at the end; 0 for the end only."""
+    """Interval between checkpoints, in rollout steps; the last step is always saved. 0: only the last step."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     keep_every: int = Field(0, ge=0)
-    """Also keep those whose step is a multiple of this; 0 for none."""
+    """Also keep checkpoints at steps that are multiples of this. 0: none."""
     asynchronous: bool = True
-    """Write behind the steps that follow, from a copy of the state in host memory. A checkpoint then is complete a
-    step or more later; a run that is stopped or ends waits for it."""
+    """Write checkpoints in the background, from a copy of the state in host memory. A checkpoint is then complete one
+    or more steps later; the end or interruption of a run waits for it."""
     verify: Literal["digests", "sizes"] = "digests"
-    """What of a checkpoint's files is compared with its manifest before they are read: "digests" reads them whole,
-    each rank its share."""
+    """Check of a checkpoint's files against its manifest before loading: `digests` reads all files, each rank a part of
+    them; `sizes` compares file sizes only."""
     export: bool = True
-    """Write the trained model as a Hugging Face folder when the run ends."""
+    """Write the trained model as a Hugging Face folder at the end of the run."""
 
 
 class WatchdogConfig(Section):
-    """Seconds that the phases of a run may take on a rank; beyond, the job ends with every rank's place and stack. Null
-    for no bound."""
+    """Time limits for the phases of a run on each rank. If one is exceeded, the job ends and reports phase and stack of
+    every rank."""
 
     enabled: bool = True
+    """Enable the watchdog."""
     silence: float = Field(300.0, gt=0, le=MAX_SECONDS)
-    """Seconds without a word from a rank, as its process is dead, stopped or cut off, after which the job ends."""
+    """Time limit, in seconds, since the last heartbeat of a rank. It is exceeded if the process is dead, stopped or
+    disconnected."""
     start: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Reading the model or a checkpoint, starting servers."""
+    """Time limit, in seconds, for loading the model or a checkpoint and starting servers. Null: no limit."""
     rollout: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Generating and scoring, all rounds of a step."""
+    """Time limit, in seconds, for generating and scoring the responses of a step, over all rounds. Null: no limit."""
     prepare: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """The passes before the weights change."""
+    """Time limit, in seconds, for the forward passes before the first update of a rollout (log-probabilities of old
+    policy, reference and teacher). Null: no limit."""
     update: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """All optimizer steps of a rollout."""
+    """Time limit, in seconds, for all optimizer steps of a rollout. Null: no limit."""
     publish: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
+    """Time limit, in seconds, for publishing weights to the rollout engine. Null: no limit."""
     switch: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Taking the devices from colocated servers."""
+    """Time limit, in seconds, for taking the devices back from colocated servers. Null: no limit."""
     eval: float | None = Field(3 * 3600.0, gt=0, le=MAX_SECONDS)
+    """Time limit, in seconds, for an evaluation. Null: no limit."""
     checkpoint: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
+    """Time limit, in seconds, for saving a checkpoint. Null: no limit."""
     finish: float | None = Field(2 * 3600.0, gt=0, le=MAX_SECONDS)
-    """Waiting for the last checkpoint, exporting the model."""
+    """Time limit, in seconds, for waiting for the last checkpoint and exporting the model. Null: no limit."""
     between: float | None = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """What is in no phase: planning, the records."""
+    """Time limit, in seconds, outside of these phases, for example for planning and logging. Null: no limit."""

@@ -1,4 +1,4 @@
-"""Sections `rollout` and `selection`: how responses are generated, and which groups a step trains on."""
+"""Sections `rollout` and `selection`: generation of responses, and the groups that a step trains on."""
 
 from __future__ import annotations
 
@@ -14,108 +14,121 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class SGLangConfig(Section):
-    """Servers of `rollout.engine` sglang: started by the run's first rank, or running already at `urls`."""
+    """SGLang servers (`rollout.engine: sglang`): started by the first rank, or existing ones at `urls`."""
 
     urls: tuple[str, ...] = ()
-    """Servers to use, each by scheme, host and port, such as http://10.0.0.2:30000; empty to start `servers` of them
-    beside the first rank."""
+    """Base URLs of existing servers, for example `http://10.0.0.2:30000`. Empty: the first rank starts `servers` of
+    them on its machine."""
     router: str | None = None
-    """An sglang-router in front of the servers, for example http://10.0.0.1:30000: responses are asked of it. It must
-    have the run's servers and no others; weights go to the servers themselves."""
+    """Base URL of an sglang-router that generation requests are sent to. It must route to the servers of the run and
+    no others; weights are sent to the servers directly. Null: no router."""
     servers: int = Field(1, ge=1, le=1024)
+    """Number of servers to start."""
     tensor: int = Field(1, ge=1)
-    """Tensor-parallel ranks of each server that is started."""
+    """Tensor-parallel size of each started server."""
     data: int = Field(1, ge=1)
-    """Data-parallel replicas within each server that is started."""
+    """Number of data-parallel replicas within each started server."""
     first_gpu: int | None = Field(None, ge=0)
-    """Device number of the first started server; the others follow. Null for the one after the trainer's ranks on this
-    machine, or for 0 where `colocated`."""
+    """Device index of the first started server; further servers use the following devices. Null: the first device after
+    the trainer's ranks on this machine, or 0 if `colocated`."""
     host: str = "127.0.0.1"
-    """Address that started servers listen on; other machines can reach them only where it is one of theirs."""
+    """Address that started servers listen on. Other machines can connect only if it is an address of their network."""
     ports: tuple[Port, ...] = ()
-    """One for each started server; empty for free ones."""
+    """Port of each started server. Empty: free ports are chosen."""
     python: ExpandedText | None = None
-    """Interpreter that has sglang; null for this one, or for $SDPG_SGLANG_PYTHON where that is set."""
+    """Python interpreter with sglang installed. Null: `$SDPG_SGLANG_PYTHON` if set, else the current interpreter."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Null for `model.dtype`."""
+    """Data type of the servers' weights. Null: `model.dtype`."""
     mem_fraction: float | None = Field(None, gt=0, lt=1)
-    """Share of the device's memory for weights and keys and values; null for SGLang's choice."""
+    """Fraction of device memory for weights and KV cache (`--mem-fraction-static`). Null: SGLang's default."""
     arguments: tuple[str, ...] = ()
-    """More arguments of sglang.launch_server, as on its command line. Refused are those that another field sets, and
-    those that change the sampling."""
+    """Additional command line arguments of `sglang.launch_server`. Arguments that another field sets, or that change
+    sampling, are refused."""
     api_key_variable: str | None = None
-    """Environment variable that holds the servers' API key; the key itself is never written anywhere."""
+    """Name of the environment variable with the servers' API key. The key is never written to disk or logs. Null: no
+    key."""
     admin_key_variable: str | None = None
-    """Likewise, for the calls that change a server."""
+    """Name of the environment variable with the servers' admin API key, for requests that change a server. Null: no
+    admin key."""
     start_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
-    """Seconds until a started server answers; until a lost one is back."""
+    """Time limit, in seconds, for a server to become ready after its start or restart."""
     request_timeout: float = Field(3600.0, gt=0, le=MAX_SECONDS)
-    """Seconds for one group of responses."""
+    """Time limit, in seconds, of a generation request (one group of responses)."""
     update_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
-    """Seconds for one bucket of weights."""
+    """Time limit, in seconds, of the transfer of one weight bucket."""
     health_interval: float = Field(10.0, gt=0, le=MAX_SECONDS)
-    """Seconds between looks at a server's health."""
+    """Interval, in seconds, between health checks of a server."""
     health_timeout: float = Field(30.0, gt=0, le=MAX_SECONDS)
-    """Seconds that an answer to such a look may take."""
+    """Timeout, in seconds, of a health check."""
     health_misses: int = Field(3, ge=1)
-    """Looks in a row without an answer after which a server counts as lost: its requests go elsewhere, and it is
-    started anew where this run had started it."""
+    """Number of consecutive failed health checks after which a server counts as lost. Its requests are sent to other
+    servers, and a server that this run started is restarted."""
     attempts: int = Field(5, ge=1)
-    """Times that a group of responses is asked for before the run ends with an error."""
+    """Number of attempts to generate a group, or to publish weights, before the run ends with an error."""
     restarts: int = Field(3, ge=0)
-    """Times that servers are started anew, all together, before the run ends with an error."""
+    """Total number of server restarts before the run ends with an error."""
     concurrency: int = Field(256, ge=1)
-    """Groups asked of one server at a time."""
+    """Maximum number of groups in flight per server."""
     transport: Literal["broadcast", "shared", "disk"] = "broadcast"
-    """How weights reach the servers: a process group of the trainer and all servers (NCCL, or Gloo on CPUs); memory
-    shared with servers on the same machine; or a folder that the servers can read."""
+    """Transfer of weights to the servers: a process group of trainer and servers (`broadcast`; NCCL, or Gloo on CPUs),
+    memory shared with servers on the same machine (`shared`), or files in a folder that the servers can read (`disk`).
+    """
     bucket_mib: int = Field(256, ge=1, le=1_048_576)
-    """Bound of one piece of the weight stream; two of them are held at a time."""
+    """Maximum size of a weight bucket in MiB. Two buckets are allocated at a time."""
     address: str | None = None
-    """This machine's address for the broadcast group; null for the loopback, or for the address that reaches `urls`."""
+    """Address of this machine for the `broadcast` process group. Null: the loopback address, or the address on the
+    route to `urls`."""
     folder: Path | None = None
-    """Where the disk transport writes; null for a folder in `run_dir`."""
+    """Folder of the `disk` transport. Null: a folder in `run_dir`."""
     colocated: bool = False
-    """Started servers share the trainer's devices: they give their memory back while training, and the trainer moves
-    its optimizer state and gradients to the host while they generate. Needs another transport than broadcast."""
+    """Started servers share the trainer's devices. Servers release their memory during training; the trainer moves
+    optimizer state and gradients to host memory during generation. Not supported by the `broadcast` transport."""
     verify_every: int = Field(0, ge=0)
-    """Verify the servers' weights every this many steps by publishing them again over random values; 0 for never."""
+    """Interval, in rollout steps, between verifications of the servers' weights: the weights are published again over
+    random values, and the checksums must not change. 0: never."""
 
 
 class RolloutConfig(Section):
+    """Generation of training responses."""
+
     engine: Literal["hf", "sglang"] = "hf"
-    """"hf" embeds Hugging Face transformers in each data-parallel replica's first rank; "sglang" uses servers."""
+    """Rollout engine: Hugging Face transformers in the first rank of each data-parallel replica (`hf`), or SGLang
+    servers (`sglang`)."""
     sglang: SGLangConfig = SGLangConfig()
     prompts_per_step: int = Field(128, ge=1, le=1_000_000)
+    """Number of prompts (groups) per rollout step."""
     group_size: int = Field(8, ge=2, le=65_536)
-    """Responses per prompt; advantages compare them, so one is not a group."""
+    """Number of responses per prompt. Advantages compare the responses of a group."""
     max_response_tokens: int = Field(4096, ge=1)
+    """Maximum response length in tokens."""
     temperature: float = Field(1.0, gt=0)
-    """Sampling temperature; the student's and the teacher's logits are divided by it in training too."""
+    """Sampling temperature. In training the logits of student and teacher are divided by it, too."""
     top_p: float = 1.0
-    """Only 1: training needs samples of the model's own distribution, untruncated. Evaluations have `eval.top_p`."""
+    """Must be 1: training needs samples of the untruncated distribution. Evaluations use `eval.top_p`."""
     ahead: int = Field(0, ge=0, le=1)
-    """Steps that generation is ahead of training at most. 1 generates a step's responses while the step before it is
-    learnt from, with weights that are one step older; needs `objective.correction`."""
+    """Number of steps that generation may be ahead of training. 1: the responses of the next step are generated during
+    training, with weights that are one step older; needs `objective.correction`."""
     batch_size: int = Field(64, ge=1)
-    """Sequences generated at a time by the embedded engine."""
+    """Number of sequences that the `hf` engine generates at a time."""
     replay_routing: bool = False
-    """In a mixture of experts, have the student's passes send each token to the experts that it was sent to in rollout,
-    by the weights that the router then gives them. Costs layers x experts bytes a token on every rank."""
+    """Mixture of experts: route each token of the student's forward passes to the experts that it was routed to in
+    rollout, with the router's current weights. Costs layers x experts per token bytes per token on every rank."""
     mismatch_limit: float | None = Field(0.05, gt=0)
-    """Largest mean |log-prob in training - log-prob in rollout| of a response token, in nats, in the first step of a
-    run or of its continuation; beyond, the run stops. Null for no such gate."""
+    """Maximum mean |log-prob in training - log-prob in rollout| per response token, in nats, in the first step after
+    the start or continuation of a run. The run ends with an error if it is exceeded. Null: no check."""
 
 
 class SelectionConfig(Section):
-    """Which groups a step learns from. Those that it leaves out are replaced by groups of further prompts."""
+    """Filtering of groups. Dropped groups are replaced by groups of further prompts."""
 
     drop_dead: bool = False
-    """Leave out groups whose rewards are all equal, which teach nothing: DAPO's dynamic sampling."""
+    """Drop groups with equal rewards, which have zero advantages (DAPO's dynamic sampling). Default of `dapo`:
+    true."""
     filters: tuple[str, ...] = ()
-    """Functions of your own, "module:function", called with a `ScoredGroup`: True keeps it, False leaves it out."""
+    """Custom filters, each as `module:function`. A filter is called with a `ScoredGroup` and returns True to keep it.
+    """
     max_rounds: int = Field(10, ge=1, le=1_000_000)
-    """Times that a step asks for prompts; then it goes on with the groups that it has. 1 replaces nothing."""
+    """Maximum number of generation rounds per step. Training continues with the groups found by then. 1: dropped groups
+    are not replaced."""
     oversample: float = Field(1.0, ge=1, le=1000)
-    """Prompts that a round asks for, over groups that are missing. Groups beyond `rollout.prompts_per_step` are left
-    out, too."""
+    """Ratio of prompts per round to missing groups. Groups beyond `rollout.prompts_per_step` are dropped."""

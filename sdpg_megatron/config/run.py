@@ -1,4 +1,4 @@
-"""The configuration of a whole run."""
+"""Root of the configuration."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from sdpg_megatron.config.rollout import RolloutConfig, SelectionConfig
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """Configuration of a run."""
 
     run_dir: Path
-    """Everything that the run writes goes here."""
+    """Output folder of the run."""
     steps: int = Field(ge=1, le=1_000_000_000)
-    """Rollout steps."""
+    """Number of rollout steps."""
     seed: int = Field(0, ge=0)
+    """Seed of prompt order, sampling and all other random choices."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
@@ -39,26 +40,29 @@ class RunConfig(Section):
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    writers: tuple[str, ...] = ()
+    """Metrics writers of your own, as package.module:Class, beside metrics.jsonl and TensorBoard; docs/training.md has
+    the interface."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_method(cls, tree: Any) -> Any:
-        """What DAPO has by default in other sections. Sections of a wrong kind are left for the checks that follow."""
+        """Set DAPO's defaults in other sections. Sections of a wrong type are left for validation to report."""
         if not isinstance(tree, dict) or _section(tree, "objective").get("name") != "dapo":
             return tree
         longest = _section(tree, "rollout").get("max_response_tokens", RolloutConfig().max_response_tokens)
-        wanted = dapo_sections(longest) if isinstance(longest, int) else {}
-        sound = {name: fields for name, fields in wanted.items() if isinstance(tree.get(name, {}), dict)}
+        defaults = dapo_sections(longest) if isinstance(longest, int) else {}
+        sound = {name: fields for name, fields in defaults.items() if isinstance(tree.get(name, {}), dict)}
         return {**tree, **{name: {**fields, **_section(tree, name)} for name, fields in sound.items()}}
 
     @property
     def total_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run: the T of the beta schedule and the learning-rate schedule."""
+        """Number of optimizer steps T of the run, for the schedules of beta and learning rate."""
         return self.steps * self.optimizer.minibatches
 
     @property
     def max_teacher_tokens(self) -> int:
-        """Longest teacher prompt."""
+        """Maximum length of a teacher prompt in tokens."""
         if self.objective.context == "data":
             return self.data.max_prompt_tokens
         return self.data.max_peer_tokens or self.data.max_prompt_tokens + self.rollout.max_response_tokens

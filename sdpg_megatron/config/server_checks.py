@@ -1,4 +1,4 @@
-"""Checks of `rollout.sglang` that need nothing but the configuration."""
+"""Checks of `rollout.sglang`, without network access or files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLING_ARGUMENTS = (
     "--preferred-sampling-params", "--sampling-defaults", "--enable-deterministic-inference", "--enable-watermark",
     "--speculative-accept-threshold-single", "--speculative-accept-threshold-acc",
 )  # fmt: skip
-"""Arguments of sglang.launch_server (0.5.23) that change which tokens are sampled, or how requests default."""
+"""Arguments of sglang.launch_server (0.5.23) that change sampling or the defaults of requests."""
 OWNED_ARGUMENTS: Mapping[str, str] = {
     "--host": "rollout.sglang.host",
     "--port": "rollout.sglang.ports",
@@ -31,13 +31,13 @@ OWNED_ARGUMENTS: Mapping[str, str] = {
     "--admin-api-key": "rollout.sglang.admin_key_variable",
     "--config": "the arguments of that file in rollout.sglang.arguments",
 }
-"""Arguments that the launcher sets itself, and the configuration key of each; and the file that could hold any."""
+"""Arguments set by the launcher, with the configuration field of each; and --config, which could set any of them."""
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 URL_FIX = "write scheme, host and port, for example http://10.0.0.2:30000"
 
 
 def server_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
-    """Errors of the fields that cannot work."""
+    """Errors of single fields and of combinations."""
     yield from _address_faults(sglang)
     yield from _argument_faults(sglang.arguments)
     yield from _combination_faults(sglang)
@@ -58,7 +58,7 @@ def _address_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
 
 
 def _url_faults(field: str, url: str) -> Iterator[ConfigError]:
-    """At most one error: a URL is scheme, host and, optionally, a port."""
+    """Check scheme, host and optional port of a URL; at most one error."""
     shown = f"***@{url.rpartition('@')[2]}" if "@" in url else url
     try:
         parts = urlsplit(url)
@@ -81,13 +81,13 @@ def _url_faults(field: str, url: str) -> Iterator[ConfigError]:
 
 
 def is_host(text: str) -> bool:
-    """Whether `text` is an IP address or a syntactically valid host name. Nothing is resolved."""
+    """True if `text` is an IP address or a syntactically valid host name. Nothing is resolved."""
     try:
         ipaddress.ip_address(text.partition("%")[0])
         return True
     except ValueError:
         labels = text.removesuffix(".").split(".")
-        # Four numbers that are no address are not a name either.
+        # Four numbers that are not an address are not a host name either.
         return all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
@@ -96,36 +96,34 @@ def _argument_faults(arguments: Sequence[str]) -> Iterator[ConfigError]:
         name = re.split(r"[=\s]", argument, maxsplit=1)[0].replace("_", "-")
         if len(name) < 3 or not name.startswith("--"):
             continue
-        if meant := _meant(name, SAMPLING_ARGUMENTS):
-            expected = "none that changes the sampling: training needs samples of the model's own distribution"
+        if match := _match(name, SAMPLING_ARGUMENTS):
+            expected = "no argument that changes sampling: training needs samples of the model's distribution"
             fix = "remove it; eval.temperature and eval.top_p are for evaluations"
-            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
-        elif meant := _meant(name, OWNED_ARGUMENTS):
-            expected = "arguments that no field of the configuration sets"
-            fix = f"remove it; set {OWNED_ARGUMENTS[meant]}"
-            yield ConfigError("rollout.sglang.arguments", _shown(name, meant), expected, fix)
+            yield ConfigError("rollout.sglang.arguments", _shown(name, match), expected, fix)
+        elif match := _match(name, OWNED_ARGUMENTS):
+            expected = "no argument that a field of the configuration sets"
+            fix = f"remove it; set {OWNED_ARGUMENTS[match]}"
+            yield ConfigError("rollout.sglang.arguments", _shown(name, match), expected, fix)
 
 
-def _meant(name: str, listed: Iterable[str]) -> str | None:
-    """The argument that a name is, or may abbreviate: SGLang's parser takes every unambiguous beginning of a name."""
+def _match(name: str, listed: Iterable[str]) -> str | None:
+    """Argument that a name equals or abbreviates: SGLang's parser accepts every unambiguous prefix."""
     return name if name in listed else next((full for full in listed if full.startswith(name)), None)
 
 
-def _shown(name: str, meant: str) -> str:
-    return name if name == meant else f"{name} ({meant})"
+def _shown(name: str, match: str) -> str:
+    return name if name == match else f"{name} ({match})"
 
 
 def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
     if sglang.router and not (sglang.urls or sglang.ports):
-        fix = (
-            "name the servers in rollout.sglang.urls, or the ports of those that the run starts in rollout.sglang.ports"
-        )
+        fix = "name the servers in rollout.sglang.urls, or the ports of started servers in rollout.sglang.ports"
         yield ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
     if sglang.colocated and sglang.urls:
-        fix = "have the run start its servers, or give them devices of their own"
+        fix = "have the run start its servers, or set it to false"
         yield ConfigError("rollout.sglang.colocated", True, "false where rollout.sglang.urls names servers", fix)
     if sglang.colocated and sglang.transport == "broadcast":
-        # NCCL has no two ranks of a group on one device.
+        # NCCL does not support two ranks of a group on one device.
         yield ConfigError(
             "rollout.sglang.transport", "broadcast", "shared or disk with colocated servers", "use shared"
         )
@@ -136,6 +134,6 @@ def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "rollout.sglang.transport",
             sglang.transport,
-            "disk where rollout.sglang.data is over 1: a server's replicas cannot be told apart otherwise",
+            "disk where rollout.sglang.data is above 1: other transports cannot address the replicas of a server",
             "use several servers, or the disk transport",
         )

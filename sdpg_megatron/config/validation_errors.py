@@ -1,4 +1,4 @@
-"""Turn pydantic's findings about a configuration into errors that name field, value, expectation and fix."""
+"""Convert pydantic validation errors into `ConfigError`s with field, value, expectation and fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdpg_megatron.config.field_values import Refused, without_none
 from sdpg_megatron.errors import ConfigError
 
 SIMILAR, SIMILAR_ELSEWHERE = 0.8, 0.85
-"""Least similarity (difflib's ratio) of a name proposed for an unknown one: in the same section, and in others."""
+"""Minimum similarity (difflib ratio) of a suggested name: in the same section, and in other sections."""
 _NOUNS: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -30,7 +30,7 @@ _BOUNDS = {Ge: "at least", Gt: "over", Le: "at most", Lt: "below"}
 
 
 def config_errors(error: ValidationError) -> list[ConfigError]:
-    """All findings, in the order of the fields."""
+    """One error per finding, in field order."""
     return [found for finding in error.errors() for found in _errors(finding["type"], finding["loc"], finding["input"])]
 
 
@@ -53,13 +53,13 @@ def _errors(kind: str, location: Sequence[str | int], value: Any) -> Iterator[Co
 
 
 def _dotted(location: Sequence[str | int]) -> str:
-    """A location as ``section.field``, or ``section.field[0]`` for an item of a list."""
+    """Location as ``section.field``, or ``section.field[0]`` for an item of a list."""
     first, *others = location
     return str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in others)
 
 
 def _unknown(path: list[str], value: Any) -> Iterator[ConfigError]:
-    """Errors about an unknown key; for another framework's section, one for each key that has a counterpart here."""
+    """Errors of an unknown key; for a section of another framework, one for each key with a counterpart."""
     is_section = isinstance(value, Mapping) and bool(value)
     hint = _typo(path) if is_section else _suggestion(path)
     leaves = [] if hint or not is_section else [(leaf, _suggestion(leaf)) for leaf in _leaves(path, value)]
@@ -77,7 +77,7 @@ def _leaves(path: list[str], value: Any) -> Iterator[list[str]]:
 
 
 def _suggestion(path: list[str]) -> str | None:
-    """Fix for an unknown key: its counterpart, a field of that name in another section, or a similar name."""
+    """Fix for an unknown key: its counterpart, a field of the same name in another section, or a similar name."""
     name = normal(path[-1])
     elsewhere: dict[str, list[str]] = {}
     for field in _all_fields(RunConfig):
@@ -93,7 +93,7 @@ def _suggestion(path: list[str]) -> str | None:
 
 
 def _typo(path: list[str]) -> str | None:
-    """Fields of the same section with nearly that name."""
+    """Suggest fields of the same section with a similar name."""
     here = {normal(field): field for field in _names(path[:-1])}
     near = difflib.get_close_matches(normal(path[-1]), list(here), n=3, cutoff=SIMILAR)
     return _did_you_mean([here[one] for one in near]) if near else None
@@ -104,7 +104,7 @@ def _did_you_mean(fields: Sequence[str]) -> str:
 
 
 def _all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields and sections."""
+    """Dotted names of all fields and sections, depth first."""
     for name, info in model.model_fields.items():
         yield prefix + name
         if _is_section(kind := without_none(info.annotation)):
@@ -112,13 +112,13 @@ def _all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _names(sections: Sequence[str]) -> list[str]:
-    """Fields of a section."""
+    """Field names of a section; empty if there is no such section."""
     section = section_at(sections)
     return [] if section is None else list(section.model_fields)
 
 
 def section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
-    """The section that a path of names leads to; None where it leads elsewhere."""
+    """Section class at a path of names; None if there is none."""
     kind: Any = RunConfig
     for name in path:
         if get_origin(kind) is dict:
@@ -135,7 +135,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _field(location: Sequence[str | int]) -> FieldInfo:
-    """The field at a location, or the one whose list or mapping has it."""
+    """Field at a location, or the field with the list or mapping that contains it."""
     for end in range(len(location), 0, -1):
         section = section_at(location[: end - 1])
         if section is not None and (found := section.model_fields.get(str(location[end - 1]))):
@@ -144,7 +144,7 @@ def _field(location: Sequence[str | int]) -> FieldInfo:
 
 
 def _description(info: FieldInfo) -> str:
-    """Type and bounds of a field, and null if it is optional."""
+    """Type and bounds of a field, with null if it is optional."""
     kind = without_none(info.annotation)
     return _bounded(kind, info.metadata) + ("" if kind is info.annotation else "; or null")
 
@@ -193,7 +193,7 @@ def _fix(field: str, info: FieldInfo, value: Any) -> str:
         return f"set {field} to such a value"
     if choices:
         return "choose one of these"
-    if field.startswith("objective.") or isinstance(info.default, tuple):  # methods differ in their defaults
+    if field.startswith("objective.") or isinstance(info.default, tuple):  # defaults depend on the method
         return f"set {field} to such a value, or leave it out"
     default = "null" if info.default is None else repr(info.default)
     return f"set {field} to such a value, or leave it out for {default}"

@@ -1,7 +1,7 @@
-"""Read YAML without guessing types: an unquoted scalar keeps its text, and a repeated key is an error.
+"""Read YAML without implicit types: unquoted scalars stay text, and repeated keys are errors.
 
-YAML 1.1 turns `1:30` into 90, `017` into 15, `on` into True and `2026-11-27` into a date. `field_values` gives each
-scalar the type of its field instead.
+YAML 1.1 reads `1:30` as 90, `017` as 15, `on` as True and `2026-11-27` as a date. `field_values` converts each scalar
+to the type of its field instead.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import yaml
 from sdpg_megatron.errors import ConfigError
 
 MAX_VALUES = 100_000
-"""Bound on the values of a file. Aliases that refer to aliases grow exponentially."""
+"""Maximum number of values in a file. Nested aliases grow exponentially."""
 _PREFIX = "tag:yaml.org,2002:"
 _NAME_AFTER = re.compile(r"[ \t]+#[^\s#!][^\n]*")
 _QUOTE = "quote text that holds one of : # [ ] { } & * ! | > % @ `, and indent with spaces"
 
 
 class Plain(str):
-    """An unquoted YAML scalar: text whose type depends on the field."""
+    """Unquoted YAML scalar: its type depends on the field."""
 
     __slots__ = ("after",)
     after: str
-    """What follows on its line where that may have been meant as a part of it: a ``#`` and a word without a blank."""
+    """Rest of the line that may have been meant as part of the text: a ``#`` followed by a word without a space."""
 
     def __new__(cls, text: str, after: str = "") -> Plain:
         found = super().__new__(cls, text)
@@ -35,7 +35,7 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; every scalar without an explicit tag is text."""
+    """Composes nodes. Every scalar without an explicit tag is text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # PyYAML's own class attribute
 
@@ -44,10 +44,10 @@ def read_yaml(text: str, source: str) -> Any:
     """Parse one YAML document into dicts, lists, `str` (quoted) and `Plain` (unquoted); None for an empty document.
 
     Args:
-        source: named in errors, as ``source:line``.
+        source: name for errors, as ``source:line``.
 
     Raises:
-        ConfigError: invalid YAML, a repeated key (all are listed, with both lines), a tag, or an endless alias.
+        ConfigError: invalid YAML, repeated keys (all are listed, with both lines), a tag, or a recursive alias.
     """
     reader = _Reader(source)
     value = reader.value(_compose(text, source))
@@ -60,7 +60,7 @@ def read_value(text: str, source: str) -> Any:
     """Parse a single value, such as the right-hand side of a command-line override.
 
     Raises:
-        ConfigError: as `read_yaml`, or a comment, which would cut the value.
+        ConfigError: as `read_yaml`; or the text has a comment, which would cut the value.
     """
     try:
         node = _compose(text, source)
@@ -86,7 +86,7 @@ def _compose(text: str, source: str) -> Any:
 
 
 class _Reader:
-    """Turns nodes into values and collects what is wrong with them."""
+    """Converts nodes into values and collects errors."""
 
     def __init__(self, source: str) -> None:
         self.errors: list[ConfigError] = []
@@ -99,7 +99,7 @@ class _Reader:
             return None
         self._count += 1
         if node in self._open or self._count > MAX_VALUES:
-            found = "an alias that leads to itself, or to very many values"
+            found = "a recursive alias, or one that expands to very many values"
             raise ConfigError(self._where(node), found, "a finite configuration", "write the values out")
         self._open.append(node)
         try:
@@ -139,7 +139,7 @@ class _Reader:
         return {**merged, **found}
 
     def _merged(self, node: yaml.Node) -> dict[str, Any]:
-        """Content of a merge key; of several mappings the first one wins."""
+        """Content of a merge key. Of several mappings the first takes precedence."""
         merged: dict[str, Any] = {}
         for part in reversed(list(_parts(node))):
             value = self.value(part)

@@ -1,1 +1,1 @@
-"""From data files to prompts: reading, rendering for student and teacher, and the order in which steps take them."""
+"""Prompts: reading data files, rendering for student and teacher, and the order of prompts in a run."""

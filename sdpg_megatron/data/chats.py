@@ -1,4 +1,4 @@
-"""Chat messages in the layouts that data sets have: OpenAI's role and content, ShareGPT's from and value."""
+"""Parse chat messages in the formats of OpenAI (role, content) and ShareGPT (from, value)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from sdpg_megatron.errors import DataError
 
 CHAT_COLUMNS = ("prompt", "messages", "conversations")
-"""Columns that hold a chat, in order of preference."""
+"""Columns with a chat, in order of preference."""
 CONTEXT_MARK = "[TEACHER_CONTEXT_TOKEN]"
-"""Stands between question and privileged context in the public SDPG format."""
+"""Separates question and privileged context in the public SDPG format."""
 _MARKS = re.compile(r"\[?\s*teacher[\s_-]*context[\s_-]*token\s*\]?", re.IGNORECASE)
 """The mark in any spelling."""
 ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names of roles."""
+"""ShareGPT role -> OpenAI role."""
 
 Message = Mapping[str, str]
 """``{"role": ..., "content": ...}``."""
@@ -23,45 +23,44 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A question with the messages around it."""
+    """Question of a chat with the messages before and after it."""
 
     question: str
     context: str | None
-    """The text after `CONTEXT_MARK`; None without one."""
+    """Text after `CONTEXT_MARK`; None without a mark."""
     history: tuple[Message, ...]
     """Messages before the question."""
     reply: str | None
-    """The assistant's message after the question, such as a reference solution; None where the chat ends with the
-    question."""
+    """Assistant message after the question, such as a reference solution; None if the chat ends with the question."""
 
 
 def read_chat(where: str, column: str, value: Sequence[object]) -> Chat:
-    """Split a chat into the user's last message, the question, and what stands before and after it.
+    """Split a chat into history, question (the last user message) and reply.
 
     Raises:
-        DataError: at `where`: a message without role or text, a chat that does not end with the user's message and at
-            most one of the assistant's, or a `CONTEXT_MARK` elsewhere than once in the question.
+        DataError: at `where`: a message without role or text; a chat that does not end with a user message and at most
+            one assistant message after it; or a `CONTEXT_MARK` twice or outside the question.
     """
     messages = [_message(where, column, message) for message in value]
     reply = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
     if not messages or messages[-1]["role"] != "user":
         roles = [message["role"] for message in messages] + ["assistant"] * (reply is not None)
-        expected = "a chat that ends with the user's message, or with one reply of the assistant to it"
+        expected = "a chat that ends with a user message, or with one assistant message after it"
         raise DataError(where, f"the roles {roles} in column {column!r}", expected, "correct or remove the row")
     *history, last = messages
     question, context = split_context(where, column, last["content"])
     for text in (*(message["content"] for message in history), reply or ""):
         if _MARKS.search(text):
-            expected = f"{CONTEXT_MARK} in the user's last message"
+            expected = f"{CONTEXT_MARK} in the last user message"
             raise DataError(where, f"{CONTEXT_MARK} in another message of {column!r}", expected, "move the context")
     return Chat(question, context, tuple(history), reply)
 
 
 def split_context(where: str, column: str, text: str) -> tuple[str, str | None]:
-    """The question in `text`, and the privileged context after `CONTEXT_MARK`; None without a mark.
+    """Split `text` into question and the context after `CONTEXT_MARK`; the context is None without a mark.
 
     Raises:
-        DataError: at `where`: nothing but blanks before the mark, a second mark, or one in another spelling.
+        DataError: at `where`: an empty question, a second mark, or a misspelled one.
     """
     for found in _MARKS.findall(text):
         if found != CONTEXT_MARK:
@@ -89,7 +88,7 @@ def _message(where: str, column: str, message: object) -> dict[str, str]:
 
 
 def _join_parts(where: str, column: str, parts: Sequence[object]) -> str:
-    """The text of a content that is a list of ``{"type": "text", "text": ...}``, joined as chat templates do."""
+    """Concatenate a content list of ``{"type": "text", "text": ...}``, as chat templates do."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None

@@ -1,7 +1,7 @@
-"""The order in which a run takes its prompts: seeded, endless, and able to continue where it stopped.
+"""Order of training prompts: seeded, endless and resumable.
 
-The order depends on the dataset's size and the seed alone. Every data-parallel rank takes the step's whole list of
-indices and works on its own part of it, so the prompts of a step are the same on any number of ranks.
+The order depends only on dataset size and seed. Every data-parallel rank takes the indices of the whole step and uses
+its part of them, so the prompts of a step do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from sdpg_megatron.errors import CheckpointError
 
 
 class Cursor:
-    """A position in an endless sequence of epochs, each a permutation of the dataset; or in an endless source, whose
-    indices count up."""
+    """Position in an endless sequence of epochs, each a permutation of the dataset; or in an endless source, with
+    increasing indices."""
 
     def __init__(self, size: int | None, seed: int, shuffle: bool) -> None:
         """`size`: number of prompts; None for an endless source."""
@@ -31,11 +31,11 @@ class Cursor:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next index comes from, from 0; an endless source has but one."""
+        """Epoch of the next index, from 0; always 0 for an endless source."""
         return self._epoch + (self._position // self._size if self._size is not None else 0)
 
     def take(self, count: int) -> list[int]:
-        """The next `count` dataset indices, going on into the next epochs where one ends."""
+        """Return the next `count` dataset indices, across epoch boundaries."""
         if self._size is None:
             self._position += count
             return list(range(self._position - count, self._position))
@@ -50,7 +50,7 @@ class Cursor:
         return taken
 
     def state(self) -> dict[str, int | bool | None]:
-        """Everything that `from_state` needs, as plain values."""
+        """State for `from_state`, as plain values."""
         return {
             "size": self._size,
             "seed": self._seed,
@@ -61,20 +61,19 @@ class Cursor:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], size: int | None) -> Cursor:
-        """Continue from a saved state over a dataset of `size` prompts, or an endless source where that is None.
+        """Restore a cursor over a dataset of `size` prompts; None for an endless source.
 
         Raises:
-            CheckpointError: the state lacks a field, has a value that is none, or was saved over a dataset of another
-                size.
+            CheckpointError: a field is missing or invalid, or the state was saved with another dataset size.
         """
         missing = {"size", "seed", "shuffle", "epoch", "position"} - state.keys()
         if missing:
             raise CheckpointError(f"data cursor: no {', '.join(sorted(missing))} in the saved state")
         if state["size"] != size:
-            saved, found = ("no end of" if count is None else count for count in (state["size"], size))
+            saved, found = ("infinitely many" if count is None else count for count in (state["size"], size))
             raise CheckpointError(
                 f"data cursor: saved over {saved} prompts, this dataset has {found}. "
-                "Fix: continue with the files and length limit that the run started with, or start a new run"
+                "Fix: continue with the files and length limit of the run's start, or start a new run"
             )
         for name in ("seed", "epoch", "position"):
             bound = size if name == "position" else None
@@ -95,9 +94,9 @@ class Cursor:
 
 @lru_cache(maxsize=2)
 def _shuffled(size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of an epoch. Kept, as every step makes a cursor from the saved state of the one before."""
-    # Python promises the same random() sequence for a string seed on every platform and version; it does not
-    # promise that of shuffle(), nor do NumPy and torch of their permutations.
+    """Permutation of an epoch. Cached, because every step restores a cursor from the state of the previous step."""
+    # For a string seed Python guarantees the sequence of random() on every platform and version. It does not guarantee
+    # shuffle(), and neither NumPy nor torch guarantees its permutations.
     generator = random.Random(f"{seed}/{epoch}")
     keys = [generator.random() for _ in range(size)]
     return tuple(sorted(range(size), key=keys.__getitem__))

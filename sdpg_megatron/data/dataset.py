@@ -1,4 +1,4 @@
-"""The prompts of data files, rendered once for each distinct problem and packed in memory."""
+"""Dataset of prompts from files, rendered and packed in memory."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from sdpg_megatron.observe.files import writing
 from sdpg_megatron.records import Prompt
 
 CHUNK = 1024
-"""Rows that are rendered and tokenized at a time."""
+"""Number of rows rendered and tokenized at a time."""
 
 OnRows = Callable[[int], None]
-"""Called with the number of rows read so far."""
+"""Progress callback with the number of rows read so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDataset:
-    """Prompts in file order, and what was left out."""
+    """Prompts in file order, with statistics of dropped rows."""
 
     prompts: Sequence[Prompt]
     dropped: int = 0
-    """Rows left out because a prompt was too long."""
+    """Number of rows dropped because a prompt was too long."""
     truncated: int = 0
-    """Rows of which the student's or a teacher's prompt was cut on its left."""
+    """Number of rows with a student or teacher prompt that was cut on the left."""
     repeated: int = 0
-    """Rows left out because an earlier one has the same problem."""
+    """Number of rows dropped as repetitions of an earlier row."""
     overlong: str = ""
-    """Name of the first of the rows that were left out or cut for their length."""
+    """Name of the first row that was dropped or cut for its length."""
     digest: str = ""
     """`digest_of` the prompts."""
     warnings: tuple[str, ...] = ()
-    """What a user should know about the rows."""
+    """Warnings about the rows, for the log."""
     structured: str | None = None
-    """Name of the first prompt whose answer is a dict or list."""
+    """Name of the first prompt with a dict or list as answer."""
     problems: ProblemIndex = field(default_factory=dict, compare=False)
-    """Of an evaluation's prompts: each problem's first row, to find it again in the training data."""
+    """First row of each problem, only for evaluation prompts; used to detect the same problems in training data."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,11 +63,11 @@ class PromptDataset:
 
     def describe(self) -> str:
         counts = {"repeated": self.repeated, "dropped": self.dropped, "truncated": self.truncated}
-        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        return f"{len(self)} prompts" + (f" ({told})" if told else "")
+        noted = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return f"{len(self)} prompts" + (f" ({noted})" if noted else "")
 
     def save(self, path: Path) -> None:
-        """Write the data set to a file for `open`, in this job. Raises `WriteError`."""
+        """Write the dataset to a file for `open` within the same job. Raises `WriteError`."""
         assert isinstance(self.prompts, PackedPrompts)
         notes = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "prompts"}
         with writing(path):
@@ -75,7 +75,7 @@ class PromptDataset:
 
     @classmethod
     def open(cls, path: Path) -> PromptDataset:
-        """Map what `save` has written; see `packed.open_packed`. Raises `OSError`."""
+        """Memory-map a file written by `save`; see `packed.open_packed`. Raises `OSError`."""
         prompts, notes = open_packed(path)
         return cls(prompts, **notes)
 
@@ -97,17 +97,17 @@ class PromptDataset:
         Args:
             files: paths and glob patterns; see `readers.FORMATS`.
             tokenizer: transformers tokenizer with a chat template.
-            seed: of the draws where `data.context_of` is "other".
-            distill_enabled: False for an evaluation: the teacher's prompt is the student's, and a problem counts once,
-                independent of `data.duplicates`.
-            held_out: an evaluation's prompts, to warn where these rows have the same problems.
-            scored_by_metadata: Whether the verifier may read the other columns: then training rows that differ in them
-                are no repeats.
+            seed: seed of the contexts drawn with `data.context_of: other`.
+            distill_enabled: False for an evaluation: the teacher prompt equals the student prompt, and each problem is
+                kept once, regardless of `data.duplicates`.
+            held_out: evaluation prompts, to warn about training rows with the same problems.
+            scored_by_metadata: True if the verifier may read the other columns. Training rows that differ in them are
+                then distinct.
             on_rows: called with the number of rows read so far.
 
         Raises:
-            DataError: a row cannot be used, a file is listed twice, or no row is left.
-            ConfigError: the context template, its options or the tokenizer cannot be used.
+            DataError: an invalid row, a file that is listed twice, or no row left.
+            ConfigError: invalid context template, template options or tokenizer.
         """
         files = find_files(files)
         repeats = Repeats(
@@ -126,7 +126,7 @@ class PromptDataset:
 
 
 class _Builder:
-    """A data set that grows by chunks of rows."""
+    """Builds a dataset chunk by chunk."""
 
     def __init__(self, config: DataConfig, renderer: Renderer, repeats: Repeats, *, distill_enabled: bool) -> None:
         self._config, self._renderer, self._distill_enabled = config, renderer, distill_enabled
@@ -143,7 +143,7 @@ class _Builder:
         return PackedPrompts(self._batches)
 
     def rows(self, files: Sequence[Path], on_rows: OnRows) -> Iterator[tuple[str, Example]]:
-        """Names and examples of the rows that are kept."""
+        """Yield uid and example of the rows to keep."""
         needed = self._distill_enabled and self._renderer.needs_context
         keep = self._distill_enabled and self._config.duplicates == "keep"
         read = 0
@@ -153,7 +153,7 @@ class _Builder:
                 uid, read = f"{label}:{row.number}", read + 1
                 if read % CHUNK == 0:
                     on_rows(read)
-                if self._repeats.seen(uid, example) and not keep:
+                if self._repeats.add(uid, example) and not keep:
                     self._repeated += 1
                     continue
                 if example.is_revealed:
@@ -163,7 +163,7 @@ class _Builder:
                 yield uid, example
 
     def add(self, rows: Iterator[tuple[str, Example]], seed: int) -> None:
-        """Render the rows, in chunks; all rows are in memory at once only if `data.context_of` is "other"."""
+        """Render the rows in chunks. Only `data.context_of: other` needs all rows in memory at once."""
         contexts: Iterator[Example | None] = repeat(None)
         if self._distill_enabled and self._config.context_of == "other":
             named = list(rows)
@@ -208,13 +208,13 @@ class _Builder:
             first = f"the first at {self._revealed[0]}: the student reads it, too"
             yield f"{len(self._revealed)} questions contain their context or state their answer, {first}"
         if self._repeated and not self._distill_enabled:
-            found = f"{self._repeated} rows of the evaluation repeat a problem"
-            yield f"{found} and are left out, the first: {self._repeats.first}"
+            found = f"{self._repeated} evaluation rows repeat a problem"
+            yield f"{found} and are dropped, the first: {self._repeats.first}"
         yield from self._repeats.warnings()
 
 
 def digest_of(prompts: Iterable[Prompt]) -> str:
-    """Sixteen hexadecimal digits that follow from all that is in the prompts, and their order."""
+    """Digest of the content and order of the prompts, 16 hexadecimal digits."""
     found = hashlib.sha256()
     _add_to_digest(found, prompts)
     return found.hexdigest()[:16]
@@ -222,13 +222,13 @@ def digest_of(prompts: Iterable[Prompt]) -> str:
 
 def _add_to_digest(digest: Any, prompts: Iterable[Prompt]) -> None:
     for p in prompts:
-        # The empty tuple is a field of version 0.1: digests stay equal to those in its checkpoints.
+        # The empty tuple stands for a field of version 0.1, so that digests in its checkpoints stay valid.
         values = (p.uid, p.student_tokens, p.teacher_tokens, p.answer, (), p.question, p.history, p.metadata)
         digest.update(json.dumps(values, default=str).encode())
 
 
 def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, limit: int) -> Prompt:
-    """The prompt of a rendered example, each side cut on its left to `limit` tokens."""
+    """Prompt of a rendered example; student and teacher tokens are cut on the left to `limit`."""
     return Prompt(
         uid=uid,
         student_tokens=student[-limit:],
@@ -241,7 +241,7 @@ def make_prompt(uid: str, example: Example, student: Tokens, teacher: Tokens, li
 
 
 def _labels(files: Sequence[Path]) -> list[str]:
-    """One distinct name per file: the file's name, or its whole path where two files share a name."""
+    """Distinct name of each file: its name, or its whole path if two files have the same name."""
     twice = [path for path, count in Counter(files).items() if count > 1]
     if twice:
         raise DataError(str(twice[0]), "the file twice", "each file once", "remove it from the list")

@@ -1,8 +1,8 @@
 """Question, answer and privileged context of a row, from plain columns, a chat, or the public SDPG format.
 
-The public format has a `prompt` list of chat messages. The user's last one is the question; where it carries
-``[TEACHER_CONTEXT_TOKEN]``, the student reads what stands before the mark and the teacher both parts without it. A mark
-in a plain column is read the same way, so the student never sees what stands after it.
+The public format has a `prompt` list of chat messages, of which the last user message is the question. If it contains
+``[TEACHER_CONTEXT_TOKEN]``, the student reads the part before the mark and the teacher reads both parts. A mark in a
+plain column has the same meaning, so the student never reads the part after it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,29 @@ from sdpg_megatron.records import Answer, answer_text
 
 REWARD_COLUMN = "reward_model"
 LONG_CONTEXT = 30
-"""Characters of a context that no question contains unless it reveals it."""
-
-
+"""Minimum length in characters of a context for `reveals` to search the question for it."""
 _STATED = re.compile(r"the correct answer( to this problem)? is\b[\s:*$]*")
-"""How contexts of the public SDPG files begin; the shorter form may also be part of a question."""
+"""Opening of the contexts in the public SDPG files. The shorter form may also be part of a question."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question before rendering."""
+    """Question, answer and context of a row, before rendering."""
 
     question: str
     answer: Answer
     context: str | None = None
-    """None where the row has none."""
+    """None if the row has no context."""
     history: tuple[Message, ...] = ()
     """Messages before the question."""
     teacher_question: str | None = None
-    """The question as the row itself has it for the teacher; None leaves that to the context template."""
+    """Teacher question given by the row (public SDPG format); None: rendered from the context template."""
     metadata: Mapping[str, object] = field(default_factory=dict)
-    """The row's other columns."""
+    """Other columns of the row."""
 
     @property
     def is_revealed(self) -> bool:
-        """Whether the student reads the context or the answer; see `reveals`."""
+        """True if the student's messages contain the context or the answer; see `reveals`."""
         shown = " ".join([*(message["content"] for message in self.history), self.question])
         return reveals(shown, self.context, self.answer_text)
 
@@ -58,33 +56,34 @@ class Example:
 
 
 def parse_row(row: Row, config: DataConfig, *, context_needed: bool = False) -> Example:
-    """Find question, answer and context in a row.
+    """Extract question, answer and context from a row.
 
     Raises:
-        DataError: a column is missing, empty or of the wrong type; with `context_needed` also that of the context.
+        DataError: a column is missing, empty or of the wrong type. With `context_needed` this includes the context.
     """
     example = _parse(row, config)
     if context_needed and example.context is None and example.teacher_question is None:
         found = f"no value in column {config.context_key!r} (columns: {', '.join(row.values)})"
-        expected = f"what the context template {config.context_template!r} tells the teacher"
+        expected = f"a context, which the context template {config.context_template!r} needs"
         raise DataError(row.where, found, expected, "fill it, set data.context_key, or use another template")
     return example
 
 
 def reveals(question: str, context: str | None, answer: str) -> bool:
-    """Tell whether `question` contains a context, which is too long to be there by chance, or states the answer.
+    """True if `question` contains the context, of at least `LONG_CONTEXT` characters, or states the answer.
 
-    An answer is stated in the words of the public SDPG files' contexts. Case and blanks do not count.
+    An answer is stated in the words of the contexts in the public SDPG files. Case and whitespace are ignored.
     """
-    question = _plain(question)
-    whole = _plain(context or "")
+    question = folded(question)
+    whole = folded(context or "")
     if len(whole) >= LONG_CONTEXT and whole in question:
         return True
     stated = _STATED.search(question)
-    return stated is not None and (stated[1] is not None or question[stated.end() :].startswith(_plain(answer)))
+    return stated is not None and (stated[1] is not None or question[stated.end() :].startswith(folded(answer)))
 
 
-def _plain(text: str) -> str:
+def folded(text: str) -> str:
+    """Text without differences of case and whitespace."""
     return " ".join(text.casefold().split())
 
 
@@ -113,7 +112,7 @@ def _parse(row: Row, config: DataConfig) -> Example:
 
 
 def _chat_column(row: Row, config: DataConfig) -> str | None:
-    """The column with the chat that asks the question; a plain question column wins over a chat without a mark."""
+    """Column with the chat to use; None if a plain question column takes precedence over chats without a mark."""
     chats = [name for name in (config.question_key, *CHAT_COLUMNS) if isinstance(row.values.get(name), list)]
     marked = [name for name in chats if CONTEXT_MARK in str(row.values[name])]
     if marked or row.values.get(config.question_key) is None or config.question_key in chats:
@@ -122,7 +121,7 @@ def _chat_column(row: Row, config: DataConfig) -> str | None:
 
 
 def _answer(row: Row, config: DataConfig) -> Answer:
-    """The answer column, or where there is none, the public format's ``reward_model.ground_truth``."""
+    """Value of the answer column, or else of the public format's ``reward_model.ground_truth``."""
     column, reward_model = config.answer_key, row.values.get(REWARD_COLUMN)
     if row.values.get(column) is None and isinstance(reward_model, dict):
         row, column = Row(row.where, row.number, reward_model), "ground_truth"
@@ -153,7 +152,7 @@ def _context(row: Row, config: DataConfig) -> str | None:
 
 
 def _text(row: Row, column: str, config_field: str) -> str:
-    """A column as text; numbers are written out in decimal digits."""
+    """Value of a column as text, with numbers in decimal digits."""
     value = row.values.get(column)
     if value is None:
         found = f"no value in column {column!r} (columns: {', '.join(row.values)})"

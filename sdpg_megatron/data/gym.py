@@ -1,4 +1,4 @@
-"""Endless prompts from reasoning-gym: prompt i follows from the seed and i alone."""
+"""Endless prompts from reasoning-gym. Prompt i depends only on the seed and i."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from sdpg_megatron.answers import normalised
+from sdpg_megatron.answers import normalized
 from sdpg_megatron.config import DataConfig, GymTask
 from sdpg_megatron.data.dataset import PromptDataset, digest_of, make_prompt
 from sdpg_megatron.data.examples import Example
@@ -22,24 +22,25 @@ from sdpg_megatron.records import Prompt
 
 FIELD = "data.reasoning_gym.tasks"
 BLOCK = 500
-"""Problems that are made from one seed of a task: what reasoning-gym's tasks have at least."""
+"""Number of problems created from one seed of a task; every reasoning-gym task has at least as many."""
 ATTEMPTS = 100
-"""Draws for one prompt before the source gives up."""
+"""Maximum number of draws for one prompt."""
 KEPT_BLOCKS = 16
-"""Blocks of a task that are kept: to make one, tasks read lists of words and the like."""
+"""Number of cached blocks per task. Creating one is expensive for tasks that read word lists."""
 DIGESTED = 10
+"""Number of prompts in the digest."""
 VARYING = frozenset(
     {
         "codeio", "intermediate_integration", "isomorphic_strings", "knight_swap", "polynomial_multiplication",
         "ransom_note", "word_ladder",
     }
 )  # fmt: skip
-"""Tasks of reasoning-gym 0.1.25 whose problems follow from more than the seed: they iterate over sets of strings, or
-draw from the interpreter's generator. The ranks of a run would see different prompts."""
+"""Tasks of reasoning-gym 0.1.25 with problems that do not depend on the seed alone. They iterate over sets of strings
+or use the global random generator, so the ranks of a run would get different prompts."""
 
 
 class GymSource:
-    """Problems of weighted tasks. The verifier "reasoning_gym" finds task and entry in the prompt's metadata."""
+    """Problems of weighted tasks. Task and entry are in the prompt metadata, for the verifier `reasoning_gym`."""
 
     size = None
 
@@ -49,8 +50,7 @@ class GymSource:
             tokenizer: transformers tokenizer with a chat template.
 
         Raises:
-            ConfigError: a task that does not exist, takes other parameters, has no answer to tell the teacher, or has
-                too few problems.
+            ConfigError: an unknown task, invalid parameters, no text answer, or too few problems.
         """
         self._config = config
         self._seed = seed
@@ -61,21 +61,18 @@ class GymSource:
             _check(name, task)
         self._reserved: set[str] = set()
         self.held_out = self._hold_out(config.reasoning_gym.held_out)
-        """None where none are wanted."""
-        for name in self._tasks:  # now, rather than in the middle of the run
+        """None if `data.reasoning_gym.held_out` is 0."""
+        for name in self._tasks:  # fail now rather than in the middle of the run
             example = self._fitting(name, self._candidates(name, "train", 0))
             self._context(name, 0, example)
 
     @property
     def digest(self) -> str:
-        """Of the first few: the others follow from the same seed and the same code."""
+        """Digest of the first prompts; the others follow from the same seed and code."""
         return digest_of(self[index] for index in range(DIGESTED))
 
     def __getitem__(self, index: int) -> Prompt:
-        """
-        Raises:
-            ConfigError: no problem fits.
-        """
+        """Render prompt `index`. Raises `ConfigError` if no problem fits."""
         task = self._task("train", index)
         example = self._fitting(task, self._candidates(task, "train", index))
         student, teacher = self._renderer.render(example, self._context(task, index, example))
@@ -86,17 +83,17 @@ class GymSource:
         return f"endless prompts of {', '.join(self._tasks)}"
 
     def _hold_out(self, wanted: int) -> PromptDataset | None:
-        """`wanted` different problems of streams of their own, which training passes over from then on.
+        """Draw `wanted` distinct problems from separate streams and exclude them from training.
 
-        A problem that was drawn before is replaced by the next of its task's second stream, whose blocks are used to
-        their end: a task that has too few problems is found out in seconds.
+        A repeated problem is replaced by the next one of its task's second stream. That stream uses all problems of a
+        block, so a task with too few problems is detected within seconds.
         """
         prompts: list[Prompt] = []
         seconds = {name: self._stream(name, "held out again") for name in self._tasks}
         for index in range(wanted):
             task = self._task("held out", index)
             example = self._fitting(task, chain(islice(self._candidates(task, "held out", index), 1), seconds[task]))
-            self._reserved.add(normalised(example.question))
+            self._reserved.add(normalized(example.question))
             tokens = self._renderer.students([example])[0]
             limit = self._config.max_prompt_tokens
             prompts.append(make_prompt(f"{task}:held-out-{index}", example, tokens, tokens, limit))
@@ -108,19 +105,19 @@ class GymSource:
         return random.Random(f"{self._seed}/{stream}/{index}").choices(names, weights)[0]
 
     def _fitting(self, task: str, candidates: Iterator[Example]) -> Example:
-        """The first of `ATTEMPTS` candidates that is not held out and not too long."""
+        """First of `ATTEMPTS` candidates that is not held out and not too long."""
         for example in islice(candidates, ATTEMPTS):
-            if normalised(example.question) not in self._reserved and self._fits(example):
+            if normalized(example.question) not in self._reserved and self._fits(example):
                 return example
         raise ConfigError(
             f"{FIELD}.{task}",
             f"{ATTEMPTS} problems that are held out or longer than data.max_prompt_tokens",
-            f"a task with more and shorter ones ({len(self._reserved)} were found to be held out)",
+            f"a task with more or shorter problems ({len(self._reserved)} are held out so far)",
             "change its parameters, lower data.reasoning_gym.held_out, or raise data.max_prompt_tokens",
         )
 
     def _context(self, task: str, index: int, example: Example) -> Example | None:
-        """Another problem of the same task where `data.context_of` is "other"; None for the example's own context."""
+        """Another problem of the same task for `data.context_of: other`; None for the example's own context."""
         if self._config.context_of == "own":
             return None
         for other in self._candidates(task, "context", index):
@@ -130,18 +127,18 @@ class GymSource:
         raise no_other_problem(reason, "change the task's parameters")
 
     def _candidates(self, task: str, stream: str, index: int) -> Iterator[Example]:
-        """Problems in the same place of one block after the other."""
-        block, place = divmod(index, BLOCK)
+        """Candidates for prompt `index`: problems at the same position of successive blocks."""
+        block, position = divmod(index, BLOCK)
         for attempt in range(ATTEMPTS):
-            yield self._example(task, self._entries(task, f"{stream}/{block}/{attempt}")[place])
+            yield self._example(task, self._entries(task, f"{stream}/{block}/{attempt}")[position])
 
     def _stream(self, task: str, stream: str) -> Iterator[Example]:
-        """All problems of one block after the other, without end."""
+        """Endless stream of all problems of successive blocks."""
         for index in count():
             yield self._example(task, self._entries(task, f"{stream}/{index // BLOCK}")[index % BLOCK])
 
     def _make_entries(self, task: str, block: str) -> Any:
-        """The reasoning-gym data set of one block."""
+        """Create the reasoning-gym dataset of one block."""
         seed = random.Random(f"{self._seed}/{task}/{block}").getrandbits(31)
         return reasoning_gym.create_dataset(task, seed=seed, size=BLOCK, **self._tasks[task].parameters)
 
@@ -160,19 +157,19 @@ def _check(name: str, task: GymTask) -> None:
         fix = did_you_mean(name, DATASETS) or "see reasoning-gym's list of tasks"
         raise ConfigError(field, name, "a task of reasoning-gym", fix)
     if name in VARYING:
-        raise ConfigError(field, name, "a task whose problems follow from the seed alone", "use another task")
+        raise ConfigError(field, name, "a task whose problems depend on the seed alone", "use another task")
     if fixed := sorted({"seed", "size"} & task.parameters.keys()):
         raise ConfigError(f"{field}.parameters", fixed, "neither seed nor size: the run sets them", "remove them")
     try:
         entry = reasoning_gym.create_dataset(name, seed=0, size=BLOCK, **task.parameters)[0]
-    except Exception as error:  # reasoning-gym asserts, and has no error of its own
-        expected = f"parameters that the task takes ({type(error).__name__}: {error})"
+    except Exception as error:  # reasoning-gym uses assertions, not a specific error type
+        expected = f"valid parameters of the task ({type(error).__name__}: {error})"
         raise ConfigError(f"{field}.parameters", task.parameters, expected, "correct them") from error
     _answer(name, entry)
 
 
 def _answer(task: str, entry: Mapping[str, Any]) -> str:
     if not isinstance(entry["answer"], str) or not entry["answer"].strip():
-        expected = "a task with an answer that the teacher can be told"
+        expected = "a task with a text answer, which the teacher needs"
         raise ConfigError(f"{FIELD}.{task}", f"the answer {entry['answer']!r}", expected, "use another task")
     return str(entry["answer"])

@@ -1,4 +1,4 @@
-"""Instructions that published files put around a question: how they begin and end it, and a question without them."""
+"""Instructions around the questions of published data sets: patterns, and their removal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ INSTRUCTIONS = {
     ),
     "none": "",
 }
-"""What is appended to every question or, with {question}, put around it: for the verifiers math and answer, for math as
-in the SDPG paper (arXiv 2606.04036, figure 4), and for others."""
+"""Text appended to every question or, with {question}, put around it. `boxed` is for the verifier math, `answer` for
+the verifier answer, `paper` is the prompt of the SDPG paper (arXiv 2606.04036, figure 4) for the verifier math."""
 LONGEST = 1000
-"""Characters of a question that may be instructions alone."""
+"""Maximum length in characters of a question that is checked by `is_bare_instruction`."""
 _SPELLINGS = {":": ":?", '"': '["\u201c\u201d]?', "'": "['\u2019]"}
 
 
 def either(*texts: str) -> str:
-    """A pattern that matches any of the texts, whatever blanks and line ends they are broken with.
+    """Pattern that matches any of the texts, with any whitespace between words.
 
-    Case, colons, the kind of quotes and a final full stop may differ.
+    Colons, the type of quotes and a final full stop may differ.
     """
     return "|".join(r"\s+".join(map(_word, text.strip().removesuffix(".").split())) + r"\.?" for text in texts)
 
@@ -42,7 +42,7 @@ OPENING = re.compile(
     + r"))?",
     re.IGNORECASE,
 )
-"""How the questions of DAPO-Math-17k begin, and of its copies that ask for a box (SDPG's paper, figure 4)."""
+"""Opening of the questions of DAPO-Math-17k, and of its copies that ask for a box (SDPG paper, figure 4)."""
 CLOSING = re.compile(
     "(?:"
     + either(
@@ -56,12 +56,12 @@ CLOSING = re.compile(
     + r")\s*$",
     re.IGNORECASE,
 )
-"""How questions end in the same sets, in verl's copies of GSM8K and MATH, in Qwen's evaluations, and in files of
-tools/prepare_data.py."""
+"""End of the questions in the same data sets, in verl's copies of GSM8K and MATH, in Qwen's evaluations, and in files
+written by tools/prepare_data.py."""
 
 
 def bare(question: str) -> str:
-    """`question` without the instructions of published files around it; empty where there is nothing else."""
+    """Remove the instructions of published data sets; empty if nothing else is left."""
     if found := OPENING.match(question):
         question = question[found.end() :]
     return without_closing(question)
@@ -75,5 +75,5 @@ def without_closing(text: str) -> str:
 
 
 def is_bare_instruction(text: str) -> bool:
-    """Tell whether a question is made of instructions alone."""
+    """True if a question consists of instructions only."""
     return len(text) <= LONGEST and not bare(text)

@@ -1,4 +1,4 @@
-"""Rendered prompts in Arrow tables: four bytes a token, in memory or in a file that the ranks of a machine map."""
+"""Rendered prompts as Arrow tables, four bytes per token, in memory or in a file mapped by the ranks of a machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sdpg_megatron.records import Prompt
 
 TOKENS = ("student_tokens", "teacher_tokens")
 OTHERS = ("uid", "answer", "question", "history", "metadata")
-"""Fields of a prompt that are pickled together: their values have any types."""
+"""Fields of a prompt that are pickled together, because they have arbitrary types."""
 _SCHEMA = pyarrow.schema([*((name, pyarrow.list_(pyarrow.int32())) for name in TOKENS), ("others", pyarrow.binary())])
 _NOTES = b"notes"
 
 
 class PackedPrompts(Sequence[Prompt]):
-    """A sequence of prompts that makes each `Prompt` when it is asked for."""
+    """Sequence of prompts that decodes each `Prompt` on access."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        """`batches`: Arrow record batches, as `pack` makes them."""
+        """`batches`: Arrow record batches made by `pack`."""
         self._batches = list(batches)
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
 
@@ -39,13 +39,13 @@ class PackedPrompts(Sequence[Prompt]):
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
     def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         if isinstance(index, slice):
-            return tuple(self[place] for place in range(*index.indices(len(self))))
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
+            return tuple(self[position] for position in range(*index.indices(len(self))))
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
-        number = bisect_right(self._ends, place)
+        number = bisect_right(self._ends, position)
         batch = self._batches[number]
-        row = place - (self._ends[number] - batch.num_rows)
+        row = position - (self._ends[number] - batch.num_rows)
         values: dict[str, Any] = dict(zip(OTHERS, pickle.loads(batch.column("others")[row].as_py()), strict=True))
         values |= {name: tuple(batch.column(name)[row].values.to_numpy().tolist()) for name in TOKENS}
         return Prompt(**values)
@@ -59,10 +59,10 @@ class PackedPrompts(Sequence[Prompt]):
 
 
 def open_packed(path: Path) -> tuple[PackedPrompts, dict[str, Any]]:
-    """Map a file that `PackedPrompts.save` has written in this job: prompts and notes.
+    """Memory-map a file written by `PackedPrompts.save` in this job; return prompts and notes.
 
-    Pages are shared by all processes that map the file, and stay readable when it has been removed. The file has
-    pickles: do not open one from elsewhere. Raises `OSError`.
+    All processes that map the file share its pages, which stay readable after the file is removed. The file contains
+    pickles: do not open untrusted files. Raises `OSError`.
     """
     reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
     batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -70,7 +70,7 @@ def open_packed(path: Path) -> tuple[PackedPrompts, dict[str, Any]]:
 
 
 def pack(prompts: Sequence[Prompt]) -> Any:
-    """The prompts as an Arrow record batch."""
+    """Convert prompts to an Arrow record batch."""
     columns = [_token_lists([getattr(prompt, name) for prompt in prompts]) for name in TOKENS]
     others = [pickle.dumps([getattr(prompt, name) for name in OTHERS]) for prompt in prompts]
     return pyarrow.record_batch([*columns, pyarrow.array(others, pyarrow.binary())], schema=_SCHEMA)

@@ -1,6 +1,6 @@
-"""Rows of JSONL, JSON, CSV and Parquet files, each with its place for error messages.
+"""Read rows of JSONL, JSON, CSV and Parquet files, with their location for error messages.
 
-Text is UTF-8 whatever the locale is, with or without a byte order mark, with any line ends, and may be gzipped.
+Text files are UTF-8 in any locale, with or without byte order mark, with any line endings, optionally gzipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sdpg_megatron.answers import WrittenFloat
 from sdpg_megatron.errors import DataError, fix_of, reason_of
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-"""File formats by suffix; all but Parquet may also end in ``.gz``."""
+"""Supported suffixes. All but Parquet may also end in ``.gz``."""
 EXPECTED_SUFFIX = f"{', '.join(FORMATS)}, or one of the first three with .gz"
 MAX_FIELD = 1 << 28
-"""Largest CSV field in characters; Python's own limit is 131,072."""
+"""Maximum length of a CSV field in characters; Python's default is 131,072."""
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,12 +38,12 @@ _DECODER = json.JSONDecoder(parse_float=WrittenFloat)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as the file has it. JSON decimals are `WrittenFloat`, CSV values text."""
+    """One row of a file. JSON decimals are `WrittenFloat`, CSV values are text."""
 
     where: str
-    """``file:line``, in Parquet ``file: row N``."""
+    """``file:line``, or ``file: row N`` for Parquet."""
     number: int
-    """Line, or row from 1 in Parquet and JSON arrays."""
+    """Line number, or row number from 1 for Parquet and JSON arrays."""
     values: Mapping[str, object]
 
 
@@ -51,7 +51,7 @@ def find_files(patterns: Sequence[Path]) -> list[Path]:
     """Expand glob patterns such as ``data/*.parquet``, each to its files in sorted order.
 
     Raises:
-        DataError: a pattern that matches nothing.
+        DataError: no file matches a pattern.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -66,10 +66,10 @@ def find_files(patterns: Sequence[Path]) -> list[Path]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a file in one of `FORMATS`; blank lines are skipped.
+    """Stream the rows of a file in one of `FORMATS`. Blank lines are skipped.
 
-    A ``.json`` file is an array of objects, or has one object per line as ``.jsonl``. The first line of a ``.csv`` file
-    names the columns; an empty field is no value (None).
+    A ``.json`` file is an array of objects, or has one object per line like ``.jsonl``. The first line of a ``.csv``
+    file has the column names; an empty field is None.
 
     Raises:
         DataError: unknown file type, unreadable file, text that is not UTF-8, or a row that cannot be parsed.
@@ -89,7 +89,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def file_format(path: Path) -> str | None:
-    """The format in `FORMATS` that the path's suffix names; None for another suffix."""
+    """Format in `FORMATS` by the suffix of a path; None for another suffix."""
     suffix = path.suffix
     if suffix == ".gz":
         suffix = Path(path.stem).suffix
@@ -98,7 +98,7 @@ def file_format(path: Path) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and decoded lines."""
+    """Yield line numbers, from 1, and decoded lines."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -131,31 +131,31 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _read_array(path: Path) -> Iterator[Row]:
     text = "".join(line for _, line in _lines(path))
-    at = _skip_blanks(text, text.index("[") + 1)
-    line, number = 1 + text.count("\n", 0, at), 0
-    while text[at : at + 1] != "]":
+    position = _skip_blanks(text, text.index("[") + 1)
+    line, number = 1 + text.count("\n", 0, position), 0
+    while text[position : position + 1] != "]":
         where, number = f"{path}:{line}", number + 1
         try:
-            values, end = _DECODER.raw_decode(text, at)
+            values, end = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _broken_array(where, f"invalid JSON ({error})", "an array of objects") from error
-        yield _json_row(where, number, values, text[at:end])
+        yield _json_row(where, number, values, text[position:end])
         following = _skip_blanks(text, end)
-        line += text.count("\n", at, following)
+        line += text.count("\n", position, following)
         if (found := text[following : following + 1]) == ",":
-            at = _skip_blanks(text, following + 1)
-            line += text.count("\n", following, at)
+            position = _skip_blanks(text, following + 1)
+            line += text.count("\n", following, position)
         elif found == "]":
-            at = following
+            position = following
         else:
             raise _broken_array(f"{path}:{line}", f"{found!r} after an object", "a comma, or the end of the array")
-    if rest := text[at + 1 :].strip():
+    if rest := text[position + 1 :].strip():
         raise _broken_array(f"{path}:{line}", f"{rest[:20]!r} after the array", "the end of the file")
 
 
-def _skip_blanks(text: str, at: int) -> int:
-    """The position of the first character from `at` on that is not blank."""
-    found = _NOT_BLANK.search(text, at)
+def _skip_blanks(text: str, start: int) -> int:
+    """Position of the first character at or after `start` that is not whitespace."""
+    found = _NOT_BLANK.search(text, start)
     return found.start() if found else len(text)
 
 
@@ -172,7 +172,7 @@ def _json_row(where: str, number: int, values: object, text: str) -> Row:
 
 
 def _refuse_surrogates(where: str, values: Mapping[str, object]) -> None:
-    """Raise where a JSON escape has left half of a surrogate pair, which no UTF-8 file and no tokenizer can hold."""
+    """Raise if a JSON escape left half of a surrogate pair, which neither UTF-8 nor tokenizers can represent."""
     for column, value in values.items():
         if _SURROGATE.search(json.dumps([column, value], ensure_ascii=False)):
             found = f"a lone surrogate (half of a character beyond U+FFFF) in column {column!r}"
@@ -189,7 +189,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise DataError(where, f"invalid CSV ({error})", "fields as RFC 4180 has them", "correct it") from error
+            raise DataError(where, f"invalid CSV ({error})", "fields as in RFC 4180", "correct it") from error
         if fields is None:
             return
         if not fields:
@@ -221,7 +221,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _values(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of a record batch. Text that is not UTF-8, such as a lone surrogate, is found row by row."""
+    """Rows of a record batch. If text is not UTF-8, search row by row for the error message."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
         return rows
@@ -236,8 +236,8 @@ def _values(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
 
 
 def _shorten_floats(kind: Any) -> Callable[[Any], Any] | None:
-    """A function that turns the float32 and float16 numbers in a value of Arrow type `kind` into the Python floats of
-    their shortest decimal text, 7.3 instead of 7.300000190734863; None where the type has none."""
+    """Function that converts float32 and float16 numbers in a value of Arrow type `kind` to Python floats with the
+    shortest decimal text, 7.3 instead of 7.300000190734863; None if the type contains no such numbers."""
     types = pyarrow.types
     if types.is_float32(kind) or types.is_float16(kind):
         width = np.float32 if types.is_float32(kind) else np.float16
@@ -257,6 +257,8 @@ def _each(fix: Callable[[Any], Any] | None, apply: Callable[[Any, Any], Any]) ->
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    system = isinstance(error, OSError) and error.errno is not None  # others are gzip's and Arrow's, of damaged files
+    system = (
+        isinstance(error, OSError) and error.errno is not None
+    )  # errors without errno are from gzip and Arrow, for damaged files
     fix = fix_of(cast(OSError, error), path, reading=True) if system else "copy or write the file again"
     return DataError(str(path), reason_of(error), "a readable file", fix)

@@ -1,4 +1,4 @@
-"""Student and teacher prompts as tokens, through the model's own chat template."""
+"""Render student and teacher prompts with the model's chat template."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ CONTEXT_TEMPLATES = {
         "Write as if this were the first attempt: do not mention the earlier one or its outcome."
     ),
 }
-"""What the teacher reads in the question's place: with the answer alone; the same as the public SDPG data have it; with
-the answer and a worked solution; or with an environment's feedback."""
+"""Templates of the teacher's question: with the answer; with the answer in the words of the public SDPG data; with
+answer and worked solution; with the feedback of an environment."""
 NEED_CONTEXT = ("feedback",)
-"""Templates that make no sense where a row's answer stands in for its context."""
+"""Templates that need a context; the answer cannot replace it."""
 RENDERERS_OWN = ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict", "return_tensors")
-"""Arguments of `apply_chat_template` that are no options of a template."""
+"""Arguments of `apply_chat_template` that are not template options."""
 
 PEER_TEMPLATES = {
     "peer": (
@@ -52,13 +52,13 @@ PEER_TEMPLATES = {
         "Solve the problem yourself, and write as if you had not seen that response."
     ),
 }
-"""What the teacher reads in the question's place beside another response to it."""
+"""Templates of the teacher's question with a successful response."""
 
 FIELDS = ("question", "context", "answer")
 
 
 class Renderer:
-    """Turns an example into the two prompts that its responses will follow."""
+    """Renders the student and teacher prompt of an example."""
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         """
@@ -66,13 +66,13 @@ class Renderer:
             tokenizer: transformers tokenizer with a chat template.
 
         Raises:
-            ConfigError: unknown or faulty context template, a tokenizer without a chat template, or an option that its
-                chat template does not know.
+            ConfigError: unknown or invalid context template, a tokenizer without chat template, or an option that the
+                chat template does not use.
         """
         template = chat_template(tokenizer)
         self._template = context_template(config.context_template)
         self.needs_context = config.context_template in NEED_CONTEXT
-        """Whether an example without a context cannot be rendered for the teacher."""
+        """True if the context template needs a context in every example."""
         self._peer_template = context_template(config.peer_template, "data.peer_template", PEER_TEMPLATES)
         self._system = config.system
         self._options = config.template_options
@@ -84,7 +84,7 @@ class Renderer:
         return self.students([example])[0], self.teachers([example], [context])[0]
 
     def students(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Prompt tokens of each question, up to where the assistant's response begins.
+        """Prompt tokens of each question, up to the start of the assistant's response.
 
         Raises:
             ConfigError: the chat template refuses the messages.
@@ -92,7 +92,7 @@ class Renderer:
         return self._tokens(examples, [example.question for example in examples])
 
     def teachers(self, examples: Sequence[Example], contexts: Sequence[Example | None]) -> list[Tokens]:
-        """Prompt tokens of each question with its privileged context, or with another problem's (`contexts`).
+        """Prompt tokens of each question with its privileged context, or with the context of another example.
 
         Raises:
             ConfigError: the chat template refuses the messages.
@@ -108,7 +108,7 @@ class Renderer:
         )
 
     def with_peer(self, prompt: Prompt, response: str) -> Tokens:
-        """Teacher prompt tokens that carry another response to the prompt's question.
+        """Teacher prompt tokens with a successful response to the same question.
 
         Raises:
             ConfigError: the chat template refuses the messages.
@@ -117,15 +117,15 @@ class Renderer:
         return self._tokens([Example(prompt.question, prompt.answer, history=prompt.history)], [question])[0]
 
     def _tokens(self, examples: Sequence[Example], questions: Sequence[str]) -> list[Tokens]:
-        """Tokens of each question after its example's history, rendered and tokenized together."""
+        """Render and tokenize each question after the history of its example."""
         chats = [self._messages(example, question) for example, question in zip(examples, questions, strict=True)]
         try:
             texts = self._texts(chats)
         except jinja2.TemplateError:
-            for chat in chats:  # to find the one
+            for chat in chats:  # find the one that fails
                 self._check_chat(chat)
             raise
-        # as apply_chat_template does: the template has the special tokens
+        # as in apply_chat_template: the template contains the special tokens
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [tuple(tokens) for tokens in encoded["input_ids"]]
 
@@ -146,30 +146,30 @@ class Renderer:
             self._texts([chat])
         except jinja2.TemplateError as error:
             roles = [message["role"] for message in chat]
-            expected = f"messages that the model's chat template takes ({error})"
+            expected = f"messages that the model's chat template accepts ({error})"
             raise ConfigError("model.path", roles, expected, "change data.system or the rows' roles") from error
 
 
 def _check_options(options: Mapping[str, object], chat_template: str) -> None:
-    """Refuse what the chat template would silently ignore: an option is a variable that its text reads."""
+    """Refuse options that do not occur in the chat template, which would silently ignore them."""
     variables = set(re.findall(r"[A-Za-z_]\w*", chat_template))
     for name in options:
         if name not in variables or name in RENDERERS_OWN:
             fix = did_you_mean(name, variables - set(RENDERERS_OWN)) or "remove it"
-            expected = "a variable of the model's chat template that is left to the user"
+            expected = "a variable of the model's chat template that users may set"
             raise ConfigError("data.template_options", name, expected, fix)
 
 
 def context_template(
     name_or_template: str, field: str = "data.context_template", shipped: Mapping[str, str] = CONTEXT_TEMPLATES
 ) -> str:
-    """A shipped template by name, or the template itself.
+    """Shipped template by name, or a validated custom template.
 
     Args:
-        field: of the configuration, for the error.
+        field: configuration field, for errors.
 
     Raises:
-        ConfigError: no {question} in it, a field that does not exist, or unbalanced braces.
+        ConfigError: no {question}, an unknown field, or unbalanced braces.
     """
     template = shipped.get(name_or_template, name_or_template)
     known = ", ".join(f"{{{name}}}" for name in FIELDS)

@@ -1,4 +1,4 @@
-"""Rows that repeat a problem: within files, between training and evaluation, and with another answer."""
+"""Detect repeated problems: within files, between training and evaluation, and with conflicting answers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 
 from sdpg_megatron.answers import canonical
-from sdpg_megatron.data.examples import Example
+from sdpg_megatron.data.examples import Example, folded
 
 ProblemIndex = Mapping[int, str]
-"""Digest of a problem, which is its question and the messages before it -> name of its first row."""
+"""Digest of a problem (question and history) -> uid of its first row."""
 
 
 class Repeats:
-    """Recognizes rows by 64-bit digests, of which a million take about 200 MB while files are read."""
+    """Compares rows by 64-bit digests. A million rows take about 200 MB while files are read."""
 
     def __init__(
         self, held_out: ProblemIndex | None, *, distill_enabled: bool, scored_by_metadata: bool = False
     ) -> None:
         """
         Args:
-            held_out: problems that these rows should not have; None for none.
-            taught: Whether the same question with another context is another row; otherwise the same in another file.
-            scored_by_metadata: Whether a row with other metadata is another one, too; only where `taught`.
+            held_out: problems that training rows should not have; None for none.
+            distill_enabled: True if rows with different contexts are distinct; otherwise rows of different files are.
+            scored_by_metadata: True if rows with different metadata are distinct; only with `distill_enabled`.
         """
         self._scored_by_metadata = scored_by_metadata
         self._held_out, self._distill_enabled = held_out or {}, distill_enabled
@@ -32,12 +32,12 @@ class Repeats:
         self._conflicts: list[str] = []
         self._shared: list[str] = []
         self.problems: dict[int, str] = {}
-        """The first row of each problem."""
+        """First row of each problem."""
         self.first = ""
-        """Name of the first row that repeated one."""
+        """Uid of the first repeated row; empty without one."""
 
-    def seen(self, uid: str, example: Example) -> bool:
-        """Take note of a row, and say whether it repeats an earlier one."""
+    def add(self, uid: str, example: Example) -> bool:
+        """Record a row; return True if it repeats an earlier one."""
         more = (example.context, example.teacher_question) if self._distill_enabled else uid.rpartition(":")[0]
         metadata = dict(example.metadata) if self._distill_enabled and self._scored_by_metadata else None
         row = _digest(example.question, example.history, example.answer_text, more, metadata)
@@ -45,7 +45,7 @@ class Repeats:
             self.first = self.first or uid
             return True
         self._rows.add(row)
-        problem = _digest(" ".join(example.question.casefold().split()), example.history)
+        problem = _digest(folded(example.question), example.history)
         answer = _digest(canonical(example.answer_text).casefold())
         self.problems.setdefault(problem, uid)
         if self._answers.setdefault(problem, answer) != answer:

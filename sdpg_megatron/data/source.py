@@ -1,4 +1,4 @@
-"""Where a run's prompts come from."""
+"""Source of the prompts of a run: data files or reasoning-gym."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from sdpg_megatron.records import Prompt
 
 
 class PromptSource(Protocol):
-    """Prompts by index. Every rank makes the same prompt of the same index, also in a later run."""
+    """Prompts by index. The prompt of an index is the same on every rank and in later runs."""
 
     @property
     def size(self) -> int | None:
-        """Number of prompts; None for a source without end."""
+        """Number of prompts; None for an endless source."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of what the prompts are: another one for other prompts."""
+        """Digest of the content of the prompts."""
         ...
 
     def __getitem__(self, index: int) -> Prompt: ...
 
     def describe(self) -> str:
-        """What there is, in a few words."""
+        """Short description for the log."""
         ...
 
 
@@ -38,18 +38,18 @@ def load_prompts(
     scored_by_metadata: bool = False,
     on_rows: OnRows = lambda rows: None,
 ) -> tuple[PromptSource, PromptDataset | None]:
-    """The prompts to train on and, if there are any, the held-out ones.
+    """Load the training prompts and the held-out prompts; the latter are None without evaluation data.
 
     Args:
         tokenizer: transformers tokenizer with a chat template.
-        seed: the run's.
-        scored_by_metadata: Whether the verifier may read the other columns; see `PromptDataset.load`.
-        on_rows: called with the number of rows read so far, of the held-out files first.
+        seed: seed of the run.
+        scored_by_metadata: True if the verifier may read the other columns; see `PromptDataset.load`.
+        on_rows: called with the number of rows read so far, starting with the held-out files.
 
     Raises:
-        ConfigError: no data file is named; the context template, the tokenizer or a reasoning-gym task cannot be used;
-            `data.context_of` is "other" and no other problem fits.
-        DataError: a row of a file cannot be used.
+        ConfigError: no data file; invalid context template, tokenizer or reasoning-gym task; or no other problem for
+            `data.context_of: other`.
+        DataError: an invalid row.
     """
     if config.reasoning_gym.tasks:
         try:

@@ -1,1 +1,1 @@
-"""What responses to held-out problems say about a model: estimates, results on disk, tables."""
+"""Evaluation on held-out problems: estimators, results on disk, tables."""

@@ -1,4 +1,4 @@
-"""What is kept of the responses to one problem, as a line of JSON."""
+"""Results of single problems, as lines of JSON."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sdpg_megatron.records import Prompt, ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSamples:
-    """Responses to one problem; one item of each tuple for each response."""
+    """Responses to one problem. Each tuple has one item per response."""
 
     rewards: tuple[float, ...]
     answers: tuple[str | None, ...] | None
-    """As the verifier reads them, None for a response that gives none; None where the verifier cannot say."""
+    """Extracted answers, None for a response without one. None if the verifier does not extract answers."""
     lengths: tuple[int, ...]
-    """Tokens, the stop token included."""
+    """Number of tokens, including the stop token."""
     truncated: tuple[bool, ...]
-    """Whether the response ended at the length limit."""
+    """True if the response reached the length limit."""
     failures: int
-    """Calls of the verifier that failed; their responses have the failure reward."""
+    """Number of failed verifier calls; their responses have the failure reward."""
     responses: tuple[str, ...] | None
-    """None where they were not to be kept."""
+    """Text of the responses; None if `eval.responses` is false."""
 
     @classmethod
     def of(cls, scored: ScoredGroup, *, responses: bool) -> EvalSamples:
@@ -45,16 +45,15 @@ class EvalSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One problem's results."""
+    """Results of one problem."""
 
     uid: str
-    """The prompt's: file name and row."""
+    """Uid of the prompt: file name and row."""
     question: str = ""
     reference_answer: str = ""
-    """The prompt's, which the verifier compares with."""
     sampled: EvalSamples
     greedy: EvalSamples
-    """One response."""
+    """The greedy response."""
 
     @classmethod
     def of(cls, sampled: ScoredGroup, greedy: ScoredGroup, *, responses: bool) -> Problem:
@@ -73,9 +72,9 @@ class Problem:
 
 
 def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
-    """The prompts of each data file, in order.
+    """Group prompts by data file, in order.
 
-    A file goes by its name without the suffix; where two would then share a name, by all of what their prompts call it.
+    The name of a file is its file name without suffix, or its whole label if two files would have the same name.
     """
     files: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -88,36 +87,34 @@ def by_file(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def as_lines(problems: Sequence[Problem]) -> bytes:
-    """JSON in UTF-8, one problem a line."""
+    """Serialize to JSON lines in UTF-8, one problem per line."""
     return b"".join(json_line(dataclasses.asdict(problem)) for problem in problems)
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """What `as_lines` has made.
+    """Read a file written with `as_lines`.
 
     Raises:
-        EvaluationError: names the line that is not a problem's results.
+        EvaluationError: an unreadable file, or an invalid line, by its number.
     """
     problems = []
     try:
         content = path.read_bytes()
     except OSError as error:
-        fix = "remove the evaluation's folder to make it anew"
-        raise EvaluationError(str(path), error.strerror or str(error), "problems' results", fix) from error
+        fix = "remove the evaluation's folder and evaluate again"
+        raise EvaluationError(str(path), error.strerror or str(error), "results of problems", fix) from error
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             fields = json.loads(line)
             parts: dict[str, Any] = {key: fields.get(key, "") for key in ("question", "reference_answer")}
-            parts |= {key: _draws(fields[key]) for key in ("sampled", "greedy")}
+            parts |= {key: _samples(fields[key]) for key in ("sampled", "greedy")}
             problems.append(Problem(uid=fields["uid"], **parts))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            expected = "one problem's results"
-            raise EvaluationError(
-                f"{path}:{number}", repr(error), expected, "remove the file to make it anew"
-            ) from error
+            expected, fix = "the results of one problem", "remove the file and evaluate again"
+            raise EvaluationError(f"{path}:{number}", repr(error), expected, fix) from error
     return problems
 
 
-def _draws(fields: dict[str, Any]) -> EvalSamples:
+def _samples(fields: dict[str, Any]) -> EvalSamples:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return EvalSamples(**values)

@@ -1,11 +1,11 @@
-"""The folder of an evaluation: what was asked, each problem's results, and what they sum up to.
+"""Folder of an evaluation: request, results of each problem, and scores.
 
-    evaluation.json      model, settings and data; first in the folder
-    NAME.jsonl           the results of the data file NAME, one problem a line
-    summary.json         the scores of every data file, and all of evaluation.json; last in the folder
+    evaluation.json      model, settings and data; written first
+    NAME.jsonl           results of the data file NAME, one problem per line
+    summary.json         scores of every data file and the content of evaluation.json; written last
 
-Every file is written aside and renamed: it is whole or absent, and an evaluation that was stopped goes on with the data
-files that have no results yet.
+Every file is written to a temporary name and renamed, so it is complete or absent. An interrupted evaluation continues
+with the data files that have no results yet.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ SETTINGS = (
     "reward.timeout", "reward.failure_reward", "rollout.engine", "eval.samples", "eval.temperature", "eval.top_p",
     "eval.max_response_tokens", "eval.k", "eval.responses",
 )  # fmt: skip
-"""Fields of the configuration that an evaluation depends on."""
+"""Configuration fields that an evaluation depends on."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """What is asked of a data file."""
+    """Size and content of a data file."""
 
     problems: int
     digest: str
-    """Of questions and answers, in order: the same on any model, for any file format."""
+    """Digest of questions and answers in order, independent of model and file format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is evaluated, how, and on what."""
+    """Model, settings and data of an evaluation."""
 
     model: str
-    """For people."""
+    """Display name of the model."""
     fingerprint: str | None
-    """Of the weights' folder; None for weights in a trainer's memory."""
+    """Fingerprint of the folder with the weights; None for weights in the memory of a trainer."""
     settings: Mapping[str, Any]
-    """By the names of `SETTINGS`, as JSON has them."""
+    """Values of `SETTINGS`, as in JSON."""
     data: Mapping[str, DataFile]
 
     @classmethod
@@ -71,9 +71,9 @@ class Request:
         return cls(model=model, fingerprint=fingerprint, settings=settings, data=data)
 
     def difference(self, other: Request, free: Sequence[str] = ()) -> tuple[str, str, str] | None:
-        """The first thing in which data or settings differ: its name, and what it is here and there.
+        """First difference in data or settings: its name, the value here and the value in `other`; None without one.
 
-        `free`: settings that may differ.
+        Settings in `free` may differ.
         """
         for name in (*self.data, *other.data):
             here, there = (request.data.get(name) for request in (self, other))
@@ -86,14 +86,14 @@ class Request:
 
 
 class Results:
-    """An evaluation's folder, while it is being filled. All that write raise `WriteError` where the disk refuses."""
+    """Folder of an evaluation in progress. Methods that write raise `WriteError` on disk errors."""
 
     def __init__(self, folder: Path, request: Request) -> None:
         self.folder, self.request = folder, request
 
     @classmethod
     def start(cls, folder: Path, request: Request) -> Results:
-        """Begin an evaluation. Results that the folder had are replaced."""
+        """Start an evaluation; existing results are replaced."""
         results = cls(folder, request)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class Results:
 
     @classmethod
     def start_or_continue(cls, folder: Path, request: Request) -> Results:
-        """Begin an evaluation, or go on with it where the folder has a part of the same.
+        """Continue the evaluation if the folder has a part of it, else start it.
 
         Raises:
             EvaluationError: as `check`.
@@ -114,24 +114,24 @@ class Results:
 
     @staticmethod
     def check(folder: Path, request: Request) -> bool:
-        """Return whether the folder has a part of this evaluation. Writes nothing.
+        """True if the folder has a part of this evaluation, False if it has no evaluation. Writes nothing.
 
         Raises:
-            EvaluationError: the folder has another evaluation; names what differs.
+            EvaluationError: the folder has another evaluation; names the difference.
         """
         if not (folder / REQUEST_FILE).exists():
             return False
         earlier = read_request(folder / REQUEST_FILE)
         where, fix = str(folder / REQUEST_FILE), "choose another folder with --out, or remove this one"
         if earlier.fingerprint != request.fingerprint:
-            raise EvaluationError(where, f"results of {earlier.model}", f"those of {request.model}", fix)
+            raise EvaluationError(where, f"results of {earlier.model}", f"results of {request.model}", fix)
         if difference := earlier.difference(request):
             name, before, now = difference
-            raise EvaluationError(where, f"{name}: {before}", f"{now}, as asked for now", fix)
+            raise EvaluationError(where, f"{name}: {before}", f"{now}, as requested", fix)
         return True
 
     def path(self, name: str) -> Path:
-        """Of the results of a data file."""
+        """Path of the results of a data file."""
         return self.folder / f"{name}.jsonl"
 
     @property
@@ -140,11 +140,11 @@ class Results:
         return [name for name in self.request.data if not self.path(name).exists()]
 
     def write(self, name: str, problems: Sequence[Problem]) -> None:
-        """Keep the results of a data file."""
+        """Write the results of a data file."""
         write_whole(self.path(name), as_lines(problems))
 
     def finish(self) -> dict[str, Scores]:
-        """Sum up what was written; by data file."""
+        """Compute the scores of each data file and write the summary."""
         ks, seed = self.request.settings["eval.k"], self.request.settings["seed"]
         scores = {name: score(read_problems(self.path(name)), ks, seed=seed) for name in self.request.data}
         tree = dataclasses.asdict(self.request) | {"scores": {n: dataclasses.asdict(s) for n, s in scores.items()}}
@@ -162,7 +162,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
-        """Raises `EvaluationError` where the folder has no finished evaluation."""
+        """Read an evaluation. Raises `EvaluationError` if the folder has no finished one."""
         path = folder / SUMMARY_FILE
         tree = _read(path)
         try:
@@ -176,23 +176,23 @@ class Evaluation:
             }
             return cls(folder, _request(tree), scores)
         except (KeyError, TypeError, AttributeError) as error:
-            raise _not_ours(path, repr(error)) from error
+            raise _invalid(path, repr(error)) from error
 
     def problems(self, name: str) -> list[Problem]:
-        """Each problem's results of a data file. Raises `EvaluationError` where the file is damaged."""
+        """Results of each problem of a data file. Raises `EvaluationError` if the file is damaged."""
         return read_problems(Results(self.folder, self.request).path(name))
 
 
 def limit_responses(folder: Path, max_bytes: int) -> None:
-    """Remove the responses' text from the oldest evaluations in a folder, until all of them fit.
+    """Remove the text of responses from the oldest evaluations until all fit into `max_bytes`.
 
-    The newest keeps its own. Numbers, questions and answers stay.
+    The newest evaluation keeps its responses. Numbers, questions and answers are kept.
 
     Args:
-        folder: has evaluations by the names of its folders, oldest first.
+        folder: folder of evaluations; their names sort from oldest to newest.
 
     Raises:
-        WriteError: the disk refused; a file is as it was, or without responses.
+        WriteError: a disk error; every file is either unchanged or without responses.
     """
     evaluations = sorted(path.parent for path in folder.glob(f"*/{REQUEST_FILE}"))
     sizes = {path: _bytes(path) for path in evaluations}
@@ -202,18 +202,18 @@ def limit_responses(folder: Path, max_bytes: int) -> None:
             return
         try:
             _drop_responses(path)
-        except EvaluationError as error:  # of an earlier evaluation, which this run does not need
+        except EvaluationError as error:  # an earlier evaluation, which this run does not need
             logger.warning("responses are not removed: %s", error)
         excess -= sizes[path] - _bytes(path)
 
 
 def _bytes(folder: Path) -> int:
-    """Bytes of the files in a folder; links count as themselves, wherever they lead."""
+    """Size of the files in a folder in bytes. Links are not followed."""
     return sum(file.lstat().st_size for file in folder.iterdir())
 
 
 def _drop_responses(folder: Path) -> None:
-    """Remove the responses' text from an evaluation, and then set `eval.responses` in its settings to false.
+    """Remove the text of responses from an evaluation, then set `eval.responses` in its settings to false.
 
     Raises:
         EvaluationError: the evaluation is damaged.
@@ -229,16 +229,16 @@ def _drop_responses(folder: Path) -> None:
 
 
 def response_limit(config: RunConfig) -> int:
-    """Longest response of an evaluation, in tokens."""
+    """Maximum response length of an evaluation in tokens."""
     return config.eval.max_response_tokens or config.rollout.max_response_tokens
 
 
 def read_request(path: Path) -> Request:
-    """Raises `EvaluationError` where the file is damaged."""
+    """Read a request. Raises `EvaluationError` if the file is damaged."""
     try:
         return _request(_read(path))
     except (KeyError, TypeError, AttributeError) as error:
-        raise _not_ours(path, repr(error)) from error
+        raise _invalid(path, repr(error)) from error
 
 
 def _request(tree: Mapping[str, Any]) -> Request:
@@ -254,14 +254,14 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _not_ours(path, error.strerror or str(error)) from error
+        raise _invalid(path, error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise _not_ours(path, str(error)) from error
+        raise _invalid(path, str(error)) from error
 
 
-def _not_ours(path: Path, found: str) -> EvaluationError:
-    fix = "name the folder of a finished evaluation, or finish it with the command that began it"
-    return EvaluationError(str(path), found, "what an evaluation writes", fix)
+def _invalid(path: Path, found: str) -> EvaluationError:
+    fix = "name the folder of a finished evaluation, or finish it with the command that started it"
+    return EvaluationError(str(path), found, "a file written by an evaluation", fix)
 
 
 def _json(request: Request) -> str:

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, from its problems' results."""
+"""Scores of an evaluation, from the results of its problems."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sdpg_megatron.evaluation.problems import Problem
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of one data file."""
+    """Scores of one data file."""
 
     problems: int
     failures: int
-    """Verifier calls that failed, sampled and greedy together."""
+    """Number of failed verifier calls, sampled and greedy together."""
     estimates: Mapping[str, Estimate]
-    """By name: pass@k, majority@k, greedy, length, truncated."""
+    """Estimates by name: pass@k, majority@k, greedy, length, truncated."""
 
 
 def score(problems: Sequence[Problem], ks: Sequence[int], *, seed: int) -> Scores:
-    """Estimates over `problems`, of which there is at least one.
+    """Compute the scores of at least one problem.
 
     Args:
-        ks: numbers of responses of pass@k and majority@k; pass@1 is always among them.
-        seed: of the intervals' resampling.
+        ks: values of k for pass@k and majority@k; pass@1 is always included.
+        seed: seed of the bootstrap.
     """
     columns = per_problem(problems, ks)
     estimates = bootstrap(np.stack(list(columns.values()), axis=1), seed=seed)
@@ -39,7 +39,7 @@ def score(problems: Sequence[Problem], ks: Sequence[int], *, seed: int) -> Score
 
 
 def per_problem(problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, Array]:
-    """Each quantity's value for each problem, float64 [P]; its estimate is their mean."""
+    """Value of each quantity per problem, float64 [P]; the estimate is its mean."""
     columns = {f"pass@{k}": [best_at(p.sampled.rewards, k) for p in problems] for k in sorted({1, *ks})}
     for k in sorted(set(ks) - {1}):
         votes = [

@@ -1,4 +1,4 @@
-"""Evaluations as tables for a terminal or a log."""
+"""Render evaluations as tables for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -13,32 +13,23 @@ from sdpg_megatron.evaluation.estimators import Estimate
 from sdpg_megatron.evaluation.scores import Scores
 
 LOG_WIDTH = 240
-"""Columns of an output that is no terminal: rich would break its lines at 80."""
+"""Line width for outputs other than terminals, which rich would wrap at 80 columns."""
 
 
 def show(title: str, table: Table, output: TextIO) -> None:
-    """Print a table below its title."""
+    """Print a title and a table."""
     console = Console(file=output)
     console = console if console.is_terminal else Console(file=output, width=LOG_WIDTH)
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 
 
-def scores_table(scores: Mapping[str, Scores]) -> Table:
-    """One evaluation: a column for each data file."""
-    return _table(scores, [{} for _ in scores])
-
-
-def comparison_table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
-    """One data file: a column for each evaluation.
+def scores_table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]] = ()) -> Table:
+    """Table with a column for each data file of an evaluation, or for each evaluation of a data file.
 
     Args:
-        differences: of each evaluation from the first, by quantity, shown below its own; none where it is empty.
+        differences: differences of each column from the first, by quantity, shown below its values; empty for none.
     """
-    return _table(scores, differences)
-
-
-def _table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Estimate]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("", no_wrap=True)
     for column in scores:
@@ -46,14 +37,14 @@ def _table(scores: Mapping[str, Scores], differences: Sequence[Mapping[str, Esti
     table.add_row("problems", *(str(found.problems) for found in scores.values()))
     for name in dict.fromkeys(name for found in scores.values() for name in found.estimates):
         shown = [_lines(name, found.estimates.get(name), "") for found in scores.values()]
-        below = [_lines(name, found.get(name), "+") for found in differences]
+        below = [_lines(name, found.get(name), "+") for found in differences or [{}] * len(scores)]
         table.add_row(name, *("\n".join(filter(None, pair)) or "-" for pair in zip(shown, below, strict=True)))
     table.add_row("verifier failures", *(str(found.failures) for found in scores.values()))
     return table
 
 
 def _lines(name: str, estimate: Estimate | None, sign: str) -> str:
-    """``0.609 (0.523 to 0.695)``, or the empty string for None."""
+    """Format an estimate as ``0.609 (0.523 to 0.695)``; empty for None."""
     if estimate is None:
         return ""
     form = f"{sign}.1f" if name == "length" else f"{sign}.3f"

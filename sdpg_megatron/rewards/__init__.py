@@ -1,1 +1,1 @@
-"""Verifiers: what a response is worth."""
+"""Verifiers, reward shaping and group filters."""

@@ -1,4 +1,4 @@
-"""A verifier for responses whose last line is ``Answer: value``, as DAPO-Math-17k asks for."""
+"""Verifier `answer`, for responses with a last line ``Answer: value`` (the format of DAPO-Math-17k)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ except ModuleNotFoundError as error:
 
 
 def answer(prompt: Prompt, response: str) -> float:
-    """1.0 where the value of the last line ``Answer: value`` of `response` is the prompt's answer, else 0.0.
+    """1.0 if the value of the last line ``Answer: value`` of `response` is the prompt's answer, else 0.0.
 
-    What `equality.decide` leaves open is compared as mathematics where math-verify is installed, and as normalised text
-    where it is not.
+    Cases that `equality.decide` leaves undecided are compared by math-verify if it is installed, else as normalized
+    text.
     """
     stated = last_line(response)
     return float(stated is not None and equal(prompt.answer_text, stated))
 
 
 def extract_answer(response: str) -> str | None:
-    """What `answer` compares, in one spelling for numbers, words of yes and no, and option letters."""
+    """Answer that `answer` compares, in canonical spelling; None without one."""
     stated = last_line(response)
     return None if stated is None else spelling(stated)

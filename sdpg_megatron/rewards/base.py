@@ -1,4 +1,4 @@
-"""What a verifier is."""
+"""Verifier interface."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sdpg_megatron.records import Prompt
 
 
 class Verifier(Protocol):
-    """Scores one response. It may raise or hang: the caller bounds it and counts the failure."""
+    """Scores one response. It may raise or hang: the caller enforces a timeout and counts failures."""
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """Reward of `response` (decoded text without special tokens) to `prompt`; 1.0 is right, 0.0 is wrong."""
+        """Reward of `response` (decoded text without special tokens) to `prompt`: 1.0 is correct, 0.0 is wrong."""
         ...
 
 
 Extract = Callable[[str], str | None]
-"""Response -> the answer that it gives, in one spelling for all that mean the same; None where it gives none."""
+"""Response -> its answer, with the same text for equal answers; None if it gives none."""
 
 
 @runtime_checkable
 class Extracting(Verifier, Protocol):
-    """A verifier that also says which answer a response gives: what majority votes count."""
+    """Verifier that also extracts the answer of a response, for majority votes."""
 
     @property
     def extract(self) -> Extract: ...
@@ -31,7 +31,7 @@ class Extracting(Verifier, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExtractingVerifier:
-    """An `Extracting` verifier of two functions."""
+    """`Extracting` verifier composed of two functions."""
 
     verify: Verifier
     extract: Extract

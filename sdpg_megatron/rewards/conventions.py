@@ -1,4 +1,4 @@
-"""How a verifier is called and what it may return: this package's convention, verl's and slime's, plain or async."""
+"""Calling conventions of verifiers: this package's, verl's and slime's, sync or async; and their return values."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ EXPECTED = (
 )
 RETURNED = 'a number, a bool, a scalar of NumPy or PyTorch, or a dict with one of them as "score" or "reward"'
 SCORES = ("score", "reward")
-"""Keys of a dict's reward, the first one that is there."""
-LARGEST = MAX_REWARD
+"""Keys of the reward in a dict; the first existing one is used."""
 BATCHES = {"samples", "prompts", "responses", "completions", "solution_strs"}
-"""Parameters of functions that score several responses at a time."""
+"""Parameter names of functions that score a batch of responses."""
 RESPONSE_WORDS = {"response", "completion", "prediction", "predicted", "pred", "output", "generated", "generation"}
-"""Words in the name of a parameter that takes the response's text."""
+"""Words in the name of a parameter for the response text."""
 ANSWER_WORDS = {
     *("answer", "truth", "gt", "label", "target", "gold", "golden", "reference", "ref", "expected", "correct"),
     "solution",
 }
-"""Words in the name of a parameter that takes the prompt's answer."""
+"""Words in the name of a parameter for the reference answer."""
 
 VERL = {"data_source": "data_source", "solution_str": "response", "ground_truth": "answer", "extra_info": "extra_info"}
-"""verl's keywords -> what each takes."""
+"""verl keyword -> role."""
 AMBIGUOUS = "ambiguous"
 
 Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -46,18 +45,18 @@ Convention = Callable[[Prompt, str], Arguments]
 
 
 class RewardTypeError(TypeError):
-    """A verifier returned something that is no reward, whatever the response."""
+    """A verifier returned a value of a type that cannot be a reward."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlimeSample:
-    """The attributes of slime's ``Sample`` that are known when a response is scored."""
+    """Attributes of slime's ``Sample`` that are known when a response is scored."""
 
     prompt: str
-    """The question, without chat template."""
+    """Question without chat template."""
     response: str
     label: Answer
-    """The prompt's answer."""
+    """Reference answer."""
     metadata: dict[str, object] = field(default_factory=dict)
 
 
@@ -66,17 +65,17 @@ def positional(prompt: Prompt, response: str) -> Arguments:
 
 
 def named(signature: inspect.Signature) -> Convention:
-    """Pass what the parameters' names ask for, and verl's keywords as far as the function takes them.
+    """Convention that passes arguments by the roles of parameter names, including verl's keywords.
 
-    `data_source` and `extra_info` are the row's columns; without them, the data file's name and all other columns.
+    `data_source` and `extra_info` are columns of the row, or else the data file's name and all other columns.
     """
     parameters = signature.parameters
-    wanted = {parameter.name: _role(parameter.name) for parameter in _asked(signature)}
-    wanted |= {name: role for name, role in VERL.items() if name in parameters}
+    roles = {parameter.name: _role(parameter.name) for parameter in _bound_parameters(signature)}
+    roles |= {name: role for name, role in VERL.items() if name in parameters}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if open_ended and "solution_str" in parameters:
-        wanted |= VERL
-    by_position = [name for name in wanted if name in parameters and _is_positional_only(parameters[name])]
+        roles |= VERL
+    by_position = [name for name in roles if name in parameters and _is_positional_only(parameters[name])]
 
     def arguments(prompt: Prompt, response: str) -> Arguments:
         values = {
@@ -86,35 +85,35 @@ def named(signature: inspect.Signature) -> Convention:
             "data_source": prompt.metadata.get("data_source", prompt.uid.rpartition(":")[0]),
             "extra_info": prompt.metadata.get("extra_info", dict(prompt.metadata)),
         }
-        keywords = {name: values[role] for name, role in wanted.items() if role}
+        keywords = {name: values[role] for name, role in roles.items() if role}
         return tuple(keywords.pop(name) for name in by_position), keywords
 
     return arguments
 
 
 def slime(prompt: Prompt, response: str) -> Arguments:
-    """`args` is an empty namespace: this project has no arguments of slime's."""
+    """slime's convention, with an empty namespace for `args`."""
     return (Namespace(), SlimeSample(prompt.question, response, prompt.answer, dict(prompt.metadata))), {}
 
 
 def find_convention(target: Callable[..., object]) -> Convention | None:
-    """Return the convention that the signature of a function or class fits; None where it fits none.
+    """Convention that matches the signature of a function or class; None without a match.
 
-    Names decide where they say what a parameter takes, the position where they say nothing. A callable without a
-    signature, such as one of an extension module, is called as ``f(prompt, response)``.
+    Parameter names with a known role decide; without known roles, positions do. A callable without a signature, such as
+    one of an extension module, is called as ``f(prompt, response)``.
     """
     try:
         signature = _signature(target)
     except ValueError:
         return positional
-    names, asked = list(signature.parameters), [parameter.name for parameter in _asked(signature)]
-    roles = [_role(name) for name in asked]
+    names, bound = list(signature.parameters), [parameter.name for parameter in _bound_parameters(signature)]
+    roles = [_role(name) for name in bound]
     convention: Convention | None = None
     if not BATCHES.isdisjoint(names):
         return None
     if names[1:2] == ["sample"] and _role(names[0]) is None:
         convention = slime
-    elif _are_clear(roles) and (len(asked) > 1 or "solution_str" in names):
+    elif _are_clear(roles) and (len(bound) > 1 or "solution_str" in names):
         convention = named(signature)
     elif {"answer", AMBIGUOUS}.isdisjoint(roles) and "response" not in roles[:1] and "prompt" not in roles[1:]:
         convention = positional
@@ -129,31 +128,31 @@ def describe_signature(target: Callable[..., object]) -> str:
 
 
 def is_callable_class(target: object) -> bool:
-    """Tell whether `target` is a class that is built without arguments and whose instances can be called."""
+    """True if `target` is a class with a constructor without arguments and callable instances."""
     if not isinstance(target, type) or not any("__call__" in vars(base) for base in target.__mro__):
         return False
     try:
         inspect.signature(target).bind()
     except TypeError:
         return False
-    except ValueError:  # no signature: only a try will tell
+    except ValueError:  # no signature: only calling it can tell
         return True
     return True
 
 
 def call(target: Callable[..., object], convention: Convention, prompt: Prompt, response: str) -> object:
-    """Call a verifier and, where it is async, run it to its end."""
+    """Call a verifier; run it to completion if it is async."""
     positionals, keywords = convention(prompt, response)
     value = target(*positionals, **keywords)
     return _runner().run(_result(value)) if inspect.isawaitable(value) else value
 
 
 def as_reward(value: object) -> float:
-    """Convert what a verifier returned into a reward.
+    """Convert the return value of a verifier to a reward.
 
     Raises:
-        RewardTypeError: a value of another kind than `RETURNED`.
-        ValueError: NaN, or a magnitude over `LARGEST`.
+        RewardTypeError: a value of another type than `RETURNED`.
+        ValueError: NaN, or a magnitude above `MAX_REWARD`.
     """
     number = value
     if isinstance(number, Mapping):
@@ -165,18 +164,13 @@ def as_reward(value: object) -> float:
         reward = float(number)
     except OverflowError:
         reward = math.inf
-    if not is_bounded(reward):
-        raise ValueError(f"returned {short(value)}, not a finite number up to {LARGEST:g}")
+    if not abs(reward) <= MAX_REWARD:  # NaN is refused, too
+        raise ValueError(f"returned {short(value)}, not a finite number up to {MAX_REWARD:g}")
     return reward
 
 
-def is_bounded(reward: float) -> bool:
-    """Tell whether a reward is a number that a group's mean and deviation can be computed with."""
-    return abs(reward) <= LARGEST
-
-
 def scalar(value: object) -> object:
-    """Return the element of a NumPy or PyTorch value that has one; None for several; anything else as it is."""
+    """Element of a NumPy or PyTorch value with one element; None for several; other values unchanged."""
     item = getattr(value, "item", None)
     if not callable(item):
         return value
@@ -187,7 +181,7 @@ def scalar(value: object) -> object:
 
 
 def takes(target: Callable[..., object], count: int) -> bool:
-    """Tell whether a callable accepts `count` positional arguments; True where it has no signature."""
+    """True if a callable accepts `count` positional arguments, or has no signature."""
     try:
         inspect.signature(target).bind(*range(count))
     except TypeError:
@@ -198,7 +192,7 @@ def takes(target: Callable[..., object], count: int) -> bool:
 
 
 def _role(name: str) -> str | None:
-    """Return what a parameter takes by its name: a key of `named`'s values, or `AMBIGUOUS`; None for other names."""
+    """Role of a parameter by its name: a key of the values in `named`, or `AMBIGUOUS`; None for other names."""
     if name in VERL or name == "prompt":
         return VERL.get(name, name)
     words = set(name.lower().split("_"))
@@ -208,24 +202,24 @@ def _role(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _asked(signature: inspect.Signature) -> list[inspect.Parameter]:
-    """Return the parameters that need an argument: those without a default, and optional ones that are named for it.
+def _bound_parameters(signature: inspect.Signature) -> list[inspect.Parameter]:
+    """Parameters that get an argument: all without a default, and some with a default and a known role.
 
-    Of the latter kind are the first two, and answers of None.
+    The latter are the first two parameters, and an answer that defaults to None.
     """
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [parameter for parameter in signature.parameters.values() if parameter.kind not in variable]
     return [
         parameter
-        for place, parameter in enumerate(parameters)
+        for index, parameter in enumerate(parameters)
         if parameter.default is parameter.empty
-        or (place < 2 and _role(parameter.name) is not None)
+        or (index < 2 and _role(parameter.name) is not None)
         or (parameter.default is None and _role(parameter.name) == "answer")
     ]
 
 
 def _are_clear(roles: Sequence[str | None]) -> bool:
-    """Tell whether names say what each parameter takes; `prompt` beside an answer may be the question's text."""
+    """True if names determine all roles. `prompt` together with an answer may mean the question's text: not clear."""
     known = None not in roles and AMBIGUOUS not in roles and len(set(roles)) == len(roles)
     return known and "response" in roles and not {"prompt", "answer"} <= set(roles)
 
@@ -244,7 +238,7 @@ def _fits(signature: inspect.Signature, convention: Convention) -> bool:
 
 
 def _signature(target: Callable[..., object]) -> inspect.Signature:
-    """Return the signature of a function, or of a class's ``__call__`` without `self`."""
+    """Signature of a function, or of a class's ``__call__`` without `self`."""
     if not isinstance(target, type):
         return inspect.signature(target)
     found = inspect.signature(target.__call__)
@@ -257,7 +251,7 @@ async def _result(value: Awaitable[Any]) -> Any:
 
 @cache
 def _runner() -> asyncio.Runner:
-    """One event loop for all calls of a process, so that a verifier can keep connections open."""
+    """One event loop per process, so that a verifier can keep connections open between calls."""
     return asyncio.Runner()
 
 

@@ -1,7 +1,7 @@
-r"""Decide by rules of text whether a stated answer is the reference answer, before any computer algebra.
+r"""Compare a stated answer with the reference answer by text rules, before any computer algebra.
 
-Algebra reads words as products of letters: to it "listen" is "silent", and "False" is right in every spelling while
-"True" is not. Rules here cover words, yes and no, option letters, percentages, units and plain numbers, and leave
+Computer algebra reads words as products of letters: "listen" equals "silent", and "False" is accepted in every spelling
+while "True" is not. The rules cover words, booleans, option letters, percentages, units and plain numbers, and leave
 everything else undecided.
 """
 
@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from sdpg_megatron.answers import as_number, canonical, normalised, plain_digits, stripped
+from sdpg_megatron.answers import as_number, canonical, normalized, plain_digits, stripped
 
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 UNITS = {
@@ -46,7 +46,7 @@ UNITS = {
     "cent": "cents",
     "euro": "euros EUR",
 }
-"""Units that are told apart, with their other names. Symbols are compared as they are, words without regard to case."""
+"""Unit -> other names. Names of less than three characters are case-sensitive."""
 
 _MACRO = re.compile(
     r"\\(?:text(?:bf|rm|it|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|boldsymbol)\s*\{([^{}]*)\}"
@@ -70,7 +70,7 @@ _UNIT = re.compile(
 _POWERS = {"sq": "2", "square": "2", "cu": "3", "cubic": "3"}
 
 Unit = tuple[tuple[str, str], ...]
-"""Name and exponent of each part, the ones after the first divided by: m/s is (("m", "1"), ("s", "1"))."""
+"""Name and exponent of each factor; factors after the first are divisors: m/s is (("m", "1"), ("s", "1"))."""
 
 
 def _names() -> dict[str, str]:
@@ -85,15 +85,15 @@ _NAMES = _names()
 
 
 def decide(answer: str, stated: str) -> bool | None:
-    """Whether `stated` is `answer`, by text alone; None where only algebra can tell.
+    """True if `stated` equals `answer`, False if not, None if text rules cannot decide.
 
-    Two plain numbers are compared exactly; a unit counts where both have one. 50% is 50 and 0.5; to an answer of 0.5
-    it is right and 0.5% is wrong. An option letter may be followed by its text: "C. 12" states C, and 12.
+    Plain numbers are compared exactly. Units are compared if both have one. 50% equals 50 and 0.5; for the answer 0.5,
+    50% is right and 0.5% is wrong. An option letter may be followed by its text: "C. 12" states C and 12.
     """
     expected, found = plain(answer), plain(stated)
     if not found:
         return False
-    if normalised(expected) == normalised(found):
+    if normalized(expected) == normalized(found):
         return True
     booleans = _boolean(expected), _boolean(found)
     if booleans != (None, None):
@@ -105,7 +105,7 @@ def decide(answer: str, stated: str) -> bool | None:
 
 
 def spelling(stated: str) -> str:
-    """One spelling for answers that mean the same, which majority votes count."""
+    """Canonical spelling of an answer, for majority votes."""
     text = plain(stated)
     if (boolean := _boolean(text)) is not None:
         return str(boolean).lower()
@@ -119,7 +119,7 @@ def spelling(stated: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""`text` without what is only around it, without ``\text{}`` and its kin, and with plain blanks and degrees."""
+    r"""Remove markup and macros such as ``\text{}``; normalize spaces and degrees."""
     text = plain_digits(stripped(text))
     for _ in range(3):
         text = _MACRO.sub(r"\1", text)
@@ -132,7 +132,7 @@ def _boolean(text: str) -> bool | None:
 
 
 def _is_words(text: str) -> bool:
-    """Whether `text` is a word or words rather than a product of variables, whose letters are in alphabetical order."""
+    """True if `text` consists of words. Letters in alphabetical order are a product of variables."""
     if not _WORDS.fullmatch(text):
         return False
     letters = text.casefold()
@@ -140,7 +140,7 @@ def _is_words(text: str) -> bool:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """Option letter and what is stated after it."""
+    """Option letter and the text after it; None if `text` is not one option."""
     found = _CHOICE.fullmatch(text)
     if found is None or _SEVERAL.search(found[3]):
         return None
@@ -173,7 +173,7 @@ def _same_percentage(expected: str, found: str) -> bool | None:
 
 
 def _same_measure(expected: str, found: str) -> bool | None:
-    """Compare numbers, with units where both have one. Quotients may be equal in other spellings, too."""
+    """Compare numbers and quotients, with their units if both have one."""
     (value, unit), (other, other_unit) = _measure(expected), _measure(found)
     if unit and other_unit and unit != other_unit:
         return False
@@ -185,12 +185,12 @@ def _same_measure(expected: str, found: str) -> bool | None:
 
 
 def _measure(text: str) -> tuple[str, Unit | None]:
-    """Value and unit; the whole text where it is not a number with a unit of `UNITS`."""
+    """Value and unit; the whole text and None if it is not a number with a unit of `UNITS`."""
     if re.fullmatch(r"[-+]?\\?\$\s*[0-9.,]+", text):
         return text, (("dollar", "1"),)
     if found := _MEASURE.fullmatch(text):
         unit = _unit(found["unit"].strip())
-        # 3m may be a product, 3 m is a length
+        # "3m" may be a product, "3 m" is a length
         if unit and (found["blank"] or len(found["unit"]) > 1) and _quotient(found["value"]) is not None:
             return found["value"], unit
     return text, None
@@ -209,7 +209,7 @@ def _unit(text: str) -> Unit | None:
 
 
 def _quotient(text: str) -> Fraction | None:
-    """A number, a fraction of whole numbers or a mixed number, exactly."""
+    """Exact value of a number, a fraction of integers or a mixed number; None for other text."""
     number: Decimal | None = as_number(text)
     if number is not None:
         return Fraction(number)

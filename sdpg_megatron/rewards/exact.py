@@ -1,16 +1,16 @@
-"""A verifier for responses that are the answer and nothing else."""
+"""Verifier `exact`, for responses that consist of the answer."""
 
 from __future__ import annotations
 
-from sdpg_megatron.answers import normalised
+from sdpg_megatron.answers import normalized
 from sdpg_megatron.records import Prompt
 
 
 def exact(prompt: Prompt, response: str) -> float:
-    """1.0 where `response` is the prompt's answer but for case, blanks, Unicode form and markup, else 0.0."""
-    return float(normalised(response) == normalised(prompt.answer_text))
+    """1.0 if `response` equals the prompt's answer up to case, whitespace, Unicode form and markup, else 0.0."""
+    return float(normalized(response) == normalized(prompt.answer_text))
 
 
 def extract_exact(response: str) -> str | None:
-    """What `exact` compares; None where that is nothing."""
-    return normalised(response) or None
+    """Text that `exact` compares; None if it is empty."""
+    return normalized(response) or None

@@ -1,4 +1,4 @@
-"""The limit on verifier calls that fail: rewards that nearly all come from failures teach nothing."""
+"""Limit on failed verifier calls: training on failure rewards is meaningless."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from sdpg_megatron.records import ScoredGroup
 
 
 def exceeds(groups: Sequence[ScoredGroup], limit: float | None) -> bool:
-    """Tell whether more than the share `limit` of the verifier calls on the groups failed, or all; None is no limit."""
+    """True if more than the fraction `limit` of the verifier calls failed, or all of them; False without a limit."""
     calls = sum(len(scored.rewards) for scored in groups)
     failures = sum(scored.failures for scored in groups)
     return limit is not None and failures > 0 and (failures == calls or failures > limit * calls)
 
 
 def check_failures(where: str, groups: Sequence[ScoredGroup], limit: float | None) -> None:
-    """Check the verifier calls on a step's, or an evaluation's, groups.
+    """Check the verifier calls of a step or an evaluation.
 
     Args:
-        where: what the groups are of, for the error.
-        limit: `RewardConfig.failure_limit`; None checks nothing.
+        where: step or evaluation, for the error.
+        limit: `RewardConfig.failure_limit`; None for no limit.
 
     Raises:
-        VerifierError: more than that share of the calls failed, or all of them.
+        VerifierError: as `exceeds`.
     """
     if limit is None or not exceeds(groups, limit):
         return

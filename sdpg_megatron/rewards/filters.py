@@ -1,4 +1,4 @@
-"""Which groups teach: dead ones, and filters of the user's."""
+"""Selection of groups: equal rewards, and custom filters."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.conventions import describe_signature, is_callable_class, scalar, takes
-from sdpg_megatron.rewards.load import instantiate, load_function
+from sdpg_megatron.rewards.load import instantiate
 
 FIELD = "selection.filters"
-DEAD = ("right", "wrong", "level")
-"""Why a group is dead: all its rewards at least 1, at most 0, or equal in between; or equal once they were shaped."""
+EQUAL_REWARDS = ("right", "wrong", "level")
+"""Results of `equal_rewards`: all rewards at least 1, all at most 0, or otherwise equal (also after shaping)."""
 
 
 class GroupFilter(Protocol):
-    """Says whether a step learns from a group. It runs in the trainer, on one rank."""
+    """Decides if a step trains on a group. It runs in the trainer, on one rank."""
 
     def __call__(self, group: ScoredGroup) -> bool:
-        """True keeps the group. Whatever it raises ends the run."""
+        """Return True to keep the group. An exception ends the run."""
         ...
 
 
-def dead(scored: ScoredGroup) -> str | None:
-    """Why a group teaches nothing, one of `DEAD`; None where it does.
+def equal_rewards(scored: ScoredGroup) -> str | None:
+    """Reason in `EQUAL_REWARDS` why a group gives no gradient; None for other groups.
 
-    As in DAPO (arXiv 2503.14476, eq. 8), what counts is the verifier's word: a penalty for length alone brings no group
-    to life.
+    As in DAPO (arXiv 2503.14476, eq. 8), the rewards of the verifier count: groups that differ only by the overlong
+    penalty have equal rewards.
     """
     if len(set(scored.rewards)) > 1 and any(scored.advantages):
         return None
@@ -39,16 +40,16 @@ def dead(scored: ScoredGroup) -> str | None:
 
 
 def load_filters(specs: Sequence[str]) -> dict[str, GroupFilter]:
-    """The filters, by their ``module:function``, in order.
+    """Load filters by their ``module:function``, in order.
 
     Raises:
-        ConfigError: a filter cannot be found, is async, or does not take one group alone.
+        ConfigError: a filter cannot be found, is async, or does not take exactly one group.
     """
     return {spec: _load_filter(spec) for spec in specs}
 
 
 def _load_filter(spec: str) -> GroupFilter:
-    target = load_function(FIELD, spec)
+    target = load_object(FIELD, spec)
     if isinstance(target, type) and is_callable_class(target):
         target = instantiate(FIELD, spec, target)
     if isinstance(target, type) or _is_async(target) or not takes(target, 1):
@@ -63,17 +64,19 @@ def _is_async(target: Callable[..., object]) -> bool:
 
 
 def is_kept(spec: str, keeps: GroupFilter, scored: ScoredGroup) -> bool:
-    """What the filter of that name says of a group.
+    """Apply a filter to a group.
 
     Raises:
-        FilterError: it raised, or returned neither True nor False.
+        FilterError: the filter raised, or returned neither True nor False.
     """
     uid = scored.group.prompt.uid
     try:
         kept: object = keeps(scored)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise FilterError(spec, uid, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+        location = traceback.extract_tb(error.__traceback__)[-1]
+        raise FilterError(
+            spec, uid, f"{type(error).__name__}: {error} ({location.filename}:{location.lineno})"
+        ) from error
     verdict = scalar(kept)
     if not isinstance(verdict, bool):
         raise FilterError(spec, uid, repr(kept))

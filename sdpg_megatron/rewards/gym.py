@@ -1,4 +1,4 @@
-"""The scorers of reasoning-gym's tasks."""
+"""Verifier `reasoning_gym`: the scorer of the prompt's task."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sdpg_megatron.records import Prompt
 
 
 def reasoning_gym(prompt: Prompt, response: str) -> float:
-    """What the prompt's task gives `response`, from 0.0 to 1.0.
+    """Score of `response` by the prompt's task, from 0.0 to 1.0.
 
-    The task reads what stands in the last ``<answer>...</answer>`` of the response; where there is none, all of it.
+    The task scores the last ``<answer>...</answer>`` of the response, or else the whole response.
 
     Raises:
-        ValueError: the prompt is not one of a reasoning-gym task.
+        ValueError: the prompt does not come from a reasoning-gym task.
     """
     problem = prompt.metadata.get("reasoning_gym")
     if not isinstance(problem, Mapping):
-        raise ValueError(f"{prompt.uid} is no prompt of a reasoning-gym task")
+        raise ValueError(f"{prompt.uid} is not a prompt of a reasoning-gym task")
     task = _task(problem["task"], json.dumps(problem["parameters"], sort_keys=True))
     tagged = extract_answer(response)
     return float(task.score_answer(response.strip() if tagged is None else tagged, dict(problem["entry"])))

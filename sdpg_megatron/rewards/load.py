@@ -1,14 +1,12 @@
-"""From the configuration's name of a verifier to the function."""
+"""Find and load the verifier named in the configuration."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.base import Extract, ExtractingVerifier, Verifier
@@ -30,53 +28,53 @@ VERIFIERS = {
     "exact": "sdpg_megatron.rewards.exact:exact",
     "reasoning_gym": "sdpg_megatron.rewards.gym:reasoning_gym",
 }
-"""The shipped verifiers; each is imported where it is used, as some need a package of their own."""
+"""Shipped verifiers, imported on use because some need an optional package."""
 EXTRACTS = {
     "number": "sdpg_megatron.rewards.number:extract_number",
     "math": "sdpg_megatron.rewards.symbolic:extract_math",
     "answer": "sdpg_megatron.rewards.answer_line:extract_answer",
     "exact": "sdpg_megatron.rewards.exact:extract_exact",
 }
-"""What reads the answer of a response, by verifier."""
+"""Function that extracts the answer of a response, by verifier."""
 EXTRAS = {"math_verify": "math", "reasoning_gym": "gym"}
-"""Packages that this project does not require, and the extra that brings each."""
+"""Optional package -> extra that installs it."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedVerifier:
-    """A function of the user's, called by its convention."""
+    """Custom function, called by its convention."""
 
     target: Callable[..., object]
     convention: Convention
 
     def __call__(self, prompt: Prompt, response: str) -> Any:
-        """Whatever the function returns; `as_reward` makes a number of it."""
+        """Raw return value of the function; `as_reward` converts it."""
         return call(self.target, self.convention, prompt, response)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierSource:
-    """A verifier that was found and whose signature was checked; `build` makes what can be called."""
+    """Verifier that was found and has a valid signature, before `build`."""
 
     spec: str
     target: Callable[..., object]
-    """A function, or a class that `build` makes an instance of."""
+    """Function, or class to instantiate."""
     convention: Convention
 
     @property
     def extracts(self) -> bool:
-        """Tell whether it reads answers from responses; see `Extracting`."""
+        """True if the verifier extracts answers; see `Extracting`."""
         return self.spec in EXTRACTS or hasattr(self.target, "extract")
 
     def build(self) -> Verifier:
-        """Return the verifier.
+        """Instantiate the verifier.
 
         Raises:
-            ConfigError: the constructor of a class raised.
+            ConfigError: the constructor raised.
         """
         if self.spec in VERIFIERS:
             verifier = cast(Verifier, self.target)
-            extract = load_function(FIELD, EXTRACTS[self.spec]) if self.spec in EXTRACTS else None
+            extract = load_object(FIELD, EXTRACTS[self.spec]) if self.spec in EXTRACTS else None
         else:
             target = instantiate(FIELD, self.spec, self.target)
             verifier, extract = AdaptedVerifier(target, self.convention), getattr(target, "extract", None)
@@ -84,31 +82,33 @@ class VerifierSource:
 
 
 def load_verifier(spec: str) -> Verifier:
-    """Return the verifier that `spec` names: a shipped one, or ``module:function``. Raises as `find_verifier`."""
+    """Load a shipped verifier by name, or ``module:function``. Raises as `find_verifier`."""
     return find_verifier(spec).build()
 
 
 def find_verifier(spec: str) -> VerifierSource:
-    """Find a verifier and check that it can be called, without calling it.
+    """Find a verifier and check its signature.
 
     Raises:
-        ConfigError: no such verifier, a module that does not import, no such function in it, or a signature that fits
-            no convention.
+        ConfigError: no such verifier, a module that does not import, no such function in it, or a signature that
+            matches no convention.
     """
     if spec not in VERIFIERS and ":" not in spec:
         fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
         raise ConfigError(FIELD, spec, f"{', '.join(map(repr, VERIFIERS))}, or module:function", fix)
-    target = load_function(FIELD, VERIFIERS.get(spec, spec))
+    target = load_object(FIELD, VERIFIERS.get(spec, spec), extras=EXTRAS)
     unusable = isinstance(target, type) and not is_callable_class(target)
     convention = None if unusable else find_convention(target)
     if convention is None:
-        what = " (a class without __call__, or whose constructor takes arguments)"
-        raise ConfigError(FIELD, f"{spec}{what if unusable else describe_signature(target)}", EXPECTED, FIX)
+        detail = (
+            " (a class without __call__, or with constructor arguments)" if unusable else describe_signature(target)
+        )
+        raise ConfigError(FIELD, f"{spec}{detail}", EXPECTED, FIX)
     return VerifierSource(spec, target, convention)
 
 
 def instantiate(field: str, spec: str, target: Callable[..., object]) -> Callable[..., object]:
-    """Return an instance of a class that is called, or a function as it is. Raises `ConfigError`."""
+    """Instantiate a class; return a function unchanged. Raises `ConfigError`."""
     if not isinstance(target, type):
         return target
     try:
@@ -118,51 +118,11 @@ def instantiate(field: str, spec: str, target: Callable[..., object]) -> Callabl
         raise ConfigError(field, spec, expected, "correct its constructor") from error
 
 
-def is_own(spec: str) -> bool:
-    """Tell whether the verifier is the user's, which may read all of a prompt."""
+def is_custom(spec: str) -> bool:
+    """True for a custom verifier, which may read all fields of a prompt."""
     return spec not in VERIFIERS
 
 
 def compares_text(spec: str) -> bool:
-    """Whether the verifier takes answers that are text only, as all shipped ones do that compare answers."""
+    """True if the verifier requires text answers, as shipped verifiers that compare answers do."""
     return spec in EXTRACTS
-
-
-def load_function(field: str, spec: str) -> Callable[..., object]:
-    """The function that `spec` names as ``module:function``. The module may also lie in the working directory.
-
-    Raises:
-        ConfigError: about `field`: another form, a module that does not import, or no such function in it.
-    """
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
-        raise ConfigError(field, spec, "module:function", "write the function as module:function")
-    _search_working_directory()
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(error.name or "")):
-            fix = f"pip install -e '.[{extra}]'"
-            raise ConfigError(field, spec, f"the package {error.name}, which is not installed", fix) from error
-        expected = f"a module that imports ({type(error).__name__}: {error})"
-        fix = "correct it, or put its folder on PYTHONPATH"
-        if module_name.endswith(".py"):
-            module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
-            expected, fix = "the name of a module, not of a file", f"write {module_name}:{name}"
-        raise ConfigError(field, spec, expected, fix) from error
-    function: Callable[..., object] | None = getattr(module, name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value)]
-        fix = did_you_mean(name, functions) or f"define {name} in {module.__file__}"
-        raise ConfigError(field, spec, f"a function of {module_name}", fix)
-    return function
-
-
-def _search_working_directory() -> None:
-    """Have modules of the working directory found under every way to start: ``python -m`` has it, a script has not.
-
-    Processes that are spawned get the same search path.
-    """
-    here = os.getcwd()
-    if not (sys.flags.safe_path or here in sys.path or "" in sys.path):
-        sys.path.append(here)

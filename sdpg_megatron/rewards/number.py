@@ -1,4 +1,4 @@
-"""A verifier for answers that are one number."""
+"""Verifier `number`, for answers that are one number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from decimal import Decimal
 from sdpg_megatron.records import Prompt
 
 MINUS = "\u2212"
-"""The typographic minus sign."""
+"""Typographic minus sign."""
 
 NUMBER = re.compile(
     rf"""
@@ -26,28 +26,28 @@ NUMBER = re.compile(
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last integer or decimal in `text`, exactly; None where there is none. Thousands may carry commas."""
+    """Last integer or decimal in `text`, exactly; None without one. Thousands separators (commas) are accepted."""
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
 
 
 def number(prompt: Prompt, response: str) -> float:
-    """1.0 where the last number of `response` equals the prompt's answer as a number (12 and 12.0 are equal), else 0.0.
+    """1.0 if the last number of `response` equals the prompt's answer as a number (12 equals 12.0), else 0.0.
 
     Raises:
-        ValueError: the answer holds no number, or several, such as 1/2.
+        ValueError: the answer has no number, or several, such as 1/2.
     """
     found = NUMBER.findall(prompt.answer_text)
     if len(found) != 1:
-        raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} holds {len(found) or 'no'} numbers, not one")
+        raise ValueError(f"the answer {prompt.answer!r} of {prompt.uid} has {len(found) or 'no'} numbers, not one")
     return float(last_number(response) == last_number(found[0]))
 
 
 def extract_number(response: str) -> str | None:
-    """The last number of `response`; 12, 12.0 and +12 are spelled alike."""
+    """Last number of `response`, with the same text for 12, 12.0 and +12; None without one."""
     found = last_number(response)
     if found is None:
         return None
-    text = format(found.copy_abs(), "f")  # arithmetic would round to the context's precision
+    text = format(found.copy_abs(), "f")  # arithmetic would round to the precision of the decimal context
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return f"-{text}" if found < 0 else text

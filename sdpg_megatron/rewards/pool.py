@@ -1,4 +1,4 @@
-"""Verifiers in processes of their own: a call that raises, hangs or ends its process costs its sample the reward."""
+"""Run verifiers in separate processes. A call that raises, hangs or ends its process gets the failure reward."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process import streams
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rewards.base import Extracting, Verifier
-from sdpg_megatron.rewards.conventions import LARGEST, RETURNED, RewardTypeError, as_reward, is_bounded
+from sdpg_megatron.rewards.conventions import RETURNED, RewardTypeError, as_reward
 from sdpg_megatron.rewards.load import FIELD, find_verifier, load_verifier
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-"""Longest wait for a new process to import the verifier; no call's time-out runs meanwhile."""
+"""Time limit for a new process to import the verifier. It does not count towards the timeout of a call."""
 FORMS = ("{}", "\\boxed{{{}}}", "Answer: {}", "<answer>{}</answer>", "#### {}")
-"""Ways to state an answer that verifiers read."""
+"""Formats of an answer that verifiers may expect."""
 LONGEST = 500
-"""Characters kept of an error's message."""
+"""Maximum length in characters of an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierResult:
-    """On one response."""
+    """Result on one response."""
 
     reward: float
     answer: str | None = None
-    """None where it was not asked for, or the response gives none."""
+    """Extracted answer; None if it was not requested, or the response gives none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call without a reward."""
+    """Failed verifier call."""
 
     text: str
     wrong_type: bool = False
-    """Whether the verifier returned what is no reward, whatever the response."""
+    """True if the return value has a type that cannot be a reward."""
 
 
 Outcome = VerifierResult | Failure
@@ -60,42 +60,42 @@ Outcome = VerifierResult | Failure
 
 @dataclass(frozen=True, slots=True)
 class GroupRewards:
-    """The verifier's word on one group."""
+    """Verifier results of one group."""
 
     rewards: tuple[float, ...]
-    """One for each completion, in order; the failure reward where the call failed."""
+    """Reward of each completion, in order; the failure reward if the call failed."""
     failures: int
-    """Calls that raised, returned no finite number, ran out of time or ended their process."""
+    """Number of calls that raised, returned no finite number, timed out or ended their process."""
     answers: tuple[str | None, ...] | None = None
-    """The answer of each completion, None for none; None for all where the verifier does not extract any."""
+    """Extracted answer of each completion, None for none. None if answers were not extracted."""
     errors: tuple[str | None, ...] = field(default=(), compare=False)
-    """Why the call on each completion failed, None where it did not; empty where none did."""
+    """Error message of each completion's call, None for successful ones. Empty if no call failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierCheck:
-    """One call of a verifier on a sample prompt."""
+    """Result of a verifier call on a sample prompt."""
 
     verifier: str
     uid: str
     response: str
-    """The prompt's own answer, given as the response in one of `FORMS`."""
+    """Reference answer of the prompt, in one of `FORMS`."""
     reward: float | None
-    """None where the call failed."""
+    """None if the call failed."""
     error: str | None
     unrewarded: bool = False
-    """Whether the answer got no reward over 0 and `reward.failure_reward` in any of `FORMS`."""
+    """True if the reference answer got no reward above 0 and `reward.failure_reward` in any of `FORMS`."""
 
     def __str__(self) -> str:
-        said = f"gave {self.reward:g} to" if self.reward is not None else "failed on"
-        text = f"{FIELD} {self.verifier} {said} the response {self.response!r} to {self.uid}"
+        outcome = f"gave {self.reward:g} to" if self.reward is not None else "failed on"
+        text = f"{FIELD} {self.verifier} {outcome} the response {self.response!r} to {self.uid}"
         if self.unrewarded:
-            text += ", which is its own answer, and no more to it in a box or after 'Answer:'; check what it compares"
+            text += ", which is the reference answer, and no more to it in a box or after 'Answer:'; check the verifier"
         return f"{text}: {self.error}" if self.error is not None else text
 
 
 def check_verifier(config: RewardConfig, prompt: Prompt) -> VerifierCheck:
-    """Call the configured verifier once, in a process of its own as training does; see `VerifierPool.check`."""
+    """Check the configured verifier in a separate process, as in training; see `VerifierPool.check`."""
     pool = VerifierPool(config.model_copy(update={"workers": 1}))
     try:
         return pool.check(prompt)
@@ -104,21 +104,17 @@ def check_verifier(config: RewardConfig, prompt: Prompt) -> VerifierCheck:
 
 
 class VerifierPool:
-    """Runs one verifier in `RewardConfig.workers` processes.
+    """Runs a verifier in `RewardConfig.workers` processes.
 
-    A process is spawned, so a script that makes a pool needs the usual ``if __name__ == "__main__"``.
+    Processes are spawned, so a script that creates a pool needs ``if __name__ == "__main__"``.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        """Start the processes; they get ready while the caller goes on.
+        """Start the processes, without waiting for them.
 
         Raises:
-            ConfigError: the verifier cannot be found, its signature fits no convention, or the failure reward is no
-                reward.
+            ConfigError: the verifier cannot be found, or its signature matches no convention.
         """
-        if not is_bounded(config.failure_reward):
-            expected = f"a finite number up to {LARGEST:g}"
-            raise ConfigError("reward.failure_reward", config.failure_reward, expected, "correct it, for example 0")
         self._spec = config.verifier
         self._extracts = find_verifier(config.verifier).extracts
         self._failure_reward = config.failure_reward
@@ -133,7 +129,7 @@ class VerifierPool:
         """Verify every completion of every group, in order.
 
         Args:
-            extract: also ask which answer each gives, where the verifier knows; the time limit is for both together.
+            extract: also extract answers, if the verifier supports it. The timeout covers both.
 
         Raises:
             ConfigError: a worker process could not load the verifier.
@@ -144,12 +140,13 @@ class VerifierPool:
         return [self._rewards(group, extract) for group in outcomes]
 
     def check(self, prompt: Prompt) -> VerifierCheck:
-        """Call the verifier with the prompt's own answer as the response, in `FORMS` until one is rewarded.
+        """Call the verifier with the reference answer as response, in each of `FORMS` until one is rewarded.
 
-        A call may fail on one response and not on others, so that is reported; a result that is no reward is an error.
+        A failed call is reported, because calls on other responses may succeed. A return value of the wrong type is an
+        error.
 
         Raises:
-            ConfigError: the verifier cannot be loaded in a process of its own, or returned what is no reward.
+            ConfigError: the verifier cannot be loaded in a separate process, or returned a value of the wrong type.
         """
         response, text = prompt.answer_text, isinstance(prompt.answer, str)
         checks = [self._check(prompt, response)]
@@ -176,7 +173,7 @@ class VerifierPool:
         return VerifierCheck(self._spec, prompt.uid, sample.text, None, outcome.text)
 
     def close(self) -> None:
-        """End the processes. Closing twice is harmless."""
+        """End the processes. May be called twice."""
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
@@ -213,7 +210,7 @@ class VerifierPool:
 
 
 class _Worker:
-    """One process that runs the verifier; replaced by another when a call hangs or ends it."""
+    """One verifier process, replaced when a call hangs or ends it."""
 
     def __init__(self, spec: str, timeout: float) -> None:
         self._spec = spec
@@ -224,17 +221,17 @@ class _Worker:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        # No daemon: those cannot start processes, as verifiers that run programs do. At exit multiprocessing waits for
-        # others, so they are ended before, whoever forgot to close the pool.
-        self._process = context.Process(target=_serve, args=(theirs, self._spec), daemon=False)
+        self._connection, child_end = context.Pipe()
+        # Daemonic processes cannot start processes, which verifiers that run programs need. multiprocessing waits for
+        # other processes at exit, so they are ended before, in case the pool was not closed.
+        self._process = context.Process(target=_serve, args=(child_end, self._spec), daemon=False)
         self._process.start()
-        theirs.close()
+        child_end.close()
         self._ready = False
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End the process, and those that the verifier has started in it."""
+        """End the process and the processes that the verifier started in it."""
         atexit.unregister(self.stop)
         if self._process is not None and self._connection is not None:
             self._connection.close()
@@ -244,14 +241,14 @@ class _Worker:
         self._process = self._connection = None
 
     def verify(self, prompt: Prompt, responses: Sequence[str], extract: bool) -> list[Outcome]:
-        """One outcome for each response. A call that ends the process leaves the rest to the next process."""
+        """Verify each response. If a call ends the process, the next process continues."""
         outcomes: list[Outcome] = []
         while len(outcomes) < len(responses):
             outcomes.extend(self._verify_until_lost(prompt, responses[len(outcomes) :], extract))
         return outcomes
 
     def _verify_until_lost(self, prompt: Prompt, responses: Sequence[str], extract: bool) -> Iterator[Outcome]:
-        """The outcomes, up to and with the one that cost the process."""
+        """Yield outcomes up to and including the one that ended the process."""
         connection = self._connected()
         try:
             connection.send((prompt, responses, extract))
@@ -266,7 +263,7 @@ class _Worker:
             yield Failure("the verifier ended its process")
 
     def _connected(self) -> Connection:
-        """The connection to a process that has loaded the verifier."""
+        """Connection to a process that has loaded the verifier, started if necessary."""
         if self._process is None or not self._process.is_alive():
             self.stop()
             self.start()
@@ -280,7 +277,7 @@ class _Worker:
                 self.stop()
                 if isinstance(answer, ConfigError):
                     raise answer
-                expected = "a verifier that a process of its own can load"
+                expected = "a verifier that a separate process can load"
                 raise ConfigError(FIELD, self._spec, expected, "see that process's message above")
             self._ready = True
         return self._connection
@@ -288,7 +285,7 @@ class _Worker:
 
 def _kill_with_descendants(process: BaseProcess) -> None:
     family: list[psutil.Process] = []
-    if process.is_alive():  # otherwise its number may be another's by now
+    if process.is_alive():  # otherwise the pid may belong to another process by now
         with suppress(psutil.Error):
             family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -298,11 +295,11 @@ def _kill_with_descendants(process: BaseProcess) -> None:
 
 
 def _serve(connection: Connection, spec: str) -> None:
-    """The process: answer batches until the other side closes."""
-    # Ctrl-C and a lost terminal reach the whole process group; the trainer decides when its verifiers end.
+    """Main function of a verifier process: serve requests until the connection closes."""
+    # Ctrl-C and SIGHUP reach the whole process group; the trainer decides when its verifiers end.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    streams.install(strict=False)  # a verifier that prints is not at fault where the terminal is gone
+    streams.install(strict=False)  # a verifier that prints must not fail when the terminal is gone
     try:
         verifier = load_verifier(spec)
     except ConfigError as error:
@@ -314,7 +311,7 @@ def _serve(connection: Connection, spec: str) -> None:
             prompt, responses, extract = connection.recv()
             for response in responses:
                 connection.send(_call(verifier, prompt, response, extract))
-    for child in multiprocessing.active_children():  # the trainer is gone; Python would wait for them
+    for child in multiprocessing.active_children():  # the trainer has ended; Python would wait for them
         child.kill()
 
 
@@ -327,16 +324,16 @@ def _call(verifier: Verifier, prompt: Prompt, response: str, extract: bool) -> O
     except (Exception, SystemExit) as error:
         return Failure(_describe(error))
     if not isinstance(answer, str | None):
-        return Failure(f"extracted {answer!r}, not a text or None")
+        return Failure(f"extracted {answer!r}, not a str or None")
     return VerifierResult(reward, answer)
 
 
 def _describe(error: BaseException) -> str:
-    """The last line of a traceback, and the place in the verifier's code that it is about."""
+    """Last line of a traceback with the location in the verifier's code."""
     frames = [frame.f_code.co_filename + f":{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
-    place = next((f" ({frame})" for frame in reversed(frames) if not frame.startswith(_ROOM)), "")
+    location = next((f" ({frame})" for frame in reversed(frames) if not frame.startswith(_REWARDS_FOLDER)), "")
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{text if len(text) <= LONGEST else text[:LONGEST] + '...'}{place}"
+    return f"{text if len(text) <= LONGEST else text[:LONGEST] + '...'}{location}"
 
 
-_ROOM = os.path.dirname(__file__) + os.sep
+_REWARDS_FOLDER = os.path.dirname(__file__) + os.sep

@@ -1,41 +1,39 @@
-"""From a verifier's rewards to those that advantages are made of."""
+"""Reward shaping: clipping and overlong penalty, between verifier and advantages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdpg_megatron.config import Deviation, RewardConfig
+from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import Completion
 
 
 @dataclass(frozen=True, slots=True)
 class Shaping:
-    """Bounds a verifier's reward, then adds the penalty for a length close to the limit."""
+    """Clips the verifier's reward, then adds the overlong penalty."""
 
     clip: tuple[float, float] | None
     buffer: int | None
-    """Tokens over which the penalty grows; None for no penalty."""
+    """Number of tokens over which the penalty grows; None for no penalty."""
     penalty: float
-    """At the limit."""
+    """Magnitude of the penalty at the length limit."""
     max_tokens: int
-    deviation: Deviation = "population"
-    """Of the advantages of the shaped rewards."""
 
     @classmethod
-    def build(cls, config: RewardConfig, max_tokens: int, deviation: Deviation = "population") -> Shaping:
-        return cls(config.clip, config.overlong_buffer, config.overlong_penalty, max_tokens, deviation)
+    def build(cls, config: RewardConfig, max_tokens: int) -> Shaping:
+        return cls(config.clip, config.overlong_buffer, config.overlong_penalty, max_tokens)
 
     def shape(self, rewards: Sequence[float], completions: Sequence[Completion]) -> tuple[float, ...]:
-        """Rewards of one group's completions, in their order."""
+        """Shaped rewards of one group."""
         return tuple(
             self._bounded(reward) + self._overlong(completion)
             for reward, completion in zip(rewards, completions, strict=True)
         )
 
     def describe(self, rewards: Sequence[float], completions: Sequence[Completion]) -> dict[str, Metric]:
-        """What it did to one group; nothing where it does nothing."""
+        """Shaping metrics of one group; empty if no shaping is configured."""
         if self.clip is None and self.buffer is None:
             return {}
         n = len(rewards)
@@ -58,8 +56,8 @@ class Shaping:
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
-    """0 up to ``max_tokens - buffer`` tokens, from there falling linearly to -1 at `max_tokens`, and -1 beyond.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
+    0 up to ``max_tokens - buffer`` tokens, then linear down to -1 at `max_tokens`, and -1 beyond.
     """
     return -min(max(length - (max_tokens - buffer), 0) / buffer, 1.0)

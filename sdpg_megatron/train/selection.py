@@ -15,7 +15,7 @@ from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import ScoredGroup
-from sdpg_megatron.rewards.filters import DEAD, dead, is_kept, load_filters
+from sdpg_megatron.rewards.filters import EQUAL_REWARDS, equal_rewards, is_kept, load_filters
 
 SURPLUS = "surplus"
 
@@ -35,7 +35,7 @@ class Selection:
     """All that were generated for it."""
     rounds: int
     left_out: Mapping[str, int]
-    """Groups that were not kept, by reason: one of `DEAD`, the name of a filter, or `SURPLUS`."""
+    """Groups that were not kept, by reason: one of `EQUAL_REWARDS`, the name of a filter, or `SURPLUS`."""
 
     def metrics(self) -> dict[str, Metric]:
         counts = {"prompts": len(self.asked), "kept": len(self.kept), "rounds": self.rounds}
@@ -80,7 +80,7 @@ class GroupFilterChain:
     @property
     def reasons(self) -> list[str]:
         """All that it may give."""
-        return [*(DEAD if self._drop_dead else ()), *map(_name, self._filters)]
+        return [*(EQUAL_REWARDS if self._drop_dead else ()), *map(_name, self._filters)]
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> list[DropReason]:
         """A verdict on each group.
@@ -94,7 +94,7 @@ class GroupFilterChain:
         return on_main(self._ranks, lambda: [self._verdict(group) for group in groups])
 
     def _verdict(self, scored: ScoredGroup) -> DropReason:
-        if self._drop_dead and (reason := dead(scored)):
+        if self._drop_dead and (reason := equal_rewards(scored)):
             return reason
         rejected = (spec for spec, keeps in self._filters.items() if not is_kept(spec, keeps, scored))
         return next(map(_name, rejected), None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
-from sdpg_megatron.hf_files import COMPANIONS
+from sdpg_megatron.hf_files import HF_ASSETS
 from sdpg_megatron.weights.bucket import Bucket, TensorSpec, in_buckets
 from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, check_finite, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
@@ -167,7 +167,7 @@ def write_index(folder: Path, file_of: Mapping[str, str], total: int) -> None:
 
 def copy_hf_assets(source_folder: Path, folder: Path) -> None:
     """Copy tokenizer, chat template, generation defaults and the other files beside weights and config.json."""
-    for name in COMPANIONS:
+    for name in HF_ASSETS:
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
 

@@ -18,7 +18,7 @@ def test_skipped_steps_are_counted_over_calls_and_end_the_run(tmp_path: Path, mo
     for _ in range(2):  # the second call begins after one of them
         ended = train(config, "optimizer.skip_limit=3", program="tests.e2e.spoiling")
         assert ended.returncode == 2, ended.stderr[-3000:]
-        assert "SkippedStepsError: optimizer step 5: found 3 steps in a row" in ended.stderr
+        assert "SkippedStepsError: optimizer step 5: found 3 consecutive steps" in ended.stderr
         assert "optimizer step 4: skipped, number 2 of 3 in a row" in ended.stderr
         manifest = json.loads((run / "checkpoints/step_00000002/manifest.json").read_text())
         assert manifest["skipped"] == 1

@@ -17,7 +17,7 @@ from sdpg_megatron.answers import (
     last_boxed,
     last_line,
     last_statement,
-    normalised,
+    normalized,
     same,
     stripped,
 )
@@ -156,7 +156,7 @@ def test_a_canonical_number_keeps_its_value_and_stays_as_it_is(value: Decimal) -
 
 @pytest.mark.parametrize(("one", "other"), [("x\u00b2", "x2"), ("1\u00bd", "11/2"), ("1\u00bd", "11\u20442")])
 def test_compatibility_forms_that_mean_something_else_are_not_the_same(one: str, other: str) -> None:
-    assert normalised(one) != normalised(other) and not same(one, other)
+    assert normalized(one) != normalized(other) and not same(one, other)
     assert same("x\u00b2", "x^2") and same("\u00bd", "1/2")
 
 
@@ -172,7 +172,7 @@ def test_a_number_without_decimal_digits_is_an_error(value: float | Decimal) -> 
 def test_same() -> None:
     assert same("12", "12.0") and same("Paris.", " paris") and same("1,000", "$1000$")
     assert not same("12", "12.01") and not same("AB", "A B")
-    assert normalised("\uff21  b\n") == "a b"
+    assert normalized("\uff21  b\n") == "a b"
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_long_texts_are_read_in_linear_time(text: str) -> None:
     """A quadratic reader would take minutes for each."""
     assert last_boxed(text) is None
     assert last_line(text) is None
-    last_statement(text), stripped(text), as_number(text), normalised(text)
+    last_statement(text), stripped(text), as_number(text), normalized(text)

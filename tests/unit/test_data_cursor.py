@@ -48,7 +48,7 @@ def test_an_endless_source_is_counted_through_and_resumed() -> None:
     resumed = Cursor.from_state(json.loads(json.dumps(cursor.state())), None)
     assert resumed.take(2) == cursor.take(2) == [3, 4]
     assert resumed.epoch == 0
-    with pytest.raises(CheckpointError, match="saved over no end of prompts, this dataset has 5"):
+    with pytest.raises(CheckpointError, match="saved over infinitely many prompts, this dataset has 5"):
         Cursor.from_state(cursor.state(), 5)
 
 

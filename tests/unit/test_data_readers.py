@@ -124,7 +124,7 @@ def test_a_chat_without_mark_leaves_the_teacher_to_the_template() -> None:
         ),
         ({"prompt": [], "answer": "1"}, "the roles"),
         ({"prompt": ["x"], "answer": "1"}, "the message 'x'"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}, "ends with the user's message"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}, "ends with a user message"),
         (
             {"prompt": [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}], "answer": "1"},
             "in another message",

@@ -83,8 +83,8 @@ def test_feedback_is_needed_where_somebody_teaches(tmp_path: Path, tokenizer: An
     path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "1", "context": "c"}, ROWS[0]])
     with pytest.raises(DataError, match=r"a\.jsonl:2: found no value in column 'context'.*'feedback'"):
         PromptDataset.load(config(context_template="feedback"), (path,), tokenizer)
-    untaught = PromptDataset.load(config(context_template="feedback"), (path,), tokenizer, taught=False)
-    assert [p.teacher_tokens for p in untaught.prompts] == [p.student_tokens for p in untaught.prompts]
+    for_evaluation = PromptDataset.load(config(context_template="feedback"), (path,), tokenizer, distill_enabled=False)
+    assert [p.teacher_tokens for p in for_evaluation.prompts] == [p.student_tokens for p in for_evaluation.prompts]
 
 
 def test_the_context_of_another_problem_never_has_the_same_answer(tmp_path: Path, tokenizer: Any) -> None:

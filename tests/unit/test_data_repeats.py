@@ -52,15 +52,15 @@ def test_a_problem_is_kept_once_and_the_others_are_counted(tmp_path: Path, token
 def test_an_evaluation_takes_a_problem_once(tmp_path: Path, tokenizer: Any, duplicates: Any) -> None:
     """As published, AIME is 30 problems 32 times: as 960 problems its interval would be far too narrow."""
     path = write(tmp_path / "aime.jsonl", [row(f"q{number % 3}", context=f"c{number}") for number in range(12)])
-    dataset = PromptDataset.load(DataConfig(duplicates=duplicates), (path,), tokenizer, taught=False)
+    dataset = PromptDataset.load(DataConfig(duplicates=duplicates), (path,), tokenizer, distill_enabled=False)
     assert [prompt.question for prompt in dataset.prompts] == ["q0", "q1", "q2"]
     (warning,) = dataset.warnings
-    assert warning == "9 rows of the evaluation repeat a problem and are left out, the first: aime.jsonl:4"
+    assert warning == "9 evaluation rows repeat a problem and are dropped, the first: aime.jsonl:4"
 
 
 def test_evaluation_files_may_share_problems(tmp_path: Path, tokenizer: Any) -> None:
     files = [write(tmp_path / name, [row("a"), row("b"), row("a")]) for name in ("x.jsonl", "y.jsonl")]
-    evaluated = PromptDataset.load(DataConfig(), files, tokenizer, taught=False)
+    evaluated = PromptDataset.load(DataConfig(), files, tokenizer, distill_enabled=False)
     assert [prompt.uid for prompt in evaluated.prompts] == ["x.jsonl:1", "x.jsonl:2", "y.jsonl:1", "y.jsonl:2"]
     assert len(PromptDataset.load(DataConfig(), files, tokenizer)) == 2
 

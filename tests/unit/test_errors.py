@@ -34,7 +34,7 @@ from sdpg_megatron.rollout.base import WeightsWanted
 
 EXAMPLES: list[SdpgError] = [
     ConfigError("model.path", "here", "a folder", "make one"),
-    ConversionError("a: vocab_size", "3", "4, which config.json says", "use another"),
+    ConversionError("a: vocab_size", "3", "4, as in config.json", "use another"),
     DataError("a.jsonl:3", "nothing", "a row", "write one"),
     EvaluationError("eval/summary.json", "nothing", "a summary", "evaluate first"),
     FilterError("filters:easy", "train.jsonl:4", "None"),
@@ -103,7 +103,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     assert obstacle(write, tmp_path) == f"remove or rename the folder {tmp_path}"
     assert obstacle(Path.read_bytes, tmp_path, reading=True) == f"name a file in the folder {tmp_path}"
     assert obstacle(Path.read_bytes, tmp_path / "a" / "b", reading=True).endswith(f"there is no a in {tmp_path}")
-    assert obstacle(Path.touch, tmp_path / "a" / "b") == f"make the folder {tmp_path / 'a'}"
+    assert obstacle(Path.touch, tmp_path / "a" / "b") == f"create the folder {tmp_path / 'a'}"
     assert obstacle(make, tmp_path / ("x" * 300)) == "choose a shorter path"
 
 

@@ -204,10 +204,10 @@ def test_starting_anew_leaves_no_summary_of_what_was_there(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.5}, r"evaluation\.json: found eval\.temperature: 1\.0, expected 0\.5, as asked for now"),
+        ({"temperature": 0.5}, r"evaluation\.json: found eval\.temperature: 1\.0, expected 0\.5, as requested"),
         ({"count": 2}, r"found the data file 'sums': 3 problems, digest \w+, expected 2 problems"),
-        ({"name": "other"}, r"found the data file 'sums': 3 problems, digest \w+, expected none, as asked for now"),
-        ({"model": "another"}, "found results of a model, expected those of another"),
+        ({"name": "other"}, r"found the data file 'sums': 3 problems, digest \w+, expected none, as requested"),
+        ({"model": "another"}, "found results of a model, expected results of another"),
     ],
 )
 def test_another_evaluation_is_not_mixed_in(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -227,7 +227,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"steps": 4}'])
 def test_a_foreign_summary_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "summary.json").write_text(damage)
-    with pytest.raises(EvaluationError, match=r"summary\.json: found .*expected what an evaluation writes"):
+    with pytest.raises(EvaluationError, match=r"summary\.json: found .*expected a file written by an evaluation"):
         Evaluation.read(tmp_path)
 
 

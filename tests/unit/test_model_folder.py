@@ -116,7 +116,7 @@ def strip_blanks(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "LFS tokenizer": (
         write("tokenizer.json", LFS),
-        r"tokenizer\.json: a Git LFS pointer', expected the file .*git lfs pull",
+        r"tokenizer\.json: a Git LFS pointer', expected a file with content.*git lfs pull",
     ),
     "LFS config": (write("config.json", LFS), r"config\.json: a Git LFS pointer"),
     "LFS weights": (write("model.safetensors", LFS), r"model\.safetensors: a Git LFS pointer"),
@@ -143,10 +143,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no template": (remove("chat_template.jinja"), "expected a tokenizer with a chat template"),
     "template": (
         write("chat_template.jinja", "{% for m in messages %}{{ m.content }}"),
-        "a chat template with a fault",
+        "a chat template with an error",
     ),
-    "template's filter": (write("chat_template.jinja", "{{ messages | strange }}"), "a chat template with a fault"),
-    "dangling link": (dangle, r"model-00001-of-00001\.safetensors: a link to \.\./\.\./blobs/gone, which is not there"),
+    "template's filter": (write("chat_template.jinja", "{{ messages | strange }}"), "a chat template with an error"),
+    "dangling link": (
+        dangle,
+        r"model-00001-of-00001\.safetensors: a link to \.\./\.\./blobs/gone, which does not exist",
+    ),
     "padding": (
         edit("config.json", pad_token_id=VOCAB),
         r"config\.json: pad_token_id: found 300, expected ids below .*300",

@@ -71,7 +71,7 @@ def test_comparison_is_exact() -> None:
 
 @pytest.mark.parametrize("answer", ["Paris", "1/2", "(3, 4)", "46 or 47"])
 def test_an_answer_that_is_not_one_number_is_not_simply_wrong(answer: str) -> None:
-    with pytest.raises(ValueError, match=r"of a\.jsonl:1 holds (no|2) numbers, not one"):
+    with pytest.raises(ValueError, match=r"of a\.jsonl:1 has (no|2) numbers, not one"):
         number(prompt(answer), "2")
 
 

@@ -11,7 +11,7 @@ from sdpg_megatron.config import SelectionConfig
 from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.observe.metrics import Reduction
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
-from sdpg_megatron.rewards.filters import dead, is_kept, load_filters
+from sdpg_megatron.rewards.filters import equal_rewards, is_kept, load_filters
 from sdpg_megatron.train.selection import GroupFilterChain, Selection, select
 
 LIVE, RIGHT, WRONG = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
@@ -95,8 +95,8 @@ def test_oversampling_saves_rounds_and_leaves_out_what_is_too_much() -> None:
         ((-1.0, 2.0), (0.0, 0.0), "level"),
     ],
 )
-def test_what_is_dead(rewards: tuple[float, ...], advantages: tuple[float, ...], expected: str | None) -> None:
-    assert dead(group(0, rewards, advantages)) == expected
+def test_equal_rewards(rewards: tuple[float, ...], advantages: tuple[float, ...], expected: str | None) -> None:
+    assert equal_rewards(group(0, rewards, advantages)) == expected
 
 
 FILTERS = """

@@ -96,10 +96,10 @@ def test_addresses_ports_and_arguments_are_checked(changes: dict[str, Any], mess
 @pytest.mark.parametrize("name", SAMPLING_ARGUMENTS)
 def test_arguments_that_change_the_sampling_are_refused(name: str) -> None:
     for spelled in (name, f"{name}=1", name.replace("-", "_").replace("__", "--", 1)):
-        with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.arguments: found '{name}'.*own distribution"):
+        with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.arguments: found '{name}'.*of the model"):
             check_server_settings(SGLangConfig(arguments=("--log-level", "error", spelled, "1")))
     assert name not in OWNED_ARGUMENTS
-    with pytest.raises(ConfigError, match=r"^rollout\.sglang\.arguments: found .*own distribution"):
+    with pytest.raises(ConfigError, match=r"^rollout\.sglang\.arguments: found .*the model.s distribution"):
         check_server_settings(SGLangConfig(arguments=(name[:-3],)))
 
 

@@ -1,8 +1,8 @@
-"""Lets the package index's torchvision be imported with a CPU build of torch. Imported at each interpreter start.
+"""Make PyPI's torchvision importable with a CPU build of torch. Imported at each interpreter start.
 
-SGLang imports torchvision for image models. Its compiled part does not load with another build of torch than its own,
-and then the operators that its Python part refers to by name are missing. They are declared here, without an
-implementation, when torchvision is first imported; calling one fails.
+SGLang imports torchvision for image models. Its compiled extension does not load with a different build of torch, and
+operators that its Python code refers to are then missing. They are declared here without an implementation when
+torchvision is first imported; calling one fails.
 """
 
 import sys
@@ -16,7 +16,7 @@ OPERATORS = (
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Finds nothing. Sees that torchvision is about to be imported, and goes away."""
+    """Declares the operators before the first import of torchvision; finds no modules."""
 
     def find_spec(self, name: str, *_rest: Any) -> None:
         if name == "torchvision":

@@ -1,9 +1,8 @@
-"""Stands in for SGLang's compiled kernels on machines without a GPU, for tests.
+"""Stub of SGLang's compiled kernels for tests on machines without a GPU.
 
-The package index has `sgl_kernel` for CUDA only; its CPU edition is compiled from source. SGLang imports names from it
-on CPUs too, but with `--attention-backend torch_native --sampling-backend pytorch`, without AMX and for the model
-families that the tests use (Llama, Qwen2, Qwen3) it calls none of them. So each name exists, and says so if it is
-called after all: nothing is computed here that a kernel should have computed.
+PyPI has `sgl_kernel` for CUDA only; its CPU version is compiled from source. SGLang imports names from it on CPUs, too,
+but calls none of them with `--attention-backend torch_native --sampling-backend pytorch`, without AMX and for the model
+families of the tests (Llama, Qwen2, Qwen3). Every name exists, and raises `NotImplementedError` if it is called.
 """
 
 from collections.abc import Callable
@@ -17,6 +16,6 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def absent(*_args: object, **_kwargs: object) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} is a CUDA kernel, and this environment is for CPUs without it")
+        raise NotImplementedError(f"sgl_kernel.{name} is a CUDA kernel, which this CPU environment does not have")
 
     return absent
