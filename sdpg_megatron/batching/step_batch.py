@@ -89,4 +89,4 @@ def _weight(samples: Sequence[Sample]) -> float:
 
 
 def _gated_weight(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight * sum(sample.gates) for sample in samples)
+    return sum(sample.weight * int(sample.gates.sum()) for sample in samples)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from sdpg_megatron.batching.collate import PackingLayout
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.peer_context import with_peers
-from sdpg_megatron.batching.samples import make_samples, nobody
+from sdpg_megatron.batching.samples import distill_nothing, make_samples
 from sdpg_megatron.batching.step_batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.render import Renderer
@@ -80,11 +80,12 @@ class PolicyUpdater:
     def _prepare(self, groups: Sequence[ScoredGroup], context: StepContext) -> StepBatch:
         config, policy_trainer, ranks = self._config, self._learner, self._learner.ranks
         required_passes = policy_trainer.objective.required_passes(context)
+        distill_enabled = policy_trainer.objective.distill_enabled if required_passes.privileged else distill_nothing
         batch = build_step(
             make_samples(
                 groups,
                 config.objective,
-                distill_enabled=policy_trainer.objective.distill_enabled if required_passes.privileged else nobody,
+                distill_enabled=distill_enabled,
                 outcome=required_passes.policy_loss,
                 stop_ids=self._inputs.stop_ids,
             ),

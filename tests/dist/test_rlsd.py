@@ -98,7 +98,7 @@ def plain_loop(folder: Path, ratio: str, teacher: str = "current") -> tuple[list
     for step in range(STEPS):
         parts = [
             [
-                (g.group.prompt, c.tokens, a)
+                (g.group.prompt, c.tokens.tolist(), a)
                 for g in half
                 for c, a in zip(g.group.completions, g.advantages, strict=True)
             ]

@@ -10,15 +10,16 @@ import pytest
 from sdpg_megatron.config import SelectionConfig
 from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.observe.metrics import Reduction
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.filters import equal_rewards, is_kept, load_filters
 from sdpg_megatron.train.selection import GroupFilterChain, Selection, select
+from tests.completions import make_completion
 
 LIVE, RIGHT, WRONG = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
 
 def group(number: int, rewards: tuple[float, ...], advantages: tuple[float, ...] | None = None) -> ScoredGroup:
-    completion = Completion((5,), (-1.0,), "stop", 0, "")
+    completion = make_completion((5,), (-1.0,), "stop", 0, "")
     mean = sum(rewards) / len(rewards)
     found = tuple(reward - mean for reward in rewards) if advantages is None else advantages
     return ScoredGroup(Group(Prompt(f"test:{number}", (1,), (1,), ""), (completion,) * len(rewards)), rewards, found)
