@@ -1,4 +1,4 @@
-"""From samples to the tensors of a micro-batch: packed one after the other, or padded to the longest."""
+"""Build the tensors of a micro-batch from samples: packed, or padded to the longest sequence."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackingLayout:
-    """How a step's sequences lie in tensors, and which of them, and of their tokens, are this rank's."""
+    """Tensor layout of a step's sequences, and this rank's position among the data- and context-parallel ranks."""
 
     packed: bool = True
     multiple: int = 1
-    """Of what a micro-batch's tokens on a rank, or padded lengths, are multiples: the tensor-parallel size under
-    sequence parallelism."""
+    """A micro-batch's packed tokens on a rank, or its padded lengths, are a multiple of this: the tensor-parallel size
+    under sequence parallelism."""
     context: int = 0
     context_size: int = 1
-    """This rank among the context-parallel ones."""
     data: int = 0
     data_size: int = 1
-    """And among the data-parallel ones."""
 
     @classmethod
     def of(cls, config: RunConfig, ranks: ParallelState) -> PackingLayout:
-        """A run's, on this rank."""
+        """Layout of a run on this rank."""
         multiple = ranks.tensor_size if config.parallel.sequence else 1
         return cls(config.model.packed, multiple, ranks.context, ranks.context_size, ranks.data, ranks.data_size)
 
     @property
     def unit(self) -> int:
-        """Of what a packed sequence's length is a multiple: context-parallel ranks share it in so many chunks."""
+        """A packed sequence's length is a multiple of this: the number of its context-parallel chunks."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
 
@@ -134,7 +132,7 @@ def _concatenate(arrays: Iterable[np.ndarray[Any, Any]], dtype: type[np.generic]
 
 
 def _experts(sequences: Sequence[_Sequence], firsts: Sequence[int]) -> Tensor | None:
-    """int16 [P, layers, experts of a token], see `SequenceBatch.experts_BSLK`; None where none are given."""
+    """int16 [P, layers, experts of a token], see `SequenceBatch.experts_BSLK`; None if no sequence has experts."""
     given = [sequence.experts for sequence in sequences if sequence.experts is not None]
     if not given:
         return None
@@ -146,13 +144,13 @@ def _experts(sequences: Sequence[_Sequence], firsts: Sequence[int]) -> Tensor | 
 
 
 def _pad(sequences: Sequence[_Sequence], multiple: int) -> tuple[list[int], int]:
-    """How many positions each text gets, as many as the longest; and of what a number of tokens is a multiple."""
+    """Padded length of each sequence, and the divisor of a rank's tokens."""
     longest = max(map(len, sequences), default=1)
     return [-(-longest // multiple) * multiple] * max(len(sequences), 1), multiple
 
 
 def _pack(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[list[int], int]:
-    """The same, where a sequence of its own fills up what is missing for a multiple of tokens on each rank."""
+    """Packed length of each sequence, and the divisor of a rank's tokens; a padding sequence fills up to it."""
     size, unit = layout.context_size, layout.unit
     multiple = math.lcm(layout.multiple, unit // size)
     spans = [-(-len(sequence) // unit) * unit for sequence in sequences]

@@ -1,4 +1,4 @@
-"""From scored groups to training sequences, with gates and weights over the whole step."""
+"""Turn scored groups into training sequences, with gates and weights over the whole step."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def make_samples(
 
 
 def with_gradient(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that the outcome or the distillation term learns from.
+    """Keep the samples with a gradient from the policy or the distillation term.
 
-    Their weights shrink by their share of the tokens: the sum is divided by the number of tokens that are left.
+    Weights are multiplied by the kept share of the tokens, since the loss is divided by the number of kept tokens.
     """
     kept = [sample for sample in samples if sample.gate or sample.advantage]
     share = sum(len(s.response) for s in kept) / max(1, sum(len(s.response) for s in samples))

@@ -156,7 +156,7 @@ class Trainer:
 
     def announce(self, start: Start) -> None:
         """Keep the resolved configuration and its changes, and say where the run starts."""
-        self.journal.keep_start(start.branch, self.state.changes)
+        self.journal.write_start(start.branch, self.state.changes)
         first, *more = start.describe(self.config)
         r = self.ranks
         self.progress.message(
@@ -236,25 +236,25 @@ class Trainer:
         ahead = self.config.rollout.ahead > 0 and state.step + 1 < self.config.steps
         if ahead:
             self.collector.begin(state.step + 1, cursor)
-        self.serving.make_room()
+        self.serving.free_devices()
         with self.phases("prepare"):
             batches = self.updater.prepare(state.step, groups)
         if self._asked_to_stop():
             self.collector.cancel()
             return None
         with self.phases("update"):
-            updates = self.updater.learn(state.step, batches)
+            updates = self.updater.update(state.step, batches)
         described = self.collector.describe(state.step, selection)
         state.skipped, state.cursor = self.updater.skipped, cursor
         state.step += 1
-        self.journal.keep_prompts(state.step, [scored.group.prompt for scored in groups])
-        self.journal.keep_rollouts(state.step, selection)
+        self.journal.write_prompts(state.step, [scored.group.prompt for scored in groups])
+        self.journal.write_rollouts(state.step, selection)
         self.serving.trained(state.step)
         with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
             state.prefetched = self.collector.finish() if ahead else None
         seconds = time.perf_counter() - started
         state.seconds += seconds
-        tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
+        tokens = sum(len(c.tokens) for scored in selection.generated for c in scored.group.completions)
         return {
             **described,
             **describe_contexts(groups),

@@ -72,7 +72,7 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
     )
     groups, metrics = some_right(arch.vocab_size), []
     for step in range(STEPS):
-        found = updater.learn(step, updater.prepare(step, groups))
+        found = updater.update(step, updater.prepare(step, groups))
         metrics.append({name: metric.value for name, metric in found.items()})
     stream = WeightStream(
         policy_trainer.named_weights(), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group

@@ -93,7 +93,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
             selection = select(ask, 5, filters_of_step, config)
         except FilterError as error:
             return str(error)
-        found.append((selection.kept, dict(selection.left_out), selection.rounds, cursor.state()))
+        found.append((selection.kept, dict(selection.dropped), selection.rounds, cursor.state()))
     return found
 
 

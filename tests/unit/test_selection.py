@@ -47,8 +47,8 @@ def test_a_step_is_filled_with_further_prompts() -> None:
     found, calls = run([LIVE, RIGHT, WRONG, WRONG], 4, drop_dead=True)
     assert calls == [(4, 0), (3, 1), (2, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
     assert numbers(found.kept) == [0, 4, 8, 12]
-    assert numbers(found.asked) == list(range(13))
-    assert found.left_out == {"right": 3, "wrong": 6, "level": 0, "surplus": 0}
+    assert numbers(found.generated) == list(range(13))
+    assert found.dropped == {"right": 3, "wrong": 6, "level": 0, "surplus": 0}
     metrics = found.metrics()
     assert {name: metric.value for name, metric in metrics.items()} == {
         "selection/prompts": 13, "selection/kept": 4, "selection/rounds": 7, "selection/dropped_right": 3,
@@ -67,9 +67,9 @@ def test_the_bound_ends_it_with_what_there_is() -> None:
     found, calls = run([WRONG, WRONG, LIVE], 3, drop_dead=True, max_rounds=2)
     assert [number for _, number in calls] == [0, 1]
     assert numbers(found.kept) == [2]
-    assert (found.rounds, len(found.asked)) == (2, 5)
+    assert (found.rounds, len(found.generated)) == (2, 5)
     nothing, _ = run([RIGHT], 3, drop_dead=True, max_rounds=2)
-    assert (nothing.kept, nothing.left_out["right"]) == ([], 6)
+    assert (nothing.kept, nothing.dropped["right"]) == ([], 6)
 
 
 def test_oversampling_saves_rounds_and_leaves_out_what_is_too_much() -> None:
@@ -79,7 +79,7 @@ def test_oversampling_saves_rounds_and_leaves_out_what_is_too_much() -> None:
     found, calls = run([LIVE], 4, drop_dead=True, oversample=1.5)
     assert calls == [(6, 0)]
     assert numbers(found.kept) == [0, 1, 2, 3]
-    assert found.left_out["surplus"] == 2
+    assert found.dropped["surplus"] == 2
 
 
 @pytest.mark.parametrize(
