@@ -50,7 +50,7 @@ class PackingLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sequence:
-    """A prompt with a response, and the response tokens whose predictions are used."""
+    """A prompt with a response, and a mask of the response tokens to predict."""
 
     prompt: TokenIds
     response: TokenIds

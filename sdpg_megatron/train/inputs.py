@@ -1,4 +1,4 @@
-"""Everything that a run reads besides weights. All but the prompts is checked before any process group starts."""
+"""Read the inputs of a run besides weights. All but the prompts is checked before any process group starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """What is read of a model, besides weights."""
+    """Inputs from a model's folder, besides weights."""
 
     arch: Architecture
     tokenizer: Any
@@ -47,7 +47,7 @@ class ModelInputs:
 
 @dataclass(frozen=True, slots=True)
 class Inputs(ModelInputs):
-    """What a run reads, besides weights."""
+    """Inputs of a run, besides weights."""
 
     prompts: PromptSource
     held_out: PromptDataset | None
@@ -57,9 +57,9 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Para
     """Read the model's description, tokenizer and data, and check that they and the verifier fit the configuration.
 
     Args:
-        model: what `load_run_model` has returned; None to call it.
-        ranks: of the run, every one of which calls this: data files are then read once on each machine. None for a
-            process alone.
+        model: result of `load_run_model`; None to call it.
+        ranks: ranks of the run, all of which call this: data files are then read once on each machine. None for a
+            single process.
 
     Raises:
         ConfigError: as `load_run_model`; an unknown context template.
@@ -96,28 +96,29 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Para
 
 
 def check_answers(verifier: str, sources: Sequence[PromptSource | None]) -> None:
-    """Refuse answers that are dicts or lists where the verifier compares text. Raises `DataError`."""
+    """Reject answers that are dicts or lists if the verifier compares text. Raises `DataError`."""
     for source in sources:
         if compares_text(verifier) and isinstance(source, PromptDataset) and source.structured:
             expected = f"text or a number with reward.verifier {verifier}"
-            fix = "write it as text, or use a verifier of your own (module:function)"
+            fix = "write it as text, or use a custom verifier (module:function)"
             raise DataError(source.structured, "an answer that is a dict or list", expected, fix)
 
 
 def warn_of(source: PromptSource | None) -> None:
-    """Log what a user should know about the rows."""
+    """Log warnings about the rows."""
     if isinstance(source, PromptDataset):
         for warning in source.warnings:
             logger.warning("%s", warning)
 
 
 def load_run_model(config: RunConfig) -> ModelInputs:
-    """Read the model's description and tokenizer, and check all of a run's configuration against them.
+    """Read the model's description and tokenizer, and check the run's configuration against them.
 
     Raises:
-        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier or group filter; a run folder that cannot be written.
-        WeightError: the weights are missing or damaged, or another model's.
+        ConfigError: the model cannot be sharded as configured, or is too short for the prompts and responses; no
+            tokenizer, chat template or stop token; an unknown verifier or group filter; a run folder that cannot be
+            written.
+        WeightError: the weights are missing, damaged, or of another model.
     """
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
@@ -135,7 +136,7 @@ def load_model_inputs(config: RunConfig) -> ModelInputs:
     Needs no process group.
 
     Raises:
-        ConfigError: as `load_inputs`, but for the layout and the data.
+        ConfigError: as `load_inputs`, without the layout and the data.
         WeightError: as `read_model`.
     """
     arch = read_architecture(config.model.path)

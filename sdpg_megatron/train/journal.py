@@ -77,7 +77,7 @@ class Journal:
         run_dir = self._config.run_dir
         truncate_records(run_dir, step, evaluated=evaluated)
         truncate_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
-        self._metrics = open_writers(run_dir, [open_external(spec, config) for spec in config.writers])
+        self._metrics = open_writers(run_dir, [open_external(spec, self._config) for spec in self._config.writers])
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
         self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, self._config.rollout_log)
         records = read_metrics(run_dir / METRICS_FILE)

@@ -1,4 +1,4 @@
-"""A run's model folder, read and checked without a process group: files, weights' headers, tokenizer, stop tokens."""
+"""Read and check a run's model folder without a process group: files, weight headers, tokenizer, stop tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from sdpg_megatron.weights import open_weights
 
 
 def read_model(config: RunConfig, arch: Architecture) -> tuple[Any, tuple[int, ...]]:
-    """Read a model's tokenizer and stop tokens, and check all else that its folder has but the values of the weights.
-
-    Args:
-        arch: the folder's.
+    """Read a model's tokenizer and stop tokens, and check the rest of its folder but the values of the weights.
 
     Returns:
         transformers tokenizer, and the ids that end a response.
@@ -24,7 +21,7 @@ def read_model(config: RunConfig, arch: Architecture) -> tuple[Any, tuple[int, .
     Raises:
         ConfigError: a file is damaged; a token has no row in the embedding; tokenizer, chat template and stop tokens do
             not fit each other; the embedded engine's transformers reads another model from config.json.
-        WeightError: a file of the weights is missing or damaged, or they are not those of config.json.
+        WeightError: a weight file is missing, damaged, or does not match config.json.
     """
     folder = config.model.path
     check_files(folder)

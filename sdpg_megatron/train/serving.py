@@ -28,7 +28,7 @@ class Serving:
         on_progress: OnProgress,
         stop: Stop,
     ) -> None:
-        """Start the configured engine; callbacks and errors are those of `start_rollouts`."""
+        """Start the configured engine; callbacks and errors as in `start_rollouts`."""
         self._config, self._policy_trainer, self._phases = config, policy_trainer, phases
         self._current = False
         if self._colocated:  # servers size their pools by the free memory
