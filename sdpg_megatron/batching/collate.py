@@ -54,7 +54,7 @@ class _Sequence:
 
     prompt: TokenIds
     response: TokenIds
-    asked: Gates
+    predicted: Gates
     """[N]: True at the N response tokens that are predicted."""
     experts: Routing | None = None
 
@@ -64,7 +64,7 @@ class _Sequence:
 
 def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     """Build a micro-batch. Without samples it contributes nothing."""
-    student, rank_T = _lay(
+    student, rank_T = _arrange(
         [_Sequence(s.student_prompt, s.response, np.ones(len(s.response), bool), s.experts) for s in samples], layout
     )
     gates_T = _concatenate((s.gates for s in samples), np.float32)
@@ -74,7 +74,7 @@ def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
 
     teacher = None
     if gated := [_Sequence(s.teacher_prompt, s.response, s.gates) for s in samples if s.gate]:
-        teacher, from_G = _lay(gated, layout)
+        teacher, from_G = _arrange(gated, layout)
         if rank_T is not None and from_G is not None:  # the teacher's rows are used on the ranks of the student's
             mine, along = route(from_G, rank_T[gates_T.bool()], layout.context, layout.context_size)
             teacher = replace(teacher, rows_T=teacher.rows_T[mine], route=along)
@@ -93,8 +93,8 @@ def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     )
 
 
-def _lay(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[SequenceBatch, Tensor | None]:
-    """This rank's tokens, with the rows of all ranks' asked response tokens, and the rank that has each row.
+def _arrange(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[SequenceBatch, Tensor | None]:
+    """This rank's tokens, with the rows of all ranks' predicted response tokens, and the rank that has each row.
 
     The ranks are None if there is one context-parallel rank.
     """
@@ -107,7 +107,7 @@ def _lay(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[Sequenc
         tokens_P[first:start] = sequence.prompt
         tokens_P[start:end] = sequence.response
         sequence_P[first:end] = number
-        positions.append(start - 1 + np.flatnonzero(sequence.asked))
+        positions.append(start - 1 + np.flatnonzero(sequence.predicted))
     row_T, rank_T, here = _concatenate(positions, np.int64), None, slice(None)
     if layout.context_size > 1:
         rank_P, place_P = shards(spans, layout.context_size)
