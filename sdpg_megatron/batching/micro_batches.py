@@ -34,7 +34,10 @@ def plan(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) ->
     if limit.tokens is None:
         shares = balance(samples, ranks, room=-(-len(samples) // ranks))
         count = -(-max(1, *map(len, shares)) // limit.sequences)
-        return [_alike(share, count) if alike else _even(share, count) for share in shares]
+        return [
+            _alike(share, count) if alike else balance(share, count, room=-(-len(share) // count) or 1)
+            for share in shares
+        ]
     shares = balance(samples, ranks)
     count = max(1, *(-(-sum(sample.cost for sample in share) // limit.tokens) for share in shares))
     while True:
@@ -64,10 +67,6 @@ def _alike(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     # Not by cost: the teacher's tokens would put a response next to others of twice its length.
     ordered = sorted(samples, key=lambda sample: len(sample.student_prompt) + len(sample.response))
     return [ordered[len(ordered) * i // parts : len(ordered) * (i + 1) // parts] for i in range(parts)]
-
-
-def _even(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    return balance(samples, parts, room=-(-len(samples) // parts) or 1)
 
 
 def _fits(samples: Sequence[Sample], tokens: int) -> bool:

@@ -48,11 +48,13 @@ def build_step(
         regularized: True if the loss has a term for every token. Otherwise samples without an advantage and with
             closed gates give no gradient and are dropped.
     """
+    weight = sum(sample.weight * len(sample.response) for sample in samples)
+    gated_weight = sum(sample.weight * int(sample.gates.sum()) for sample in samples)
     kept = [replace(sample, unit=layout.unit) for sample in (samples if regularized else with_gradient(samples))]
     parts = plan(kept, layout.data_size, limit, alike=not layout.packed)[layout.data]
     return StepBatch(
         micro_batches=to_device([collate(part, layout) for part in parts], device),
-        distill_scale=_weight(samples) / gated if (gated := _gated_weight(samples)) else 1.0,
+        distill_scale=weight / gated_weight if gated_weight else 1.0,
     )
 
 
@@ -79,11 +81,3 @@ def with_corrections(
         return replace(batch, corrections_T=weights_T)
 
     return [corrected(batch) for batch in batches]
-
-
-def _weight(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight * len(sample.response) for sample in samples)
-
-
-def _gated_weight(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight * int(sample.gates.sum()) for sample in samples)

@@ -19,15 +19,18 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
+from sdpg_megatron.data.tokenizer import check_stops, load_tokenizer, stop_ids
 from sdpg_megatron.errors import DataError
+from sdpg_megatron.hf_files import check_files
 from sdpg_megatron.mcore.compat.device import check_layers
 from sdpg_megatron.observe.reading_progress import RowProgress
 from sdpg_megatron.observe.writers import find_writer
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, find_verifier, is_custom
-from sdpg_megatron.train.model_folder import read_model
+from sdpg_megatron.rollout.transformers_check import check_reading
 from sdpg_megatron.train.run_dir import check_run_dir
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
+from sdpg_megatron.weights import open_weights
 
 if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
     from sdpg_megatron.mcore.parallel import ParallelState
@@ -133,17 +136,26 @@ def load_run_model(config: RunConfig) -> ModelInputs:
 def load_model_inputs(config: RunConfig) -> ModelInputs:
     """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
 
-    Needs no process group.
+    Reads all of the model's folder but the values of the weights. Needs no process group.
 
     Raises:
-        ConfigError: as `load_inputs`, without the layout and the data.
-        WeightError: as `read_model`.
+        ConfigError: as `load_inputs`, without the layout and the data; a file is damaged; a token has no row in the
+            embedding; tokenizer, chat template and stop tokens do not fit each other; the embedded engine's
+            transformers reads another model from config.json.
+        WeightError: a weight file is missing, damaged, or does not match config.json.
     """
-    arch = read_architecture(config.model.path)
+    folder = config.model.path
+    arch = read_architecture(folder)
     check_lengths(arch, config)
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
     find_verifier(config.reward.verifier)
-    tokenizer, stops = read_model(config, arch)
+    check_files(folder)
+    open_weights(folder, arch)
+    stops = stop_ids(folder, arch.vocab_size)
+    tokenizer = load_tokenizer(folder, arch.vocab_size)
+    check_stops(tokenizer, stops, config.data.template_options)
+    if config.rollout.engine == "hf":
+        check_reading(folder, arch)
     return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)
