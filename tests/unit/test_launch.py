@@ -136,7 +136,7 @@ def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Pa
     async def scene() -> list[LaunchPlan | LaunchError]:
         port = two_free_ports()
         first = asyncio.create_task(come(node_info(0, nodes=3), port, tmp_path))
-        connection = await rendezvous._reach(HERE, port + 1, 20.0)
+        connection = await rendezvous._connect(HERE, port + 1, 20.0)
         connection.send(**asdict(node_info(1, nodes=3)))
         await asyncio.sleep(0.2)
         await connection.close()
