@@ -53,8 +53,8 @@ DOCUMENTED = (0, 2, 70, 75, 130, 141)
 MEMORY = 8 << 30
 """Bytes of address space that a call may take beyond those of the imports."""
 IMPORTED = (
-    *(f"sdpg_megatron.train.{name}" for name in ("loop", "evaluator", "subject")),
-    *(f"sdpg_megatron.plan.{name}" for name in ("plan", "report", "advice")),
+    *(f"sdpg_megatron.train.{name}" for name in ("loop", "eval_command", "eval_target")),
+    *(f"sdpg_megatron.estimate.{name}" for name in ("plan", "report", "advice")),
     *(
         "sdpg_megatron.cli",
         "sdpg_megatron.estimate.shapes",

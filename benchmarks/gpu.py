@@ -93,9 +93,9 @@ def run_part(part: Part, folder: Path, seconds: float, more: Sequence[str]) -> d
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    aside = folder / ".gpu.json"
-    aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / "gpu.json")
+    staging = folder / ".gpu.json"
+    staging.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    staging.replace(folder / "gpu.json")
 
 
 def table(results: Mapping[str, Any]) -> Iterator[str]:

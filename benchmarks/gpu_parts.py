@@ -242,7 +242,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
     Not the steps that also measure the pulls of the loss's parts, which are every tenth.
     """
     from benchmarks.step_trainer import StandingLearner
-    from sdpg_megatron.config.load import load
+    from sdpg_megatron.config.load import load_config
 
     lengths = [8] * 4 if options.rehearse else [1024 - PROMPT_TOKENS] * 64
     group = 2 if options.rehearse else 8
@@ -254,7 +254,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         overrides += [f"model.recompute={size == '1.7b'}".lower()]  # without, 1.7B does not fit in 80 GB
         student_tokens = len(lengths) * (lengths[0] + PROMPT_TOKENS) // (1 if options.rehearse else 4)
         planned = plan(path, [*overrides, f"optimizer.micro_batch_tokens={student_tokens}"])
-        trainer = StandingLearner(load(path, overrides))
+        trainer = StandingLearner(load_config(path, overrides))
         groups = given_groups(lengths, group, trainer.inputs.arch.vocab_size)
         seconds = []
         for number in range(4):
@@ -315,11 +315,11 @@ def plan(path: Path, overrides: Sequence[str]) -> float:
 
     It takes all tokens of a micro-batch for the student's. With a teacher in each of them about half are.
     """
-    from sdpg_megatron.config.load import load
+    from sdpg_megatron.config.load import load_config
     from sdpg_megatron.estimate.gpus import find_gpu
     from sdpg_megatron.estimate.plan import make_plan
 
-    made = make_plan(load(path, overrides), find_gpu("H100"), 1)
+    made = make_plan(load_config(path, overrides), find_gpu("H100"), 1)
     (stage,) = made.stages
     return float(max(stage.total(name) - stage.parts(name)["context"] for name in ("passes", "update"))) / 2**30
 

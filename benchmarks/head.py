@@ -53,6 +53,7 @@ if not __package__:  # run as a script, whose folder is then the first place to 
 from benchmarks.head_baselines import CONTESTANTS, Outcome, Problem, make_problem, weight_rows
 from benchmarks.memory import peak_memory
 from sdpg_megatron.head import VocabShard
+from sdpg_megatron.observe.files import write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLE_ROWS = 64
@@ -336,10 +337,7 @@ def machine(device: str, threads: int) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Aside and renamed, so that nobody reads half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 # --- command line

@@ -102,7 +102,7 @@ def groups_of(vocab: int) -> list[ScoredGroup]:
 
 def measure(config: RunConfig) -> int:
     """Bytes: the most that two optimizer steps hold, from before the model is built."""
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
@@ -114,7 +114,7 @@ def measure(config: RunConfig) -> int:
     arch = read_architecture(config.model.path)
     groups = groups_of(arch.vocab_size)
     with peak_memory(torch.device("cpu")) as found:
-        objective = objectives.build(config.objective, config.total_optimizer_steps)
+        objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
         policy_trainer = PolicyTrainer(config, arch, objective, ranks)
         for step in range(2):
             samples = make_samples(groups, config.objective, distill_enabled=objective.distill_enabled)
@@ -122,7 +122,7 @@ def measure(config: RunConfig) -> int:
                 samples,
                 regularized=True,
                 limit=Limit.of(config),
-                layout=Layout.of(config, ranks),
+                layout=PackingLayout.of(config, ranks),
                 device=policy_trainer.device,
             )
             policy_trainer.begin(step)

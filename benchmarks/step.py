@@ -60,7 +60,7 @@ from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftove
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.records import ScoredGroup
 from tools.make_addition import split, write
@@ -173,7 +173,7 @@ def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> d
 
 
 def plan_unsorted(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) -> list[list[list[Sample]]]:
-    """In the place of `train.plan.plan`, on one rank: micro-batches in the order of arrival."""
+    """In the place of `batching.micro_batches.plan`, on one rank: micro-batches in the order of arrival."""
     size = limit.sequences
     return [[list(samples[first : first + size]) for first in range(0, len(samples), size)]]
 
@@ -199,7 +199,7 @@ def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
             return {"gated_share": gated_share, "response_tokens": tokens, **phases}
 
         def plain_step() -> Known:
-            # Without a GPU every call of torch in this process is looked at for Megatron's sake (`mcore.device`): the
+            # Without a GPU every call of torch in this process is intercepted for Megatron (`mcore.compat.device`): the
             # plain loop shall not pay for that.
             with torch._C.DisableTorchFunction():
                 responses = plain.step(prompts, seed)
@@ -224,7 +224,7 @@ def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunCo
         **changes,
     }
     overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
-    return load(DEMO, overrides)
+    return load_config(DEMO, overrides)
 
 
 def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:

@@ -20,7 +20,7 @@ from sdpg_megatron.train.inputs import load_inputs
 from sdpg_megatron.train.loop import Trainer
 from sdpg_megatron.train.run_fingerprint import RunFingerprint
 from sdpg_megatron.train.seeds import draw_seed
-from sdpg_megatron.train.state import Position
+from sdpg_megatron.train.state import TrainState
 from sdpg_megatron.train.update import PolicyUpdater
 
 
@@ -30,7 +30,7 @@ class StandingLearner:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.inputs = config, load_inputs(config)
         self.ranks = parallel.initialize(config.parallel, config.seed)
-        objective = objectives.build(config.objective, config.total_optimizer_steps)
+        objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
         self.policy_trainer = PolicyTrainer(config, self.inputs.arch, objective, self.ranks)
 
     def learn(self, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> dict[str, float]:
@@ -66,8 +66,8 @@ class StandingTrainer(StandingLearner):
         taken = self._first().cursor.take(self.config.rollout.prompts_per_step)
         return [self.inputs.prompts[i] for i in taken], draw_seed(self.config.seed, f"rollout/{step}", 0)
 
-    def _first(self) -> Position:
-        return Position.first(self.config, self.inputs.prompts.size)
+    def _first(self) -> TrainState:
+        return TrainState.first(self.config, self.inputs.prompts.size)
 
 
 @contextmanager

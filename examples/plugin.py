@@ -1,6 +1,6 @@
-"""SDPG in a custom training loop: a stock GPTModel with Megatron's schedules, DDP and optimizer.
+"""SDPG in your own training loop: a stock GPTModel, Megatron's schedules, DDP and optimizer, and our forward step.
 
-This package provides the forward step and the objective. Runs on GPUs and CPUs:
+Run it anywhere:
 
     python examples/plugin.py
     torchrun --nproc-per-node 4 examples/plugin.py --tensor 2 --pipeline 2
@@ -21,20 +21,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sdpg_megatron import objectives
-from sdpg_megatron.config import ObjectiveConfig, ParallelConfig
-from sdpg_megatron.mcore import layers, parallel
-from sdpg_megatron.mcore.compat import device
-from sdpg_megatron.mcore.forward_step import ForwardStep, Head
-from sdpg_megatron.mcore.passes import teacher_hidden
-from sdpg_megatron.objectives.base import StepContext
-from sdpg_megatron.records import MicroBatch, SequenceBatch
+import sdpg_megatron as sdpg
+from sdpg_megatron import MicroBatch, ObjectiveConfig, ParallelConfig, SequenceBatch, StepContext
 
 VOCAB, STEPS = 120, 5
 
 
 def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
-    """Model of the custom loop. `calculate_per_token_loss` and Megatron's `finalize_model_grads` are required."""
+    """The model of your loop. Required: `calculate_per_token_loss`, and Megatron's `finalize_model_grads`."""
     config = TransformerConfig(
         num_layers=4,
         hidden_size=64,
@@ -53,7 +47,7 @@ def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
     )
     model = GPTModel(
         config,
-        layers.local_block_spec(config, vp_stage=None),
+        sdpg.local_block_spec(config, vp_stage=None),
         vocab_size=128,
         max_sequence_length=64,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -64,7 +58,7 @@ def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
 
 
 def your_batch() -> MicroBatch:
-    """Two responses of three tokens to one prompt. The first was correct and is distilled."""
+    """Two responses of three tokens to one prompt; the first was right, so the teacher distils into it."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -92,22 +86,24 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     options = parser.parse_args()
-    ranks = parallel.initialize(ParallelConfig(tensor=options.tensor, pipeline=options.pipeline), seed=0)
+    ranks = sdpg.initialize(ParallelConfig(tensor=options.tensor, pipeline=options.pipeline), seed=0)
     model = your_model(options.tensor, options.pipeline)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, use_distributed_optimizer=True), [model])
-    objective = objectives.build(ObjectiveConfig(alpha=0.0, beta=0.5, beta_warmup_steps=0, beta_decay_steps=0), STEPS)
-    head = Head(vocab_size=VOCAB, tensor_group=ranks.tensor_group)
+    objective = sdpg.build_objective(
+        ObjectiveConfig(alpha=0.0, beta=0.5, beta_warmup_steps=0, beta_decay_steps=0), STEPS
+    )
+    head = sdpg.Head(vocab_size=VOCAB, tensor_group=ranks.tensor_group)
 
     for step in range(STEPS):
-        batch = your_batch().to(device.training_device())
+        batch = your_batch().to(sdpg.training_device())
         context = StepContext(step, STEPS)
         if objective.required_passes(context).teacher:
-            (rows,) = teacher_hidden([model], [batch])
+            (rows,) = sdpg.teacher_hidden([model], [batch])
             batch = dataclasses.replace(batch, teacher_hidden_GH=rows)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reports: list[dict[str, Any]] = get_forward_backward_func()(
-            forward_step_func=ForwardStep(objective, context, head),
+            forward_step_func=sdpg.ForwardStep(objective, context, head),
             data_iterator=iter([batch]),
             model=model,
             num_microbatches=1,
@@ -116,10 +112,10 @@ def main() -> None:
             forward_only=False,
         )
         optimizer.step()
-        for report in reports:  # only on the last pipeline stage
+        for report in reports:  # of the last stage
             numbers = {name: metric.read().value for name, metric in report.items()}
             sys.stdout.write(f"step {step}: loss {numbers['train/loss']:+.4f}, KL {numbers['distill/kl']:.4f}\n")
-    parallel.shutdown()
+    sdpg.shutdown()
 
 
 if __name__ == "__main__":

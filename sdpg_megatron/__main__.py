@@ -1,4 +1,4 @@
-"""``python -m sdpg_megatron``, and the ``sdpg-megatron`` command."""
+"""Entry point of ``python -m sdpg_megatron`` and of the ``sdpg-megatron`` command."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from sdpg_megatron.process.signals import exit_at_once
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """`cli.main`, with Ctrl-C handled while it is imported."""
+    """Call `cli.main`; Ctrl-C is handled while it is imported."""
     exit_at_once()
     from sdpg_megatron.cli import main
 

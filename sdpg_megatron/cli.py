@@ -1,6 +1,6 @@
-"""The command line: ``sdpg-megatron train``, ``eval``, ``plan``, ``compare``, ``convert`` and ``inspect``.
+"""Command line: ``sdpg-megatron train``, ``eval``, ``plan``, ``compare``, ``convert`` and ``inspect``.
 
-The first two run alone or under torchrun.
+``train`` and ``eval`` run alone or under torchrun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sdpg_megatron import __version__
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.config.load import dump, load_config
 from sdpg_megatron.errors import ConfigError, OutputError, SdpgError
 from sdpg_megatron.process import streams
 from sdpg_megatron.process.rank_environment import RankEnvironment
@@ -36,7 +36,7 @@ EXPECTED_WARNINGS = (
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
 )
-"""What megatron-core says on any machine without Transformer Engine, and what torch says about megatron-core."""
+"""Warnings of megatron-core without Transformer Engine, and of torch about megatron-core."""
 VERIFY_TEXT = "The largest planet of the solar system is Jupiter. 17 + 25 = 42."
 
 
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 an error that is explained, 75 stopped with its state saved, 130 stopped at once by
-        Ctrl-C, 141 where the reader of standard output has ended. A training run that hangs ends with 70, see
+        The exit code: 0 done, 2 an explained error, 75 stopped with its state saved, 130 stopped at once by Ctrl-C, 141
+        if the reader of standard output has ended. A training run that hangs ends with 70, see
         `sdpg_megatron.runtime.watchdog`.
     """
     with streams.guarded():
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
-    options, more = parser.parse_known_args(arguments)  # argparse leaves what follows an option in the middle
+    options, more = parser.parse_known_args(arguments)  # positionals after an option are left over
     if unknown := [argument for argument in more if argument.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
     for message in EXPECTED_WARNINGS:
@@ -84,15 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        help="run, or continue, a training run",
-        description="Run, or continue, the run that CONFIG describes. Exit code 75: stopped by a signal and saved; the "
+        help="start or continue a training run",
+        description="Start or continue the run that CONFIG describes. Exit code 75: stopped by a signal and saved; the "
         "same command continues. Several ranks: torchrun --nproc-per-node N -m "
         "sdpg_megatron train CONFIG ...",
     )
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
     _add_configuration(train, "e.g. objective.beta=0.01 parallel.tensor=2")
     train.add_argument(
-        "--ranks", type=int, metavar="N", help="that --dry-run checks for (default: $WORLD_SIZE, or the fewest)"
+        "--ranks", type=int, metavar="N", help="ranks for --dry-run (default: $WORLD_SIZE, or the fewest possible)"
     )
     train.add_argument(
         "--branch-from",
@@ -100,93 +100,93 @@ def _parser() -> argparse.ArgumentParser:
         help="start run_dir from a checkpoint of another run (default: its newest), with its optimizer and reference",
     )
     train.add_argument(
-        "--new-reference", action="store_true", help="of a branch: the reference is the model at model.path instead"
+        "--new-reference", action="store_true", help="with --branch-from: use model.path as the reference instead"
     )
     train.set_defaults(command=_train)
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a model on held-out problems",
-        description="Evaluate TARGET on data.eval, as its eval section says; the same command continues. Several ranks "
+        description="Evaluate TARGET on data.eval with the settings of eval; the same command continues. Several ranks "
         "share the problems: torchrun --nproc-per-node N -m sdpg_megatron eval TARGET ...",
     )
-    what = (
-        "a run's folder, for what it has trained; a YAML file, for what its run starts from; or a Hugging Face folder"
-    )
-    evaluate.add_argument("target", type=Path, metavar="TARGET", help=what)
-    evaluate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
-    evaluate.add_argument("--step", type=int, metavar="N", help="of the run's training (default: its newest)")
+    target_help = "run folder (trained model), YAML file (the model its run starts from), or Hugging Face folder"
+    evaluate.add_argument("target", type=Path, metavar="TARGET", help=target_help)
+    evaluate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results")
+    evaluate.add_argument("--step", type=int, metavar="N", help="training step of the run (default: its newest)")
     _add_configuration(evaluate, "e.g. data.eval=[aime24.jsonl] eval.samples=32")
     evaluate.set_defaults(command=_evaluate)
-    _add_plan(commands.add_parser("plan", help="say what a run needs: memory, communication, time"))
+    _add_plan(commands.add_parser("plan", help="estimate a run's memory, communication and time"))
     compare = commands.add_parser(
         "compare",
         help="show evaluations side by side",
-        description="Show evaluations side by side: below the numbers of each its difference from the first, over "
+        description="Show evaluations side by side. Below each score is its difference from the first evaluation, over "
         "pairs of results on the same problem.",
     )
-    compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of an evaluation: what --out named")
-    compare.add_argument("--anyway", action="store_true", help="also where data or settings differ")
+    compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--out folder of an evaluation")
+    compare.add_argument("--anyway", action="store_true", help="compare even if data or settings differ")
     compare.set_defaults(command=_compare, overrides=[])
-    _add_convert(commands.add_parser("convert", help="bring a model from Hugging Face to Megatron, or back"))
+    _add_convert(commands.add_parser("convert", help="convert a model from Hugging Face to Megatron, or back"))
     inspect = commands.add_parser(
         "inspect",
-        help="say what a folder holds",
-        description="Say what a Hugging Face folder, a run, one of its checkpoints or a Megatron checkpoint holds, and "
-        "what of it is damaged. Exit code 2 where anything is.",
+        help="describe the contents of a folder",
+        description="Describe a Hugging Face folder, a run, one of its checkpoints or a Megatron checkpoint, and "
+        "report damage. Exit code 2 if anything is damaged.",
     )
     inspect.add_argument("path", type=Path, metavar="PATH")
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.add_argument("--digests", action="store_true", help="read a run checkpoint's files, and compare digests")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--digests", action="store_true", help="compare the digests of a run checkpoint's files")
     inspect.set_defaults(command=_inspect, overrides=[])
     return parser
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Make a Megatron checkpoint of a Hugging Face folder, or a Hugging Face folder of a Megatron checkpoint or of "
-        "a run of this trainer. The result is read back and compared before it is put in place."
+        "Convert a Hugging Face folder to a Megatron checkpoint, or a Megatron checkpoint or a run of this trainer to "
+        "a Hugging Face folder. The result is read back and compared before it is renamed to TARGET."
     )
     command.add_argument("source", type=Path, metavar="SOURCE", help="folder, run, or checkpoint")
     command.add_argument("target", type=Path, metavar="TARGET", help="a new path")
-    command.add_argument("--to", choices=("megatron", "huggingface"), help="refuse a SOURCE of this kind")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as they are)")
+    command.add_argument("--to", choices=("megatron", "huggingface"), help="require this target format")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the source's)"
+    )
     command.add_argument(
         "--like", type=Path, metavar="FOLDER", help="Hugging Face folder with the model's config.json and tokenizer"
     )
-    command.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="bound of one safetensors file")
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="N", help="largest safetensors file, in GB")
     command.add_argument(
         "--verify",
         nargs="?",
         const=VERIFY_TEXT,
         metavar="TEXT",
-        help="have both models read a text, print the largest difference of logits; needs memory for a whole model",
+        help="compare both models' logits of a text; needs memory for one whole model",
     )
     command.set_defaults(command=_convert, overrides=[])
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Say what the run that CONFIG describes needs of every GPU, and about how long a step takes; without a GPU, "
-        "from CONFIG and the model's config.json alone. Exit code 2 where it does not fit."
+        "Estimate the memory of every GPU and the time of a step for the run that CONFIG describes. Needs no GPU, only "
+        "CONFIG and the model's config.json. Exit code 2 if the run does not fit."
     )
     command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see examples/")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
-    command.add_argument("--gpu", default="H100", metavar="NAME", help="of the GPUs (default: %(default)s)")
-    command.add_argument("--ranks", type=int, metavar="N", help="of the trainer (default: the fewest of the layout)")
-    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--gpu", default="H100", metavar="NAME", help="GPU model (default: %(default)s)")
+    command.add_argument("--ranks", type=int, metavar="N", help="trainer ranks (default: the fewest of the layout)")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_plan)
 
 
 def _add_configuration(command: argparse.ArgumentParser, example: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help=example)
     command.add_argument(
-        "--dry-run", action="store_true", help="check everything, write nothing, print the configuration"
+        "--dry-run", action="store_true", help="run all checks, write nothing, print the configuration"
     )
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     environment = RankEnvironment.read()
-    config = load(options.config, overrides)
+    config = load_config(options.config, overrides)
     from sdpg_megatron.runtime.run_lock import end_with_launcher
 
     end_with_launcher()
@@ -194,7 +194,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.dry_run:
         return _dry_run(config, branch_from, options.ranks, environment)
     if options.ranks is not None:
-        raise ConfigError("--ranks", options.ranks, "none without --dry-run", "the launcher says how many ranks start")
+        raise ConfigError("--ranks", options.ranks, "none without --dry-run", "set the number of ranks in the launcher")
     streams.keep_going()
     from sdpg_megatron.train.loop import RunOutcome, done_message, train
 
@@ -207,7 +207,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _branch_request(options: argparse.Namespace) -> BranchRequest | None:
     if options.branch_from is None:
         if options.new_reference:
-            raise ConfigError("--new-reference", True, "--branch-from beside it", "add --branch-from RUN[@STEP]")
+            raise ConfigError("--new-reference", True, "--branch-from as well", "add --branch-from RUN[@STEP]")
         return None
     from sdpg_megatron.checkpoint.branch import BranchRequest
 
@@ -229,7 +229,7 @@ def _dry_run(
 
 
 def _show_checks(config: RunConfig, lines: Iterable[str], environment: RankEnvironment) -> None:
-    """Print the lines of checks as they pass to standard error, then the configuration to standard output."""
+    """Print passed checks to standard error, one line each, then the configuration to standard output."""
     for line in lines:
         if environment.is_main:
             sys.stderr.write(f"{line}\n")
@@ -258,7 +258,7 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         scores = evaluate_target(eval_target, inputs, files, options.out)
     if scores is not None:
         show(eval_target.name, scores_table(scores), sys.stdout)
-        sys.stdout.write(f"{options.out}: each problem with its responses, *.jsonl; all numbers, summary.json\n")
+        sys.stdout.write(f"{options.out}: problems with their responses, *.jsonl; all numbers, summary.json\n")
     return 0
 
 
@@ -291,13 +291,13 @@ def _convert(options: argparse.Namespace, more: Sequence[str]) -> int:
 
 
 def _bytes_of(gigabytes: float) -> int:
-    if not 1 <= gigabytes * 10**9 < math.inf:  # also of what is no number
+    if not 1 <= gigabytes * 10**9 < math.inf:  # also false for NaN
         raise ConfigError("--shard-gb", gigabytes, "a positive number of gigabytes", "choose another, such as 5")
     return int(gigabytes * 10**9)
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load(options.config, overrides)
+    config = load_config(options.config, overrides)
     from sdpg_megatron.estimate.advice import advise
     from sdpg_megatron.estimate.gpus import find_gpu
     from sdpg_megatron.estimate.plan import make_plan

@@ -86,6 +86,7 @@ class ScoredGroup:
     group: Group
     rewards: tuple[float, ...]
     advantages: tuple[float, ...]
+    """Empty until the step's groups are shaped."""
     failures: int = 0
     """Number of failed verifier calls; their completions have the failure reward."""
     answers: tuple[str | None, ...] | None = None

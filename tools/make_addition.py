@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from sdpg_megatron.observe.files import write_atomically
 
 NUMBERS = range(10, 50)
 Problem = tuple[int, int]
@@ -51,10 +52,7 @@ def row(problem: Problem) -> dict[str, str]:
 
 
 def write(path: Path, problems: Sequence[Problem]) -> None:
-    """Write to a temporary file and rename it, so that a running job never reads a partial file."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text("".join(json.dumps(row(problem)) + "\n" for problem in problems), encoding="utf-8")
-    staging.replace(path)
+    write_atomically(path, "".join(json.dumps(row(problem)) + "\n" for problem in problems))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.advantages import sequence_weights
 from sdpg_megatron.records import ScoredGroup
 
 if TYPE_CHECKING:

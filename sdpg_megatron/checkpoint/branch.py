@@ -1,4 +1,4 @@
-"""Start a run from a checkpoint of another run: which checkpoint, and what of the other run still holds."""
+"""Branches: start a run from a checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sdpg_megatron.checkpoint.state import (
     CHECKPOINT_FOLDER,
     BranchPoint,
     RunState,
+    add_fix,
     checkpoint_name,
     complete_checkpoints,
     step_of,
-    with_way_out,
 )
 from sdpg_megatron.config.field_values import Refused, read_path
 from sdpg_megatron.errors import CheckpointError, ConfigError
 from sdpg_megatron.observe.files import write_whole
 
 BRANCH_FILE = "branch.json"
-"""In a branch's `run_dir`: where it started, for calls that come before its first checkpoint."""
+"""File in a branch's `run_dir` with its branch point, for calls before its first checkpoint."""
 OPTION = "--branch-from"
 
 
@@ -32,11 +32,11 @@ class BranchRequest:
     step: int | None
     """None for the newest checkpoint."""
     new_reference: bool = False
-    """The reference becomes the model at `model.path`, whatever the other run started from."""
+    """Use the model at `model.path` as the reference instead of the other run's."""
 
     @classmethod
     def parse(cls, text: str, *, new_reference: bool = False) -> BranchRequest:
-        """Read ``RUN`` or ``RUN@STEP``. Raises `ConfigError` where there is no such folder."""
+        """Read ``RUN`` or ``RUN@STEP``. Raises `ConfigError` if there is no such folder."""
         name, _, number = text.rpartition("@")
         whole = _folder(text)
         if name and number.isascii() and number.isdigit() and not whole.is_dir():
@@ -48,14 +48,14 @@ class BranchRequest:
         return f"{place}{' with a new reference' if self.new_reference else ''}"
 
     def check_folder(self, run_dir: Path) -> None:
-        """Raises `ConfigError` where the branch would write into the other run's folder."""
+        """Raise `ConfigError` if the branch would write into the other run's folder."""
         here = run_dir.resolve()
         if self.run == here or self.run in here.parents:
             expected = f"a folder outside of {self.run}, the run that is branched from"
             raise ConfigError("run_dir", str(run_dir), expected, "set run_dir to a new folder")
 
     def find(self) -> BranchPoint:
-        """The checkpoint that is asked for. Raises `ConfigError` where the run has none, or not that one."""
+        """Find the requested checkpoint. Raises `ConfigError` if the run does not have it."""
         steps = [step_of(path) for path in complete_checkpoints(self.run / CHECKPOINT_FOLDER)]
         if not steps:
             expected = "a run that has a complete checkpoint"
@@ -79,13 +79,13 @@ class BranchStart:
     new_reference: bool
 
     def write(self, run_dir: Path) -> None:
-        """Raises `WriteError`."""
+        """Write the branch point to `run_dir`. Raises `WriteError`."""
         fields = {**asdict(self.point), "new_reference": self.new_reference}
         write_whole(run_dir / BRANCH_FILE, json.dumps(fields) + "\n")
 
     @classmethod
     def read(cls, run_dir: Path) -> BranchStart | None:
-        """None where the folder is no branch's. Raises `CheckpointError` where the file is damaged."""
+        """Read a branch point; None if the folder is not a branch. Raises `CheckpointError` if the file is damaged."""
         path = run_dir / BRANCH_FILE
         if not path.exists():
             return None
@@ -94,7 +94,7 @@ class BranchStart:
             return cls(BranchPoint(str(fields["run"]), int(fields["step"])), bool(fields["new_reference"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path}: found {error!r}, expected where the branch starts. Fix: remove run_dir, and branch again"
+                f"{path}: found {error!r}, expected a branch point. Fix: remove run_dir, and branch again"
             ) from error
 
 
@@ -104,7 +104,7 @@ def checkpoint_of(point: BranchPoint) -> Path:
 
 
 def check_reference(state: RunState, point: BranchPoint, model: str) -> None:
-    """Raises `ConfigError` where `model` is not the fingerprint of the other run's reference."""
+    """Raise `ConfigError` if `model` is not the fingerprint of the other run's reference."""
     if model != state.model:
         expected = f"the model that {point.run} was started from ({state.model}), which is the reference"
         path = state.setting("model.path")
@@ -115,17 +115,17 @@ def check_reference(state: RunState, point: BranchPoint, model: str) -> None:
 
 
 def of_other_run(damage: CheckpointError, path: Path) -> CheckpointError:
-    """An error about the checkpoint that a branch starts from, with what to branch from instead; see `with_way_out`."""
+    """Add the other possible branch points to an error about a branch point's checkpoint; see `add_fix`."""
     if "Fix: " in str(damage):
         return damage
     others = [f"@{step_of(other)}" for other in complete_checkpoints(path.parent) if other != path]
     choice = f"branch from another of its checkpoints ({', '.join(others)})" if others else "branch from another run"
-    return CheckpointError(f"{damage}. Fix: bring the file back, or {choice}")
+    return CheckpointError(f"{damage}. Fix: restore the file, or {choice}")
 
 
 def explain_damage(damage: CheckpointError, path: Path, own: Path) -> CheckpointError:
-    """Add to an error about a damaged checkpoint what to do. `own`: the checkpoint folder of the run that reads it."""
-    return with_way_out(damage, path) if path.parent == own else of_other_run(damage, path)
+    """Add the fix to an error about a damaged checkpoint. `own`: checkpoint folder of the run that reads it."""
+    return add_fix(damage, path) if path.parent == own else of_other_run(damage, path)
 
 
 def _folder(text: str) -> Path:

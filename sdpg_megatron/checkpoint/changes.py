@@ -15,7 +15,8 @@ from sdpg_megatron.config.load import flatten
 from sdpg_megatron.errors import ConfigError
 
 FREE = (
-    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "data.eval", "data.train",
+    "run_dir", "parallel", "head", "eval", "rollout_log", "alarms", "checkpoint", "watchdog", "writers",
+    "data.eval", "data.train",
     "model.path", "model.spec", "model.packed", "model.recompute", "model.gradient_accumulation_fusion",
     "model.activation_fusion",
     "reward.workers", "reward.timeout",
@@ -24,17 +25,18 @@ FREE = (
     "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "optimizer.bucket_size",
     "optimizer.skip_limit", "reward.failure_limit",
 )  # fmt: skip
-"""Fields that do not change what is learned. Models and data may have moved: their contents are compared by digest.
-Another engine, or number of data-parallel ranks, draws other samples, from the same distribution."""
+"""Fields that do not change training. Models and data may move: their contents are compared by digest. Another engine
+or number of data-parallel ranks draws other samples from the same distribution."""
 DATA_ORDER = ("seed", "data.shuffle", "data.reasoning_gym")
-"""Fields that, with the prompts, decide what a step reads. A run keeps them; a branch with others starts over."""
+"""Fields that, with the data, determine the prompts of a step. Fixed in a run; a branch that changes them restarts the
+data."""
 OPTIMIZER_STATE = ("optimizer.distributed",)
-"""Fields that decide how the optimizer's state is saved: a checkpoint cannot be read under others."""
+"""Fields that determine the format of the saved optimizer state."""
 GENERATION = ("rollout", "reward")
-"""Sections that decide what a response and its reward are, apart from the fields in `FREE`."""
+"""Sections that determine responses and rewards, apart from the fields in `FREE`."""
 
 RENAMED = {"rollout.sglang.sink": "rollout.sglang.transport"}
-"""Fields of version 0.1, by their names there, as checkpoints of that version record them."""
+"""New names of fields; checkpoints of version 0.1 record the old ones."""
 
 REMOVED = (("objective.contrast", 0.0),)
 """Fields of version 0.1 with the value that had no effect."""
@@ -44,7 +46,7 @@ Kind = Literal["free", "learning", "data order", "optimizer state"]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A field of the configuration that is not what it was."""
+    """A configuration field with another value than before."""
 
     field: str
     old: Any
@@ -65,7 +67,7 @@ class Change:
         return any(self.field == name or self.field.startswith(f"{name}.") for name in fields)
 
     def recorded(self, step: int) -> RecordedChange:
-        """The change as a record of a run that has done `step` steps."""
+        """Record the change for a run that has done `step` steps."""
         return RecordedChange(step, self.field, self.old, self.new)
 
     def __str__(self) -> str:
@@ -73,7 +75,7 @@ class Change:
 
 
 def refused_changes(refused: Sequence[Change], others: Sequence[Change], fix: str) -> ConfigError:
-    """Shows all that differs: what cannot change, with old and new values, and what can."""
+    """Error that lists the refused changes with old and new values, and the changes that are allowed."""
     lines = [f"{c.field}: found {c.new!r}, expected {c.old!r}, as the run was started" for c in refused]
     if others:
         lines.append(f"may change: {'; '.join(map(str, others))}")
@@ -81,9 +83,9 @@ def refused_changes(refused: Sequence[Change], others: Sequence[Change], fix: st
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Fields with different values, in order of their names, but for `run_dir`.
+    """Fields with different values, sorted by name, without `run_dir`.
 
-    A field that is new to the package had its default.
+    Fields that the old configuration lacks count as having had their default.
     """
     before, after = {RENAMED.get(name, name): value for name, value in flatten(old).items()}, flatten(new)
     before |= {name: _default(name) for name in after.keys() - before.keys()}
@@ -93,9 +95,9 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chang
 
 
 def check_optimizer_state(state: RunState, changes: Sequence[Change]) -> None:
-    """Raises `ConfigError` where the checkpoint's optimizer state cannot be read under the new configuration."""
+    """Raise `ConfigError` if the checkpoint's optimizer state cannot be read under the new configuration."""
     refused = [change for change in changes if change.kind == "optimizer state"]
-    if not state.setting("optimizer.distributed"):  # Megatron's other optimizers save by the model's type
+    if not state.setting("optimizer.distributed"):  # Megatron's other optimizers depend on the model's dtype
         refused += [change for change in changes if change.field == "model.dtype"]
     if refused:
         fix = "restore it; or start a run from the exported model, without the optimizer's state"
@@ -103,12 +105,12 @@ def check_optimizer_state(state: RunState, changes: Sequence[Change]) -> None:
 
 
 def changes_generation(changes: Sequence[Change]) -> bool:
-    """True if prefetched responses differ from what the new configuration would generate."""
+    """True if the new configuration would generate other responses than the prefetched ones."""
     return any(change.kind == "learning" and change.within(GENERATION) for change in changes)
 
 
 def end_dependent_schedules(config: RunConfig) -> list[str]:
-    """Fields whose schedule depends on where the run ends, so that another `steps` moves it."""
+    """Fields with a schedule that depends on the last step, so that another `steps` changes it."""
     objective, optimizer = config.objective, config.optimizer
     fields = ["optimizer.schedule"] if optimizer.schedule != "constant" else []
     if objective.beta:
@@ -118,7 +120,7 @@ def end_dependent_schedules(config: RunConfig) -> list[str]:
 
 
 def _default(field: str) -> Any:
-    """As JSON has it; None for a field that needs a value, and for an entry of a table."""
+    """Default of a field in JSON form; None for required fields and entries of a table."""
     kind: Any = RunConfig
     value: Any = None
     for name in field.split("."):

@@ -1,4 +1,4 @@
-"""What Megatron and torch raise about a checkpoint's tensors."""
+"""Exceptions of Megatron and torch about a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ UNREADABLE = (
     dist_checkpointing.core.CheckpointingException, CheckpointException, pickle.UnpicklingError,
     OSError, EOFError, RuntimeError, KeyError, ValueError,
 )  # fmt: skip
-"""Where they are not there, not whole, or no tensors."""
+"""Raised for tensors that are missing, truncated or not tensors."""
 
 
 def describe(error: BaseException) -> str:
-    """In one line, with what a rank's reader or writer said."""
+    """Message of an error on one line; of the first failed rank for a `CheckpointException`."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split()) or type(error).__name__

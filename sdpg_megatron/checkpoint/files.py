@@ -1,29 +1,29 @@
-"""Files of a checkpoint: flushed to the disk, summed, and held against their sums."""
+"""Files of a checkpoint: fsync, digests, and comparison with the digests."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.observe.files import fsync_path
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """What a file is known by."""
+    """Size and digest of a file."""
 
     bytes: int
     sha256: str
-    """As ``sha256sum`` prints it."""
+    """Hexadecimal."""
 
 
 def fsync_and_hash(path: Path) -> FileSum:
-    """Have the disk keep a file's content, and sum it up."""
-    _flush_file(path)
+    """Flush a file to the disk, and compute its size and digest."""
+    fsync_path(path)
     return FileSum(path.stat().st_size, sha256_of(path))
 
 
@@ -32,36 +32,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush_folder(folder: Path) -> None:
-    """Have the disk keep the entries of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def flush_tree(folder: Path) -> None:
-    """Have the disk keep a folder with all that is in it."""
+    """Flush a folder and all its contents to the disk."""
     for path in folder.rglob("*"):
-        flush_folder(path) if path.is_dir() else _flush_file(path)
-    flush_folder(folder)
-
-
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write aside, flush, then put in place: the file is whole or absent, also after a loss of power."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    flush_folder(path.parent)
+        fsync_path(path)
+    fsync_path(folder)
 
 
 def find_damage(
@@ -70,30 +45,30 @@ def find_damage(
     *,
     digests: bool,
     threads: int = 1,
-    looked: Callable[[int], None] = lambda nbytes: None,
+    checked: Callable[[int], None] = lambda nbytes: None,
 ) -> CheckpointError | None:
-    """The first file of a folder that is not what `sums` says of it.
+    """First file of a folder that differs from its recorded size or digest; None if all agree.
 
     Args:
-        sums: by name relative to the folder.
-        digests: whether to read the files whole; their sizes are always compared.
-        threads: how many files are read at a time.
-        looked: told the size of each file that is as it should be.
+        sums: expected size and digest by path relative to the folder.
+        digests: read the files and compare digests; sizes are always compared.
+        threads: number of files read at a time.
+        checked: called with the size of each file that agrees.
     """
 
-    def look(name: str) -> CheckpointError | None:
-        damage = _look(folder, name, sums[name], digests)
+    def check(name: str) -> CheckpointError | None:
+        damage = _check(folder, name, sums[name], digests)
         if damage is None:
-            looked(sums[name].bytes)
+            checked(sums[name].bytes)
         return damage
 
     with ThreadPoolExecutor(threads) as pool:
-        found = next(filter(None, pool.map(look, sums)), None)
+        found = next(filter(None, pool.map(check, sums)), None)
         pool.shutdown(cancel_futures=True)
         return found
 
 
-def _look(folder: Path, name: str, expected: FileSum, digests: bool) -> CheckpointError | None:
+def _check(folder: Path, name: str, expected: FileSum, digests: bool) -> CheckpointError | None:
     path = folder / name
     try:
         size = path.stat().st_size
@@ -103,7 +78,7 @@ def _look(folder: Path, name: str, expected: FileSum, digests: bool) -> Checkpoi
             return _damaged(path, f"sha256 {found}", expected.sha256)
     except OSError as error:
         return _damaged(path, error.strerror or str(error), f"a file of {expected.bytes} bytes")
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # not a possible file name
         return CheckpointError(f"{folder}: found {error} in {name!r}, expected the name of a file in the manifest")
     return None
 

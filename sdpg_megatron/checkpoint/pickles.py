@@ -1,4 +1,4 @@
-"""The pickles of a checkpoint: a stranger's would be run where torch reads them with no restriction."""
+"""Restricted unpickling of a checkpoint's metadata. Unrestricted, a pickle from elsewhere could run code."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from sdpg_megatron.errors import CheckpointError
 
 TENSOR_LIST = ".metadata"
-"""What lies where, as `torch.distributed.checkpoint` keeps it."""
+"""Metadata file of `torch.distributed.checkpoint`: each tensor's shape, dtype, and position in the files."""
 DESCRIPTIONS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-"""Modules whose data classes and enumerations describe tensors, and do nothing when they are made."""
+"""Modules with data classes and enumerations that only describe tensors and are safe to construct."""
 OTHERS = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),  # where Python 3.13 has it
+    ("pathlib._local", "PosixPath"),  # Python 3.13
     ("_io", "BytesIO"),
 }
 _ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -34,7 +34,7 @@ _ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def only_weights() -> Iterator[None]:
-    """Have torch read tensors and plain data alone, also where torch and Megatron ask it for any object."""
+    """Make torch load tensors and plain data only, also where torch or Megatron ask for arbitrary objects."""
     before = os.environ.get(_ONLY_WEIGHTS)
     os.environ[_ONLY_WEIGHTS] = "1"
     try:
@@ -47,10 +47,10 @@ def only_weights() -> Iterator[None]:
 
 
 def read_tensor_list(checkpoint: Path) -> Metadata:
-    """A checkpoint's list of tensors.
+    """Read a checkpoint's metadata.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a pickle of anything but descriptions.
+        CheckpointError: it is missing or damaged, or pickles anything but tensor descriptions.
     """
     path = checkpoint / TENSOR_LIST
     try:
@@ -62,12 +62,12 @@ def read_tensor_list(checkpoint: Path) -> Metadata:
         raise _no_list(path, f"{type(error).__name__}: {error}") from error
     try:
         return _checked(found)
-    except (AttributeError, TypeError, ValueError) as error:  # of objects that lack what their class has
+    except (AttributeError, TypeError, ValueError) as error:  # an object lacks a field of its class
         raise _no_list(path, str(error)) from error
 
 
 def _checked(found: Any) -> Metadata:
-    """Raises one of Python's own errors where a list is not of the form that its readers take for granted."""
+    """Validate types and ranges that readers rely on. Raises AttributeError, TypeError or ValueError."""
     if not isinstance(found, Metadata):
         raise TypeError(f"a {type(found).__name__}")
     for key, tensor in found.state_dict_metadata.items():
@@ -102,7 +102,7 @@ def _no_list(path: Path, found: str) -> CheckpointError:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle asks for, if it may."""
+        """Return an allowed class. Raises `CheckpointError` for any other."""
         if (module, name) == ("builtins", "getattr"):
             return _member
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout):
@@ -112,13 +112,13 @@ class _Unpickler(pickle.Unpickler):
             if (module, name) in OTHERS or _describes(found):
                 return found
         raise CheckpointError(
-            f"found {module}.{name}, expected torch's and Megatron's descriptions of tensors alone. "
+            f"found {module}.{name}, expected only torch's and Megatron's descriptions of tensors. "
             "Fix: do not read this checkpoint: it would run code"
         )
 
 
 def _member(kind: Any, name: Any) -> Any:
-    """In the place of getattr, by which early releases of Python 3.11 pickle members of enumerations: these alone."""
+    """Restricted getattr, with which early releases of Python 3.11 pickle members of enumerations."""
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
     raise CheckpointError(

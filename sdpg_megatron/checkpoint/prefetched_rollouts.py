@@ -1,4 +1,4 @@
-"""Responses that were generated ahead of their step, as a file of a checkpoint: the weights they are from are gone."""
+"""Responses that were generated ahead of their step, saved in a checkpoint: their weights no longer exist."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from safetensors.numpy import save_file
 
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.errors import CheckpointError, reason_of
-from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, ScoredGroup
 
 PREFETCHED = "drawn.safetensors"
 _WORDS = "words"
-"""The entry that has what is not a number, as JSON in UTF-8."""
+"""Entry with finish reasons and texts, as JSON in UTF-8."""
 _ERRORS = "errors"
-"""The verifier's errors, likewise, where there are any."""
+"""Entry with the verifier's errors, if any, as JSON in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefetchedRollouts:
-    """The first round of a step; without groups where their responses are to be generated again."""
+    """First round of a step's rollouts. Without groups, the responses are to be generated again."""
 
     indices: tuple[int, ...]
-    """Of the prompts, in the run's data."""
+    """Indices of the prompts in the run's data."""
     groups: tuple[ScoredGroup, ...]
-    """One for each, with the advantages of the verifier's rewards."""
+    """One group per prompt, without advantages."""
 
 
 def write_prefetched(path: Path, prefetched: PrefetchedRollouts) -> None:
-    """Flat arrays, response by response. Raises `OSError`."""
+    """Write flat arrays, in the order of the responses. Raises `OSError`."""
     completions = [completion for scored in prefetched.groups for completion in scored.group.completions]
     arrays = {
         "prompts": np.array(prefetched.indices, np.int64),
@@ -53,20 +52,20 @@ def write_prefetched(path: Path, prefetched: PrefetchedRollouts) -> None:
         arrays["experts"] = np.concatenate(experts)
         arrays["routed"] = np.array([0 if c.experts is None else len(c.experts) for c in completions], np.int64)
     words = json.dumps([(completion.finish_reason, completion.text) for completion in completions])
-    arrays[_WORDS] = np.frombuffer(words.encode(), np.uint8)  # not metadata, which has a bound of 100 MB
+    arrays[_WORDS] = np.frombuffer(words.encode(), np.uint8)  # safetensors metadata is limited to 100 MB
     if any(scored.errors for scored in prefetched.groups):
         arrays[_ERRORS] = np.frombuffer(json.dumps([scored.errors for scored in prefetched.groups]).encode(), np.uint8)
     try:
         save_file(arrays, path)
-    except SafetensorError as error:  # also of a disk that refuses
+    except SafetensorError as error:  # raised for write errors too
         raise OSError(f"{path}: {error}") from error
 
 
 def read_prefetched(path: Path, prompts: PromptSource) -> PrefetchedRollouts:
-    """What `write_prefetched` has written, exactly. Raises `CheckpointError`."""
+    """Read a file of `write_prefetched`. Raises `CheckpointError`."""
     try:
         with safe_open(path, framework="np") as file:
-            # safetensors ships its types for torch alone
+            # safetensors has type hints for torch only
             arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         words = json.loads(arrays[_WORDS].tobytes())
         completions = list(_completions(arrays, words))
@@ -74,15 +73,15 @@ def read_prefetched(path: Path, prompts: PromptSource) -> PrefetchedRollouts:
         sizes, indices, failed = (arrays[name].tolist() for name in ("sizes", "prompts", "failures"))
         if not sizes:
             return PrefetchedRollouts(tuple(indices), ())
-        told = json.loads(arrays[_ERRORS].tobytes()) if _ERRORS in arrays else [()] * len(sizes)
+        saved_errors = json.loads(arrays[_ERRORS].tobytes()) if _ERRORS in arrays else [()] * len(sizes)
         groups = []
-        for (start, end), index, failures, errors in zip(_spans(sizes), indices, failed, told, strict=True):
+        for (start, end), index, failures, errors in zip(_spans(sizes), indices, failed, saved_errors, strict=True):
             group = Group(prompts[index], tuple(completions[start:end]))
             given = tuple(rewards[start:end])
-            groups.append(ScoredGroup(group, given, group_advantages(given), failures, errors=tuple(errors)))
+            groups.append(ScoredGroup(group, given, (), failures, errors=tuple(errors)))
         return PrefetchedRollouts(tuple(indices), tuple(groups))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
-        expected = "the responses that a run has generated ahead"
+        expected = "responses that a run has generated ahead"
         raise CheckpointError(f"{path}: found {reason_of(error)}, expected {expected}") from error
 
 
@@ -97,5 +96,5 @@ def _completions(arrays: dict[str, Any], words: Sequence[tuple[Any, str]]) -> It
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each part, one after the other."""
+    """Start and end of each of consecutive parts."""
     return list(pairwise(accumulate(lengths, initial=0)))

@@ -1,4 +1,4 @@
-"""The learner's tensors in Megatron's sharded form, out of it and back."""
+"""Save and load the policy trainer's tensors in Megatron's sharded form."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sdpg_megatron.mcore.optimizer import keeping_hyperparameters
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 
 _TEACHER = "teacher"
-# The layout of optimizer shards that can be read back under any other parallel layout.
+# Optimizer shards in this layout can be loaded under any other parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def sharded_state(
     policy_trainer: PolicyTrainer, *, is_loading: bool = False, with_teacher: bool = True
 ) -> dict[str, Any]:
-    """Model, optimizer and schedule as Megatron's sharded state dict, under the keys that Megatron-LM uses.
+    """Model, optimizer and schedule as Megatron's sharded state dict, under Megatron-LM's keys.
 
-    And a teacher that is neither the model nor where the run started from, under keys with a prefix.
+    A teacher with separate weights is included, under prefixed keys.
     """
-    metadata = dict(_METADATA)  # Megatron adds the process groups of the moment
+    metadata = dict(_METADATA)  # Megatron adds process groups to it
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(policy_trainer)
     }
@@ -40,7 +40,7 @@ def sharded_state(
 
 
 def _teacher_state(model_state: dict[str, Any], policy_trainer: PolicyTrainer) -> dict[int, Any]:
-    """The teacher's weights by the number of their parameter, each cut as the model's own; empty for none to keep."""
+    """The teacher's weights by parameter number, sharded as the model's; empty without separate weights."""
     if not policy_trainer.teacher.kept:
         return {}
     parameters = [parameter for chunk in policy_trainer.chunks for parameter in chunk.parameters()]
@@ -52,16 +52,16 @@ def _teacher_state(model_state: dict[str, Any], policy_trainer: PolicyTrainer) -
 
 
 def load_sharded(path: Path, policy_trainer: PolicyTrainer, state: RunState) -> None:
-    """Fill the learner with a checkpoint's tensors, whatever layout they were written under.
+    """Load a checkpoint's tensors into the policy trainer, from any parallel layout.
 
-    Learning rate, weight decay, betas and epsilon stay those that the learner was built with. The position in the
-    learning-rate schedule is scaled where a rollout step now has another number of optimizer steps. A teacher with
-    separate weights starts from the student's where the checkpoint has none of that kind.
+    Learning rate, weight decay, betas and epsilon keep the values of the policy trainer's configuration. The position
+    in the learning-rate schedule is scaled if the number of optimizer steps per rollout step has changed. A teacher
+    with separate weights starts from the student's if the checkpoint has none of that kind.
 
     Raises:
-        CheckpointError: reading it would run code.
+        CheckpointError: reading the metadata would run code.
     """
-    tensors = read_tensor_list(path).state_dict_metadata  # megatron-core reads it without asking what is in it
+    tensors = read_tensor_list(path).state_dict_metadata  # megatron-core reads it without restrictions
     kind = state.setting("objective.teacher") or policy_trainer.teacher.kind
     with_teacher = kind == policy_trainer.teacher.kind and any(name.startswith(f"{_TEACHER}.") for name in tensors)
     torch_adam.make_state(policy_trainer.optimizer)

@@ -1,4 +1,4 @@
-"""What a run needs, besides tensors, to go on as if it had never stopped."""
+"""State of a run, besides tensors, that a continued run needs, and the checkpoint folders of a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from sdpg_megatron import __version__
-from sdpg_megatron.checkpoint.files import FileSum, sha256_of, write_durably
+from sdpg_megatron.checkpoint.files import FileSum, sha256_of
 from sdpg_megatron.errors import CheckpointError, ConfigError, reason_of
 from sdpg_megatron.hf_files import HF_ASSETS
+from sdpg_megatron.observe.files import write_atomically
 
 CHECKPOINT_FOLDER, CONFIG_FILE = "checkpoints", "config.yaml"
-"""In a run's `run_dir`: its checkpoints, and the resolved configuration of its last call."""
+"""In `run_dir`: the checkpoints' folder, and the resolved configuration of the last call."""
 MANIFEST = "manifest.json"
 FORMAT = 4
-"""Of the manifest and what it promises."""
+"""Version of the manifest."""
 PREFIX, PARTIAL = "step_", ".partial"
-"""Of a checkpoint's folder; of one that is being written, or removed."""
+"""Prefix of a checkpoint's folder; suffix of one that is being written or removed."""
 
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _THREADS = 4
@@ -37,9 +38,9 @@ class RecordedChange:
     """A change of the configuration between two calls of a run, or between a branch and its parent."""
 
     step: int
-    """Rollout steps done before it took effect."""
+    """Number of rollout steps done before it took effect."""
     field: str
-    """Dotted name; "prompts" and "reference" for the digests of data and of the reference model."""
+    """Dotted field name; "prompts" and "reference" for the digests of the data and of the reference model."""
     old: Any
     new: Any
 
@@ -49,7 +50,7 @@ class RecordedChange:
 
 @dataclass(frozen=True, slots=True)
 class BranchPoint:
-    """A checkpoint of another run that a run has started from."""
+    """Checkpoint of another run from which a run started."""
 
     run: str
     """Absolute path of the other run's folder."""
@@ -61,57 +62,57 @@ class BranchPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The manifest of a checkpoint.
+    """Manifest of a checkpoint.
 
-    No generator state is among it: every random draw of a run follows from its seed and the step.
+    It has no generator state: every random draw of a run follows from its seed and the step.
     """
 
     step: int
-    """Rollout steps done; also the version of the weights."""
+    """Number of rollout steps done; also the version of the weights."""
     cursor: Mapping[str, Any]
-    """Where the data cursor stands."""
+    """State of the data cursor."""
     seconds: float
-    """Training time so far, without set-up and evaluation."""
+    """Training time so far, without setup and evaluation."""
     baseline: Mapping[str, float]
     """Evaluation before the first step."""
     evaluated: bool
-    """False where the run was asked to stop before the evaluation that was due after `step`."""
+    """False if the run stopped before the evaluation that was due after `step`."""
     skipped: int = 0
-    """Optimizer steps that were skipped in a row, up to here, as loss or gradient was not finite."""
+    """Number of consecutive skipped optimizer steps up to here (non-finite loss or gradient)."""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """Of `step`, where its evaluation is to be made yet: their record is written with that."""
+    """Metrics of `step` if its evaluation is still due: they are recorded together."""
     config: Mapping[str, Any]
-    """The resolved configuration of the run."""
+    """Resolved configuration of the run."""
     model: str
-    """`fingerprint` of the model that the run started from, which is also the reference."""
+    """`fingerprint` of the model that the run started from, also its reference."""
     data: str
-    """Digest of the prompts that the run learns from."""
+    """Digest of the training prompts."""
     changes: tuple[RecordedChange, ...] = ()
-    """Configuration changes since the first step, those of ancestors included, in order."""
+    """Configuration changes since the first step, including those of ancestors, in order."""
     branches: tuple[BranchPoint, ...] = ()
-    """Branch points of the run and its ancestors, oldest first; empty for a run that is no branch."""
+    """Branch points of the run and its ancestors, oldest first; empty for a run that is not a branch."""
     files: Mapping[str, FileSum] = field(default_factory=dict)
-    """Every other file of the checkpoint, by its name."""
+    """Size and digest of every other file of the checkpoint, by name."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the packages that wrote it, by their names."""
+    """Versions of the packages that wrote it, by name."""
     format: int = FORMAT
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def setting(self, field: str) -> Any:
-        """A field of the configuration by its dotted name; None where it has no such field."""
+        """Value of a configuration field by its dotted name; None if there is no such field."""
         value: Any = self.config
         for name in field.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
 
     def write(self, path: Path) -> None:
-        """Write a manifest that is whole or absent, with digests of the configuration and of itself."""
+        """Write the manifest atomically, with digests of the configuration and of itself."""
         fields = dataclasses.asdict(self) | {"config_digest": digest(self.config)}
-        write_durably(path, json.dumps(fields | {"digest": digest(fields)}, indent=1) + "\n")
+        write_atomically(path, json.dumps(fields | {"digest": digest(fields)}, indent=1) + "\n", durable=True)
 
     @classmethod
     def read(cls, path: Path) -> RunState:
-        """Raises `CheckpointError` where the file is damaged or of another format."""
+        """Read a manifest. Raises `CheckpointError` if it is damaged or of another format."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if fields["format"] != FORMAT:
@@ -121,9 +122,9 @@ class RunState:
                 )
             written = fields.pop("digest")
             if written != digest(fields):
-                raise ValueError(f"content that is not what its digest {written!r} was made of")
+                raise ValueError(f"content that does not match its digest {written!r}")
             if fields.pop("config_digest") != digest(fields["config"]):
-                raise ValueError("a configuration that is not what its digest was made of")
+                raise ValueError("a configuration that does not match its digest")
             return _STATE.validate_python(fields)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             found = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
@@ -134,31 +135,31 @@ _STATE = TypeAdapter(RunState)
 
 
 def package_versions() -> dict[str, str]:
-    """Of those whose work a checkpoint is."""
+    """Versions of the packages that determine a checkpoint's content."""
     return {"sdpg-megatron": __version__, **{name: version(name) for name in ("megatron-core", "torch")}}
 
 
 def digest(tree: Any) -> str:
-    """Of what JSON makes of a tree of plain data, whatever the order of its keys."""
+    """Digest of a tree of plain data, by its JSON form with sorted keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """What should be complete checkpoints, oldest first."""
+    """Folders of checkpoints by name, complete or not, oldest first."""
     found = (path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name))
     return sorted(found, key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints under a folder, oldest first."""
+    """Complete checkpoints under a folder, oldest first."""
     return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, RunState] | None:
-    """The newest checkpoint under a folder; None where there is none.
+    """Newest checkpoint under a folder; None if there is none.
 
     Raises:
-        CheckpointError: it has no manifest, or one that cannot be read; older ones are not taken in its place.
+        CheckpointError: its manifest is missing or unreadable; an older checkpoint is not used instead.
     """
     found = checkpoint_folders(folder)
     if not found:
@@ -166,30 +167,30 @@ def newest_checkpoint(folder: Path) -> tuple[Path, RunState] | None:
     try:
         return found[-1], RunState.read(found[-1] / MANIFEST)
     except CheckpointError as error:
-        raise with_way_out(error, found[-1]) from error
+        raise add_fix(error, found[-1]) from error
 
 
-def with_way_out(damage: CheckpointError, path: Path) -> CheckpointError:
-    """An error about a checkpoint, with what a run can continue from instead; as it is where it says what to do."""
+def add_fix(damage: CheckpointError, path: Path) -> CheckpointError:
+    """Add the checkpoint to continue from instead to an error about `path`, unless it has a fix already."""
     if "Fix: " in str(damage):
         return damage
     older = [other for other in complete_checkpoints(path.parent) if step_of(other) < step_of(path)]
-    then = f"continues from {older[-1].name}" if older else "starts the run again: there is no older one"
-    return CheckpointError(f"{damage}. Fix: bring the file back, or remove {path}: the same command then {then}")
+    then = f"continues from {older[-1].name}" if older else "restarts the run: there is no older checkpoint"
+    return CheckpointError(f"{damage}. Fix: restore the file, or remove {path}: the same command then {then}")
 
 
 def checkpoint_name(step: int) -> str:
-    """Of the folder of the checkpoint after `step` steps."""
+    """Folder name of the checkpoint after `step` steps."""
     return f"{PREFIX}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Step of a checkpoint, from its folder name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def check_same_model(state: RunState, model: str) -> None:
-    """Raises `ConfigError` where `model` is not the fingerprint of the model that the run was started from."""
+    """Raise `ConfigError` if `model` is not the fingerprint of the model that the run started from."""
     if model != state.model:
         expected = f"the model that the run was started from ({state.model})"
         raise ConfigError("model.path", model, expected, f"set model.path to that model's folder{_was_at(state)}")
@@ -201,7 +202,7 @@ def _was_at(state: RunState) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of a Hugging Face folder: of its configuration, tokenizer and weights, every byte of them."""
+    """Digest of every byte of a Hugging Face folder's configuration, tokenizer and weights."""
     known = {"config.json", *HF_ASSETS}
     paths = sorted(path for path in folder.iterdir() if path.name in known or path.suffix == ".safetensors")
     with ThreadPoolExecutor(_THREADS) as threads:

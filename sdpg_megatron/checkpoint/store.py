@@ -1,7 +1,7 @@
-"""Checkpoints of a run: Megatron's distributed format for tensors, one manifest beside it.
+"""Checkpoint store of a run: Megatron's distributed format for tensors, and a manifest.
 
-A checkpoint is complete or absent: it is written aside, flushed, and renamed when its manifest, the last file, is in
-place. See docs/checkpoints.md.
+A checkpoint is complete or absent: it is written to a staging folder, flushed, and renamed after its manifest, the last
+file, has been written. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpg_megatron.checkpoint.branch import explain_damage
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
-from sdpg_megatron.checkpoint.files import find_damage, flush_folder, fsync_and_hash, write_durably
+from sdpg_megatron.checkpoint.files import find_damage, fsync_and_hash
 from sdpg_megatron.checkpoint.sharded import load_sharded, sharded_state
 from sdpg_megatron.checkpoint.state import (
     MANIFEST,
@@ -37,12 +37,12 @@ from sdpg_megatron.errors import CheckpointError, fix_of, reason_of
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
-from sdpg_megatron.observe.files import free_mib
+from sdpg_megatron.observe.files import free_mib, fsync_path, write_atomically
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-"""A file with the name of the newest complete checkpoint's folder, for people and scripts: nothing here reads it."""
+"""File with the name of the newest complete checkpoint's folder. For users and scripts; not read here."""
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class _Pending:
 
 
 class CheckpointStore:
-    """The checkpoints under one folder. Every rank calls every method; only the main rank renames and deletes."""
+    """Checkpoints under one folder. All methods are collective; only the main rank renames and deletes."""
 
     def __init__(self, folder: Path, ranks: ParallelState, config: CheckpointConfig) -> None:
         self._folder = folder
@@ -67,20 +67,22 @@ class CheckpointStore:
         self._pending: _Pending | None = None
 
     def newest(self) -> tuple[Path, RunState] | None:
-        """The newest checkpoint as the main rank sees it: file systems may show ranks different things.
+        """Newest checkpoint as the main rank sees it: on network file systems ranks may see different files.
 
         Raises:
-            CheckpointError: it has no manifest, or one that cannot be read; older ones are not taken in its place.
+            CheckpointError: its manifest is missing or unreadable; an older checkpoint is not used instead.
         """
         return self._on_main(lambda: newest_checkpoint(self._folder))
 
     def sweep(self) -> None:
-        """Remove what calls that were ended left unfinished; to be called while nobody else writes here."""
+        """Remove unfinished checkpoints of earlier calls. No other process may be writing here."""
         self._on_main(self._sweep)
 
     def _sweep(self) -> None:
         for path in self._folder.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self._folder.glob(f".{LATEST}.*"):
+            path.unlink()
         complete = complete_checkpoints(self._folder)
         if complete:
             self._point_at(complete[-1])
@@ -88,13 +90,13 @@ class CheckpointStore:
             (self._folder / LATEST).unlink(missing_ok=True)
 
     def save(self, policy_trainer: PolicyTrainer, state: RunState, more: Callable[[Path], None] | None = None) -> None:
-        """Write a checkpoint of this step, and remove those that are not to be kept.
+        """Write a checkpoint of this step, and remove those beyond `keep`.
 
-        `more` writes further files into the folder that it is given, on the main rank, when the tensors are there.
-        With `CheckpointConfig.asynchronous` it is complete when a later `advance` or `finish` has found it written.
+        `more` writes further files into the given folder, on the main rank, after the tensors. With
+        `CheckpointConfig.asynchronous` the checkpoint is complete after a later `advance` or `finish`.
 
         Raises:
-            CheckpointError: the disk refused this one or the one before; complete checkpoints are untouched.
+            CheckpointError: this or the previous checkpoint could not be written; complete ones are untouched.
         """
         self.finish()
         partial = self._on_main(lambda: self._make_partial(state.step))
@@ -107,11 +109,11 @@ class CheckpointStore:
             self.finish()
 
     def advance(self) -> None:
-        """Complete the checkpoint that is being written if all ranks have written theirs; does not wait."""
+        """Complete the pending checkpoint if all ranks have written their shares; does not wait."""
         self._complete(wait=False)
 
     def finish(self) -> None:
-        """Complete the checkpoint that is being written, if there is one. Both raise as `save` does."""
+        """Wait for and complete the pending checkpoint, if there is one. Raises as `save` does."""
         self._complete(wait=True)
 
     def _complete(self, *, wait: bool) -> None:
@@ -129,9 +131,9 @@ class CheckpointStore:
         self._on_main(lambda: self._put_in_place(pending.partial, state, pending.more))
 
     def load(self, path: Path, state: RunState, policy_trainer: PolicyTrainer) -> None:
-        """Fill the learner with a checkpoint's tensors, once its files were found to be what its manifest says.
+        """Verify a checkpoint's files against its manifest, then load its tensors into the policy trainer.
 
-        The checkpoint may be another run's, and of another configuration: see `load_sharded`.
+        The checkpoint may belong to another run or configuration: see `load_sharded`.
 
         Raises:
             CheckpointError: a file is damaged, or the tensors do not fit the model; on every rank.
@@ -146,10 +148,10 @@ class CheckpointStore:
             ) from error
 
     def check(self, path: Path, state: RunState) -> None:
-        """Hold a checkpoint's files against its manifest; each rank reads its share.
+        """Verify a checkpoint's files against its manifest; each rank reads its share.
 
         Raises:
-            CheckpointError: names the first that is damaged, and what there is to continue from; on every rank.
+            CheckpointError: names the first damaged file and the alternatives; on every rank.
         """
         names = sorted(state.files)[self._ranks.rank :: self._ranks.world]
         share = {name: state.files[name] for name in names}
@@ -161,12 +163,12 @@ class CheckpointStore:
     # --- on the main rank
 
     def _make_partial(self, step: int) -> Path:
-        """A folder that nobody else writes to: writers of a run that was killed may still be at work in its own."""
+        """Make a new staging folder, with a random name: writers of a killed run may still be active in theirs."""
         partial = self._folder / f"{checkpoint_name(step)}.{secrets.token_hex(4)}{PARTIAL}"
         new = not self._folder.exists()
         partial.mkdir(parents=True)
         if new:
-            flush_folder(self._folder.parent)
+            fsync_path(self._folder.parent)
         return partial
 
     def _put_in_place(self, partial: Path, state: RunState, more: Callable[[Path], None] | None = None) -> None:
@@ -180,7 +182,7 @@ class CheckpointStore:
             target = self._folder / checkpoint_name(state.step)
             self._remove(target)
             partial.rename(target)
-            flush_folder(self._folder)
+            fsync_path(self._folder)
             self._point_at(target)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -188,10 +190,10 @@ class CheckpointStore:
         self._prune()
 
     def _point_at(self, path: Path) -> None:
-        write_durably(self._folder / LATEST, path.name + "\n")
+        write_atomically(self._folder / LATEST, path.name + "\n", durable=True)
 
     def _prune(self) -> None:
-        """Called when a newer one is in place. What cannot be removed is no reason to stop."""
+        """Remove old checkpoints after a new one is in place. Failures are logged only."""
         every = self._config.keep_every
         for old in complete_checkpoints(self._folder)[: -self._config.keep]:
             if not every or step_of(old) % every:
@@ -201,15 +203,15 @@ class CheckpointStore:
                     logger.warning("%s: could not be removed: %s", old, reason_of(error))
 
     def _remove(self, path: Path) -> None:
-        """First out of sight, for good, so that no half of it passes for a checkpoint."""
+        """Rename before removal, so that a partly removed folder does not count as a checkpoint."""
         if path.exists():
-            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-            path.rename(aside)
-            flush_folder(path.parent)  # or a loss of power may bring the old name back, with less in it
-            shutil.rmtree(aside)
+            staging = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+            path.rename(staging)
+            fsync_path(path.parent)  # otherwise a loss of power could restore the old name with fewer files
+            shutil.rmtree(staging)
 
     def _on_main(self, act: Callable[[], T]) -> T:
-        """What the main rank returns or raises, on every rank. A disk's refusal becomes a `CheckpointError`."""
+        """Call `act` on the main rank; all ranks return its result or raise its error, OSError as `CheckpointError`."""
 
         def attempt() -> T:
             try:

@@ -1,8 +1,8 @@
-"""Megatron's writing of a distributed checkpoint, in the foreground or behind the training, with sums of the files.
+"""Write Megatron's distributed checkpoints, synchronously or in the background, and digest the files.
 
-Behind the training means: a forked process of each rank writes the state as it was at the fork (GPU tensors, and memory
-that is pinned or shared, are copied to the host before); the rest, which takes all ranks, is done at the next step
-boundary that finds all of them ready.
+In the background a forked process of each rank writes the state as of the fork; GPU, pinned and shared tensors are
+copied to host memory first. The collective part follows at the next step boundary at which all ranks' processes are
+done.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from sdpg_megatron.checkpoint.files import FileSum, fsync_and_hash
 from sdpg_megatron.mcore.transfer import host_copy
 
 RESULTS = ".results_"
-"""Names of what a rank's writer leaves for the rank, in the folder that is being written; with the rank's number."""
+"""Prefix of the file that passes a writer's results to its rank; followed by the rank's number."""
 
 
 class Writing:
-    """One checkpoint on its way to the disk. Every rank makes it, and calls `finish` until it says True."""
+    """A checkpoint that is being written. Collective; call `finish` until it returns True."""
 
     def __init__(self, state: dict[str, Any], folder: Path, *, behind: bool) -> None:
-        """Begin. `behind`: return as soon as the state may change; else once this rank's share is written.
+        """Start writing. `behind`: return as soon as the state may change, else after this rank's share is written.
 
         Raises:
-            OSError, RuntimeError: the disk refused what is written before the shares, on the first rank.
+            OSError, RuntimeError: rank 0 could not write the files that precede the shares.
         """
         self._results = WriteResults(folder / f"{RESULTS}{dist.get_rank()}")
         _hand_to_megatron(self._results)
         request: Any = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_strategy())
         self._staged: list[Any] = []
-        """Tensors that the writer reads. torch reuses pinned memory as soon as its tensor is gone."""
+        """Tensors that the writer reads: torch reuses pinned memory as soon as its tensor is freed."""
         if request.async_fn is not None:
-            write = partial(_write_and_seal, request.async_fn, self._results, folder, dist.get_rank())
+            write = partial(_write_and_hash, request.async_fn, self._results, folder, dist.get_rank())
             stage = partial(self._stage, request.async_fn_args[1])
             request = request._replace(async_fn=write, preload_fn=stage)
         self._queue: AsyncCallsQueue | None = None
@@ -56,7 +56,7 @@ class Writing:
             request.execute_sync()
 
     def _stage(self, buckets: Sequence[Any]) -> list[Any]:
-        """Return Megatron's buckets with tensors in host memory that no later step writes to. Replaces its function."""
+        """Return Megatron's buckets with tensors in unchanging host memory. Replaces Megatron's preload function."""
         self._staged = [
             (path, name, (data, [(item, _unchanging(tensor)) for item, tensor in tensors]))
             for path, name, (data, tensors) in buckets
@@ -66,7 +66,7 @@ class Writing:
         return self._staged
 
     def finish(self, *, wait: bool) -> bool:
-        """Whether the files are there, on all ranks and from all ranks; has to be called until it says so.
+        """True if the files of all ranks are written. Collective; call until it returns True.
 
         Raises:
             torch.distributed.checkpoint.CheckpointException: a rank could not write; on every rank.
@@ -76,15 +76,15 @@ class Writing:
         return bool(self._queue.maybe_finalize_async_calls(blocking=wait))
 
     def sums(self) -> dict[str, FileSum]:
-        """Of the files that this rank wrote."""
+        """Size and digest of the files that this rank wrote."""
         return self._results.take_sums()
 
 
 class WriteResults:
-    """What a rank's writer found: for Megatron, a queue; and the sums of the files.
+    """Results of a rank's writer, as the queue that Megatron expects, with the digests of the files.
 
-    In memory where the writer is this process, in a file where it was forked. Megatron's own, a process with a server,
-    takes seconds to start and outlives a rank that is killed.
+    They are in memory if the writer is this process, in a file if it was forked. Megatron's own queue is a server
+    process, which takes seconds to start and outlives a killed rank.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,14 +93,14 @@ class WriteResults:
         self._sums: dict[str, FileSum] = {}
 
     def put(self, value: Any) -> None:
-        """Of Megatron's queue: the results, or an error."""
+        """Set the results, or an error. Method of Megatron's queue."""
         self._value = value
 
     def get_nowait(self) -> Any:
-        """Of Megatron's queue.
+        """Return the results. Method of Megatron's queue.
 
         Raises:
-            queue.Empty: the writer was ended, or could not leave word.
+            queue.Empty: the writer was killed, or could not write its results.
         """
         if self._value is None:
             with suppress(OSError, EOFError, pickle.UnpicklingError):
@@ -110,11 +110,11 @@ class WriteResults:
         return self._value
 
     def fsync_and_hash(self, files: list[Path]) -> None:
-        """Flush and sum up what was written, and leave word for the process that has forked this one."""
+        """Flush and hash the written files, and save the results for the parent process."""
         self._sums = {path.name: fsync_and_hash(path) for path in files}
-        self.leave_word()
+        self.save()
 
-    def leave_word(self) -> None:
+    def save(self) -> None:
         self._path.write_bytes(pickle.dumps((self._value, self._sums)))
 
     def take_sums(self) -> dict[str, FileSum]:
@@ -122,24 +122,24 @@ class WriteResults:
         return self._sums
 
 
-def _write_and_seal(
+def _write_and_hash(
     write: Callable[..., None], results: WriteResults, folder: Path, rank: int, *arguments: Any, **options: Any
 ) -> None:
-    """What the writer does. An error is left as a result: Megatron raises it on all ranks."""
+    """Body of the writer. An error becomes a result, which Megatron raises on all ranks."""
     try:
         write(*arguments, **options)
         results.fsync_and_hash(sorted(folder.glob(f"__{rank}_*")))
     except Exception as error:
         results.put(RuntimeError(f"{type(error).__name__}: {error}"))
         with suppress(OSError):
-            results.leave_word()
+            results.save()
 
 
 def _unchanging(tensor: Tensor) -> Tensor:
-    """A tensor's numbers in host memory, as they are now whatever the trainer does; GPU tensors are not waited for.
+    """Copy of a tensor in host memory that later steps do not change; copies from the GPU are not waited for.
 
-    A forked process keeps ordinary memory as it was, but not memory that is shared or pinned, as that of a GPU run's
-    teachers and of offloaded optimizer state is.
+    A fork keeps ordinary memory as it was, but not shared or pinned memory, such as that of a GPU run's teachers and of
+    offloaded optimizer state.
     """
     if tensor.device.type != "cpu":
         return host_copy(tensor)
@@ -148,12 +148,12 @@ def _unchanging(tensor: Tensor) -> Tensor:
 
 
 def _hand_to_megatron(results: WriteResults) -> None:
-    """In the place of the queue that megatron-core (0.16 to 0.19) would make; it can go when that takes one."""
+    """Set the queue that megatron-core (0.16 to 0.19) would create. Removable once its API accepts a queue."""
     module: Any = filesystem_async
     module._results_queue = results
 
 
 def _strategy() -> dict[str, Any]:
-    """From 0.19 on megatron-core wants another package for this, unless it is told to use its own."""
+    """Select megatron-core's own asynchronous writer: from 0.19 on its default is another package."""
     known = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}

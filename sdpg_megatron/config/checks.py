@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdpg_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, RunConfig
+from sdpg_megatron.config.external import is_external
 from sdpg_megatron.config.method_defaults import TEACHERLESS, UNDISTILLED
 from sdpg_megatron.config.server_checks import server_faults
 from sdpg_megatron.errors import ConfigError
@@ -65,7 +66,7 @@ def _check_objective(objective: ObjectiveConfig) -> Iterator[ConfigError]:
             if found != none:
                 expected = f"{none} with {objective.name}, which has no teacher"
                 yield ConfigError(f"objective.{field}", found, expected, "remove it")
-    if objective.name != "opsd" and objective.distill_loss != "divergence":
+    if objective.name not in ("opsd",) and not is_external(objective.name) and objective.distill_loss != "divergence":
         expected = f"divergence with {objective.name}"
         yield ConfigError("objective.distill_loss", objective.distill_loss, expected, "use opsd, or remove it")
     if objective.distill_loss == "clipped_ratio":

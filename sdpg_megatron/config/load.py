@@ -20,7 +20,7 @@ from sdpg_megatron.config.yaml_reader import Plain, read_value, read_yaml
 from sdpg_megatron.errors import ConfigError, fix_of
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run's configuration.
 
     Args:

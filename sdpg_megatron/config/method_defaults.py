@@ -1,16 +1,19 @@
-"""Defaults of each method that differ from `sdpg`.
+"""Defaults of the section `objective` by method, where they differ from SDPG's.
 
-A field set by the user takes precedence. The defaults are merged in before validation, so the resolved configuration
-shows them. docs/methods.md has the sources.
+A field that the user sets takes precedence. `ObjectiveConfig` merges the defaults in before validation, so that the
+resolved configuration shows them. docs/methods.md has the sources.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any
 
-Method = Literal["sdpg", "rpg", "grpo", "dapo", "rlsd", "opsd", "opcd", "sdpo"]
+from sdpg_megatron.config.external import is_external, load_object
+from sdpg_megatron.config.field_values import Refused
+from sdpg_megatron.errors import ConfigError, did_you_mean
+
 TEACHERLESS = ("grpo", "dapo", "rpg")
 """Methods without a teacher."""
 UNDISTILLED = (*TEACHERLESS, "rlsd")
@@ -36,7 +39,7 @@ _DISTILLATION: Mapping[str, object] = {
     "aggregation": "sequence-mean",
 }
 
-DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
+DEFAULTS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "sdpg": {},
         "rpg": {"beta": 0.0},
@@ -69,12 +72,34 @@ DEFAULTS: Mapping[Method, Mapping[str, object]] = MappingProxyType(
         },
     }
 )
-assert set(DEFAULTS) == set(get_args(Method))
 
 
-def defaults(method: object) -> Mapping[str, object]:
-    """Defaults of a method; empty for an unknown name, which validation refuses later."""
-    return next((fields for name, fields in DEFAULTS.items() if name == method), {})
+def with_method_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the method's defaults to the fields of a section `objective`.
+
+    Raises:
+        ConfigError: an external class cannot be imported, or does not declare an option that is set.
+    """
+    name = tree.get("name", "sdpg")
+    if not isinstance(name, str):
+        return dict(tree)
+    if name in DEFAULTS:
+        if tree.get("options"):
+            fix = "remove it: options are for objectives of your own"
+            return {**tree, "options": Refused(tree["options"], fix, f"none with {name}")}
+        return {**DEFAULTS[name], **tree}
+    if not is_external(name):
+        fix = did_you_mean(name, DEFAULTS) or "choose one of these"
+        return {**tree, "name": Refused(name, fix, f"{', '.join(map(repr, DEFAULTS))}, or package.module:Class")}
+    declared: Mapping[str, Any] = getattr(load_object("objective.name", name), "defaults", {})
+    options, given = declared.get("options", {}), tree.get("options") or {}
+    for option in given if isinstance(given, Mapping) else ():
+        if option not in options:
+            expected = f"an option of {name}: {', '.join(options) or 'it has none'}"
+            raise ConfigError(
+                f"objective.options.{option}", given[option], expected, did_you_mean(option, options) or "remove it"
+            )
+    return {**declared, **tree, "options": {**options, **given} if isinstance(given, Mapping) else given}
 
 
 def dapo_sections(max_tokens: int) -> dict[str, dict[str, object]]:

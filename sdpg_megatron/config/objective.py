@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from sdpg_megatron.config.base import Section
-from sdpg_megatron.config.method_defaults import Method, defaults
+from sdpg_megatron.config.method_defaults import with_method_defaults
 
 Deviation = Literal["population", "sample", "none"]
 
@@ -15,8 +16,11 @@ Deviation = Literal["population", "sample", "none"]
 class ObjectiveConfig(Section):
     """Training method and loss. The defaults are for `sdpg`; `method_defaults.DEFAULTS` has the other methods."""
 
-    name: Method = "sdpg"
-    """Training method; docs/methods.md has the formulas. It selects the defaults of the other fields."""
+    name: str = "sdpg"
+    """Training method: `sdpg`, `rpg`, `grpo`, `dapo`, `rlsd`, `opsd`, `opcd`, `sdpo`, or the class of a custom
+    objective as `package.module:Class`. It selects the defaults of the other fields. docs/methods.md has the formulas."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of a custom objective, as declared by its class. Must be empty for the methods of this package."""
     advantage_deviation: Deviation = "population"
     """Divisor of the centered rewards of a group of G: the standard deviation with divisor G (`population`) or G - 1
     (`sample`), or none."""
@@ -116,5 +120,5 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_method(cls, tree: Any) -> Any:
-        return {**defaults(tree.get("name")), **tree} if isinstance(tree, dict) else tree
+    def _with_method_defaults(cls, tree: Any) -> Any:
+        return with_method_defaults(tree) if isinstance(tree, Mapping) else tree

@@ -40,6 +40,9 @@ class RunConfig(Section):
     alarms: AlarmConfig = AlarmConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    writers: tuple[str, ...] = ()
+    """Custom metrics writers, each as `package.module:Class`, in addition to metrics.jsonl and TensorBoard.
+    docs/training.md has the interface."""
 
     @model_validator(mode="before")
     @classmethod

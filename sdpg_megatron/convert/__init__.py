@@ -1,1 +1,1 @@
-"""Models between Hugging Face folders and Megatron checkpoints, streamed and proven; and what a path holds."""
+"""Conversion between Hugging Face folders and Megatron checkpoints, streamed and verified; inspection of either."""

@@ -1,4 +1,4 @@
-"""An architecture in the words of Megatron-LM's arguments, which its checkpoints carry."""
+"""Mapping between architectures and the Megatron-LM arguments that its checkpoints contain."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ CONFIG_KEYS: Mapping[str, str] = {
     "rotary_percent": "model_type",
     "rotary_interleaved": "model_type",
 }
-"""Arguments that say what the weights are and what is computed from them, and the keys of config.json that say the
-same. The others are in `_ONLY`, are of training (dropout, the dropping of tokens, lengths), or make no difference."""
-_KEYS_OF: Mapping[Family, Mapping[str, str]] = {
+"""Arguments that determine weights or computation, with the equivalent keys of config.json. Other arguments are in
+`_FIXED`, concern training only (dropout, dropping of tokens, lengths), or have no effect."""
+_FAMILY_KEYS: Mapping[Family, Mapping[str, str]] = {
     "qwen3_moe": {"ffn_hidden_size": "moe_intermediate_size"},
     "mixtral": {
         "num_experts": "num_local_experts",
@@ -52,8 +52,8 @@ _KEYS_OF: Mapping[Family, Mapping[str, str]] = {
         "moe_router_pre_softmax": "model_type",
     },
 }
-"""Where a family calls it otherwise."""
-_OF_A_FEATURE = {
+"""Keys of config.json that differ in a family."""
+_CONDITIONS = {
     "num_query_groups": "group_query_attention",
     "rope_scaling_factor": "use_rope_scaling",
     "num_experts": "num_experts",
@@ -61,8 +61,8 @@ _OF_A_FEATURE = {
     "moe_router_topk": "num_experts",
     "moe_router_pre_softmax": "num_experts",
 }
-"""Arguments that mean something only where another one is true; so do those of `_ONLY_OF_EXPERTS`."""
-_ONLY: Mapping[str, tuple[Any, ...]] = {
+"""Arguments that apply only if another argument is true, as those of `_FIXED_FOR_EXPERTS` do with "num_experts"."""
+_FIXED: Mapping[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "attention_output_gate": (False,),
@@ -79,9 +79,9 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_encoded_json": (None,),
     "use_mup": (False,),
 }
-"""Arguments that no key of config.json has a word for, with what they are in every family: the first is what
-Megatron-LM leaves them at, the others come to the same."""
-_ONLY_OF_EXPERTS: Mapping[str, tuple[Any, ...]] = {
+"""Arguments without an equivalent in config.json, with the values that all families have: first Megatron-LM's default,
+then equivalent values."""
+_FIXED_FOR_EXPERTS: Mapping[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "moe_router_score_function": ("softmax",),
     "moe_router_topk_scaling_factor": (None, 1),
@@ -90,12 +90,12 @@ _ONLY_OF_EXPERTS: Mapping[str, tuple[Any, ...]] = {
     "moe_shared_expert_intermediate_size": (None, 0),
     "moe_apply_probs_on_input": (False,),
 }
-_OF_EACH = {"no_rope_freq", "moe_layer_freq", "moe_router_load_balancing_type"}
-"""Of those, arguments that may be lists: of a value for each layer, or of several losses."""
+_LIST_VALUED = {"no_rope_freq", "moe_layer_freq", "moe_router_load_balancing_type"}
+"""Arguments of these that may be lists, of a value for each layer or of several losses."""
 
 
 def model_arguments(arch: Architecture) -> dict[str, Any]:
-    """What Megatron-LM calls the parts of an architecture."""
+    """Megatron-LM's arguments for an architecture."""
     experts = arch.experts
     return {
         "num_layers": arch.num_layers,
@@ -123,7 +123,7 @@ def model_arguments(arch: Architecture) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "position_embedding_type": "rope",
-        "add_position_embedding": True,  # Megatron-LM's default, which it compares
+        "add_position_embedding": True,  # Megatron-LM's default, which its loader compares
         "use_rotary_position_embeddings": True,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
@@ -135,7 +135,7 @@ def model_arguments(arch: Architecture) -> dict[str, Any]:
 
 
 def checkpoint_arguments(arch: Architecture, dtype: torch.dtype) -> Namespace:
-    """The arguments of a checkpoint that has a model and nothing to continue training from."""
+    """Megatron-LM's arguments for a checkpoint with weights only, without training state."""
     return Namespace(
         **model_arguments(arch),
         seq_length=arch.max_positions,
@@ -154,53 +154,53 @@ def checkpoint_arguments(arch: Architecture, dtype: torch.dtype) -> Namespace:
 
 
 def arguments_of(checkpoint: TorchDist) -> dict[str, Any]:
-    """Megatron-LM's arguments in a checkpoint; empty where it has none. Raises `CheckpointError` on damage."""
+    """Megatron-LM's arguments in a checkpoint; empty if it has none. Raises `CheckpointError` on damage."""
     found = checkpoint.common().get("args")
     return vars(found) if isinstance(found, Namespace | SimpleNamespace) else {}
 
 
 def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
-    """Hold a checkpoint's arguments against an architecture, one by one; those that are not there say nothing.
+    """Compare a checkpoint's arguments with an architecture; missing arguments are not checked.
 
     Raises:
-        ConversionError: naming the first argument that differs with the key of config.json that it contradicts, or
-            that asks for what no supported family has.
+        ConversionError: names the first argument that contradicts config.json, with its key, or that no supported
+            family has.
     """
-    expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_KEYS_OF.get(arch.family, {})}
+    expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_FAMILY_KEYS.get(arch.family, {})}
     for argument, key in keys.items():
         value = found.get(argument)
-        feature = _OF_A_FEATURE.get(argument)
+        feature = _CONDITIONS.get(argument)
         if value is None or (feature and not found.get(feature)):
             continue
         if argument == "ffn_hidden_size" and arch.experts and found.get("moe_ffn_hidden_size"):
-            continue  # of dense layers, which there are none of
+            continue  # for dense layers, which the model does not have
         if value != expected[argument]:
             raise ConversionError(
                 f"{where}: {argument}",
                 repr(value),
-                f"{expected[argument]!r}, which config.json says ({key})",
+                f"{expected[argument]!r}, as in config.json ({key})",
                 "convert with the config.json that the model was trained with",
             )
-    _check_only(found, arch, where)
+    _check_fixed(found, arch, where)
 
 
-def _check_only(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
-    """Refuse arguments that change what is computed into what no supported family computes."""
+def _check_fixed(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
+    """Refuse arguments that no supported family computes."""
     scale, groups = arch.head_dim**-0.5, found.get("moe_router_num_groups")
-    only = dict(_ONLY)
+    fixed = dict(_FIXED)
     if not _is_close(found.get("softmax_scale"), scale):
-        only["softmax_scale"] = (None,)
+        fixed["softmax_scale"] = (None,)
     if found.get("num_experts"):
-        only |= {**_ONLY_OF_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups are no restriction
-    for argument, allowed in only.items():
+        fixed |= {**_FIXED_FOR_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups: no restriction
+    for argument, allowed in fixed.items():
         value = found.get(argument)
-        one_by_one = argument in _OF_EACH and isinstance(value, list | tuple)
+        one_by_one = argument in _LIST_VALUED and isinstance(value, list | tuple)
         if value is not None and not all(_is_one_of(each, allowed) for each in (value if one_by_one else [value])):
             raise ConversionError(
                 f"{where}: {argument}",
                 repr(value),
-                f"{allowed[0]!r}, as in every family that is supported ({arch.family})",
-                "there is no way for this model: no config.json of these families says the same",
+                f"{allowed[0]!r}, as in every supported family ({arch.family})",
+                "this model cannot be converted: config.json of these families cannot express it",
             )
 
 

@@ -1,4 +1,4 @@
-"""The command ``sdpg-megatron convert``."""
+"""Implementation of ``sdpg-megatron convert``."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def convert(
     text: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Bring a model into the other format: a Hugging Face folder becomes a Megatron checkpoint, all else a folder.
+    """Convert a Hugging Face folder to a Megatron checkpoint, or a Megatron checkpoint or run to a Hugging Face folder.
 
     Args:
-        to: the format that the caller wants; None for whichever the source is not of.
-        like: where config.json and tokenizer are, of a Megatron checkpoint that does not know.
-        dtype: a key of `DTYPES`; None for the types as they are.
-        shard_bytes: bound of one safetensors file.
-        text: what both models are to read before the result is put in its place; None for nothing.
+        to: required target format; None for the one that the source does not have.
+        like: folder with config.json and tokenizer, for a Megatron checkpoint without them.
+        dtype: a key of `DTYPES`; None keeps the dtypes.
+        shard_bytes: largest safetensors file.
+        text: compare both models' logits of this text before the result is renamed; None for no comparison.
 
     Raises:
-        SdpgError: nothing is left of the target then.
+        SdpgError: nothing remains at `target`.
     """
     console = console or Console(stderr=True)
     source = find_source(path)
@@ -48,7 +48,7 @@ def convert(
     if shard_bytes < 1:
         raise ConversionError("shard_bytes", shard_bytes, "at least 1", "choose a larger bound")
     if is_folder and like is not None:
-        expected = "nothing beside a Hugging Face folder, which has its own config.json and tokenizer"
+        expected = "no --like for a Hugging Face folder, which has config.json and tokenizer"
         raise ConversionError("--like", str(like), expected, "leave it out")
     to_type = DTYPES[dtype] if dtype else None
     check = _check_logits(source, like, text, to_type, console) if text is not None else None
@@ -61,10 +61,10 @@ def convert(
 def _check_logits(
     source: Source, like: Path | None, text: str, dtype: torch.dtype | None, console: Console
 ) -> Callable[[Path], None]:
-    """What compares the logits of the source's model with those of the one that was written.
+    """Make the check that compares the logits of the source's and of the written model.
 
     Raises:
-        ConversionError: the text cannot be read. What is returned raises it where the logits differ.
+        ConversionError: the text cannot be tokenized. The check raises it if the logits differ.
     """
     from sdpg_megatron.convert.verify import logit_difference, tokens_of
 
@@ -75,6 +75,6 @@ def _check_logits(
         is_folder = source.kind == "Hugging Face folder"
         folder, checkpoint = (source.folder, written) if is_folder else (written, source.folder)
         difference, scale = logit_difference(folder, checkpoint, text, dtype)
-        console.print(f"largest difference of logits: {difference:.3g}, the logits up to {scale:.3g}", highlight=False)
+        console.print(f"largest difference of logits: {difference:.3g}; largest logit: {scale:.3g}", highlight=False)
 
     return check

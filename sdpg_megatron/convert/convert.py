@@ -1,4 +1,4 @@
-"""Conversion in both directions: streamed, proven before it is put in place, whole or absent."""
+"""Streamed conversion in both directions. The result is verified before it is renamed to the target."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from sdpg_megatron.weights.load import SINGLE_FILE
 from sdpg_megatron.weights.map import hf_shapes
 
 Moved = Callable[[int], None]
-"""Told how many bytes more have been written, or read back."""
+"""Called with the number of bytes that were written or read back."""
 Check = Callable[[Path], None]
-"""Given what was written, before it is put in place; may raise."""
+"""Called with the written folder before it is renamed; may raise."""
 
 Specs = Mapping[str, Spec]
 
@@ -43,20 +43,20 @@ Specs = Mapping[str, Spec]
 def to_megatron(
     source: Path, target: Path, *, dtype: torch.dtype | None, check: Check | None = None, console: Console
 ) -> None:
-    """Make a Megatron checkpoint of a Hugging Face folder.
+    """Convert a Hugging Face folder to a Megatron checkpoint.
 
-    The tensors in it are whole, so that it can be loaded under any layout. One block of rows is held at a time.
+    Its tensors are unsharded, so it can be loaded under any layout. One block of rows is in memory at a time.
 
     Args:
-        source: with config.json, safetensors, tokenizer.
-        target: the folder to make.
-        dtype: type of the weights; None for that of each in the folder.
-        check: also looks at the folder of the tensors.
-        console: where progress is shown.
+        source: folder with config.json, safetensors and tokenizer.
+        target: folder to create.
+        dtype: dtype of the weights; None keeps the source's.
+        check: further check of the written tensors.
+        console: for progress.
 
     Raises:
-        ConversionError: `target` is there already, or what was written is not what was read.
-        ConfigError, WeightError: the folder is damaged, or no model that is supported.
+        ConversionError: `target` exists, or the written tensors differ from the source's.
+        ConfigError, WeightError: the folder is damaged, or its model is not supported.
     """
     arch = read_architecture(source)
     tensors = FolderTensors(source, arch)
@@ -64,8 +64,8 @@ def to_megatron(
     types = {stored.names: _type_of(stored, tensors, dtype) for stored in parameters}
     main_type = types[parameters[0].names]
     specs = _specs(tensors, dtype)
-    with _aside(target) as aside:
-        written = aside / RELEASE
+    with _staging(target) as staging:
+        written = staging / RELEASE
         written.mkdir()
         with transfer(f"{source} -> {target}", _bytes(specs), console, passes=2) as moved:
             write_torch_dist(
@@ -74,13 +74,13 @@ def to_megatron(
                 extra_states(parameters),
                 {"args": checkpoint_arguments(arch, main_type), "checkpoint_version": 3.0, "iteration": 0},
             )
-            hf_assets = aside / HF_ASSETS_FOLDER
+            hf_assets = staging / HF_ASSETS_FOLDER
             hf_assets.mkdir()
             write_config(source, hf_assets, _name(main_type))
             copy_hf_assets(source, hf_assets)
-            (aside / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
-            with _flushing(aside):
-                _prove_megatron(written, read_architecture(hf_assets), source, specs, moved)
+            (staging / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+            with _flushing(staging):
+                _verify_megatron(written, read_architecture(hf_assets), source, specs, moved)
         if check is not None:
             check(written)
 
@@ -95,23 +95,23 @@ def to_hugging_face(
     check: Check | None = None,
     console: Console,
 ) -> None:
-    """Make a Hugging Face folder of a Megatron checkpoint, this trainer's or Megatron-LM's own.
+    """Convert a Megatron checkpoint, of this trainer or of Megatron-LM, to a Hugging Face folder.
 
     Args:
-        source: where the checkpoint is.
-        target: the folder to make.
+        source: the checkpoint.
+        target: folder to create.
         like: Hugging Face folder of the same architecture, for config.json, tokenizer and templates; None for the one
-            that the checkpoint was made of or its run was started from.
-        dtype: type of the weights; None for that of each in the checkpoint.
-        shard_bytes: bound of one safetensors file; a larger tensor has one to itself.
-        check: also looks at the folder.
-        console: where progress is shown.
+            from which the checkpoint was converted or its run started.
+        dtype: dtype of the weights; None keeps the checkpoint's.
+        shard_bytes: largest safetensors file; a larger tensor gets a file by itself.
+        check: further check of the written folder.
+        console: for progress.
 
     Raises:
-        ConversionError: `target` is there already, no config.json is known or it tells of another model, or what was
-            written is not what was read.
-        CheckpointError: the checkpoint is damaged; a run's is held against its digests first.
-        ConfigError: config.json is of no model that is supported, or `like` is not what the run was started from.
+        ConversionError: `target` exists, config.json is missing or of another model, or the written tensors differ from
+            the source's.
+        CheckpointError: the checkpoint is damaged; a run's digests are verified first.
+        ConfigError: config.json is of an unsupported model, or `like` is not the model that the run started from.
     """
     folder = like or source.hf_assets
     if folder is None:
@@ -122,21 +122,21 @@ def to_hugging_face(
     _check_digests(source, console)
     tensors = _open_checkpoint(source.folder, arch)
     specs = _specs(tensors, dtype)
-    with _aside(target) as aside:
+    with _staging(target) as staging:
         with transfer(f"{source.folder} -> {target}", _bytes(specs), console, passes=2) as moved:
-            _write_files(aside, specs, tensors, shard_bytes, moved)
-            write_config(folder, aside, _name(next(iter(specs.values()))[1]))
-            copy_hf_assets(folder, aside)
-            with _flushing(aside):
-                _check_same_architecture(read_architecture(aside), arch, target / "config.json")
+            _write_files(staging, specs, tensors, shard_bytes, moved)
+            write_config(folder, staging, _name(next(iter(specs.values()))[1]))
+            copy_hf_assets(folder, staging)
+            with _flushing(staging):
+                _check_same_architecture(read_architecture(staging), arch, target / "config.json")
                 checkpoint = partial(_open_checkpoint, source.folder, arch)
-                check_same_tensors(checkpoint, partial(FolderTensors, aside, arch), specs, target, moved)
+                check_same_tensors(checkpoint, partial(FolderTensors, staging, arch), specs, target, moved)
         if check is not None:
-            check(aside)
+            check(staging)
 
 
 def _specs(tensors: Tensors, dtype: torch.dtype | None) -> Specs:
-    """Shape of every tensor, and the type that it is to have."""
+    """Shape and target dtype of every tensor."""
     return {name: (shape, dtype or tensors.dtype(name)) for name, shape in hf_shapes(tensors.arch).items()}
 
 
@@ -145,27 +145,27 @@ def _bytes(specs: Specs) -> int:
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` where nothing is raised, and is gone otherwise."""
+def _staging(target: Path) -> Iterator[Path]:
+    """Staging folder that is renamed to `target` on success and removed on an error."""
     if target.exists():
-        raise ConversionError(str(target), "something there already", "a new path", "choose another, or remove it")
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+        raise ConversionError(str(target), "an existing path", "a new path", "choose another, or remove it")
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(target)
+        staging.mkdir(parents=True)
+        yield staging
+        staging.rename(target)
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else str(target)
         found = error.strerror or str(error)
-        raise ConversionError(where, found, "a disk that reads and takes it", fix_of(error, Path(where))) from error
+        raise ConversionError(where, found, "a readable and writable disk", fix_of(error, Path(where))) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def _flushing(folder: Path) -> Iterator[None]:
-    """Have the disk keep all that is in a folder, while it is read; done when this is left."""
+    """Flush a folder to the disk on a thread, while it is read back; done on exit."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         flushed = thread.submit(flush_tree, folder)
         yield
@@ -173,7 +173,7 @@ def _flushing(folder: Path) -> Iterator[None]:
 
 
 def _type_of(stored: Stored, tensors: Tensors, dtype: torch.dtype | None) -> torch.dtype:
-    """Type of a parameter, whose tensors have to agree on one."""
+    """Dtype of a parameter; its tensors must agree."""
     found = {tensors.dtype(name) for name in stored.parameter.tensors}
     if dtype is None and len(found) > 1:
         names = ", ".join(stored.parameter.tensors)
@@ -182,7 +182,7 @@ def _type_of(stored: Stored, tensors: Tensors, dtype: torch.dtype | None) -> tor
 
 
 def _blocks(stored: Stored, tensors: Tensors, dtype: torch.dtype, moved: Moved) -> Iterator[Block]:
-    place = stored.canonical_place()
+    location = stored.canonical_location()
     for start, length in blocks(stored.shape, dtype.itemsize):
 
         def make(start: int = start, length: int = length) -> Tensor:
@@ -190,11 +190,11 @@ def _blocks(stored: Stored, tensors: Tensors, dtype: torch.dtype, moved: Moved) 
             moved(rows.nbytes)
             return rows
 
-        yield Block(place.key, (*place.lead, *stored.shape), dtype, place.at, start, length, make)
+        yield Block(location.key, (*location.lead, *stored.shape), dtype, location.indices, start, length, make)
 
 
 def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Rows of a Megatron parameter, from the Hugging Face tensors that it is made of."""
+    """Rows of a Megatron parameter, assembled from Hugging Face tensors."""
     found = torch.empty(length, *stored.shape[1:], dtype=dtype)
     for run in stored.runs():
         first, last = max(start, run.start), min(start + length, run.start + run.length)
@@ -210,8 +210,8 @@ def _parameter_rows(stored: Stored, tensors: Tensors, start: int, length: int, d
     return found
 
 
-def _prove_megatron(written: Path, arch: Architecture, source: Path, specs: Specs, moved: Moved) -> None:
-    """Read back what was written: arguments, config.json and every tensor."""
+def _verify_megatron(written: Path, arch: Architecture, source: Path, specs: Specs, moved: Moved) -> None:
+    """Read back arguments, config.json and every tensor, and compare them with the source."""
     check_arguments(arguments_of(TorchDist(written)), arch, f"{written}: args")
     _check_same_architecture(arch, read_architecture(source), written.parent / HF_ASSETS_FOLDER)
     check_same_tensors(
@@ -220,7 +220,7 @@ def _prove_megatron(written: Path, arch: Architecture, source: Path, specs: Spec
 
 
 def _check_same_architecture(found: Architecture, expected: Architecture, where: Path) -> None:
-    """Hold what was written of a config.json against what was read, field by field."""
+    """Compare the architecture of the written config.json with the source's, field by field."""
     for field in dataclasses.fields(Architecture):
         one, other = getattr(found, field.name), getattr(expected, field.name)
         if one != other:
@@ -232,7 +232,7 @@ def _open_checkpoint(folder: Path, arch: Architecture) -> CheckpointTensors:
 
 
 def _check_config(source: Source, folder: Path, arch: Architecture) -> None:
-    """Hold a config.json against what the checkpoint says of its model."""
+    """Compare a config.json with the checkpoint's manifest or arguments."""
     if source.state is not None:
         check_same_model(source.state, fingerprint(folder))
         return
@@ -240,19 +240,19 @@ def _check_config(source: Source, folder: Path, arch: Architecture) -> None:
 
 
 def _check_digests(source: Source, console: Console) -> None:
-    """Hold the files of a run's checkpoint against its manifest: what is read back is compared with what they are."""
+    """Verify a run checkpoint's files against its manifest."""
     if source.state is None:
         return
     files = source.state.files
     total = sum(file.bytes for file in files.values())
-    with transfer(f"{source.folder}: digests", total, console) as looked:
-        damage = find_damage(source.folder, files, digests=True, threads=THREADS, looked=looked)
+    with transfer(f"{source.folder}: digests", total, console) as checked:
+        damage = find_damage(source.folder, files, digests=True, threads=THREADS, checked=checked)
         if damage is not None:
-            raise CheckpointError(f"{damage}. Fix: bring the file back, or convert another checkpoint") from damage
+            raise CheckpointError(f"{damage}. Fix: restore the file, or convert another checkpoint") from damage
 
 
 def _write_files(folder: Path, specs: Specs, tensors: Tensors, shard_bytes: int, moved: Moved) -> None:
-    """Write the safetensors files, and their index where there are several."""
+    """Write the safetensors files, and an index if there are several."""
 
     def rows(name: str) -> Iterator[Tensor]:
         shape, dtype = specs[name]
@@ -269,7 +269,7 @@ def _write_files(folder: Path, specs: Specs, tensors: Tensors, shard_bytes: int,
 
 
 def _files(specs: Specs, shard_bytes: int) -> dict[str, list[str]]:
-    """Which tensors each file has."""
+    """Names of each file's tensors."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, (shape, dtype) in specs.items():

@@ -1,4 +1,4 @@
-"""Say what a path holds, and what of it is damaged."""
+"""Implementation of ``sdpg-megatron inspect``: a path's contents and damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.roundtrip_check import THREADS
 from sdpg_megatron.convert.source import Source, find_source
-from sdpg_megatron.convert.tensor_locations import of_the_model
+from sdpg_megatron.convert.tensor_locations import model_keys
 from sdpg_megatron.convert.tensors import CheckpointTensors, FolderTensors
 from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.errors import ConversionError, SdpgError
@@ -34,17 +34,16 @@ LAYOUT = {
     "context": "context_parallel_size",
     "expert": "expert_model_parallel_size",
 }
-"""Degrees of parallelism, as this package and as Megatron-LM's arguments call them. Data-parallel copies are no part of
-either."""
+"""Degrees of parallelism, by this package's names and Megatron-LM's arguments. Data parallelism is in neither."""
 
 
 LISTS = {"branched_from": "branched from", "changes": "change", "damage": "damage"}
-"""Fields of a report with a line for each item, and the line's title."""
+"""Fields of a report that are shown as one line per item, with the line's title."""
 
 
 @dataclass
 class Report:
-    """What was found. Fields stay None where a path does not say, or cannot because of damage."""
+    """Contents of a path. Fields stay None if unknown, or unreadable because of damage."""
 
     path: str
     kind: str
@@ -57,20 +56,20 @@ class Report:
     kv_heads: int | None = None
     vocabulary: int | None = None
     parameters: int | None = None
-    """Numbers in the model's tensors as they are stored: with rows that pad the vocabulary, without tied copies."""
+    """Elements of the model's tensors as stored: with vocabulary padding, without tied copies."""
     bytes: int | None = None
     dtype: str | None = None
     files: int | None = None
-    """With tensors in them."""
+    """Number of files with tensors."""
     step: int | None = None
     layout: str | None = None
-    """That it was written under; it can be read under any."""
+    """Parallel layout under which it was written; it can be read under any."""
     training_state: bool | None = None
-    """Whether an optimizer's state is there."""
+    """True if it has an optimizer's state."""
     branched_from: list[str] = field(default_factory=list)
-    """Branch points of a run checkpoint's run and its ancestors, oldest first."""
+    """Branch points of the checkpoint's run and its ancestors, oldest first."""
     changes: list[str] = field(default_factory=list)
-    """Configuration changes of a run checkpoint's run, each with its step."""
+    """Configuration changes of the checkpoint's run, each with its step."""
     versions: dict[str, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -88,13 +87,13 @@ class Report:
 
 
 def inspect(path: Path, *, digests: bool = False) -> Report:
-    """Look at a Hugging Face folder, a run, a run checkpoint or a Megatron checkpoint. No tensor is read.
+    """Inspect a Hugging Face folder, a run, a run checkpoint or a Megatron checkpoint, without reading tensors.
 
     Args:
-        digests: read a run checkpoint's files whole, and compare them with the digests in its manifest.
+        digests: read a run checkpoint's files, and compare them with the digests in its manifest.
 
     Raises:
-        ConversionError: the path is nothing of these, or there are no digests of it.
+        ConversionError: the path is none of these, or has no digests.
         CheckpointError: a run checkpoint's manifest is missing or damaged.
     """
     source = find_source(path)
@@ -109,23 +108,23 @@ def inspect(path: Path, *, digests: bool = False) -> Report:
         report.family, report.layers, report.hidden = arch.family, arch.num_layers, arch.hidden_size
         report.heads, report.kv_heads, report.vocabulary = arch.num_heads, arch.num_kv_heads, arch.vocab_size
     if source.kind == "Hugging Face folder":
-        _attempt(report, _look_at_folder, report, source.folder, arch)
+        _attempt(report, _inspect_folder, report, source.folder, arch)
     else:
-        _attempt(report, _look_at_checkpoint, report, source, arch, digests)
+        _attempt(report, _inspect_checkpoint, report, source, arch, digests)
     return report
 
 
-def _attempt(report: Report, look: Callable[..., T], *arguments: Any) -> T | None:
-    """Note as damage what keeps a look from its end."""
+def _attempt(report: Report, read: Callable[..., T], *arguments: Any) -> T | None:
+    """Call `read`, and record an error as damage."""
     try:
-        return look(*arguments)
+        return read(*arguments)
     except SdpgError as error:
         if str(error) not in report.damage:
             report.damage.append(str(error))
         return None
 
 
-def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> None:
+def _inspect_folder(report: Report, folder: Path, arch: Architecture | None) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if arch is not None else {}
     if version := config.get("transformers_version"):
         report.versions["transformers"] = str(version)
@@ -137,23 +136,23 @@ def _look_at_folder(report: Report, folder: Path, arch: Architecture | None) -> 
     _count(report, ((source.shape(name), source.dtype(name)) for name in source.names))
 
 
-def _look_at_checkpoint(report: Report, source: Source, arch: Architecture | None, digests: bool) -> None:
+def _inspect_checkpoint(report: Report, source: Source, arch: Architecture | None, digests: bool) -> None:
     if source.state is not None:
         report.step = source.state.step
-        _look_at_manifest(report, source.folder, source.state, digests)
+        _inspect_manifest(report, source.folder, source.state, digests)
     checkpoint = TorchDist(source.folder)
     report.damage += [str(fault) for fault in checkpoint.faults()]
-    model = of_the_model(checkpoint.tensors)
+    model = model_keys(checkpoint.tensors)
     report.files = len(list(source.folder.glob("*.distcp")))
     report.training_state = len(model) < len(checkpoint.tensors)
     _count(report, ((tuple(t.size), t.properties.dtype) for t in (checkpoint.tensors[key] for key in model)))
     if arch is not None and not report.damage:
         _attempt(report, CheckpointTensors, checkpoint, arch)
     if source.state is None:
-        _look_at_arguments(report, checkpoint, arch)
+        _inspect_arguments(report, checkpoint, arch)
 
 
-def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
+def _inspect_manifest(report: Report, folder: Path, state: RunState, digests: bool) -> None:
     report.versions |= {"manifest": str(state.format), **state.versions}
     if damage := find_damage(folder, state.files, digests=digests, threads=THREADS):
         report.damage.append(str(damage))
@@ -162,7 +161,7 @@ def _look_at_manifest(report: Report, folder: Path, state: RunState, digests: bo
     report.layout = _layout(parallel) if isinstance(parallel, dict) else None
 
 
-def _look_at_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
+def _inspect_arguments(report: Report, checkpoint: TorchDist, arch: Architecture | None) -> None:
     common, arguments = checkpoint.common(), arguments_of(checkpoint)
     if isinstance(common.get("iteration"), int):
         report.step = common["iteration"]

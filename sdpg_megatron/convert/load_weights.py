@@ -1,4 +1,4 @@
-"""A Megatron checkpoint's weights into model chunks, through megatron-core's own loader."""
+"""Load a Megatron checkpoint's weights into model chunks with megatron-core's loader."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sdpg_megatron.mcore.trusted import trusted_globals
 
 
 def load_weights_only(chunks: Sequence[nn.Module], folder: Path) -> None:
-    """Fill this rank's model chunks, under whatever layout they were built. Every rank calls it.
+    """Load weights into this rank's model chunks, under any layout. Collective.
 
     Raises:
         CheckpointError: the checkpoint is damaged, does not fit the model, or reading it would run code.
     """
     check_backend(folder)
-    read_tensor_list(folder)  # megatron-core reads it without asking what is in it
+    read_tensor_list(folder)  # checks the metadata, which megatron-core reads without restrictions
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     wanted: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}  # type: ignore[operator]
     try:

@@ -1,4 +1,4 @@
-"""What was written, held against what was read, number by number."""
+"""Bitwise comparison of written tensors with their source."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sdpg_megatron.errors import ConversionError
 from sdpg_megatron.weights.map import Shape
 
 THREADS = 4
-"""At most; each holds two blocks of rows."""
+"""Upper bound; each thread holds two blocks of rows."""
 
 Spec = tuple[Shape, torch.dtype]
-"""Of a tensor: its shape, and the type that it is to have."""
+"""Shape and target dtype of a tensor."""
 Open = Callable[[], Tensors]
-"""A reader for one thread."""
+"""Makes a reader, for use by one thread."""
 
 
 def check_same_tensors(
     source: Open, written: Open, specs: Mapping[str, Spec], where: Path, moved: Callable[[int], None]
 ) -> None:
-    """Compare every tensor bit for bit, after the cast to the type that was asked for; on several threads.
+    """Compare every tensor bit for bit, after the cast to the target dtype, on several threads.
 
     Raises:
-        ConversionError: naming a tensor that differs.
+        ConversionError: names a tensor that differs.
     """
     shares = _shares(specs, min(THREADS, os.cpu_count() or 1))
     failed = threading.Event()
@@ -48,16 +48,16 @@ def check_same_tensors(
         try:
             for check in as_completed(checks):
                 check.result()
-        finally:  # also where the waiting is interrupted
+        finally:  # also on KeyboardInterrupt
             failed.set()
 
 
 class _NotNeeded(Exception):
-    """Another thread has found a difference."""
+    """Ends a thread after another has found a difference."""
 
 
 def _shares(specs: Mapping[str, Spec], count: int) -> list[dict[str, Spec]]:
-    """The tensors in parts of like size, the largest dealt first."""
+    """Split tensors into shares of similar size: the largest first, each to the smallest share."""
     shares: list[dict[str, Spec]] = [{} for _ in range(count)]
     sizes = [0] * count
     for name, spec in sorted(specs.items(), key=lambda item: -prod(item[1][0])):
@@ -78,11 +78,11 @@ def _check(
             found = written.rows(name, start, length)
             if not np.array_equal(_bits(found), _bits(expected)):
                 rows = f"other numbers in rows {start} to {start + length}"
-                raise ConversionError(f"{where}: {name}", rows, "those of the source", "check the disk, convert again")
+                raise ConversionError(f"{where}: {name}", rows, "the source's", "check the disk, convert again")
             moved(found.nbytes)
 
 
 def _bits(rows: Tensor) -> np.ndarray[Any, Any]:
-    """As whole numbers, the widest that fit: as they are, -0 would be 0, and no NaN itself."""
+    """View as integers: floating-point comparison would equate 0 and -0, and distinguish equal NaNs."""
     octets: np.ndarray[Any, Any] = rows.contiguous().flatten().view(torch.uint8).numpy()
     return octets if octets.size % 8 else octets.view(np.int64)

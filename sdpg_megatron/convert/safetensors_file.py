@@ -1,4 +1,4 @@
-"""Safetensors files written row by row: the library's own writer takes tensors that are there whole."""
+"""Row-by-row writer of safetensors files: the library's writer needs whole tensors in memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def write_safetensors(
     """Write one file.
 
     Args:
-        tensors: shape and type of each.
-        blocks: gives a tensor's rows from first to last, in pieces of its type.
+        tensors: shape and dtype of each.
+        blocks: yields a tensor's rows in order, in blocks of its dtype.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))  # each aligned to its own elements
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][1].itemsize))  # keeps all of them aligned
     with path.open("wb") as file:
         file.write(_header(tensors))
         for name in tensors:
@@ -34,7 +34,7 @@ def write_safetensors(
 
 
 def _header(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> bytes:
-    """Length of what follows, then the table of tensors; as long as a multiple of 8, so that numbers lie aligned."""
+    """Header length, then the table of tensors, padded to 8 bytes for alignment."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in tensors.items():

@@ -1,4 +1,4 @@
-"""What a path that the user names holds."""
+"""Detection of a path's format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdpg_megatron.errors import ConversionError, fix_of
 from sdpg_megatron.hf_files import fix_for_missing
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-"""Megatron-LM's: the iteration whose folder is the newest, or "release" for a model without training state."""
+"""Megatron-LM's tracker: the newest iteration, or "release" for a model without training state."""
 RELEASE = "release"
 HF_ASSETS_FOLDER = "huggingface"
-"""Beside the iterations of a Megatron checkpoint that was made of a Hugging Face folder: that without the weights."""
+"""Folder in a converted Megatron checkpoint with the Hugging Face folder's files except the weights."""
 
 Kind = Literal["Hugging Face folder", "run checkpoint", "Megatron checkpoint"]
 
@@ -27,19 +27,19 @@ class Source:
 
     kind: Kind
     folder: Path
-    """With the tensors."""
+    """Folder with the tensors."""
     hf_assets: Path | None
-    """Hugging Face folder with config.json and tokenizer; None where none is known."""
+    """Hugging Face folder with config.json and tokenizer; None if unknown."""
     state: RunState | None = None
     """A run checkpoint's manifest."""
 
 
 def find_source(path: Path) -> Source:
-    """Find the model that a path names: of a run the newest checkpoint, of Megatron's what the tracker names.
+    """Find the model at a path: a run's newest checkpoint, or the iteration in Megatron's tracker file.
 
     Raises:
         ConversionError: there is none.
-        CheckpointError: a run checkpoint's manifest is missing or damaged; an older one is not taken in its place.
+        CheckpointError: a run checkpoint's manifest is missing or damaged; an older one is not used instead.
     """
     if (path / "config.json").is_file():
         return Source("Hugging Face folder", path, path)
@@ -55,7 +55,7 @@ def find_source(path: Path) -> Source:
             return find_source(found[-1])
     raise ConversionError(
         str(path),
-        "nothing that is known" if path.exists() else "no such path",
+        "no known format" if path.exists() else "no such path",
         f"a Hugging Face folder (config.json), a run's folder or checkpoint ({MANIFEST}), or a Megatron checkpoint "
         f"({TRACKER_FILE} or {BACKEND_FILE})",
         fix_for_missing(path),
@@ -72,11 +72,11 @@ def _iteration(path: Path) -> Path:
         fix = "name an iteration's folder itself, or write its number there"
         raise ConversionError(str(path / TRACKER_FILE), str(error), "text in UTF-8", fix) from error
     if text != RELEASE and not (text.isascii() and text.isdigit()):
-        raise ConversionError(str(path / TRACKER_FILE), repr(text), f"a number or {RELEASE!r}", "write that there")
+        raise ConversionError(str(path / TRACKER_FILE), repr(text), f"a number or {RELEASE!r}", "write one of them")
     folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not folder.is_dir():
         raise ConversionError(
-            str(path / TRACKER_FILE), text, f"the iteration of a folder here, such as {folder.name}", "write that there"
+            str(path / TRACKER_FILE), text, f"the iteration of a folder here, such as {folder.name}", "write its number"
         )
     return folder
 
@@ -87,7 +87,7 @@ def _beside(path: Path) -> Path | None:
 
 
 def _started_from(config: Mapping[str, Any]) -> Path | None:
-    """The model that a run was started from."""
+    """Hugging Face folder of the model that a run started from, if it still exists."""
     model = config.get("model")
     path = model.get("path") if isinstance(model, dict) else None
     return Path(path) if isinstance(path, str) and (Path(path) / "config.json").is_file() else None

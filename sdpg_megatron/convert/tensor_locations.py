@@ -1,6 +1,6 @@
-"""Where Megatron checkpoints keep the parameters of the weight maps, and which rows of them a Hugging Face tensor is.
+"""Keys and slices of Megatron checkpoints for the parameters of the weight maps, and their Hugging Face tensors.
 
-The tensors of a checkpoint are whole: what the map says of a single tensor-parallel rank is true of them.
+A checkpoint's tensors are unsharded, so the weight map of tensor-parallel size 1 applies.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _TRAINING_STATE = re.compile(r"^(optimizer|chained_\d+|teacher|rng_state|rerun_s
 
 
 class TensorLocation(NamedTuple):
-    """A slice of a tensor in a checkpoint: over all layers, and for each over all experts."""
+    """Slice of a checkpoint's tensor, which spans all layers and, for experts, all experts."""
 
     key: str
-    at: Index
+    indices: Index
     lead: Shape
-    """Lengths of the dimensions that `at` is of."""
+    """Sizes of the dimensions that `indices` select from."""
 
 
 class Run(NamedTuple):
-    """Rows of a Megatron parameter that are rows of a Hugging Face tensor, in order; zeros where there is none."""
+    """Consecutive rows of a Megatron parameter that are rows of one Hugging Face tensor, or zeros if it is None."""
 
     start: int
     length: int
@@ -41,25 +41,25 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A parameter of the map under all its spellings."""
+    """Parameter of a weight map, with all its spellings."""
 
     names: tuple[str, ...]
     parameter: Parameter
     experts: int
-    """Of each layer, in the whole model."""
+    """Experts per layer of the whole model."""
 
     @property
     def shape(self) -> Shape:
-        """Of the parameter in a checkpoint; where it is a vocabulary, with at least so many rows."""
+        """Shape of the parameter in a checkpoint; a vocabulary's may have more rows."""
         return self.parameter.local_shape(1)
 
     @property
     def is_vocabulary(self) -> bool:
-        """Its rows are padded, in a checkpoint to a number that depends on the run that wrote it."""
+        """True if its rows are padded, to a number that depends on the run that wrote the checkpoint."""
         return self.parameter.layout is VOCABULARY
 
     def runs(self) -> list[Run]:
-        """Its rows in order."""
+        """Its rows in order, as runs of Hugging Face tensors."""
         pieces, names = self.parameter.pieces(0, 1), list(self.parameter.tensors)
         if self.parameter.layout.dim != 0:
             (piece,) = pieces  # all columns of one tensor
@@ -71,31 +71,31 @@ class Stored:
             start += piece.length
         return found
 
-    def canonical_place(self) -> TensorLocation:
-        """Where megatron-core's models keep it, on whatever layout and with or without Transformer Engine."""
-        return next(self.places())
+    def canonical_location(self) -> TensorLocation:
+        """Location in megatron-core's checkpoints, for all layouts, with and without Transformer Engine."""
+        return next(self.locations())
 
-    def places(self) -> Iterator[TensorLocation]:
-        """Where it may be found, the usual place first."""
+    def locations(self) -> Iterator[TensorLocation]:
+        """Possible locations, the canonical one first."""
         names = [name for name in reversed(self.names) if not _GROUPED_EXPERT.search(name)]
         for by_layer in (True, False):
             for name in names:
-                yield self._place(name, by_layer=by_layer)
+                yield self._location(name, by_layer=by_layer)
 
-    def _place(self, name: str, *, by_layer: bool) -> TensorLocation:
-        at: Index = ()
+    def _location(self, name: str, *, by_layer: bool) -> TensorLocation:
+        indices: Index = ()
         lead: Shape = ()
         if by_layer and (layer := _LAYER.match(name)):
             name = _LAYER.sub("decoder.layers.", name)
-            at, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
+            indices, lead = (int(layer[1]),), (self.parameter.arch.num_layers,)
         if expert := _EXPERT.search(name):
             name = _EXPERT.sub(".experts.experts.", name)
-            at, lead = (*at, int(expert[1])), (*lead, self.experts)
-        return TensorLocation(name, at, lead)
+            indices, lead = (*indices, int(expert[1])), (*lead, self.experts)
+        return TensorLocation(name, indices, lead)
 
 
 def stored_parameters(arch: Architecture) -> list[Stored]:
-    """Every parameter that a checkpoint of the model has, in the map's order."""
+    """All parameters in a checkpoint of the model, in the weight map's order."""
     names: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     parameters: dict[tuple[str, ...], Parameter] = {}
     for name, parameter in weight_map(arch).items():
@@ -107,20 +107,20 @@ def stored_parameters(arch: Architecture) -> list[Stored]:
 
 
 def extra_states(stored: Collection[Stored]) -> list[str]:
-    """Keys of what modules of models, local ones or Transformer Engine's, expect beside their parameters."""
+    """Keys of the extra states that modules (local or Transformer Engine's) expect in addition to parameters."""
     found: dict[str, None] = {}
     for one in stored:
-        place = one.canonical_place()
-        module, _, last = place.key.rpartition(".")
+        location = one.canonical_location()
+        module, _, last = location.key.rpartition(".")
         if last != "weight" or module in ("embedding.word_embeddings", "output_layer"):
             continue
-        at = ".".join(map(str, place.at or (0,))) + "_" + ".".join(map(str, place.lead or (1,)))
-        found[f"{module}._extra_state/shard_{at}"] = None
+        shard = ".".join(map(str, location.indices or (0,))) + "_" + ".".join(map(str, location.lead or (1,)))
+        found[f"{module}._extra_state/shard_{shard}"] = None
         if module.endswith(".linear_qkv"):
-            found[f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_{at}"] = None
+            found[f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_{shard}"] = None
     return list(found)
 
 
-def of_the_model(keys: Collection[str]) -> list[str]:
-    """Those that are not of the optimizer or other training state."""
+def model_keys(keys: Collection[str]) -> list[str]:
+    """Keys that do not belong to the optimizer or other training state."""
     return [key for key in keys if not _TRAINING_STATE.match(key)]

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint of the format torch_dist, written a block of rows at a time by one process."""
+"""Write a Megatron checkpoint of the format torch_dist from one process, by blocks of rows."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from sdpg_megatron.convert.torch_dist import BACKEND, BACKEND_FILE, COMMON_FILE,
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of a slice of a tensor, which are made when it is their turn to be written."""
+    """Rows of a slice of a tensor, computed when they are written."""
 
     key: str
     shape: tuple[int, ...]
-    """Of the whole tensor: its leading dimensions, rows, columns."""
+    """Shape of the whole tensor: leading dimensions, rows, columns."""
     dtype: torch.dtype
     index: Index
     start: int
     length: int
     make: Callable[[], Tensor]
-    """Gives the rows, [length, ...], of `dtype`."""
+    """Returns the rows, [length, ...], of `dtype`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -50,16 +50,16 @@ def write_torch_dist(folder: Path, blocks: Sequence[Block], objects: Sequence[st
     """Write a checkpoint into an empty folder.
 
     Args:
-        blocks: cover every tensor once. One at a time is held.
-        objects: keys of things other than tensors that a model expects, and that say nothing.
+        blocks: cover every tensor exactly once. One block is in memory at a time.
+        objects: keys of the extra states that a model expects; written empty.
         common: plain data, and Megatron-LM's arguments.
     """
     planner = _Planner(blocks, objects)
     try:
-        # The warning tells of a single process.
+        # The warning is about saving without a process group.
         with warnings.catch_warnings(action="ignore", category=UserWarning), _without_checksums():
             save({}, storage_writer=FileSystemWriter(folder, sync_files=False), planner=planner, no_dist=True)
-    except CheckpointException as error:  # torch's wrapper of whatever went wrong
+    except CheckpointException as error:  # torch wraps the writer's error
         raise next(iter(error.failures.values()))[0] from None
     with (folder / COMMON_FILE).open("wb") as file:
         torch.save(dict(common), file)
@@ -72,7 +72,7 @@ _BACKENDS = {"sharded_backend": BACKEND, "sharded_backend_version": 1, "common_b
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans from a list of blocks instead of a state dict of tensors, which would have to be there all at once."""
+    """Plans from a list of blocks instead of a state dict, which would keep all tensors in memory."""
 
     def __init__(self, blocks: Sequence[Block], objects: Sequence[str]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -80,24 +80,24 @@ class _Planner(DefaultSavePlanner):
         self._objects = objects
 
     def create_local_plan(self) -> SavePlan:
-        tensors = [_item(at, block) for at, block in self._blocks.items()]
+        tensors = [_item(entry, block) for entry, block in self._blocks.items()]
         return SavePlan([*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects)])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
-            return _nothing()
+            return _empty_state()
         block = self._blocks[write_item.index]
-        return _alone(block.make()).view(block.sizes)
+        return _own_storage(block.make()).view(block.sizes)
 
 
-def _alone(rows: Tensor) -> Tensor:
-    """The same memory as a storage of its own: torch copies what is a part of a larger one before it writes it."""
+def _own_storage(rows: Tensor) -> Tensor:
+    """View the same memory with its own storage: torch copies parts of a larger storage before writing."""
     return torch.from_numpy(rows.contiguous().flatten().view(torch.uint8).numpy()).view(rows.dtype).view(rows.shape)
 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Archives without CRC-32, which take as long as the writing: torch never looks at those of an archive."""
+    """Write archives without CRC-32, which takes as long as writing; torch does not verify it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -106,15 +106,15 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _item(at: MetadataIndex, block: Block) -> WriteItem:
+def _item(entry: MetadataIndex, block: Block) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
     data = TensorWriteData(chunk, TensorProperties(dtype=block.dtype), torch.Size(block.shape))
-    return WriteItem(at, WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(entry, WriteItemType.SHARD, tensor_data=data)
 
 
-def _nothing() -> io.BytesIO:
-    """As megatron-core writes the extra state of a module that has none."""
-    room = io.BytesIO()
-    torch.save([None], room)
-    room.seek(0)
-    return room
+def _empty_state() -> io.BytesIO:
+    """Extra state of a module that has none, as megatron-core writes it."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    buffer.seek(0)
+    return buffer

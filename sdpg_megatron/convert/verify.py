@@ -1,4 +1,4 @@
-"""Both models read the same text: transformers from the Hugging Face folder, megatron-core from its checkpoint."""
+"""Compare the logits of transformers and megatron-core for the same text."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.transformers_check import check_reading
 
 TOLERANCE = 1e-3
-"""Largest difference of logits, over the largest logit, that rounding explains.
+"""Bound of the logits' difference, relative to the largest logit.
 
-Both models compute in float32 (a unit roundoff of 6e-8) whatever type the weights are stored in. Sums in another order,
-over tens of layers, end up to some 1e-5 apart; a wrong map or a wrong setting ends at tenths.
+Both models compute in float32 (unit roundoff 6e-8) whatever dtype the weights are stored in. Another summation order
+over tens of layers gives differences of about 1e-5; a wrong weight map or setting gives tenths.
 """
 
 
 def tokens_of(hugging_face: Path, text: str) -> Tensor:
-    """The text as token ids, [1, tokens].
+    """Tokenize a text, int64 [1, S].
 
     Raises:
         ConversionError: the text has no tokens, or more than the model has positions.
-        ConfigError: the folder has no tokenizer that can be used, or transformers reads its config.json otherwise.
+        ConfigError: the folder has no usable tokenizer, or transformers reads its config.json differently.
     """
     arch = read_architecture(hugging_face)
     check_reading(hugging_face, arch)
@@ -47,18 +47,18 @@ def tokens_of(hugging_face: Path, text: str) -> Tensor:
 def logit_difference(
     hugging_face: Path, checkpoint: Path, text: str, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """The largest difference between the logits of the two models, and the largest of transformers' logits.
+    """Return the largest difference between the two models' logits, and the largest of transformers' logits.
 
-    Both compute in float32. Each is held whole, one after the other.
+    Both compute in float32. One model is in memory at a time.
 
     Args:
         hugging_face: folder with tokenizer and weights.
         checkpoint: folder of the Megatron checkpoint's tensors.
-        dtype: type that the weights of both are rounded to first, where a conversion rounded those of one; None for the
-            weights as they are stored.
+        dtype: round the weights of both to this dtype first, as a conversion did with one of them; None for no
+            rounding.
 
     Raises:
-        ConversionError: the difference is more than rounding explains, see `TOLERANCE`; or as `tokens_of`.
+        ConversionError: the difference exceeds `TOLERANCE`; or as `tokens_of`.
         ConfigError: as `tokens_of`.
     """
     tokens_1S = tokens_of(hugging_face, text)
@@ -66,7 +66,7 @@ def logit_difference(
     gc.collect()
     found_1SV = _megatron_logits(hugging_face, checkpoint, tokens_1S, dtype)
     difference, scale = float((found_1SV - expected_1SV).abs().max()), float(expected_1SV.abs().max())
-    if not difference <= TOLERANCE * scale:  # also of what is no number
+    if not difference <= TOLERANCE * scale:  # also true for NaN
         raise ConversionError(
             "--verify",
             f"logits of megatron-core and transformers that differ by up to {difference:.3g}, the largest {scale:.3g}",

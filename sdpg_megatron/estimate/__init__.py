@@ -1,1 +1,1 @@
-"""What a run needs of a machine, before there is one: memory, communication, time. Arithmetic alone; docs/plan.md."""
+"""Estimates of a run's memory, communication and time, by arithmetic only; see docs/plan.md."""

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit: each proposal is planned, and says what it would leave."""
+"""Suggested changes for runs that do not fit. Each suggestion is planned in turn."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.estimate.plan import Plan, make_plan
 
 WORTH = 0.02
-"""A proposal that saves less than this share of the peak is not made."""
+"""Smallest saving that is suggested, as a share of the peak."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
     change: str
-    """As on the command line."""
+    """Overrides, as on the command line."""
     peak: float
-    """Bytes of the fullest rank, then."""
+    """Peak bytes of the fullest rank after the change."""
     fits: bool
     sequences: int | None
-    """Longest sequences that a server then has room for."""
+    """Number of longest sequences that a server has memory for after the change."""
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Changes that help, those that suffice first; none where the run fits."""
+    """Changes that reduce the peak or make a server fit, sufficient ones first; empty if the run fits."""
     if plan.fits:
         return []
     found = []
@@ -35,7 +35,7 @@ def advise(plan: Plan) -> list[Advice]:
             for change in changes:
                 apply_override(tree, change)
             other = make_plan(parse(tree), plan.gpu, ranks)
-        except ConfigError:  # the model or the layout does not allow it
+        except ConfigError:  # not possible for the model or layout
             continue
         saves = plan.over > 0 and other.fullest.peak < plan.fullest.peak * (1 - WORTH)
         if saves or (not plan.served and other.served):

@@ -1,4 +1,4 @@
-"""A time for each phase of a step: operations, bytes read and sent, over a GPU's rates and assumed efficiencies."""
+"""Time of each phase of a step: operations and bytes, over a GPU's rates times assumed efficiencies."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from sdpg_megatron.estimate.traffic import Flow
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Assumed shares of the theoretical rates, not fitted to any measurement on a GPU."""
+    """Assumed shares of the theoretical rates; not fitted to measurements on a GPU."""
 
     products: float = 0.4
-    """Of the trainer's operations, attention and elementwise work included."""
+    """Trainer's FLOPS, including attention and elementwise operations."""
     reading: float = 0.6
-    """Of the servers' memory bandwidth, while they generate."""
+    """Servers' memory bandwidth during generation."""
     embedded: float = 0.1
-    """Likewise, of transformers in the trainer."""
+    """Memory bandwidth during generation with transformers in the trainer."""
     sending: float = 0.7
-    """Of links, in the trainer."""
+    """Links, in the trainer."""
     publishing: float = 0.4
-    """Of links, while a server copies what it gets."""
+    """Links, during a publish to servers."""
 
 
 ASSUMED = Efficiency()
 CALL = 0.02
-"""Seconds, assumed, of one call to the servers."""
+"""Assumed seconds per call to the servers."""
 
 
 def durations(
@@ -45,18 +45,16 @@ def durations(
     traffic: Mapping[str, Flow],
     server: ServerMemory | None,
 ) -> dict[str, float]:
-    """Seconds of a rollout step's phases."""
+    """Seconds of each phase of a rollout step."""
     forward = _forward(arch, load.mean_prompt + load.mean_response)
     row = 2 * arch.hidden_size * arch.vocab_size
-    several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
-    forwards = load.mean_student * (several + load.required_passes.reference)
-    heads = several + load.required_passes.reference + load.gated * load.required_passes.teacher_logprob
-    passes = (forwards + load.mean_teacher) * forward + load.mean_responses * row * heads
-    again = 1 if config.model.recompute else 0
-    made = (4 if config.head.schedule == "recompute" else 3) * load.mean_responses  # logits and both gradients
+    heads = load.old_logprobs + load.required_passes.reference + load.gated * load.required_passes.teacher_logprob
+    passes = load.mean_forward_only * forward + load.mean_responses * row * heads
+    head_recompute = config.head.schedule == "recompute"
+    head_rows = (3 + head_recompute) * load.mean_responses  # logits and both gradients
     if load.required_passes.teacher:
-        made += (2 if config.head.schedule == "recompute" else 1) * load.gated * load.mean_responses
-    update = load.mean_student * (3 + again) * forward + made * row
+        head_rows += (1 + head_recompute) * load.gated * load.mean_responses
+    update = load.mean_student * (3 + config.model.recompute) * forward + head_rows * row
     rate = grid.world * gpu.flops * ASSUMED.products
     bubble = 1 + (grid.pipeline - 1) / (load.micro_batches * grid.chunks)
     return {
@@ -69,7 +67,7 @@ def durations(
 
 
 def step_seconds(seconds: Mapping[str, float], ahead: int) -> float:
-    """Of a whole step; `ahead` is `RolloutConfig`'s: generation then goes on beside the rest, but for the publish."""
+    """Seconds of a whole step. With `ahead` (`RolloutConfig.ahead`) generation overlaps all phases but the publish."""
     learning = seconds["passes"] + seconds["update"]
     together = max(seconds["rollout"], learning) if ahead else seconds["rollout"] + learning
     return together + seconds["publish"]
@@ -84,15 +82,15 @@ def _sending(phase: str, traffic: Mapping[str, Flow], gpu: Gpu) -> float:
 
 
 def _forward(arch: Architecture, length: float) -> float:
-    """Operations of a token's way through the layers, in a sequence of `length`."""
-    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length  # half of the positions, two products
+    """Forward operations per token, in a sequence of `length`."""
+    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length  # two products over half the positions
     return 2 * count_active(arch) + attention
 
 
 def _rollout(
     arch: Architecture, config: RunConfig, grid: Grid, load: Load, gpu: Gpu, server: ServerMemory | None
 ) -> float:
-    """Generation, bound by reading weights, keys and values; no sooner done than the longest response by itself."""
+    """Generation time, bound by reading weights, keys and values, and by the longest response alone."""
     served = config.rollout.sglang
     if server is None:
         engines, devices = max(1, grid.world // (grid.tensor * grid.pipeline)), 1
@@ -114,13 +112,13 @@ def _rollout(
         return max(read, operations / (gpu.flops * devices * ASSUMED.products))
 
     tokens = load.mean_responses / engines
-    prompts = load.mean_prompt * config.rollout.prompts_per_step / engines  # each is read once for its group
+    prompts = load.mean_prompt * config.rollout.prompts_per_step / engines  # each prefilled once per group
     reading = prompts * _forward(arch, load.mean_prompt) / (gpu.flops * devices * ASSUMED.products)
     return reading + max(tokens / together * step(together), config.rollout.max_response_tokens * step(1))
 
 
 def _weights_read(arch: Architecture, sequences: float) -> float:
-    """Parameters that a step of generation reads: of the experts those that some sequence is sent to, at most all."""
+    """Parameters that a generation step reads: all but the experts that no sequence is routed to."""
     whole = count_parameters(arch)
     if arch.experts is None:
         return float(whole)

@@ -1,4 +1,4 @@
-"""GPUs that a run can be planned for: their makers' figures."""
+"""Vendor figures of the GPUs that a run can be planned for."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from sdpg_megatron.errors import ConfigError, did_you_mean
 
 GIB = 1 << 30
 MACHINE = 8
-"""Assumed GPUs of a machine."""
+"""Assumed GPUs per machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Rates are of one device, in one direction, at their theoretical best."""
+    """Theoretical rates of one device, in one direction."""
 
     name: str
     flops: float
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 operations per second."""
     memory: int
-    """Bytes, as nvidia-smi shows them."""
+    """Bytes, as in nvidia-smi."""
     bandwidth: float
-    """Bytes a second from its memory."""
+    """Bytes per second of its memory."""
     link: float
-    """Bytes a second to the others of its machine: NVLink, or PCIe."""
+    """Bytes per second to GPUs of its machine: NVLink, or PCIe."""
     network: float
-    """Bytes a second to other machines: its share of what such machines usually have."""
+    """Bytes per second to other machines: a GPU's share of a typical network."""
 
 
 def _gpu(name: str, teraflops: float, mib: int, terabytes: float, link: float, network: float) -> Gpu:
@@ -44,11 +44,11 @@ GPUS = {
         _gpu("B200", 2250, 183359, 8.0, 900, 50),
     )
 }
-"""By name, in the order of their memory and age. SXM boards where there are several."""
+"""GPUs by name, ordered by memory and age; SXM boards if there are several kinds."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Look up a GPU by its name in any case. Raises `ConfigError`."""
+    """Look up a GPU by its case-insensitive name. Raises `ConfigError`."""
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu

@@ -1,4 +1,4 @@
-"""Bytes of each rank, part by part and phase by phase, on its device and in host memory."""
+"""Memory of each rank by part and phase, on its device and on the host, in bytes."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from sdpg_megatron.estimate.shards import Grid, ParamAndGradBuffer, buffers, sta
 from sdpg_megatron.weights.map import hf_shapes
 
 CONTEXT = 2 * GIB
-"""Assumed of each process on a GPU: CUDA's context, NCCL's and cuBLAS's buffers."""
+"""Assumed overhead of each process on a GPU: CUDA context, NCCL and cuBLAS buffers."""
 FRAGMENTS = 0.05
-"""Assumed share of a GPU that its allocator cannot use."""
+"""Assumed share of GPU memory that is lost to fragmentation."""
 SLEEPING = 2 * GIB
-"""Assumed of a colocated server that has given its memory back."""
+"""Assumed memory of a colocated server that has released its memory."""
 SERVER_SHARE = 0.85
-"""Assumed of `rollout.sglang.mem_fraction` where it is null."""
+"""Assumed value of `rollout.sglang.mem_fraction` if it is null."""
 
 Parts = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """A rank of a pipeline stage, the one of it that holds most."""
+    """Memory of the fullest rank of a pipeline stage."""
 
     stage: int
     weights: int
     gradients: int
     optimizer: int
-    """Its share of the moments and, in bfloat16, of the float32 weights. There from the first update on."""
+    """Its share of the moments and, in bfloat16, of the float32 weights. Allocated by the first update."""
     numel: int
-    """Parameters, without padding."""
+    """Number of parameters, without padding."""
     buffers: tuple[ParamAndGradBuffer, ...]
     phases: Mapping[str, Parts]
-    """What is on the device beside these three, while a phase lasts."""
+    """Device memory of each phase in addition to weights, gradients and optimizer."""
     absent: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Which of these three a phase is without."""
+    """Subset of weights, gradients and optimizer that is not on the device in a phase."""
     host: Parts = field(default_factory=dict)
 
     def parts(self, phase: str) -> dict[str, float]:
@@ -54,7 +54,7 @@ class StageMemory:
 
     @property
     def fullest(self) -> str:
-        """The phase that needs most."""
+        """Phase with the largest total."""
         return max(self.phases, key=self.total)
 
     @property
@@ -76,12 +76,12 @@ def stage_memory(
     """Plan the memory of one pipeline stage.
 
     Args:
-        memory: of the GPU; None on a CPU, where the head's chunks are others, and there is no context.
-        rank, expert_rank: whose share of the optimizer's state, see `buffers`.
+        memory: bytes of the GPU; None on a CPU, which has other chunks in the head and no CUDA context.
+        rank, expert_rank: rank for the share of the optimizer state, see `buffers`.
     """
     cuda = memory is not None
     chunks = stage_shards(arch, grid, stage)
-    laid = [
+    stage_buffers = [
         found
         for number, shards in enumerate(chunks)
         for found in buffers(
@@ -90,41 +90,40 @@ def stage_memory(
     ]
     w = BYTES[config.model.dtype]
     numel = sum(shard.numel for shards in chunks for shard in shards)
-    moments = 8 if w == 4 else 12  # in bfloat16 the optimizer has float32 weights of its own
+    moments = 8 if w == 4 else 12  # in bfloat16 the optimizer also has float32 weights
     work = _Work(arch, config, grid, load, stage, cuda, w * numel, max(s.numel for shards in chunks for s in shards))
     served = config.rollout.engine == "sglang"
     colocated = served and config.rollout.sglang.colocated
-    weights = w * sum(buffer.numel if buffer.padded else 0 for buffer in laid)
+    weights = w * sum(buffer.numel if buffer.padded else 0 for buffer in stage_buffers)
     own_copies = 0 if config.optimizer.distributed else w * numel
-    optimizer = moments * sum(buffer.own for buffer in laid)
+    optimizer = moments * sum(buffer.own for buffer in stage_buffers)
     phases: dict[str, dict[str, float]] = {"passes": work.passes(), "update": work.update(), "publish": work.publish()}
     if not served:
         phases["rollout"] = work.embedded()
     if memory is not None:
-        beside: dict[str, float] = {"context": CONTEXT}
         for name in (*phases, *(["rollout"] if served else [])):
-            parts = {**phases.get(name, {}), **beside}
+            parts: dict[str, float] = {**phases.get(name, {}), "context": CONTEXT}
             if colocated:
                 awake = name in ("rollout", "publish")
                 parts["server"] = _server_room(config, memory, weights + own_copies) if awake else SLEEPING
             phases[name] = parts
-    away = frozenset({"gradients", "optimizer"} if colocated else ())
+    offloaded = frozenset({"gradients", "optimizer"} if colocated else ())
     return StageMemory(
         stage=stage,
         weights=weights + own_copies,
-        gradients=4 * sum(buffer.numel for buffer in laid),
+        gradients=4 * sum(buffer.numel for buffer in stage_buffers),
         optimizer=optimizer,
         numel=numel,
-        buffers=tuple(laid),
+        buffers=tuple(stage_buffers),
         phases=phases,
-        absent={"rollout": away, "publish": away},
+        absent={"rollout": offloaded, "publish": offloaded},
         host=work.host(optimizer),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a stage's passes, updates and publishes need beside weights, gradients and optimizer."""
+    """Memory of a stage's phases in addition to weights, gradients and optimizer."""
 
     arch: Architecture
     config: RunConfig
@@ -133,7 +132,7 @@ class _Work:
     stage: int
     cuda: bool
     weights: int
-    """Bytes, without padding."""
+    """Bytes of the weights, without padding."""
     largest: int
     """Elements of the largest parameter."""
 
@@ -147,27 +146,26 @@ class _Work:
 
     def _head(self, *, train: bool) -> HeadBytes:
         rows = -(-self.load.response // self.grid.context)
-        taught = self.load.required_passes.teacher
         return head_bytes(
             self.arch,
             self.config.head,
             self.grid,
             self.config.model.dtype,
             rows,
-            taught=taught,
+            distill=self.load.required_passes.teacher,
             cuda=self.cuda,
             train=train,
         )
 
     def update(self) -> dict[str, float]:
-        """The training pass."""
+        """Memory of the training pass."""
         model, grid = self.config.model, self.grid
         a = Activations.of(self.arch, model, self.config.parallel, cuda=self.cuda)
         tokens = self.load.student / grid.context
         layers = self.arch.num_layers // grid.pipeline
         passes = in_flight(grid, self.stage, self.load.micro_batches)
         held = kept(a, layers, tokens, passes, recompute=model.recompute, received=self.stage > 0, last=self.last)
-        # The embedding's gradient comes when the head's memory is free again; the rest of the backward pass likewise.
+        # The embedding's gradient, as the rest of the backward pass, is allocated after the head's memory is freed.
         embedding = 2 * self.width * self.largest if self.stage == 0 else 0
         layer = tokens * a.working
         parts = {"activations": held}
@@ -181,14 +179,15 @@ class _Work:
         return parts
 
     def _teacher_rows(self, *, train: bool) -> int:
-        """Of all micro-batches: on the device, but where they were made before the step's first update.
+        """Bytes of the teacher rows of all micro-batches on the device.
 
-        Where log-probs are all that is wanted of them, they are gone when training begins.
+        0 if they are moved to the host before the step's first update, or if only their log-probs are needed in
+        training.
         """
         required_passes = self.load.required_passes
         if not (required_passes.teacher or (required_passes.teacher_logprob and not train)) or self._early:
             return 0
-        return -(-self.load.taught // self.grid.context) * self.arch.hidden_size * self.width
+        return -(-self.load.teacher_rows // self.grid.context) * self.arch.hidden_size * self.width
 
     @property
     def _early(self) -> bool:
@@ -203,19 +202,19 @@ class _Work:
         )
 
     def passes(self) -> dict[str, float]:
-        """Those without gradients: old and reference log-probs, teacher."""
+        """Memory of the forward-only passes: old and reference log-probs, teacher."""
         a = Activations.of(self.arch, self.config.model, self.config.parallel, cuda=self.cuda)
         tokens = max(self.load.student, self.load.teacher) / self.grid.context
         parts = {"activations": tokens * (a.layer + a.final_norm)}
         if self.last:
             head = self._head(train=False)
             parts |= {"head": float(head.all), "teacher rows": float(self._teacher_rows(train=False))}
-        if self._swaps and self.cuda:  # on CPUs the copy in host memory is what the model computes with
+        if self._swaps and self.cuda:  # on CPUs the model computes with the copy in host memory
             parts["other weights"] = float(self.weights)
         return parts
 
     def publish(self) -> dict[str, float]:
-        """The leader's buckets; the first rank of another stage has one parameter."""
+        """Memory of a publish: the leader's buckets; one parameter on the first rank of other stages."""
         served = self.config.rollout.sglang
         w = BYTES[served.dtype or self.config.model.dtype]
         tensor = max(math.prod(shape) for shape in hf_shapes(self.arch).values()) * w
@@ -226,7 +225,7 @@ class _Work:
         return {"publish buckets": 2 * bucket + shards}
 
     def embedded(self) -> dict[str, float]:
-        """transformers' model and its keys and values, on a replica's first rank."""
+        """Memory of the transformers model with its KV cache, on a replica's first rank."""
         if self.stage:
             return {}
         whole = sum(math.prod(shape) for shape in hf_shapes(self.arch).values())
@@ -237,7 +236,7 @@ class _Work:
         return {"rollout engine": float(whole * self.width + logits), "keys and values": keys}
 
     def host(self, optimizer: int) -> dict[str, float]:
-        """Copies in host memory."""
+        """Memory on the host."""
         objective, required_passes = self.config.objective, self.load.required_passes
         parts: dict[str, float] = {}
         initial = required_passes.privileged and objective.teacher == "initial"
@@ -248,10 +247,10 @@ class _Work:
         if required_passes.privileged and objective.teacher == "ema":
             parts["teacher"] = self.weights * 4 // self.width
         if self._early and self.last:
-            rows = -(-self.load.taught * self.config.optimizer.minibatches // self.grid.context)
+            rows = -(-self.load.teacher_rows * self.config.optimizer.minibatches // self.grid.context)
             parts["teacher rows"] = rows * self.arch.hidden_size * self.width
         if self.config.checkpoint.asynchronous:
-            moving = self.cuda and objective.teacher in ("every", "ema")  # pinned, so that it is copied
+            moving = self.cuda and objective.teacher in ("every", "ema")  # pinned, and therefore copied
             parts["checkpoint being written"] = self.weights + optimizer + (parts.get("teacher", 0) if moving else 0)
         if self.cuda and self.config.rollout.engine == "sglang" and self.config.rollout.sglang.colocated:
             parts["optimizer while serving"] = optimizer
@@ -259,7 +258,7 @@ class _Work:
 
 
 def kv_bytes(arch: Architecture, width: int) -> int:
-    """Keys and values of a token."""
+    """Bytes of keys and values per token."""
     return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * width
 
 
@@ -269,15 +268,15 @@ class ServerMemory:
 
     weights: int
     pool: float
-    """Room for keys and values; below 0 where not even the weights fit."""
+    """Bytes for keys and values; negative if not even the weights fit."""
     token: float
-    """Keys and values of a token."""
+    """Bytes of keys and values per token."""
     longest: int
     """Tokens of the longest sequence."""
 
     @property
     def sequences(self) -> int:
-        """Of the longest that can run at a time."""
+        """Number of longest sequences that can run at a time."""
         return max(0, int(self.pool // (self.token * self.longest)))
 
 
@@ -285,8 +284,8 @@ def server_memory(arch: Architecture, config: RunConfig, memory: int, trainer: f
     """Plan a server's GPU.
 
     Args:
-        memory: of the GPU.
-        trainer: what a colocated trainer holds of it when the server starts.
+        memory: bytes of the GPU.
+        trainer: bytes that a colocated trainer holds when the server starts.
     """
     served = config.rollout.sglang
     w = BYTES[served.dtype or config.model.dtype]
@@ -299,10 +298,10 @@ def server_memory(arch: Architecture, config: RunConfig, memory: int, trainer: f
 
 
 def _server_room(config: RunConfig, memory: int, trainer: float) -> float:
-    """Weights, keys and values: a share of what a server finds free."""
+    """Bytes for weights, keys and values: a share of the free memory."""
     return (memory - CONTEXT - trainer) * (config.rollout.sglang.mem_fraction or SERVER_SHARE)
 
 
 def room(memory: int) -> float:
-    """Of a GPU's memory, what a run may count on."""
+    """Usable bytes of a GPU's memory."""
     return memory * (1 - FRAGMENTS)

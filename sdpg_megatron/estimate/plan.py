@@ -1,4 +1,4 @@
-"""A run's plan: what it needs, and whether that fits."""
+"""Plan of a run: its memory, traffic and time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Plan:
 
     @property
     def fullest(self) -> StageMemory:
-        """The pipeline stage whose ranks need most."""
+        """Pipeline stage with the largest memory per rank."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def over(self) -> float:
-        """Bytes that the fullest rank lacks; negative where some are left."""
+        """Bytes missing on the fullest rank; negative if it has some left."""
         return self.fullest.peak - room(self.gpu.memory)
 
     @property
@@ -52,12 +52,12 @@ class Plan:
 
     @property
     def served(self) -> bool:
-        """A server has room for one sequence at least."""
+        """True if a server has memory for at least one sequence."""
         return self.server is None or self.server.sequences > 0
 
     @property
     def server_gpus(self) -> int:
-        """That the run's servers take beside the trainer's."""
+        """Number of GPUs of the run's servers in addition to the trainer's."""
         return server_gpus(self.config)
 
 
@@ -65,15 +65,15 @@ def make_plan(config: RunConfig, gpu: Gpu, ranks: int | None = None) -> Plan:
     """Plan a run from its configuration and its model's config.json.
 
     Args:
-        ranks: of the trainer; None for the fewest that the layout allows.
+        ranks: trainer ranks; None for the fewest that the layout allows.
 
     Raises:
-        ConfigError: the configuration cannot work with this model, or with this number of ranks; servers that share
-            the trainer's GPUs take more than it has on a machine.
+        ConfigError: the configuration is invalid for this model or number of ranks, or colocated servers need more
+            GPUs than the trainer has on a machine.
     """
     arch = read_architecture(config.model.path)
     check_lengths(arch, config)
-    # Whether apex is installed is asked where the run is.
+    # The run itself checks that apex is installed.
     model = config.model.model_copy(update={"gradient_accumulation_fusion": False})
     check_model(arch, model, replay_routing=config.rollout.replay_routing)
     check_parallel(arch, config.parallel)
@@ -91,7 +91,7 @@ def make_plan(config: RunConfig, gpu: Gpu, ranks: int | None = None) -> Plan:
 
 
 def _check_servers(arch: Architecture, config: RunConfig, world: int) -> None:
-    """Those that the run starts. Raises `ConfigError`."""
+    """Check the servers that the run starts. Raises `ConfigError`."""
     served = config.rollout.sglang
     if config.rollout.engine != "sglang" or served.urls:
         return
@@ -99,6 +99,6 @@ def _check_servers(arch: Architecture, config: RunConfig, world: int) -> None:
     devices, there = served.servers * served.tensor * served.data, min(world, MACHINE)
     if served.colocated and devices > there:
         found = f"{served.servers} x {served.tensor} x {served.data}"
-        expected = f"at most the {there} GPUs that the trainer has on its first machine, where colocated servers are"
+        expected = f"at most the {there} GPUs of the trainer on its first machine, which runs colocated servers"
         fix = "have fewer or smaller servers, or name more with --ranks"
         raise ConfigError("rollout.sglang: servers x tensor x data", found, expected, fix)

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Format a plan as text or JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEADER = {"gather": "first ranks get", "publish": "the leader sends"}
 
 
 def as_data(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
-    """All numbers of a plan: bytes and seconds."""
+    """All numbers of a plan, in bytes and seconds."""
     return {
         "model": {"parameters": count_parameters(plan.arch), "active": count_active(plan.arch)},
         "gpu": {"name": plan.gpu.name, "memory": plan.gpu.memory, "room": room(plan.gpu.memory)},
@@ -108,7 +108,7 @@ def _communication(plan: Plan) -> Iterator[str]:
         yield f"  {kind:10} {sender:16} {sent}, {where}"
     times = ", ".join(f"{phase} {plan.seconds[phase]:.0f} s" for phase in PHASES)
     yield f"  {times}; together {step_seconds(plan.seconds, plan.config.rollout.ahead):.0f} s" + (
-        ", as a rollout goes on beside the passes and updates before it" if plan.config.rollout.ahead else ""
+        ", as a rollout overlaps the passes and updates of the step before" if plan.config.rollout.ahead else ""
     )
     yield (
         f"  assumed: {ASSUMED.products:.0%} of peak operations, {ASSUMED.reading:.0%} of memory bandwidth in servers, "
@@ -125,6 +125,6 @@ def _verdict(plan: Plan, advice: list[Advice]) -> Iterator[str]:
     if not plan.served:
         yield "A server has no room for a single sequence."
     if advice:
-        yield "What helps, each by itself:"
+        yield "Changes that help, each alone:"
     for one in advice:
         yield f"  {one.change:64} {one.peak / GIB:7.1f} GiB{', fits' if one.fits else ''}"

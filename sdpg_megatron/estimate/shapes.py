@@ -1,8 +1,8 @@
-"""A walk through a run's model without memory and without other ranks: what ``train --dry-run`` does in the end.
+"""Shape check of a run's model without memory or other ranks, the last step of ``train --dry-run``.
 
-In a process of its own, as one rank of each pipeline stage after the other: Megatron's groups are made of torch's fake
-ones, whose collectives do nothing, and the model lies on the meta device, where tensors have shapes and nothing else.
-Both are private parts of torch, for tests of its own; a torch that has them elsewhere is not walked with.
+It runs in a subprocess, as one rank of each pipeline stage in turn. Megatron's groups use torch's fake process group,
+with collectives that do nothing, and the model is on the meta device, where tensors have only shapes. Both are private
+test utilities of torch; the check is skipped for a torch that has moved them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class StageShapes:
-    """A rank of a pipeline stage, with all of its model chunks."""
+    """Shapes of one rank of a pipeline stage, with all its model chunks."""
 
     stage: int
     parameters: int
     shapes: tuple[tuple[int, ...], ...]
-    """What each chunk hands on, for a sequence of the greatest length; at the model's end the rows' logits. Empty where
-    they depend on values: in context-parallel attention, and where a mixture's ranks gather all tokens."""
+    """Output of each chunk for a sequence of the greatest length; of the last one the rows' logits. Empty if shapes
+    depend on values: in context-parallel attention, and if the ranks of a mixture gather all tokens."""
 
     def __str__(self) -> str:
         passes = ", ".join("x".join(map(str, shape)) for shape in self.shapes) or "not walked"
@@ -49,19 +49,19 @@ class StageShapes:
 
 
 def walk(config: RunConfig, ranks: int) -> list[StageShapes]:
-    """Build a run's model for `ranks` ranks and pass one sequence forward, in a process of its own.
+    """Build a run's model for `ranks` ranks and pass one sequence forward and back, in a subprocess.
 
     Raises:
-        ConfigError: Megatron cannot build the model like this, or shapes do not fit; with the end of what it said.
+        ConfigError: Megatron cannot build the model, or shapes do not fit; with the end of the subprocess's errors.
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     given = json.dumps({"config": config.model_dump(mode="json"), "ranks": ranks})
     command = [sys.executable, "-W", "ignore", "-m", "sdpg_megatron.estimate.shapes"]
     done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-30:] or ["nothing"]
+        errors = done.stderr.strip().splitlines()[-30:] or ["no message"]
         expected = f"a model that {ranks} ranks can hold and run"
-        raise ConfigError("model, parallel", "\n".join(said), expected, "choose another layout, or report this")
+        raise ConfigError("model, parallel", "\n".join(errors), expected, "choose another layout, or report this")
     found = json.loads(done.stdout.splitlines()[-1])
     return [
         StageShapes(one["stage"], one["parameters"], tuple(tuple(shape) for shape in one["shapes"])) for one in found
@@ -69,12 +69,11 @@ def walk(config: RunConfig, ranks: int) -> list[StageShapes]:
 
 
 def main() -> int:
-    """Read a configuration and a number of ranks from stdin; a line of JSON to stdout."""
+    """Read a configuration and a number of ranks from stdin; write a line of JSON to stdout."""
     warnings.simplefilter("ignore")
     given = json.load(sys.stdin)
     config = RunConfig.model_validate(given["config"])
-    # Transformer Engine's layers need a GPU for their weights, and the fused sum of gradients one for theirs. Plain
-    # layers have the same shapes.
+    # Transformer Engine's layers and fused gradient accumulation need a GPU. Plain layers have the same shapes.
     model = config.model.model_copy(update={"spec": "local", "gradient_accumulation_fusion": False})
     plain = config.model_copy(update={"model": model})
     found = [asdict(stage) for stage in _stages(plain, given["ranks"])]
@@ -86,12 +85,12 @@ def _stages(config: RunConfig, world: int) -> Iterator[StageShapes]:
     from sdpg_megatron.mcore.compat import device
 
     groups = importlib.import_module(FAKE_GROUPS)
-    importlib.import_module(FAKE_COLLECTIVES)  # has torch know collectives of meta tensors
-    device.CPU = META  # where Megatron's CUDA requests go
+    importlib.import_module(FAKE_COLLECTIVES)  # registers collectives of meta tensors
+    device.CPU = META  # device for Megatron's CUDA requests
     device.install()
     arch = read_architecture(config.model.path)
     stages = config.parallel.pipeline
-    for stage in sorted({0, min(1, stages - 1), stages - 1}):  # those between are like the second
+    for stage in sorted({0, min(1, stages - 1), stages - 1}):  # inner stages have equal shapes
         dist.init_process_group("fake", store=groups.FakeStore(), rank=stage * (world // stages), world_size=world)
         yield _walk_stage(config, arch, stage)
         dist.destroy_process_group()
@@ -129,7 +128,7 @@ def _walk_stage(config: RunConfig, arch: Architecture, stage: int) -> StageShape
 
 
 def _level(chunks: Sequence[torch.nn.Module]) -> None:
-    """Have mixtures send equally many tokens to each expert: how many it really is depends on values."""
+    """Make mixtures send equally many tokens to each expert: the real numbers depend on values."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     for chunk in chunks:
@@ -138,12 +137,12 @@ def _level(chunks: Sequence[torch.nn.Module]) -> None:
                 dispatcher: Any = module.token_dispatcher
                 dispatcher.drop_and_pad = True
                 dispatcher.moe_expert_capacity_factor = 1.0
-                router: Any = module.router  # Megatron leaves its weights on the host until they are used
+                router: Any = module.router  # Megatron keeps its weights on the host until they are used
                 router.to(META)
 
 
 def _pass(config: RunConfig, arch: Architecture, chunk: torch.nn.Module) -> tuple[int, ...]:
-    """One padded sequence of the greatest length through a chunk, and back; behind the last, the head's product."""
+    """Pass a padded sequence of the greatest length through a chunk and back; through the head after the last."""
     from sdpg_megatron.mcore.forward_step import last_hidden
     from sdpg_megatron.mcore.model import output_weight
 

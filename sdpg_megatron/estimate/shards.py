@@ -1,4 +1,4 @@
-"""Which parameters a rank holds, and the buffers that Megatron lays them out in."""
+"""Parameters of each rank, and Megatron's buffers for them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.weights.map import Parameter, hf_shapes, weight_map
 
 PARAMETER_UNIT, BUCKET_UNIT = 64, 128
-"""Megatron's distributed optimizer begins parameters and ends buckets at multiples of these."""
+"""Alignment of parameters, and of bucket ends, in Megatron's distributed optimizer."""
 LEAST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000
-"""Elements of a bucket where communication overlaps and `optimizer.bucket_size` is null."""
+"""Elements of a bucket if communication overlaps and `optimizer.bucket_size` is null."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How many ranks share what."""
+    """Sizes of the parallel groups."""
 
     world: int
     tensor: int
     pipeline: int
     chunks: int
-    """Of the model, on each pipeline stage."""
+    """Model chunks per pipeline stage."""
     context: int
     data: int
     expert: int
@@ -33,12 +33,12 @@ class Grid:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, ranks: int | None = None) -> Grid:
-        """`ranks`: of the whole run; None for the fewest that the layout allows. Raises `ConfigError`."""
+        """Compute the sizes for a run of `ranks` ranks; None for the fewest of the layout. Raises `ConfigError`."""
         dense, experts = parallel.tensor * parallel.context, parallel.expert_ranks
         least = parallel.pipeline * math.lcm(dense, experts)
         world = least if ranks is None else ranks
         if world < 1 or world % least:
-            raise ConfigError("--ranks", world, f"a multiple of {least}, which the layout takes", f"use {least}")
+            raise ConfigError("--ranks", world, f"a multiple of {least}, the layout's ranks", f"use {least}")
         return cls(
             world=world,
             tensor=parallel.tensor,
@@ -52,12 +52,12 @@ class Grid:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same parameters, but for experts: they share the optimizer's state."""
+        """Ranks with the same non-expert parameters, which share the optimizer state."""
         return self.data * self.context
 
     @property
     def expert_copies(self) -> int:
-        """Ranks that hold the same experts."""
+        """Ranks with the same experts."""
         return self.world // (self.pipeline * self.expert * self.expert_tensor)
 
     def describe(self) -> str:
@@ -69,16 +69,16 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's part of a parameter."""
+    """One rank's part of a parameter."""
 
     numel: int
     expert: bool = False
     shared: bool = False
-    """The embedding where another stage has a copy of it, which Megatron gives a bucket of its own."""
+    """True for an embedding with a copy on another stage, which Megatron puts into a separate bucket."""
 
 
 def count_parameters(arch: Architecture) -> int:
-    """Of the whole model, without padding; tied ones once."""
+    """Number of parameters of the whole model, without padding; tied ones count once."""
     one, two = (
         sum(math.prod(shape) for shape in hf_shapes(replace(arch, num_layers=layers)).values()) for layers in (1, 2)
     )
@@ -86,7 +86,7 @@ def count_parameters(arch: Architecture) -> int:
 
 
 def count_active(arch: Architecture) -> int:
-    """Of those that a token meets in a matrix product, without the embedding and the head."""
+    """Number of parameters in a token's matrix products, without the embedding and the head."""
     layer = count_parameters(replace(arch, num_layers=2)) - count_parameters(replace(arch, num_layers=1))
     if arch.experts is not None:
         layer -= (arch.experts.count - arch.experts.per_token) * 3 * arch.hidden_size * arch.ffn_size
@@ -94,7 +94,7 @@ def count_active(arch: Architecture) -> int:
 
 
 def stage_shards(arch: Architecture, grid: Grid, stage: int) -> list[list[Shard]]:
-    """What each model chunk of a pipeline stage holds on a rank, in the model's order."""
+    """Shards of each model chunk of a pipeline stage, in the model's order."""
     of_layer, (embedding, norm, output) = _parameters(arch, grid)
     layers = arch.num_layers // (grid.pipeline * grid.chunks)
     shared = arch.tied_embeddings and grid.pipeline > 1
@@ -108,15 +108,15 @@ def stage_shards(arch: Architecture, grid: Grid, stage: int) -> list[list[Shard]
 
 
 def _parameters(arch: Architecture, grid: Grid) -> tuple[list[Shard], tuple[Shard, Shard, Shard]]:
-    """A layer's, and embedding, final norm and output matrix."""
+    """Shards of a layer, and of embedding, final norm and output matrix."""
     outside: list[Shard] = []
     layer: list[Shard] = []
-    seen: set[int] = set()
+    counted: set[int] = set()
     ordered = sorted(weight_map(replace(arch, num_layers=1)).items(), key=lambda item: _place(item[0]))
     for _, parameter in ordered:
-        if id(parameter) in seen or not _held(parameter, grid):  # a parameter has several spellings
+        if id(parameter) in counted or not _held(parameter, grid):  # a parameter has several spellings
             continue
-        seen.add(id(parameter))
+        counted.add(id(parameter))
         of_expert = parameter.expert is not None
         size = grid.expert_tensor if of_expert else grid.tensor
         shard = Shard(math.prod(parameter.local_shape(size)), expert=of_expert)
@@ -127,11 +127,11 @@ def _parameters(arch: Architecture, grid: Grid) -> tuple[list[Shard], tuple[Shar
 
 _ATTENTION = tuple(f"self_attention.{part}" for part in ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm"))
 _ORDER = ("input_layernorm", *_ATTENTION, "pre_mlp_layernorm", "mlp")
-"""Of a layer's modules, as Megatron registers them: it lays parameters out in this order."""
+"""Modules of a layer in Megatron's order of registration, in which buffers are laid out."""
 
 
 def _place(name: str) -> int:
-    """What parameters are sorted by; outside of layers all are alike."""
+    """Sort key of a parameter; 0 outside of layers."""
     module = name.removeprefix("decoder.layers.0.")
     return next((place for place, prefix in enumerate(_ORDER) if module.startswith(prefix)), 0)
 
@@ -143,26 +143,26 @@ def _held(parameter: Parameter, grid: Grid) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ParamAndGradBuffer:
-    """Parameters of one kind that are reduced and gathered together, by the ranks that hold the same."""
+    """Buffer of parameters that the same ranks reduce and gather together."""
 
     numel: int
-    """With Megatron's padding."""
+    """Elements, with Megatron's padding."""
     own: int
-    """Elements whose optimizer state one of these ranks has."""
+    """Elements for which one rank has the optimizer state."""
     ranks: int
     padded: bool
-    """The parameters lie in the buffer; otherwise each has its own memory."""
+    """True if parameters are views of the buffer, False if each has separate memory."""
 
 
 def buffers(
     shards: Sequence[Shard], grid: Grid, config: OptimizerConfig, *, first: bool, rank: int = 0, expert_rank: int = 0
 ) -> list[ParamAndGradBuffer]:
-    """The buffers of a model chunk.
+    """Buffers of a model chunk.
 
     Args:
-        first: it is the first chunk of the first stage, the only one that Megatron cuts into buckets.
-        rank: whose share is `Buffer.own`: its number among those that hold the same parameters.
-        expert_rank: likewise, the same experts.
+        first: true for the first chunk of the first stage, the only one that Megatron splits into buckets.
+        rank: rank for `ParamAndGradBuffer.own`, among those with the same parameters.
+        expert_rank: the same, among those with the same experts.
     """
     found = []
     for expert, ranks, number in ((False, grid.copies, rank), (True, grid.expert_copies, expert_rank)):
@@ -181,7 +181,7 @@ def buffers(
 
 
 def _laid_out(shards: Sequence[Shard], ranks: int, bucket: int | None, rank: int) -> ParamAndGradBuffer:
-    """Megatron's layout: parameters from last to first, cut into buckets that every rank has an equal part of."""
+    """Megatron's layout: parameters from last to first, in buckets that ranks share equally."""
     unit = math.lcm(ranks, BUCKET_UNIT)
     start = own = 0
     spans: list[tuple[int, int]] = []

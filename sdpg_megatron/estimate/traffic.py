@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a rollout step, by what they are for and by phase, at assumed mean lengths.
+"""Bytes that a rank sends in a rollout step, by kind and phase, at assumed mean lengths.
 
 A ring of n ranks sends (n - 1) / n of a tensor for each gather or reduce-scatter, and twice that for an all-reduce.
 """
@@ -22,51 +22,44 @@ class Flow:
     """One kind of communication."""
 
     sent: Mapping[str, float]
-    """Bytes that a rank sends in a step's phases."""
+    """Bytes that a rank sends in each phase of a step."""
     span: int
-    """Ranks, counted without gaps, that the group reaches over: whether it stays within a machine."""
+    """Number of consecutive ranks that the group spans; decides if it stays within a machine."""
 
     @property
     def local(self) -> bool:
         return self.span <= MACHINE
 
 
-def forward_tokens(config: RunConfig, load: Load) -> tuple[float, float]:
-    """Tokens of a rollout step that pass forward alone, and that are trained on."""
-    several = config.optimizer.minibatches > 1 or config.objective.correction != "none"
-    alone = load.mean_student * (several + load.required_passes.reference) + load.mean_teacher
-    return alone, load.mean_student
-
-
 def flows(
     arch: Architecture, config: RunConfig, grid: Grid, load: Load, stages: Sequence[StageMemory]
 ) -> dict[str, Flow]:
-    """What a rank of the largest of the pipeline `stages` sends; kinds that the layout has none of are left out."""
+    """Bytes that a rank of the largest of the pipeline `stages` sends, by kind, for kinds that the layout has."""
     w, t, c, p = BYTES[config.model.dtype], grid.tensor, grid.context, grid.pipeline
-    alone, trained = (tokens / (grid.data * c) for tokens in forward_tokens(config, load))
+    forward_only, trained = (tokens / (grid.data * c) for tokens in (load.mean_forward_only, load.mean_student))
     layers = arch.num_layers / p
     row = arch.hidden_size * w
-    again = trained * (2 if config.model.recompute else 1)
+    forward = trained * (2 if config.model.recompute else 1)
     largest = max(stages, key=lambda stage: stage.numel)
     found = {"data": Flow({"update": _reductions(config, largest, w)}, t * c * grid.data)}
     if t > 1:
-        # After attention and after a dense feed-forward network, in each direction: a mixture's experts have groups of
-        # their own. Sequence parallelism gathers inputs once more for the weights' gradients.
+        # After attention and after a dense feed-forward network, in each direction; experts have separate groups.
+        # Sequence parallelism gathers inputs once more for the weight gradients.
         one = layers * row * (1 if arch.experts else 2) * 2 * (t - 1) / t
         backward = (1.5 if config.parallel.sequence else 1) * trained
         head = load.mean_responses / (grid.data * c) * arch.hidden_size * 4 * 2 * (t - 1) / t
-        found["tensor"] = Flow({"passes": one * alone, "update": one * (again + backward) + head}, t)
+        found["tensor"] = Flow({"passes": one * forward_only, "update": one * (forward + backward) + head}, t)
     if p > 1:
         one = grid.chunks * row / (t if config.parallel.sequence else 1)
-        found["pipeline"] = Flow({"passes": one * alone, "update": one * 2 * trained}, grid.world)
+        found["pipeline"] = Flow({"passes": one * forward_only, "update": one * 2 * trained}, grid.world)
     if c > 1:
         one = layers * 2 * arch.num_kv_heads * arch.head_dim / t * w * (c - 1)
         rows = load.gated * load.mean_responses / (grid.data * c) * row
-        found["context"] = Flow({"passes": one * alone + rows, "update": one * (again + trained)}, t * c)
+        found["context"] = Flow({"passes": one * forward_only + rows, "update": one * (forward + trained)}, t * c)
     ranks = 1 if arch.experts is None else grid.expert * grid.expert_tensor
     if arch.experts is not None and ranks > 1:
         one = layers * 2 * arch.experts.per_token * row * grid.expert_tensor * (ranks - 1) / ranks / t
-        found["expert"] = Flow({"passes": one * alone, "update": one * (again + trained)}, max(t, ranks))
+        found["expert"] = Flow({"passes": one * forward_only, "update": one * (forward + trained)}, max(t, ranks))
     if gathered := _gathered(arch, config, stages):
         found["gather"] = Flow({"publish": gathered}, grid.world if p > 1 else max(t, ranks))
     found["publish"] = Flow({"publish": float(publish_bytes(arch, config))}, _reach(config, grid))
@@ -74,21 +67,21 @@ def flows(
 
 
 def _reductions(config: RunConfig, stage: StageMemory, w: int) -> float:
-    """Gradients in float32 and, where the optimizer is sharded, new weights; for each mini-batch."""
+    """Gradients in float32 and, with a sharded optimizer, new weights, for all mini-batches."""
     sharded = config.optimizer.distributed
     each = sum(b.numel * (4 + w if sharded else 8) * (b.ranks - 1) / b.ranks for b in stage.buffers)
     return config.optimizer.minibatches * each
 
 
 def _gathered(arch: Architecture, config: RunConfig, stages: Sequence[StageMemory]) -> float:
-    """Shards on their way to the first ranks of their stages, and from there to the leader: one after the other."""
+    """Bytes gathered to the first ranks of the stages, then to the leader."""
     whole = publish_bytes(arch, config)
     there = sum(stage.numel for stage in stages) * _published_width(config)
     return max(0, whole - there) + whole * (len(stages) - 1) / len(stages)
 
 
 def publish_bytes(arch: Architecture, config: RunConfig) -> int:
-    """The whole model, once; the leader sends it."""
+    """Bytes of the whole model, which the leader sends once."""
     return count_parameters(arch) * _published_width(config)
 
 
@@ -97,7 +90,7 @@ def _published_width(config: RunConfig) -> int:
 
 
 def server_gpus(config: RunConfig) -> int:
-    """That the run's servers take beside the trainer's; servers which it only asks are not counted."""
+    """Number of GPUs of the servers that the run starts beside the trainer's; servers given by URL are not counted."""
     served = config.rollout.sglang
     if config.rollout.engine == "hf" or served.colocated or served.urls:
         return 0
@@ -105,7 +98,7 @@ def server_gpus(config: RunConfig) -> int:
 
 
 def _reach(config: RunConfig, grid: Grid) -> int:
-    """Of a publish: servers that share GPUs are on the leader's machine, others after all ranks or elsewhere."""
+    """Span of a publish: colocated servers are on the leader's machine, others after all ranks or elsewhere."""
     if config.rollout.engine == "hf" or config.rollout.sglang.colocated:
         return 1
     return MACHINE + 1 if config.rollout.sglang.urls else grid.world + server_gpus(config)

@@ -1,1 +1,1 @@
-"""One machine's part of a run on one or many: `scripts/launch.sh` calls it, and docs/launching.md says how it works."""
+"""Launcher of one machine of a run, started by `scripts/launch.sh`; described in docs/launching.md."""

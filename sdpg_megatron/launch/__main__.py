@@ -1,4 +1,4 @@
-"""``python -m sdpg_megatron.launch``: what `scripts/launch.sh` becomes, on each machine of a run."""
+"""Entry point of ``python -m sdpg_megatron.launch``, which `scripts/launch.sh` executes on each machine of a run."""
 
 import sys
 
@@ -6,7 +6,7 @@ from sdpg_megatron.process.signals import exit_at_once
 
 
 def run() -> int:
-    """`command.main`, with Ctrl-C handled while it is imported."""
+    """Call `command.main`; Ctrl-C is handled while it is imported."""
     exit_at_once()
     from sdpg_megatron.launch.command import main
 

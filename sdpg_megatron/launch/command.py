@@ -1,31 +1,33 @@
-"""The command line of a machine's launcher."""
+"""Command line of a machine's launcher."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from sdpg_megatron.errors import SdpgError
-from sdpg_megatron.launch.machine import Machine, NodeConfig, run
+from sdpg_megatron.launch.machine import Machine, NodeConfig
 from sdpg_megatron.process import streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: see `Machine.run`."""
-    parser = argparse.ArgumentParser(prog="launch.sh", description="One machine's part of a training run.")
-    parser.add_argument("--nodes", type=int, required=True, help="machines of the run")
-    parser.add_argument("--node", type=int, required=True, help="this one's number, from 0")
-    parser.add_argument("--ranks", type=int, required=True, help="ranks of the trainer on this machine")
+    """Run the launcher; returns its exit code, see `Machine.run`."""
+    parser = argparse.ArgumentParser(prog="launch.sh", description="Launch one machine's part of a training run.")
+    parser.add_argument("--nodes", type=int, required=True, help="number of machines")
+    parser.add_argument("--node", type=int, required=True, help="number of this machine, from 0")
+    parser.add_argument("--ranks", type=int, required=True, help="trainer ranks on this machine")
     parser.add_argument("--servers", type=int, required=True, help="rollout servers on this machine")
-    parser.add_argument("--address", required=True, help="of machine 0, as the others reach it")
-    parser.add_argument("--port", type=int, required=True, help="there; the one after it is used, too; 0 for any")
-    parser.add_argument("--meet-seconds", type=float, required=True, help="until all machines are there")
-    parser.add_argument("--lost-seconds", type=float, required=True, help="of silence after which one is lost")
-    parser.add_argument("--code-file", type=Path, help="where machine 0 leaves its exit code")
-    parser.add_argument("--branch-from", metavar="RUN[@STEP]", help="as of sdpg-megatron train")
-    parser.add_argument("--new-reference", action="store_true", help="as of sdpg-megatron train")
+    parser.add_argument("--address", required=True, help="address of machine 0, as the others reach it")
+    parser.add_argument("--port", type=int, required=True, help="port on machine 0; port + 1 is used too; 0 for any")
+    parser.add_argument("--meet-seconds", type=float, required=True, help="bound of the rendezvous of all machines")
+    parser.add_argument("--lost-seconds", type=float, required=True, help="silence after which a machine is lost")
+    parser.add_argument("--code-file", type=Path, help="file for the exit code of machine 0")
+    parser.add_argument("--branch-from", metavar="RUN[@STEP]", help="as in sdpg-megatron train")
+    parser.add_argument("--new-reference", action="store_true", help="as in sdpg-megatron train")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
@@ -42,16 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    node_config = NodeConfig(
-        nodes=options.nodes,
-        node=options.node,
-        ranks=options.ranks,
-        servers=options.servers,
-        address=options.address,
-        port=options.port,
-        meet_seconds=options.meet_seconds,
-        lost_seconds=options.lost_seconds,
-    )
+    node_config = NodeConfig(**{field.name: getattr(options, field.name) for field in fields(NodeConfig)})
     branch = ["--branch-from", options.branch_from] if options.branch_from is not None else []
     branch += ["--new-reference"] if options.new_reference else []
-    return run(Machine(node_config, options.config, options.overrides, branch))
+    return asyncio.run(Machine(node_config, options.config, options.overrides, branch).run())

@@ -1,4 +1,4 @@
-"""A connection between two machines' launchers: one JSON object a line, and signs of life."""
+"""Connection between two machines' launchers: one JSON object per line, and heartbeats."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ import json
 import time
 from typing import Any
 
-BEAT = 1.0
-"""Seconds between signs of life."""
-LIMIT = 64 << 20
-"""Bytes of a line, at most."""
+HEARTBEAT_SECONDS = 1.0
+"""Seconds between heartbeats."""
+MAX_LINE_BYTES = 64 << 20
+"""Largest line, in bytes."""
 
 
 class Connection:
-    """One end of it. `heard` is when the other end last said anything."""
+    """One end of a connection. `last_received` is the time of the last message, heartbeats included."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
 
     @property
     def own_address(self) -> str:
-        """This machine's address, as the other reaches it."""
+        """This machine's address, as the other machine reaches it."""
         address: str = self._writer.get_extra_info("sockname")[0]
         return address
 
     @property
-    def gone(self) -> bool:
-        """Whether the other end has hung up."""
+    def closed(self) -> bool:
+        """True if the other end has closed the connection."""
         return self._reader.at_eof() or self._writer.is_closing()
 
-    def say(self, **message: Any) -> None:
-        """Send without waiting: where the link is cut it stays in a buffer."""
+    def send(self, **message: Any) -> None:
+        """Send without waiting; on a broken link the message stays in a buffer."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps(message).encode() + b"\n")
 
-    async def hear(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """The next message that is no sign of life; None where the other end is gone.
+    async def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """Next message that is not a heartbeat; None if the other end has closed.
 
         Raises:
-            TimeoutError: there was none in `seconds`.
+            TimeoutError: no message within `seconds`.
         """
         async with asyncio.timeout(seconds):
             while True:
                 try:
-                    connection = await self._reader.readline()
+                    line = await self._reader.readline()
                 except OSError:
                     return None
-                if not connection.endswith(b"\n"):
+                if not line.endswith(b"\n"):
                     return None
-                self.heard = time.monotonic()
-                message: dict[str, Any] = json.loads(connection)
+                self.last_received = time.monotonic()
+                message: dict[str, Any] = json.loads(line)
                 if message:
                     return message
 
-    async def beat(self) -> None:
-        """Give signs of life until cancelled."""
+    async def send_heartbeats(self) -> None:
+        """Send heartbeats until cancelled."""
         while True:
-            self.say()
-            await asyncio.sleep(BEAT)
+            self.send()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def close(self, seconds: float = 1.0) -> None:
-        """Send what is in the buffer, if that is possible in `seconds`, and hang up."""
+        """Flush the buffer, for at most `seconds`, and close."""
         try:
             async with asyncio.timeout(seconds):
                 await self._writer.drain()

@@ -1,4 +1,4 @@
-"""One machine's part of a run: meet the others, start servers and ranks, watch over them, and leave nothing behind."""
+"""One machine's part of a run: rendezvous, start servers and ranks, monitor them, and stop them at the end."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from typing import Any
 import psutil
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import flatten, load
+from sdpg_megatron.config.load import flatten, load_config
 from sdpg_megatron.errors import ConfigError, LaunchError
 from sdpg_megatron.launch.liveness import Liveness
 from sdpg_megatron.launch.rendezvous import LaunchPlan, NodeInfo, check_port, free_port, rendezvous
 from sdpg_megatron.launch.servers import Servers, prepare
 from sdpg_megatron.launch.torchrun_process import TorchrunProcess
 
-LOOK = 0.2
-"""Seconds between looks at the ranks, the servers and the other machines."""
+POLL_SECONDS = 0.2
+"""Seconds between polls of the ranks, the servers and the other machines."""
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-"""What is passed on; the third signal ends this machine's part at once. SIGHUP counts until the machines have met: a
-lost terminal does not end a run."""
-PATIENCE = 2
+"""Signals forwarded to the ranks. SIGHUP is handled until the rendezvous is complete, then ignored: a lost terminal
+does not end a run."""
+MAX_SIGNALS = 2
+"""Signals before the next one ends this machine's part at once."""
 PACKAGES = "sdpg-megatron", "torch", "megatron-core", "transformers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
-    """Which machine this is, what is to run on it, and where machine 0 is; see `command`."""
+    """Number and processes of this machine, and the address of machine 0; see `command`."""
 
     nodes: int
     node: int
@@ -52,29 +53,29 @@ class NodeConfig:
             fix = f"number the machines from 0 to {self.nodes - 1}"
             raise LaunchError("NODE_RANK", str(self.node), f"a number below NNODES ({self.nodes})", fix)
         if not self.ranks + self.servers:
-            raise LaunchError("RANKS_PER_NODE", "neither ranks nor servers", "some", "leave this machine out")
+            raise LaunchError("RANKS_PER_NODE", "neither ranks nor servers", "at least one", "leave this machine out")
 
 
 class Machine:
-    """Run once."""
+    """Launcher of one machine. For a single run."""
 
     def __init__(
         self, node_config: NodeConfig, config: Path, overrides: Sequence[str], options: Sequence[str] = ()
     ) -> None:
         """
         Args:
-            options: more of ``sdpg-megatron train``, as on its command line.
+            options: further options of ``sdpg-megatron train``.
 
         Raises:
             ConfigError: see `sdpg_megatron.config.load.load`.
         """
-        self._place = node_config
+        self._node_config = node_config
         self._arguments = [str(config), *overrides, *options]
         self._options = options
-        self._config = load(config, overrides)
+        self._config = load_config(config, overrides)
         self._servers = Servers()
         self._ranks: TorchrunProcess | None = None
-        self._circle: Liveness | None = None
+        self._liveness: Liveness | None = None
         self._signals = 0
         self._asked = False
         self._stopped: signal.Signals | None = None
@@ -83,19 +84,19 @@ class Machine:
             raise ConfigError("rollout.sglang.urls", urls, "none with SERVERS_PER_NODE", "leave one of them out")
 
     async def run(self) -> int:
-        """From the meeting to the end.
+        """Run from the rendezvous to the end.
 
         Returns:
-            0 where the run is done, 75 where it was stopped and has saved, 128 + the signal where it was stopped at
-            once; otherwise what the first rank of this machine that failed left, or 1 where another machine failed.
+            0 if the run is complete, 75 if it was stopped and has saved, 128 + the signal if it was stopped at once;
+            otherwise the exit code of the first failed rank of this machine, or 1 if another machine failed.
 
         Raises:
-            SdpgError: the run cannot be started.
+            SdpgError: the run cannot start.
         """
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         for number in SIGNALS:
-            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is signal.SIG_IGN:  # as set by nohup
                 continue
             loop.add_signal_handler(number, self._on_signal, number, task)
         try:
@@ -108,7 +109,7 @@ class Machine:
             return 128 + self._stopped
 
     async def _meet(self, stack: AsyncExitStack) -> tuple[LaunchPlan, str]:
-        node_config, config = self._place, self._config
+        node_config, config = self._node_config, self._config
 
         def servers(address: str) -> Sequence[str]:
             self._servers = prepare(
@@ -125,18 +126,18 @@ class Machine:
             seconds=node_config.meet_seconds,
             stack=stack,
         )
-        self._circle = Liveness(node_config.node, plan, connections, node_config.lost_seconds)
-        self._circle.start()
-        stack.push_async_callback(self._circle.close)
+        self._liveness = Liveness(node_config.node, plan, connections, node_config.lost_seconds)
+        self._liveness.start()
+        stack.push_async_callback(self._liveness.close)
         return plan, address
 
     async def _work(self, plan: LaunchPlan, address: str) -> int:
-        node_config, liveness = self._place, self._circle
+        node_config, liveness = self._node_config, self._liveness
         assert liveness is not None
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         environment = _environment(node_config, address)
-        os.environ.update(environment)  # servers take theirs from there
+        os.environ.update(environment)  # inherited by the servers
         self._servers.start()
         if node_config.ranks:
             self._ranks = TorchrunProcess(
@@ -157,9 +158,9 @@ class Machine:
             liveness.end(code)
             if self._ranks is not None:
                 self._ranks.kill()
-        while node_config.node == 0 and not liveness.complete:  # the others hear of each other through this one
-            liveness.verdict()
-            await asyncio.sleep(LOOK)
+        while node_config.node == 0 and not liveness.complete:  # machine 0 relays the others' messages
+            liveness.abort_reason()
+            await asyncio.sleep(POLL_SECONDS)
         return code
 
     async def _watch(self, liveness: Liveness) -> int:
@@ -167,40 +168,40 @@ class Machine:
             code = liveness.trainers_code() if self._ranks is None else self._ranks.poll()
             if code is not None:
                 return code
-            if verdict := liveness.verdict():
-                why, code = verdict
-                _say(f"{why}. This machine's ranks are ended; the same command continues from the newest checkpoint")
+            if abort_reason := liveness.abort_reason():
+                why, code = abort_reason
+                _say(f"{why}. Ending this machine's ranks; the same command continues from the newest checkpoint")
                 return code
             # Slurm signals all launchers: a second signal would end the ranks while they save.
-            if liveness.asked is not None and not self._asked and self._ranks is not None:
-                self._ask(liveness.asked, "another machine's signal", self._ranks)
+            if liveness.stop_signal is not None and not self._asked and self._ranks is not None:
+                self._ask(liveness.stop_signal, "another machine's signal", self._ranks)
             self._servers.look()
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_SECONDS)
 
     def _port(self) -> int:
-        """For torchrun's store."""
-        if self._place.nodes > 1:
-            return self._place.port
-        return check_port(self._place.port) if self._place.port else free_port()
+        """Port of torchrun's store."""
+        if self._node_config.nodes > 1:
+            return self._node_config.port
+        return check_port(self._node_config.port) if self._node_config.port else free_port()
 
     def _on_signal(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
-        """Ask the ranks to stop; where there are none to ask, stop."""
+        """Ask the ranks to stop; without ranks or peers, stop this launcher."""
         self._signals += 1
         self._stopped = number
-        if self._circle is None or self._signals > PATIENCE:
+        if self._liveness is None or self._signals > MAX_SIGNALS:
             task.cancel()
         elif self._ranks is None:
             if self._signals == 1:
-                _say(f"{number.name} is passed on to machine 0; the ranks save, and the same command continues")
-                self._circle.stop(number)
+                _say(f"{number.name} is forwarded to machine 0; the ranks save, and the same command continues")
+                self._liveness.stop(number)
         elif self._signals > 1:
-            _say(f"a second {number.name} ends the ranks")
+            _say(f"ending the ranks after a second {number.name}")
             self._ranks.signal(number)
-        elif not self._asked:  # by another machine
+        elif not self._asked:  # not yet asked by another machine
             self._ask(number, number.name, self._ranks)
 
-    def _ask(self, number: int, what: str, ranks: TorchrunProcess) -> None:
-        _say(f"{what} is passed on to the ranks; they save, and the same command continues")
+    def _ask(self, number: int, source: str, ranks: TorchrunProcess) -> None:
+        _say(f"{source} is forwarded to the ranks; they save, and the same command continues")
         self._asked = True
         ranks.signal(number)
 
@@ -208,11 +209,6 @@ class Machine:
         if self._ranks is not None:
             self._ranks.kill()
         self._servers.close()
-
-
-def run(machine: Machine) -> int:
-    """`Machine.run` in an event loop of its own."""
-    return asyncio.run(machine.run())
 
 
 def _say(text: str) -> None:
@@ -240,7 +236,7 @@ def _served(plan: LaunchPlan) -> list[str]:
 
 
 def _environment(node_config: NodeConfig, address: str) -> dict[str, str]:
-    """Gloo takes the interface that the machine's own name leads to, which on many is the loopback."""
+    """Interface for Gloo; its default is the host name's, often the loopback."""
     if node_config.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     for name, addresses in psutil.net_if_addrs().items():

@@ -1,4 +1,4 @@
-"""The rollout servers that a machine's launcher starts, keeps running, and ends."""
+"""Rollout servers that a machine's launcher starts, restarts and stops."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from sdpg_megatron.rollout.sglang.server import ServerProcess
 
 SEEDS = 1000
-"""Servers of a machine, at most: machine n's seeds begin at so many times n."""
+"""Seed stride between machines, and so the most servers of a machine."""
 ANY = "127.0.0.1"
-"""`rollout.sglang.host` where nobody has set it."""
+"""Default of `rollout.sglang.host`."""
 
 
 class Servers:
-    """Those of this machine; none where `processes` is empty."""
+    """Rollout servers of this machine; may be empty."""
 
     def __init__(self, processes: Sequence[ServerProcess] = (), restarts: int = 0) -> None:
         """
         Args:
-            restarts: times that servers are started anew, all together.
+            restarts: bound of restarts, counted over all servers.
         """
         self._processes, self._restarts = tuple(processes), restarts
 
@@ -35,15 +35,15 @@ class Servers:
         return tuple(process.url for process in self._processes)
 
     def start(self) -> None:
-        """Return without waiting until they answer: the trainer does. Raises `RolloutError`."""
+        """Start the servers without waiting for them: the trainer waits. Raises `RolloutError`."""
         for process in self._processes:
             process.start()
 
     def look(self) -> None:
-        """Start anew what has ended.
+        """Restart servers that have ended.
 
         Raises:
-            LaunchError: it has too often.
+            LaunchError: no restarts are left.
         """
         for process in self._processes:
             if process.alive():
@@ -51,32 +51,32 @@ class Servers:
             if not self._restarts:
                 found = f"{process.url}, which ended again; its log ends with:\n{process.log_tail()}\n"
                 fix = "see the log; or raise rollout.sglang.restarts"
-                raise LaunchError("rollout server", found, "one that stays", fix)
+                raise LaunchError("rollout server", found, "a running server", fix)
             self._restarts -= 1
-            sys.stderr.write(f"launch: the server {process.url} ended; it is started anew\n")
+            sys.stderr.write(f"launch: the server {process.url} ended; restarting it\n")
             process.start()
 
     def close(self) -> None:
-        """End them and all that they started."""
+        """Stop the servers with their child processes."""
         with ThreadPoolExecutor(max(1, len(self._processes))) as threads:
             list(threads.map(lambda process: process.stop(), self._processes))
 
 
 def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: str) -> Servers:
-    """`count` servers as the run's configuration has them, not yet started.
+    """Prepare `count` servers of the run's configuration, without starting them.
 
     Args:
-        node: this machine's number.
-        ranks: on this machine; the servers' GPUs come after theirs, unless `rollout.sglang.first_gpu` says otherwise.
-        address: this machine's, as the others reach it.
+        node: number of this machine.
+        ranks: ranks on this machine; the servers' GPUs follow theirs, unless `rollout.sglang.first_gpu` is set.
+        address: address of this machine, as the others reach it.
 
     Raises:
         ConfigError: the configuration, the model or the keys do not fit.
-        RolloutError: there is no port, or the interpreter for servers has no sglang or cannot read config.json.
+        RolloutError: no port is free, or the servers' interpreter has no sglang or cannot read config.json.
     """
     if not count:
         return Servers()
-    import torch  # takes seconds, as does what the next lines import: only where there are servers
+    import torch  # slow, as are the next imports: only on machines with servers
 
     from sdpg_megatron.rollout.sglang.build import Keys, make_processes
     from sdpg_megatron.rollout.sglang.preflight import check_devices, check_python
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, *, count: int, node: int, ranks: int, address: st
     logging.getLogger("transformers").setLevel(logging.ERROR)
     sglang = config.rollout.sglang
     if sglang.ports and len(sglang.ports) != count:
-        raise ConfigError("rollout.sglang.ports", sglang.ports, f"{count} of them", "name as many, or none")
+        raise ConfigError("rollout.sglang.ports", sglang.ports, f"{count} ports", "name one per server, or none")
     sglang = sglang.model_copy(
         update={
             "servers": count,

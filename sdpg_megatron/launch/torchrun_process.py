@@ -1,4 +1,4 @@
-"""The trainer's ranks on this machine: torchrun, in a session of its own, and its children."""
+"""Trainer ranks of this machine: a torchrun process in its own session, and its children."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 import psutil
 
 TORCHRUN = "sdpg_megatron.launch.torchrun"
-"""By its name: to import it would take seconds, and this process stays small."""
-END_SECONDS = 30.0
-"""That torchrun gets to notice that its ranks are gone."""
+"""Started by module name: importing it takes seconds and memory."""
+EXIT_SECONDS = 30.0
+"""Seconds for torchrun to notice that its ranks have ended."""
 
 
 def shell_code(code: int) -> int:
-    """As a shell has it: 128 + the signal where that ended a process."""
+    """Exit code as a shell reports it: 128 + the signal for a process ended by a signal."""
     return code if code >= 0 else 128 - code
 
 
 class TorchrunProcess:
-    """Started once. Signals go to the ranks themselves.
+    """One torchrun process. Signals go directly to the ranks.
 
-    torchrun would kill them 30 seconds after it passed one on, and forget their exit codes.
+    torchrun kills ranks 30 seconds after it forwards a signal, and drops their exit codes.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class TorchrunProcess:
         """
         Args:
             train: arguments of the rank's program.
-            node: of `nodes`, those that have ranks; `ranks` on each.
-            address: of the first of them, where torchrun's store is, at `port`.
-            run: names this start.
-            logs: folder for what each rank says. The first rank's output is shown, too.
+            node: index of this machine among the `nodes` with ranks, each with `ranks` ranks.
+            address: host of torchrun's store, the first machine with ranks; `port` is its port.
+            run: identifier of this start.
+            logs: folder for the output of each rank. Rank 0's output is also shown.
         """
         line = [sys.executable, "-m", TORCHRUN, str(os.getpid())]
         line += [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={ranks}", f"--rdzv-id={run}"]
-        # Static: ranks are numbered in the order of the machines. The other rendezvous numbers them as they come, and
-        # gives out host names where this one takes the address that it is told.
+        # Static: ranks are numbered in the order of the machines. The other rendezvous numbers them in the order of
+        # arrival and uses host names instead of the given address.
         line += ["--rdzv-backend=static", f"--master-addr={address}", f"--master-port={port}", "--max-restarts=0"]
         line += [f"--log-dir={logs}", "--redirects=3", *(["--tee=0:3"] if node == 0 else [])]
         logs.mkdir(parents=True, exist_ok=True)
@@ -62,24 +62,24 @@ class TorchrunProcess:
         )
 
     def poll(self) -> int | None:
-        """The exit code: 75 where the ranks have stopped and saved, else the first failure's; None while they run."""
+        """Exit code: 75 if the ranks have stopped and saved, else the first failure's; None while they run."""
         code = self._process.poll()
         return None if code is None else shell_code(code)
 
     def signal(self, number: int) -> None:
-        """Pass a signal on to the ranks; where there are none yet, torchrun gets it."""
+        """Send a signal to the ranks, or to torchrun if there are none yet."""
         for process in self._ranks() or [self._process]:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.send_signal(number)
 
     def kill(self) -> None:
-        """End them at once: nothing that they could still say or save is worth waiting for."""
+        """Kill the ranks and torchrun at once."""
         if self.poll() is None:
             self.signal(signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_SECONDS)
+                self._process.wait(EXIT_SECONDS)
         if self.poll() is None:
-            self._process.kill()  # which ends what it has started
+            self._process.kill()  # its children end with it
             self._process.wait()
 
     def _ranks(self) -> list[psutil.Process]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sdpg_megatron.head import HeadTerms, TeacherRows
 from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
@@ -41,7 +42,7 @@ def last_hidden(
         model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
         tokens_BS: int64, right-padded; or [1, S], sequences one after the other. Under sequence parallelism S must be a
             multiple of the tensor-parallel size.
-        lengths: of the packed sequences, over all context-parallel ranks (see `mcore.context`); None where they are
+        lengths: of the packed sequences, over all context-parallel ranks; None where they are
             padded.
         numbers_BS: see `SequenceBatch.numbers_BS`.
 
@@ -118,6 +119,8 @@ class ForwardStep:
     head: Head
     teacher_matrix_VH: Tensor | None = None
     """This rank's shard of the output matrix that belongs to the teacher's rows; None for the model's own."""
+    context_group: ProcessGroup | None = None
+    """Context-parallel ranks, for objectives that combine tokens of a response; None for one rank."""
     measure_gradient_ratio: bool = False
     """Also report how hard the parts of the loss pull at the logits: costs some products more."""
 
@@ -136,11 +139,12 @@ class ForwardStep:
         hidden_TH = rows(hidden_BSH, batch.student)
 
         def row_loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
-            given = token_terms(batch, terms, at_C)
+            given = token_terms(batch, terms, at_C, self.context_group)
             return self.objective.loss(given, self.context).loss_T * weights_T[at_C]
 
-        loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss)
-        terms = token_terms(batch, head, slice(None))
+        whole = self.objective.reads_sequences
+        loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss, whole=whole)
+        terms = token_terms(batch, head, slice(None), self.context_group)
         loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
         finite_T = all_finite(batch.old_logprobs_T, head.logprob_T, head.divergence_T, loss.loss_T * weights_T)
         # The gradient follows: a caller that looks at its norm, on any rank, need not look here.
@@ -172,7 +176,9 @@ def all_finite(*values: Tensor | None) -> Tensor:
     return torch.stack([values_T.detach().isfinite() for values_T in values if values_T is not None]).all(0)
 
 
-def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> TokenTerms:
+def token_terms(
+    batch: MicroBatch, head: HeadTerms, at: Tensor | slice, context_group: ProcessGroup | None = None
+) -> TokenTerms:
     """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens."""
     old_T, reference_T, teacher_T = batch.old_logprobs_T, batch.reference_logprobs_T, batch.teacher_logprobs_T
     return TokenTerms(
@@ -185,6 +191,9 @@ def token_terms(batch: MicroBatch, head: HeadTerms, at: Tensor | slice) -> Token
         entropy_T=head.entropy_T,
         teacher_logprob_T=head.teacher_logprob_T if teacher_T is None else teacher_T[at],
         any_open_gate=len(batch.gated_rows_G) > 0,
+        sequence_T=batch.sequence_T[at],
+        num_sequences=batch.student.count,
+        context_group=context_group,
     )
 
 

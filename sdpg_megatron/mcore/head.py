@@ -55,12 +55,20 @@ class Head:
         return replace(head, options=head.options.fitted(weight_VH, head.shard(weight_VH)))
 
     def loss(
-        self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher: TeacherRows | None, loss: RowLoss
+        self,
+        model: nn.Module,
+        hidden_TH: Tensor,
+        labels_T: Tensor,
+        teacher: TeacherRows | None,
+        loss: RowLoss,
+        *,
+        whole: bool = False,
     ) -> tuple[Tensor, HeadTerms]:
         """A loss summed over rows, and the terms it was made of. See `sdpg_megatron.head.head_loss`."""
         weight_VH = output_weight(model)
         (gpt,) = unwrap_model([model])
-        options = replace(self.options, reduce_hidden_grad=not gpt.output_layer.sequence_parallel)
+        schedule = "recompute" if whole else self.options.schedule
+        options = replace(self.options, schedule=schedule, reduce_hidden_grad=not gpt.output_layer.sequence_parallel)
         # Megatron's 16-bit wrapper hands out float32.
         rows_TH = hidden_TH.to(weight_VH.dtype)
         return head_loss(
@@ -116,7 +124,7 @@ def head_options(config: RunConfig) -> HeadOptions:
         chunk_rows=head.chunk_rows,
         kernels=head.kernels,
         main_grad=head.main_grad,
-        raises=False,  # `Learner.update` skips the step, on all ranks
+        raises=False,  # `PolicyTrainer.update` skips the step, on all ranks
     )
 
 

@@ -165,7 +165,14 @@ class PolicyTrainer:
         measure_gradient_ratio = (
             required_passes.teacher and bool(self._gradient_every) and context.step % self._gradient_every == 0
         )
-        step = ForwardStep(self.objective, context, self.head, matrix_VH, measure_gradient_ratio=measure_gradient_ratio)
+        step = ForwardStep(
+            self.objective,
+            context,
+            self.head,
+            matrix_VH,
+            context_group=self.ranks.context_group if self.ranks.context_size > 1 else None,
+            measure_gradient_ratio=measure_gradient_ratio,
+        )
         with self.routing.step(batches) as numbered:
             reports = passes.run_schedule(self.chunks, step, numbered)
         # Of a skipped step, too: Megatron has its next pass, whichever that is, gather weights layer by layer.

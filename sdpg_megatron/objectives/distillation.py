@@ -1,51 +1,54 @@
-"""The distillation term: what draws the student's distribution to that of the privileged teacher. T response tokens."""
+"""The distillation loss: divergence of the student from the privileged teacher, and its schedule. T response tokens."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenMetric, TokenTerms
-from sdpg_megatron.objectives.policy import clipped_ratio
-from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, regularizer_weight
-from sdpg_megatron.objectives.reference import reference_loss
-from sdpg_megatron.objectives.schedules import BetaSchedule
+from sdpg_megatron.objectives.base import StepContext, TokenLoss, TokenMetric, TokenTerms
+from sdpg_megatron.objectives.policy import LOG_RATIO_BOUND, clipped_ratio, regularizer_weight
+
+PAPER_WARMUP_SHARE = 50 / 400
 
 
-class Distillation:
-    """beta(k) m D(p, SG q) + alpha * L_K: no outcome term, so that rewards are reported and nothing else."""
+@dataclass(frozen=True, slots=True)
+class BetaSchedule:
+    """beta(k) = peak * min(1, k / warmup) * min(1, (T - k) / decay), k = 1 .. T; a ramp of 0 steps is left out.
 
-    name = "distillation"
+    arXiv 2606.04036, section 3.5.2 and algorithm 1. k counts optimizer steps: at the last mini-batch of a rollout it
+    equals the paper's k times the number of mini-batches.
+    """
 
-    def __init__(self, config: ObjectiveConfig, schedule: BetaSchedule) -> None:
-        self.config = config
-        self.schedule = schedule
+    peak: float
+    warmup_steps: int
+    decay_steps: int
+    total_steps: int
 
-    def required_passes(self, context: StepContext) -> RequiredPasses:
-        distils, sampled = self.schedule.at(context.step) > 0, self.config.distill_loss == "clipped_ratio"
-        return RequiredPasses(
-            teacher=distils and not sampled,
-            teacher_logprob=distils and sampled,
-            reference=self.config.alpha > 0,
-            policy_loss=False,
-        )
+    @classmethod
+    def build(cls, peak: float, warmup_steps: int | None, decay_steps: int | None, total_steps: int) -> BetaSchedule:
+        """Build a schedule. A ramp of None takes the paper's share: 50 steps of 400 up, all other steps down."""
+        if warmup_steps is None:
+            warmup_steps = min(round(PAPER_WARMUP_SHARE * total_steps), total_steps - (decay_steps or 0))
+        if decay_steps is None:
+            decay_steps = total_steps - max(warmup_steps, round(PAPER_WARMUP_SHARE * total_steps))
+        return cls(peak, warmup_steps, decay_steps, total_steps)
 
-    def distill_enabled(self, advantage: float) -> bool:
-        return advantage > 0 or not self.config.gate
-
-    def loss(self, terms: TokenTerms, context: StepContext) -> TokenLoss:
-        # The schedule runs backward through every micro-batch, also where nothing is distilled.
-        term = distilled if self.config.distill_loss == "divergence" else sampled_token_distilled
-        loss = TokenLoss(0 * terms.logprob_T) + term(terms, self.config, self.schedule.at(context.step), context)
-        return loss + reference_loss(terms, self.config) if self.config.alpha else loss
+    def at(self, step: int) -> float:
+        """beta(k) after `step` optimizer steps, k = `step` + 1; with a decay it is 0 from k = T on."""
+        k = step + 1
+        rise = min(1.0, k / self.warmup_steps) if self.warmup_steps else 1.0
+        fall = min(1.0, max(0.0, (self.total_steps - k) / self.decay_steps)) if self.decay_steps else 1.0
+        return self.peak * rise * fall
 
 
-def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
-    """The term at the weight `beta`, which may be 0.
+def distillation_loss(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
+    """beta m D(p, SG q); `beta` may be 0.
 
     Raises:
-        ValueError: a divergence is lacking where it counts.
+        ValueError: beta > 0, a gate is open and the terms have no divergence.
     """
     metrics = {
         "distill/beta": TokenMetric(torch.full_like(terms.gate_T, beta)),
@@ -64,14 +67,15 @@ def distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: 
     return TokenLoss(weight_T * divergence_T, metrics)
 
 
-def sampled_token_distilled(terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext) -> TokenLoss:
+def sampled_token_distillation(
+    terms: TokenTerms, config: ObjectiveConfig, beta: float, context: StepContext
+) -> TokenLoss:
     """PPO's clipped ratio with the token advantage max(log q - log p_old, 0), at the weight `beta`.
 
-    The form of OPSD in the public SDPG code (github lauyikfung/SDPG): a token that the teacher finds less likely than
-    the student is left alone.
+    OPSD's form in the public SDPG code (github lauyikfung/SDPG): a token with q < p_old gives no gradient.
 
     Raises:
-        ValueError: the teacher's log-probs are lacking where they count.
+        ValueError: beta > 0, a gate is open and the terms have no teacher log-probs.
     """
     metrics = {
         "distill/beta": TokenMetric(torch.full_like(terms.gate_T, beta)),
@@ -97,13 +101,13 @@ def sampled_token_distilled(terms: TokenTerms, config: ObjectiveConfig, beta: fl
 
 
 def clip(divergence_T: Tensor, bound: float) -> Tensor:
-    """A divergence of at most `bound` in size. Beyond, its gradient is scaled by bound / divergence, not cut to 0."""
+    """Bound a divergence. Above `bound` its gradient is scaled by bound / divergence, not set to 0."""
     size_T = divergence_T.detach().abs()
     return divergence_T * (bound / size_T.clamp(min=bound))
 
 
 def _present(divergence_T: Tensor | None, terms: TokenTerms, message: str) -> Tensor:
-    """A divergence, which a micro-batch without an open gate may lack."""
+    """The tensor, or zeros for a micro-batch without an open gate."""
     if divergence_T is not None:
         return divergence_T
     if terms.any_open_gate:

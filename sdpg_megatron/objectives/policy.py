@@ -1,4 +1,4 @@
-"""The outcome term: what raises the log-prob of responses with positive advantage. T response tokens."""
+"""The policy loss: it raises the log-prob of responses with positive advantage. T response tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,33 @@ from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
-from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, importance_ratio
+
+LOG_RATIO_BOUND = 20.0
+"""e^20 = 4.9e8: far above every clip, far within float32."""
+
+
+def bounded_exp(x_T: Tensor) -> Tensor:
+    """e^x, continued by its tangent above `LOG_RATIO_BOUND`: value and gradient stay finite and keep their signs."""
+    inside_T = x_T.clamp(max=LOG_RATIO_BOUND)
+    # `clamp` passes no gradient beyond the bound; there the factor's own is the tangent's slope.
+    return inside_T.exp() * (1 + (x_T - inside_T))
+
+
+def importance_ratio(logprob_T: Tensor, old_logprob_T: Tensor) -> Tensor:
+    """rho = pi / pi_old of the sampled tokens; 1 with one optimizer step per rollout."""
+    return bounded_exp(logprob_T - old_logprob_T)
+
+
+def regularizer_weight(terms: TokenTerms, config: ObjectiveConfig) -> Tensor:
+    """Factor of the distillation and reference terms: detached rho, or 1."""
+    if not config.ratio_weighted_regularizers:
+        return torch.ones_like(terms.logprob_T)
+    ratio_T = importance_ratio(terms.logprob_T.detach(), terms.old_logprob_T)
+    return ratio_T if config.regularizer_ratio_bound is None else ratio_T.clamp(max=config.regularizer_ratio_bound)
 
 
 def policy_loss(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
-    """The outcome term that `config.policy` names."""
+    """The policy loss that `config.policy` selects."""
     if config.policy == "reinforce":
         return reinforce(terms.logprob_T, terms.advantage_T)
     surrogate = clipped_ratio(
@@ -34,7 +56,7 @@ def reinforce(logprob_T: Tensor, advantage_T: Tensor) -> TokenLoss:
 def clipped_reinforce(logprob_T: Tensor, surrogate: TokenLoss) -> TokenLoss:
     """SG[l_clip] log pi(y), with l_clip the value of `surrogate` (arXiv 2606.04036, appendix A.3).
 
-    Tokens whose ratio is clipped keep a gradient, of the clipped size. With rho = 1 the gradient is REINFORCE's.
+    Tokens with a clipped ratio keep a gradient, of the clipped size. With rho = 1 the gradient is REINFORCE's.
     """
     loss_T = surrogate.loss_T.detach() * logprob_T
     return TokenLoss(loss_T, {**surrogate.metrics, "policy/loss": TokenMetric(loss_T.detach())})

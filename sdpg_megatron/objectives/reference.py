@@ -1,4 +1,4 @@
-"""The term that holds the policy near the frozen reference, as a function of r = log(pi / pi_ref) of the sampled token.
+"""The reference loss: a penalty on r = log(pi / pi_ref) of the sampled token, for a frozen reference policy.
 
 | mode | value         | derivative in r |
 |------|---------------|-----------------|
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.base import TokenLoss, TokenMetric, TokenTerms
-from sdpg_megatron.objectives.ratios import LOG_RATIO_BOUND, bounded_exp, regularizer_weight
+from sdpg_megatron.objectives.policy import LOG_RATIO_BOUND, bounded_exp, regularizer_weight
 
 Mode = Literal["urkl", "ufkl", "fkl", "rkl"]
 
 
 def reference_value(mode: Mode, log_ratio_T: Tensor) -> Tensor:
-    """The table's value. exp(-r) goes on along its tangent below r = -20, where the gradient would soon overflow."""
+    """The table's value. exp(-r) is continued by its tangent below r = -20, before its gradient overflows."""
     match mode:
         case "urkl":
             return log_ratio_T.square() / 2
@@ -38,7 +38,7 @@ def reference_value(mode: Mode, log_ratio_T: Tensor) -> Tensor:
 
 
 def reference_term(mode: Mode, logprob_T: Tensor, reference_logprob_T: Tensor) -> TokenLoss:
-    """Per-token value. Its metrics: how often the bound on exp(-r) was hit, and KL(pi || pi_ref) as exp(-r) - 1 + r."""
+    """Per-token value. Metrics: KL(pi || pi_ref) as exp(-r) - 1 + r, and the fraction of tokens beyond the bound."""
     log_ratio_T = logprob_T - reference_logprob_T
     value_T = reference_value(mode, log_ratio_T)
     r_T = log_ratio_T.detach()
@@ -51,10 +51,10 @@ def reference_term(mode: Mode, logprob_T: Tensor, reference_logprob_T: Tensor) -
 
 
 def reference_loss(terms: TokenTerms, config: ObjectiveConfig) -> TokenLoss:
-    """alpha times the term that the configuration names, weighted as it says.
+    """alpha times the term `config.reference`, with the regularizers' ratio weight.
 
     Raises:
-        ValueError: the reference's log-probs are lacking.
+        ValueError: the terms have no reference log-probs.
     """
     if terms.reference_logprob_T is None:
         raise ValueError("alpha > 0 needs the log-probs of the reference")

@@ -1,7 +1,7 @@
-"""What goes wrong in such runs, seen in the metrics: each alarm is a function of the records so far.
+"""Alarms: known failure modes of such runs, each detected by a function of the metric records so far.
 
-A record is a step's metrics by name, as far as they are finite. "Now" is the mean of a metric's last `window` values,
-"the start" that of its first. An alarm on which nothing can be said, as its metrics are missing or too few, is None.
+A record holds a step's finite metrics by name. "Now" is the mean of a metric's last `window` values, "the start" the
+mean of its first. An alarm with missing or too few metrics is None.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ Record = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """What is to be said about one of them after a step."""
+    """State of one alarm after a step."""
 
     on: bool
     text: str
-    """What was found, and what it is held against."""
+    """Measured value and its bound."""
 
 
 Check = Callable[[Sequence[Record], AlarmConfig], Alarm | None]
 
 
 def entropy_collapse(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """The policy has become nearly deterministic: nothing is explored, and groups have nothing to compare."""
+    """Entropy fell: the policy is nearly deterministic, so groups have nothing to compare."""
     return _below_start(records, ENTROPY, config.entropy, config.window)
 
 
 def length_collapse(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Responses have become short: an answer without its reasoning, or an empty one."""
+    """Responses became short: an answer without reasoning, or none."""
     return _below_start(records, LENGTH, config.length_low, config.window)
 
 
 def length_explosion(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Responses have become long."""
+    """Responses became long."""
     if config.length_high is None or (found := _now_and_start(records, LENGTH, config.window)) is None:
         return None
     now, start = found
@@ -54,19 +54,19 @@ def length_explosion(records: Sequence[Record], config: AlarmConfig) -> Alarm | 
 
 
 def truncation(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Many responses are cut: their rewards say nothing about what they were about to answer."""
+    """Many responses are truncated, so their rewards do not judge an answer."""
     if config.truncated is not None and records[-1].get(TRUNCATED) == 1:
         return Alarm(True, f"{TRUNCATED} 1, {config.truncated:g} at most")
     return _share(records, TRUNCATED, config.truncated, config.window)
 
 
 def stop_probability(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """The policy no longer stops where it could: distillation from a teacher that goes on softens the stop."""
+    """The policy stops less often: a teacher that keeps generating lowers the probability of stop tokens."""
     return _below_start(records, STOP, config.stop_probability, config.window)
 
 
 def gate_closed(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Nothing is distilled though beta is not 0: no response has a positive advantage."""
+    """Nothing is distilled though beta > 0: no response has a positive advantage."""
     last = records[-config.window :]
     wanted = [
         record[GATE] for record in last if record.get(BETA, 0.0) > 0 and math.isfinite(record.get(GATE, math.nan))
@@ -77,17 +77,17 @@ def gate_closed(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
 
 
 def kl_spike(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm | None:
-    """A KL jumps from one step to the next."""
+    """A KL jumped from one step to the next."""
     values = _values(records, name)
     if config.kl_spike is None or len(values) <= config.window or name not in records[-1]:
         return None
     usual = median(values[-config.window - 1 : -1])
     limit = max(config.kl_floor, config.kl_spike * usual)
-    return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most beside a usual {usual:.4g}")
+    return Alarm(values[-1] > limit, f"{name} {values[-1]:.4g}, {limit:.4g} at most (median {usual:.4g})")
 
 
 def entropy_floor(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """The policy is deterministic, whatever it was at the start."""
+    """The policy is deterministic, regardless of its entropy at the start."""
     found = records[-1].get(ENTROPY)
     if config.entropy_floor is None or found is None:
         return None
@@ -95,17 +95,17 @@ def entropy_floor(records: Sequence[Record], config: AlarmConfig) -> Alarm | Non
 
 
 def kl_limit(records: Sequence[Record], config: AlarmConfig, name: str) -> Alarm | None:
-    """A KL is so large that the two models have little in common, such as other weights or another template."""
+    """A KL is so large that the models differ fundamentally, as with wrong weights or another template."""
     return _at_most(records, name, config.kl_limit)
 
 
 def verifier_failures(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Calls of the verifier fail: their samples have the failure reward."""
+    """Verifier calls fail, and their samples get the failure reward."""
     return _at_most(records, FAILURES, config.failures)
 
 
 def distillation_outweighs(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """beta times the divergence pulls much harder than the reward. Said of the last measurement, until the next."""
+    """The distillation gradient is much larger than the reward's. Keeps the last measurement until the next."""
     values = _values(records, RATIO)
     if config.gradient_ratio is None or not values:
         return None
@@ -113,14 +113,14 @@ def distillation_outweighs(records: Sequence[Record], config: AlarmConfig) -> Al
 
 
 def dead_groups(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """Nearly all groups teach nothing: the prompts are too easy or too hard."""
+    """Nearly all groups have equal rewards and give no gradient: the prompts are too easy or too hard."""
     return _share(records, DEAD, config.dead_groups, config.window)
 
 
 def reward_hacking(records: Sequence[Record], config: AlarmConfig) -> Alarm | None:
-    """The training reward rises and held-out accuracy does not: what is learnt is the verifier or the format.
+    """Training reward rises but held-out accuracy does not: the policy fits the verifier or the format.
 
-    Means over the span of the last `evaluations` evaluations are compared with those over the span before.
+    Compares means over the last `evaluations` evaluations with those over the ones before.
     """
     evaluated = [place for place, record in enumerate(records) if HELD_OUT in record]
     count = config.evaluations
@@ -165,16 +165,16 @@ READ = (*KLS.values(), HELD_OUT, REWARD, ENTROPY, LENGTH, TRUNCATED, DEAD, STOP,
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a step's alarms are."""
+    """Alarms of a step."""
 
     metrics: dict[str, float]
-    """``alarm/<name>``: 1 or 0, for those on which something can be said."""
+    """``alarm/<name>``: 1 or 0, for alarms with enough data."""
     warnings: list[str]
-    """One for each that was not on before."""
+    """One for each alarm that was off before."""
 
 
 class Alarms:
-    """The alarms of a run, step after step. All its state is the records that metrics.jsonl has."""
+    """Alarms of a run. The whole state is the records in metrics.jsonl."""
 
     def __init__(self, config: AlarmConfig, records: Sequence[Record]) -> None:
         """`records`: those of the run so far, each with its "step"; empty for a new run."""
@@ -182,7 +182,7 @@ class Alarms:
         self._records = [_kept(record) for record in records]
 
     def update(self, step: int, values: Record) -> Findings:
-        """Take what a step has measured, all at once or bit by bit, and judge the run after it."""
+        """Add metrics of a step, all at once or in parts, and evaluate the alarms."""
         if not self._records or self._records[-1]["step"] != step:
             self._records.append({"step": step})
         known = self._records[-1]
@@ -200,7 +200,7 @@ class Alarms:
 
 
 def _kept(record: Record) -> dict[str, float]:
-    """What alarms read of a record. A value that is not finite counts as missing, as metrics.jsonl does not keep it."""
+    """Metrics of a record that alarms read. Non-finite values are dropped, as metrics.jsonl has null for them."""
     return {
         name: value
         for name, value in record.items()
@@ -213,7 +213,7 @@ def _values(records: Sequence[Record], name: str) -> list[float]:
 
 
 def _now_and_start(records: Sequence[Record], name: str, window: int) -> tuple[float, float] | None:
-    """Means that share no value."""
+    """Means of the last and of the first `window` values, which do not overlap; None with too few values."""
     values = _values(records, name)
     if len(values) < 2 * window or name not in records[-1]:
         return None
@@ -228,7 +228,7 @@ def _below_start(records: Sequence[Record], name: str, share: float | None, wind
 
 
 def _at_most(records: Sequence[Record], name: str, limit: float | None) -> Alarm | None:
-    """Compare this step's value with a limit, from the first step on."""
+    """Compare this step's value with a limit. Works from the first step on."""
     found = records[-1].get(name)
     return None if limit is None or found is None else Alarm(found > limit, f"{name} {found:.4g}, {limit:g} at most")
 

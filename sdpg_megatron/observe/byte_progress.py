@@ -1,4 +1,4 @@
-"""Progress of work that is measured in bytes, with the time left: on a terminal a bar, else a line now and then."""
+"""Progress in bytes with the time left: a bar on a terminal, else a line at intervals."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EVERY = 30.0
 def transfer(
     title: str, total: int, console: Console | None = None, *, passes: int = 1
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far it is; what is yielded is to be told of each number of bytes that were moved, by any thread.
+    """Show progress; yields a thread-safe function that adds a number of moved bytes.
 
     Args:
         total: bytes.
-        passes: how often each byte is moved, such as once written and once read back. Sizes shown are of one pass.
+        passes: number of times each byte is moved, for example 2 for a write and a read. Sizes shown are of one pass.
     """
     console = console or Console(stderr=True)
     started, moved, lock = time.monotonic(), 0.0, threading.Lock()
-    said = started
+    printed = started
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         console.print(f"{title}: {text}", highlight=False, soft_wrap=True)
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -39,15 +39,15 @@ def transfer(
         task = bar.add_task(title, total=total)
 
         def advance(nbytes: int) -> None:
-            nonlocal moved, said
+            nonlocal moved, printed
             with lock:
                 moved += nbytes / passes
                 now = time.monotonic()
-                if not console.is_terminal and now - said >= EVERY:
-                    said = now
+                if not console.is_terminal and now - printed >= EVERY:
+                    printed = now
                     left = timedelta(seconds=round((now - started) * (total - moved) / max(moved, 1)))
-                    say(f"{moved / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
+                    show(f"{moved / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left} left")
             bar.update(task, advance=nbytes / passes)
 
         yield advance
-    say(f"{moved / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s")
+    show(f"{moved / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s")

@@ -1,4 +1,4 @@
-"""Files of a run, beside its checkpoints: whole or absent, or growing by whole pieces; a disk that refuses is named."""
+"""Atomic and append-only writes of files, with errors that name the path."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sdpg_megatron.errors import WriteError, fix_of
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Where what is done here to `path` fails because of the disk, say so.
+    """Turn an `OSError` about `path` into a `WriteError`.
 
     Raises:
-        WriteError: in the place of an `OSError`.
+        WriteError: instead of `OSError`.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def free_mib(path: Path) -> int:
-    """Room on the disk of a path, which need not be there; 0 where the disk does not say."""
+    """Free MiB on the disk of a path, which need not exist; 0 if unknown."""
     for place in (path, *path.parents):
         with suppress(OSError):
             return shutil.disk_usage(place).free >> 20
@@ -35,46 +35,73 @@ def free_mib(path: Path) -> int:
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write aside, then put in place; returns `path`.
+    """Write a file atomically, and return `path`.
 
     Raises:
-        WriteError: the disk refused; nothing has changed.
+        WriteError: the file could not be written, and is unchanged.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        try:
-            aside.write_bytes(content.encode() if isinstance(content, str) else content)
-            aside.replace(path)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise
+        write_atomically(path, content)
     return path
 
 
-def json_line(fields: Mapping[str, Any]) -> bytes:
-    r"""One line of JSON in UTF-8, with readable characters.
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a staging file and rename it: the file is whole or unchanged.
 
-    A lone surrogate, which UTF-8 has none for, is written as JSON's escape ``\ud83d`` and read back as it was.
+    Args:
+        durable: flush the file and the rename to the disk, so that this holds after a loss of power too.
+
+    Raises:
+        OSError: the file could not be written, and is unchanged.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staging.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        staging.replace(path)
+        if durable:
+            fsync_path(path.parent)
+    except OSError:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's content or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_line(fields: Mapping[str, Any]) -> bytes:
+    r"""Format one line of JSON in UTF-8 without escapes.
+
+    A lone surrogate, which UTF-8 cannot encode, is written as JSON's escape ``\ud83d`` and read back unchanged.
     """
     return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Appender:
-    """A file that grows by whole pieces, from its end on."""
+    """File to which whole pieces are appended."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `WriteError` where the disk refuses."""
+        """Open the file. Raises `WriteError`."""
         self._path = path
         with writing(path):
-            # Nothing is held back: what could not be written would be tried again, and fail again, when it is closed.
+            # Unbuffered: a buffered piece that could not be written would fail again in `close`.
             self._file = path.open("ab", buffering=0)
 
     def append(self, piece: bytes) -> None:
-        """Add a piece; the disk has it when the call returns.
+        """Append a piece, and flush it to the disk.
 
         Raises:
-            WriteError: the disk refused; what was written of the piece is taken back as far as that works.
+            WriteError: the piece could not be written; a part that was is truncated if possible.
         """
         start = os.fstat(self._file.fileno()).st_size
         with writing(self._path):
@@ -89,5 +116,5 @@ class Appender:
                 raise
 
     def close(self) -> None:
-        """Nothing is added afterwards."""
+        """Close the file."""
         self._file.close()

@@ -1,6 +1,6 @@
-"""Metrics that say how they reduce, so that no caller has to guess.
+"""Metrics that declare their reduction.
 
-A rank holds ``dict[str, Metric]``; `merge` joins what several micro-batches or ranks hold into one.
+A rank holds ``dict[str, Metric]``; `merge` combines the metrics of several micro-batches or ranks.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from enum import Enum
 
 
 class Reduction(Enum):
-    """How two values of one metric become one."""
+    """Reduction of two values of one metric."""
 
     MEAN = "mean"
-    """Weighted by `Metric.weight`, for example the number of tokens."""
+    """Mean weighted by `Metric.weight`, for example by the number of tokens."""
     SUM = "sum"
     MAX = "max"
     MIN = "min"
@@ -22,7 +22,7 @@ class Reduction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One reported number. `weight` counts only for MEAN; a MEAN of weight 0 reports nothing."""
+    """One reported number. `weight` is used by MEAN only; a MEAN of weight 0 is not reported."""
 
     value: float
     reduction: Reduction = Reduction.MEAN
@@ -33,10 +33,10 @@ Metrics = Mapping[str, Metric]
 
 
 def join(left: Metric, right: Metric) -> Metric:
-    """The metric of both parts together.
+    """Combine two values of a metric.
 
     Raises:
-        ValueError: the two parts declare different reductions.
+        ValueError: they declare different reductions.
     """
     if left.reduction is not right.reduction:
         raise ValueError(f"one metric, two reductions: {left.reduction.value} and {right.reduction.value}")
@@ -54,7 +54,7 @@ def join(left: Metric, right: Metric) -> Metric:
 
 
 def merge(parts: Iterable[Metrics]) -> dict[str, Metric]:
-    """Join the metrics of several micro-batches or ranks, name by name, in the order given."""
+    """Combine the metrics of several micro-batches or ranks by name, in the given order."""
     merged: dict[str, Metric] = {}
     for part in parts:
         for name, metric in part.items():
@@ -63,7 +63,7 @@ def merge(parts: Iterable[Metrics]) -> dict[str, Metric]:
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """Plain numbers for a report; a mean over nothing is left out."""
+    """Plain numbers for a report; means of weight 0 are left out."""
     return {
         name: metric.value
         for name, metric in metrics.items()

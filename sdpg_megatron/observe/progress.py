@@ -1,4 +1,4 @@
-"""Live progress: one aligned row a step; on a terminal, a bar below with the present phase and the time left."""
+"""Live progress: one aligned row per step; on a terminal also a bar with the current phase and the time left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 HEADER_EVERY = 20
 """Rows between two headers."""
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-"""As in the log; of this machine's time zone."""
+"""As in the log, in local time."""
 EVAL_SECONDS = "time/eval"
 
 
@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 class Progress:
-    """Shows a run on the console. Rows go to any output; the bar needs a terminal. Not enabled, it shows nothing."""
+    """Shows a run on the console: rows on any output, the bar on a terminal only. Silent if not enabled."""
 
     def __init__(
         self,
@@ -57,10 +57,10 @@ class Progress:
         """
         Args:
             total: steps of the whole run.
-            done: steps that earlier calls did; they do not count for the time left.
-            evaluations: how many are to come after a step and its evaluation.
+            done: steps of earlier calls, which do not count for the time left.
+            evaluations: number of evaluations after that of the given step.
             enabled: true on the one rank that prints.
-            clock: seconds from any origin.
+            clock: monotonic seconds.
             now: time of day.
         """
         self._total, self._first, self._enabled, self._clock, self._now = total, done, enabled, clock, now
@@ -85,22 +85,22 @@ class Progress:
         self._bar.start()
 
     def recall(self, records: Sequence[Mapping[str, float]]) -> None:
-        """Take the seconds of an evaluation from records of earlier calls, until this one has made its own."""
+        """Take evaluation times from records of earlier calls, for use until this call has evaluated."""
         self._recalled = [record[EVAL_SECONDS] for record in records if EVAL_SECONDS in record]
 
     def phase(self, name: str) -> None:
-        """Say what the step is doing now; seen on a terminal only. The first one starts the clock."""
+        """Show the current phase, on a terminal only. The first call starts the clock."""
         if self._started is None:
             self._started = self._clock()
         self._phase = name
         self._bar.update(self._task, description=name, refresh=True)
 
     def count(self, done: int, total: int) -> None:
-        """Say how many groups are generated, in whatever phase; from any thread."""
+        """Show the number of generated groups. Thread-safe."""
         self._bar.update(self._task, description=f"{self._phase}, {done}/{total} groups", refresh=True)
 
     def message(self, text: str) -> None:
-        """Print a line with the time, or several, the first of them with it."""
+        """Print text; the time precedes its first line."""
         self._print(text, f"{self._stamp()} ")
 
     def _stamp(self) -> str:
@@ -108,13 +108,13 @@ class Progress:
 
     def _print(self, text: str, prefix: str) -> None:
         if self._enabled:
-            # soft_wrap: a log has no width, and rich would break its lines at 80 columns
+            # soft_wrap: else rich breaks the lines of a log at 80 columns
             self._console.print(prefix + text, markup=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
-            logger.info("%s", text)  # for `run_log.RunLog`; nobody else listens
+            logger.info("%s", text)  # read by `run_log.RunLog` only
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics after `step` steps (0: before the first); a metric that is not there is shown as "-"."""
+        """Show the metrics after `step` steps (0: before the first); missing ones as "-"."""
         if EVAL_SECONDS in values:
             self._evaluations.append(values[EVAL_SECONDS])
         left = format_seconds(self._seconds_left(step))
@@ -127,17 +127,17 @@ class Progress:
         self._bar.update(self._task, completed=step, left=left, refresh=True)
 
     def _row(self, stamp: str, cells: Sequence[str]) -> None:
-        """The time comes first, unless a terminal is too narrow for it."""
+        """Print the time and the cells; without the time on a narrow terminal."""
         row, prefix = "  ".join(cells), f"{stamp:<{len(self._stamp())}}  "
         narrow = self._console.is_terminal and self._console.width < len(prefix + row)
         self._print(row, "" if narrow else prefix)
 
     def close(self) -> None:
-        """Take the bar away; the rows stay."""
+        """Remove the bar; the rows stay."""
         self._bar.stop()
 
     def _seconds_left(self, step: int) -> float | None:
-        """From the mean times of the steps and the evaluations done here; None before the first step."""
+        """Estimate from the mean times of this call's steps and evaluations; None before the first step."""
         steps_here = step - self._first
         if steps_here <= 0 or self._started is None:
             return None
@@ -148,7 +148,7 @@ class Progress:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """``m:ss`` or ``h:mm:ss``; "-" for None."""
+    """Format as ``m:ss`` or ``h:mm:ss``; "-" for None."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Progress of reading data files, which can take minutes before a run says anything else."""
+"""Progress of reading data files, which can take minutes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import TracebackType
 from rich.console import Console
 
 INTERVAL = 10.0
-"""Seconds between two lines where the output is not a terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 class RowProgress:
-    """Shows the number of rows read: a status line on a terminal, else a line from time to time."""
+    """Shows the number of rows read: a status line on a terminal, else a line at intervals."""
 
     def __init__(
         self, *, enabled: bool = True, console: Console | None = None, clock: Callable[[], float] = time.monotonic
@@ -21,7 +21,7 @@ class RowProgress:
         """`enabled`: true on the one rank that prints."""
         self._console = console or Console(stderr=True)
         self._enabled, self._clock = enabled, clock
-        self._told = clock()
+        self._printed = clock()
         self._status = self._console.status("reading prompts")
 
     def __enter__(self) -> RowProgress:
@@ -41,6 +41,6 @@ class RowProgress:
         text = f"reading prompts: {rows:,} rows"
         if self._console.is_terminal:
             self._status.update(text)
-        elif self._clock() - self._told >= INTERVAL:
-            self._told = self._clock()
+        elif self._clock() - self._printed >= INTERVAL:
+            self._printed = self._clock()
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)

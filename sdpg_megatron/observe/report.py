@@ -1,4 +1,4 @@
-"""A run's learning curve as a picture."""
+"""Plot of a run's learning curve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ REWARD, SAMPLED, GREEDY, KL, ENTROPY = "tab:gray", "tab:blue", "tab:orange", "ta
 
 
 def plot_learning_curve(run_dir: Path) -> Path:
-    """Draw reward and held-out accuracy over steps, KL and entropy below, from metrics.jsonl; returns the picture.
+    """Plot reward, held-out accuracy, KL and entropy over steps from metrics.jsonl; returns the picture's path.
 
-    No display and no global state: the figure is drawn by matplotlib's Agg backend.
+    Needs no display: the figure is drawn by matplotlib's Agg backend.
 
     Raises:
         FileNotFoundError: the run has no metrics.jsonl.
         DataError: a line of it is not a record.
-        WriteError: the disk refused the picture.
+        WriteError: the picture could not be written.
     """
     records = read_metrics(run_dir / METRICS_FILE)
     figure = Figure(figsize=(9, 7), layout="constrained")
@@ -61,7 +61,7 @@ def plot_learning_curve(run_dir: Path) -> Path:
 
 
 def _draw(axes: Axes, records: list[dict[str, float]], name: str, label: str, color: str, marker: str = "") -> None:
-    """One metric over the steps that have it; a value that is not finite leaves a gap."""
+    """Plot one metric over the steps that have it; non-finite values leave gaps."""
     points = [(record["step"], record[name]) for record in records if name in record]
     if any(math.isfinite(value) for _, value in points):
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, linewidth=1.8)

@@ -1,4 +1,4 @@
-"""Responses of training steps, kept for reading: a file a step, a response a line, bounded in bytes."""
+"""Log of training responses: one file per step, one response per line, with a bound in bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FOLDER = "rollouts"
 
 
 class RolloutLog:
-    """The folder of a run's responses.
+    """Folder of a run's logged responses.
 
-    A file is written whole, so a step that is trained again after a stop replaces its own.
+    Files are written atomically; a step that is trained again replaces its file.
     """
 
     def __init__(self, folder: Path, config: RolloutLogConfig) -> None:
@@ -24,14 +24,14 @@ class RolloutLog:
         self._limit = config.max_mib << 20
 
     def write(self, step: int, groups: Sequence[ScoredGroup], kept: Sequence[ScoredGroup]) -> None:
-        """Write the responses that `step` generated, as far as the configuration wants them.
+        """Write the responses of `step` that the configuration selects.
 
         Args:
-            groups: all that the step asked for, in the order of their prompts.
-            kept: those of them that it learned from.
+            groups: all generated groups, in the order of their prompts.
+            kept: the groups that selection kept.
 
         Raises:
-            WriteError: the disk refused.
+            WriteError: the file could not be written.
         """
         if not self._config.groups or step % self._config.every:
             return
@@ -52,7 +52,7 @@ class RolloutLog:
     def _remove_oldest(self) -> None:
         with writing(self._folder):
             paths = sorted(self._folder.glob("step_*.jsonl"))
-            sizes = [path.lstat().st_size for path in paths]  # of a link, wherever it leads
+            sizes = [path.lstat().st_size for path in paths]  # of a link itself, not its target
             excess = sum(sizes) - self._limit
             for path, size in zip(paths, sizes, strict=True):
                 if excess <= 0:

@@ -1,4 +1,4 @@
-"""A run's log file: every line of progress, every warning and the final error, with the time."""
+"""Log file of a run: progress, warnings and the final error, with times."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sdpg_megatron.observe import progress
 
 LOG_FILE, OLDER_LOG_FILE = "log.txt", "log.1.txt"
 LIMIT = 64 << 20
-"""Bytes from which on a call begins a new file; one older file is kept."""
+"""Size in bytes beyond which a call starts a new file; one older file is kept."""
 FORMAT, TIME_FORMAT = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"
 
 
 class RunLog:
-    """While entered, appends to log.txt in the run's folder. On the main rank alone.
+    """While entered, append to log.txt in the run's folder. For the main rank only.
 
-    Nothing raises: where the disk refuses, the metrics' writer reports it.
+    Never raises: the metrics writer reports a full disk.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -55,4 +55,4 @@ class _QuietHandler(logging.FileHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Do not print a traceback for every line that a full disk refuses."""
+        """Suppress the traceback for each line that a full disk rejects."""

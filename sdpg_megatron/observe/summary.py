@@ -1,4 +1,4 @@
-"""What a finished run says about itself, in one small file."""
+"""Summary of a finished run, as a small JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Held-out accuracy before and after training; None where the run has no held-out prompts."""
+    """Held-out accuracy before and after training; None without held-out prompts."""
 
     accuracy_before: float | None
     """Mean over sampled responses."""
@@ -24,22 +24,22 @@ class Summary:
     greedy_before: float | None
     greedy_after: float | None
     reward: float | None = None
-    """Mean of the last step's responses; None where there is none."""
+    """Mean over the last step's responses; None if there are none."""
     steps: int
     seconds: float
-    """Wall-clock training time over all calls that the run took."""
+    """Wall-clock training time over all calls of the run."""
 
 
 _SUMMARY = TypeAdapter(Summary)
 
 
 def write_summary(run_dir: Path, summary: Summary) -> Path:
-    """Write summary.json whole or not at all; returns its path. Raises `WriteError` where the disk refuses."""
+    """Write summary.json atomically; returns its path. Raises `WriteError`."""
     return write_whole(run_dir / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def read_summary(run_dir: Path) -> Summary | None:
-    """Return the summary of a finished run, None where there is none. Raises `CheckpointError` where it is damaged."""
+    """Read the summary of a finished run; None if there is none. Raises `CheckpointError` if it is damaged."""
     path = run_dir / SUMMARY_FILE
     if not path.exists():
         return None
@@ -48,5 +48,5 @@ def read_summary(run_dir: Path) -> Summary | None:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: found {reason_of(error)}, expected the summary of a finished run. "
-            "Fix: remove it; the run's own command writes it anew"
+            "Fix: remove it; the run's own command writes it again"
         ) from error

@@ -1,7 +1,7 @@
-"""A run's records, cut to where it continues: what comes after will be written again.
+"""Truncate a run's records to the step from which it continues; later records will be written again.
 
-Files of records only ever grow, so each is cut in place after the last record that is not beyond, with the half written
-one that a kill may leave. Where the disk refuses that, it is a `WriteError`.
+Record files are append-only, so each is truncated in place after its last valid record. That also drops a partial
+record left by a kill. Failures raise `WriteError`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from pathlib import Path
 from sdpg_megatron.observe.files import writing
 
 Beyond = Callable[[int], bool]
-"""Whether the record of a step is of a time after the run's."""
+"""True if the record of a step is later than the point from which the run continues."""
 
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), 4
 
 
 def beyond(step: int, *, evaluated: bool) -> Beyond:
-    """Of a run that continues after `step`; `evaluated`: with the evaluation that was due after it, before which the
-    step has no record."""
+    """Predicate for a run that continues after `step`.
+
+    `evaluated`: the evaluation due after `step` was made. The record of `step` is written only then.
+    """
     return lambda other: other > step or (other == step and not evaluated)
 
 
 def truncate_lines(path: Path, is_beyond: Beyond) -> None:
-    """Cut a file of ``{"step": ..., name: value}`` lines. No file is no work.
+    """Truncate a file of ``{"step": ..., name: value}`` lines, if it exists.
 
-    A line that is no record goes with what is cut; between records that stay it stays, for whoever reads them to name.
+    An invalid line before a valid record stays, for readers to report; after the last one it is dropped.
     """
     if not path.exists():
         return
@@ -47,7 +49,7 @@ def truncate_lines(path: Path, is_beyond: Beyond) -> None:
 
 
 def _stays(line: bytes, is_beyond: Beyond) -> bool | None:
-    """None for what is no record, or not a whole line."""
+    """True or False for a record; None for an invalid or incomplete line."""
     try:
         stays = not is_beyond(int(json.loads(line)["step"]))
         return stays if line.endswith(b"\n") else None
@@ -56,7 +58,7 @@ def _stays(line: bytes, is_beyond: Beyond) -> bool | None:
 
 
 def truncate_events(folder: Path, is_beyond: Beyond) -> None:
-    """Cut TensorBoard's event files. Readers hide such events only if they meet the files in the order of writing."""
+    """Truncate TensorBoard event files. Readers hide superseded events only if they read the files in order."""
     from tensorboard.compat.proto.event_pb2 import Event
 
     for path in folder.glob("events.*"):
@@ -79,21 +81,19 @@ def _cut(path: Path, kept: int) -> None:
 
 
 def truncate_files(folder: Path, is_beyond: Beyond) -> None:
-    """Remove files ``step_<number>.jsonl`` that the run will write again, and what a kill left of one."""
-    for path in folder.glob("step_*.jsonl"):
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and is_beyond(int(number)):
-            with writing(path):
-                path.unlink()
-    for path in folder.glob(".step_*"):
+    """Remove files ``step_<number>.jsonl`` of later steps, and partial ones left by a kill."""
+    for path in [*_steps_beyond(folder, ".jsonl", is_beyond), *folder.glob(".step_*")]:
         with writing(path):
             path.unlink()
 
 
 def truncate_folders(folder: Path, step: int, *, evaluated: bool) -> None:
-    """Remove evaluations, in folders ``step_<number>``, that the run will make again."""
-    for path in folder.glob("step_*"):
-        number = path.name.removeprefix("step_")
-        if number.isdigit() and (int(number) > step or (int(number) == step and not evaluated)):
-            with writing(path):
-                shutil.rmtree(path)
+    """Remove evaluations, in folders ``step_<number>``, that will be made again."""
+    for path in _steps_beyond(folder, "", beyond(step, evaluated=evaluated)):
+        with writing(path):
+            shutil.rmtree(path)
+
+
+def _steps_beyond(folder: Path, suffix: str, is_beyond: Beyond) -> list[Path]:
+    numbers = {path: path.name.removeprefix("step_").removesuffix(suffix) for path in folder.glob(f"step_*{suffix}")}
+    return [path for path, number in numbers.items() if number.isdigit() and is_beyond(int(number))]

@@ -1,4 +1,4 @@
-"""Where metrics go: one JSON line a step, TensorBoard events, or several places at once."""
+"""Metrics writers: JSON lines, TensorBoard events, or several at once."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdpg_megatron.errors import DataError
+from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.external import load_object
+from sdpg_megatron.errors import ConfigError, DataError
 from sdpg_megatron.observe.files import Appender, json_line, writing
 from sdpg_megatron.observe.rollout_log import FOLDER as ROLLOUT_FOLDER
 from sdpg_megatron.observe.truncate import beyond, truncate_events, truncate_files, truncate_lines
 
 METRICS_FILE = "metrics.jsonl"
 PROMPTS_FILE = "prompts.jsonl"
-"""Which prompts each step learned from: ``{"step": ..., "prompts": [uid, ...]}`` lines, in the order of the batch."""
+"""Prompts of each step's batch, in order: ``{"step": ..., "prompts": [uid, ...]}`` lines."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter(Protocol):
-    """A place that plain numbers are written to, one call per step, by one rank.
+    """Destination of a run's metrics, on the main rank. Constructor and `write` raise `WriteError` if the disk refuses.
 
-    To make one, and to write to it, raises `WriteError` where the disk refuses.
+    A class of your own, named in `writers`, is built as ``Class(config)`` with the `RunConfig`.
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` after `step` training steps (0: before the first). Lasting when the call returns."""
+        """Record `values` after `step` training steps (0: before the first), durably."""
         ...
 
     def close(self) -> None:
-        """Release the place; nothing is written afterwards."""
+        """Release the destination. No writes may follow."""
         ...
 
 
 class JsonlWriter:
-    """Appends ``{"step": ..., name: value}`` lines. A value that is not finite is written as null."""
+    """Appends ``{"step": ..., name: value}`` lines, with null for non-finite values."""
 
     def __init__(self, path: Path) -> None:
         self._file = Appender(path)
@@ -49,7 +51,7 @@ class JsonlWriter:
         self.append(step, {name: value if math.isfinite(value) else None for name, value in values.items()})
 
     def append(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Record whatever JSON knows; the disk has it when the call returns."""
+        """Append a record of JSON values, durably."""
         self._file.append(json_line({"step": step, **fields}))
 
     def close(self) -> None:
@@ -59,13 +61,13 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Writes scalars as TensorBoard events.
 
-    TensorBoard's own writer does so from a thread, in which a disk's refusal is a traceback that nobody catches.
+    TensorBoard's own writer runs on a thread, where errors of a full disk cannot be caught.
     """
 
     def __init__(self, folder: Path) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        now = time.time()  # to the microsecond: each call of a run has a file of its own, and readers go by the names
+        now = time.time()  # with microseconds: each call of a run has its own file, and readers sort by name
         self._file = Appender(folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}")
         self._append([{"file_version": "brain.Event:2"}])
 
@@ -74,7 +76,7 @@ class TensorBoardWriter:
         self._append([{"step": step, "summary": {"value": [scalar]}} for scalar in scalars])
 
     def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # takes long, and only the writing rank needs it
+        from tensorboard.compat.proto.event_pb2 import Event  # slow to import, and only the writing rank needs it
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         records = io.BytesIO()
@@ -87,7 +89,7 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Writes to several places; to none where it is given none, as on ranks that do not report."""
+    """Writes to several destinations, or to none on ranks that do not report."""
 
     def __init__(self, writers: Sequence[MetricsWriter]) -> None:
         self._writers = tuple(writers)
@@ -97,21 +99,40 @@ class MultiWriter:
             writer.write(step, values)
 
     def close(self) -> None:
-        """Close all of them, also where closing one fails."""
+        """Close all, even if closing one fails."""
         with ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
 
 
-def open_writers(run_dir: Path) -> MetricsWriter:
-    """The run's metrics.jsonl and TensorBoard events, from their ends on."""
+def open_writers(run_dir: Path, external: Sequence[MetricsWriter] = ()) -> MetricsWriter:
+    """Open the run's metrics.jsonl and TensorBoard events for appending; `external` writers are written to as well."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    return MultiWriter([JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)])
+    own = [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)]
+    return MultiWriter([*own, *external])
+
+
+def find_writer(spec: str) -> Callable[[RunConfig], MetricsWriter]:
+    """The class of `config.writers`. Raises `ConfigError`."""
+    found: Callable[[RunConfig], MetricsWriter] = load_object("writers", spec)
+    if not (isinstance(found, type) and hasattr(found, "write") and hasattr(found, "close")):
+        raise ConfigError("writers", spec, "a class with write(step, values) and close()", "see docs/training.md")
+    return found
+
+
+def open_external(spec: str, config: RunConfig) -> MetricsWriter:
+    """Build a writer of `config.writers`. Raises `ConfigError`, also if its constructor raises."""
+    kind = find_writer(spec)
+    try:
+        return kind(config)
+    except Exception as error:
+        expected = f"a writer that opens ({type(error).__name__}: {error})"
+        raise ConfigError("writers", spec, expected, "correct it, or remove it from writers") from error
 
 
 def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
-    """Leave of a run's records what is before the point where it continues; see `sdpg_megatron.observe.truncate`."""
+    """Truncate all of a run's records to the step from which it continues; see `sdpg_megatron.observe.truncate`."""
     is_beyond = beyond(step, evaluated=evaluated)
     truncate_lines(run_dir / METRICS_FILE, is_beyond)
     truncate_events(run_dir / TENSORBOARD_FOLDER, is_beyond)
@@ -120,7 +141,7 @@ def truncate_records(run_dir: Path, step: int, *, evaluated: bool) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, one a step; null is read as NaN.
+    """Read the records of a metrics.jsonl, one per step; null becomes NaN.
 
     Raises:
         DataError: a line is neither a record nor blank.
@@ -130,7 +151,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def last_value(path: Path, name: str) -> float | None:
-    """The newest finite value of a metric in a metrics.jsonl; None where there is none. Raises as `read_metrics`."""
+    """Newest finite value of a metric in a metrics.jsonl; None if there is none. Raises as `read_metrics`."""
     found = (record.get(name, math.nan) for record in reversed(read_metrics(path)))
     return next((value for value in found if math.isfinite(value)), None)
 

@@ -21,9 +21,9 @@ class RankEnvironment:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Among the ranks of this machine: the number of its GPU."""
+    """Index among the ranks of this machine, and of its GPU."""
     local_world_size: int | None = None
-    """Ranks on this machine; None where the launcher does not tell."""
+    """Ranks on this machine; None if the launcher does not set it."""
     master_addr: str = ""
     """Host of rank 0's store, or of torchrun's; empty for a job of one rank."""
     master_port: int = 0
@@ -37,7 +37,7 @@ class RankEnvironment:
         """Parse RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
         Raises:
-            LaunchError: one of them is missing, is no number, or contradicts another.
+            LaunchError: one of them is missing, not a number, or contradicts another.
         """
         rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE", least=1)
         local_rank = _number(environment, "LOCAL_RANK")
@@ -46,7 +46,7 @@ class RankEnvironment:
             return cls(local_rank=local_rank or 0, local_world_size=local_world_size)
         if rank is None or world_size is None:
             set_one, missing = ("RANK", "WORLD_SIZE") if world_size is None else ("WORLD_SIZE", "RANK")
-            found = f"none, beside {set_one}={environment[set_one]}"
+            found = f"none, with {set_one}={environment[set_one]}"
             raise LaunchError(missing, found, "both or neither", _fix(environment))
         if rank >= world_size:
             expected = f"a number below WORLD_SIZE ({world_size})"
@@ -62,11 +62,11 @@ class RankEnvironment:
 
 
 def _number(environment: Mapping[str, str], name: str, *, least: int = 0) -> int | None:
-    """The variable's value; None where it is not set, or empty."""
+    """Value of an environment variable; None if it is unset or empty."""
     if not (text := environment.get(name, "")):
         return None
     if not (text.isascii() and text.isdigit()) or int(text) < least:
-        expected = f"a whole number from {least} on"
+        expected = f"a whole number of at least {least}"
         raise LaunchError(name, repr(text), expected, f"unset it, or start the ranks with torchrun; {SLURM_FIX}")
     return int(text)
 
@@ -97,7 +97,7 @@ def _fix(environment: Mapping[str, str]) -> str:
 
 
 def name_ranks(ranks: Collection[int]) -> str:
-    """Ranks as spans: ``rank 2``, ``ranks 0-3, 7``."""
+    """Format ranks as spans: ``rank 2``, ``ranks 0-3, 7``."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][-1] + 1:

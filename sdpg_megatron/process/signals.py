@@ -1,4 +1,4 @@
-"""Signals that ask this process to end, also while the main thread is in a collective or in another long call."""
+"""Stop signals, handled on a thread while the main thread is in a collective or another long call."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from types import FrameType
 from typing import Any, NoReturn
 
 STOPPED = os.EX_TEMPFAIL
-"""Exit code, 75, of a run that was asked to stop, has saved its state and can continue: what sysexits calls a temporary
-failure, to be tried again, and what no death by a signal looks like."""
+"""Exit code, 75, of a run that was stopped, has saved its state and can continue. It is the temporary failure of
+sysexits.h, and differs from every code of a process that a signal ended."""
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code, 130, of a process that Ctrl-C has ended."""
+"""Exit code, 130, of a process that Ctrl-C ended."""
 
 
 def exit_at_once() -> None:
-    """From now on Ctrl-C ends this process with one line and exit code 130.
+    """Make Ctrl-C end this process with one line and exit code 130.
 
-    For the time before there is anything to clean up. A KeyboardInterrupt would not do: while modules are imported,
-    other code swallows it or turns it into an ImportError.
+    Used before there is anything to clean up. KeyboardInterrupt does not suffice: modules that are being imported
+    swallow it or turn it into an ImportError.
     """
     signal.signal(signal.SIGINT, lambda number, frame: leave(INTERRUPTED, "stopped"))
 
 
-def leave(code: int, told: str) -> NoReturn:
-    """Write a line to standard error and end this process, without any cleaning up; from any thread."""
-    tell(told)
+def leave(code: int, text: str) -> NoReturn:
+    """Write a line to standard error and end this process without cleanup. Thread-safe."""
+    tell(text)
     os._exit(code)
 
 
 def tell(text: str) -> None:
-    """Write a line to standard error past Python's stream, which a signal may have interrupted."""
+    """Write a line to standard error, bypassing Python's stream, which a signal may have interrupted."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class SignalListener:
-    """While entered, a thread is told of signals at once.
+    """Context manager that handles signals on a thread at once.
 
-    A handler in Python runs on the main thread alone, and only when that is done with a call into C, such as a
-    collective that waits for another rank. Forked children are not listened to.
+    Python runs signal handlers on the main thread only, and only after a call into C returns, such as a collective that
+    waits for another rank. Signals to forked children are not handled.
     """
 
     def __init__(self, numbers: Sequence[int], act: Callable[[int], None], on_main: Callable[[], None] | None) -> None:
         """
         Args:
-            numbers: signals to listen to.
+            numbers: signals to handle.
             act: called on the thread, with the signal's number.
-            on_main: called on the main thread as soon as that runs Python code again; may raise.
+            on_main: called on the main thread when it next runs Python code; may raise.
         """
         self._numbers, self._act, self._on_main = numbers, act, on_main
         self._process = os.getpid()
@@ -70,7 +70,7 @@ class SignalListener:
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
-        self._write.close()  # which ends the thread
+        self._write.close()  # ends the thread
 
     def _listen(self) -> None:
         while received := self._read.recv(64):
@@ -80,7 +80,7 @@ class SignalListener:
         self._read.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked child: its first signal is its parent's, the second its own
+        if os.getpid() != self._process:  # a forked child: ignore its first signal, then restore the defaults
             for handled in self._numbers:
                 signal.signal(handled, signal.SIG_DFL)
         elif self._on_main is not None:
@@ -91,7 +91,7 @@ _listening: list[SignalListener] = []
 
 
 def _forget_parent() -> None:
-    """In a forked child: signals to it must not reach the thread of the parent, with which it shares the socket."""
+    """Detach a forked child from the socket of the parent's thread, so that the child's signals do not reach it."""
     if _listening:
         signal.set_wakeup_fd(-1)
 
@@ -101,10 +101,10 @@ os.register_at_fork(after_in_child=_forget_parent)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While entered, Ctrl-C raises KeyboardInterrupt, for work that has files or processes to clean up.
+    """Make Ctrl-C raise KeyboardInterrupt, for work that has files or processes to clean up.
 
-    A second Ctrl-C ends the process at once. Where other code replaces the exception by one of its own, as imports do,
-    KeyboardInterrupt is raised all the same.
+    A second Ctrl-C ends the process at once. KeyboardInterrupt is raised also if other code has replaced it by another
+    exception, as imports do.
     """
     count = raised = 0
 

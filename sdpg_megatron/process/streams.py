@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full or gone, as when a terminal is lost or a reader ends."""
+"""Standard output and error that survive a closed descriptor, a full disk, a lost terminal or the end of a reader."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 NAMES = {1: "standard output", 2: "standard error"}
 ESCAPED = "backslashreplace"
-"""Error handler of the streams, as Python has it for standard error: names of models and folders may be any text."""
+"""Error handler of the streams, Python's default for standard error: names of models and folders may be any text."""
 
 
 class OutputStream:
-    """A text stream that outlives its file descriptor's reader.
+    """Text stream that survives the loss of its file descriptor's reader.
 
-    When a write fails, the descriptor is replaced by /dev/null, or by the file that `keep_going` names: also for C
-    libraries, child processes, and what is still buffered. Characters that the stream's encoding lacks are written as
-    escapes such as ``\\xef``.
+    When a write fails, the descriptor is replaced by /dev/null, or by the file given to `keep_going`, also for C
+    libraries, child processes and buffered text. Characters that the stream's encoding lacks are written as escapes
+    such as ``\\xef``.
     """
 
     def __init__(self, stream: TextIO | None, descriptor: int, *, strict: bool) -> None:
         """
         Args:
-            stream: None where the descriptor was closed when the process started.
+            stream: None if the descriptor was closed when the process started.
             descriptor: 1 or 2.
-            strict: raise `OutputError` when a write fails, once.
+            strict: raise `OutputError` at the first write that fails.
         """
         self._stream: TextIO = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         if isinstance(self._stream, io.TextIOWrapper):
@@ -43,14 +43,14 @@ class OutputStream:
         self._closed_at_start = stream is None
         self._fallback: Path | None = None
         self.lost = ""
-        """The system's reason for which a write has failed; empty while none has."""
+        """The system's reason for the first failed write; empty if none has failed."""
 
     def write(self, text: str) -> int:
         try:
             if self._closed_at_start:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             return self._stream.write(text)
-        except (OSError, ValueError) as error:  # the latter: it has been closed since
+        except (OSError, ValueError) as error:  # ValueError: closed since
             self._lose(error)
             return len(text)
 
@@ -61,7 +61,7 @@ class OutputStream:
             self._lose(error)
 
     def keep_going(self, fallback: Path | None = None) -> None:
-        """Raise nothing from now on. `fallback`: file that gets what is written after a write has failed."""
+        """Never raise again. `fallback`: file for the output that follows a failed write."""
         self._strict, self._fallback = False, fallback
         if self.lost:
             self._replace()
@@ -101,12 +101,12 @@ class OutputStream:
 
 
 def open_missing() -> None:
-    """Open /dev/null for standard streams that are closed: the next file would get their numbers, and be printed to."""
+    """Open /dev/null for standard streams that are closed: else the next file opened would receive the output."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
 
 
 def install(*, strict: bool) -> None:
@@ -118,9 +118,9 @@ def install(*, strict: bool) -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """While entered, the standard streams are guarded, and standard output is strict.
+    """Guard the standard streams while entered; standard output is strict.
 
-    The caller flushes standard output before it leaves: an error then would come too late.
+    The caller flushes standard output before it leaves; later errors are not raised.
     """
     before = sys.stdout, sys.stderr
     install(strict=True)
@@ -132,10 +132,10 @@ def guarded() -> Iterator[None]:
 
 
 def keep_going(error_log: Path | None = None) -> None:
-    """Let no lost output end this process: for work that goes on without a reader.
+    """Let no lost output end this process. For work that continues without a reader.
 
     Args:
-        error_log: file for what is written to standard error after that is lost.
+        error_log: file for standard error after it is lost.
     """
     for stream, fallback in ((sys.stdout, None), (sys.stderr, error_log)):
         if isinstance(stream, OutputStream):

@@ -7,10 +7,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.conventions import describe_signature, is_callable_class, scalar, takes
-from sdpg_megatron.rewards.load import instantiate, load_function
+from sdpg_megatron.rewards.load import instantiate
 
 FIELD = "selection.filters"
 EQUAL_REWARDS = ("right", "wrong", "level")
@@ -48,7 +49,7 @@ def load_filters(specs: Sequence[str]) -> dict[str, GroupFilter]:
 
 
 def _load_filter(spec: str) -> GroupFilter:
-    target = load_function(FIELD, spec)
+    target = load_object(FIELD, spec)
     if isinstance(target, type) and is_callable_class(target):
         target = instantiate(FIELD, spec, target)
     if isinstance(target, type) or _is_async(target) or not takes(target, 1):

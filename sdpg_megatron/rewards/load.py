@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, did_you_mean
 from sdpg_megatron.records import Prompt
 from sdpg_megatron.rewards.base import Extract, ExtractingVerifier, Verifier
@@ -76,7 +74,7 @@ class VerifierSource:
         """
         if self.spec in VERIFIERS:
             verifier = cast(Verifier, self.target)
-            extract = load_function(FIELD, EXTRACTS[self.spec]) if self.spec in EXTRACTS else None
+            extract = load_object(FIELD, EXTRACTS[self.spec]) if self.spec in EXTRACTS else None
         else:
             target = instantiate(FIELD, self.spec, self.target)
             verifier, extract = AdaptedVerifier(target, self.convention), getattr(target, "extract", None)
@@ -98,7 +96,7 @@ def find_verifier(spec: str) -> VerifierSource:
     if spec not in VERIFIERS and ":" not in spec:
         fix = did_you_mean(spec, VERIFIERS) or "write the function as module:function"
         raise ConfigError(FIELD, spec, f"{', '.join(map(repr, VERIFIERS))}, or module:function", fix)
-    target = load_function(FIELD, VERIFIERS.get(spec, spec))
+    target = load_object(FIELD, VERIFIERS.get(spec, spec), extras=EXTRAS)
     unusable = isinstance(target, type) and not is_callable_class(target)
     convention = None if unusable else find_convention(target)
     if convention is None:
@@ -128,43 +126,3 @@ def is_custom(spec: str) -> bool:
 def compares_text(spec: str) -> bool:
     """True if the verifier requires text answers, as shipped verifiers that compare answers do."""
     return spec in EXTRACTS
-
-
-def load_function(field: str, spec: str) -> Callable[..., object]:
-    """Import ``module:function``. Modules are also searched in the working directory.
-
-    Raises:
-        ConfigError: about `field`: another form, a module that does not import, or no such function in it.
-    """
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
-        raise ConfigError(field, spec, "module:function", "write the function as module:function")
-    _search_working_directory()
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(error.name or "")):
-            fix = f"pip install -e '.[{extra}]'"
-            raise ConfigError(field, spec, f"the package {error.name}, which is not installed", fix) from error
-        expected = f"a module that imports ({type(error).__name__}: {error})"
-        fix = "correct it, or put its folder on PYTHONPATH"
-        if module_name.endswith(".py"):
-            module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
-            expected, fix = "the name of a module, not of a file", f"write {module_name}:{name}"
-        raise ConfigError(field, spec, expected, fix) from error
-    function: Callable[..., object] | None = getattr(module, name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value)]
-        fix = did_you_mean(name, functions) or f"define {name} in {module.__file__}"
-        raise ConfigError(field, spec, f"a function of {module_name}", fix)
-    return function
-
-
-def _search_working_directory() -> None:
-    """Add the working directory to the search path: ``python -m`` includes it, a console script does not.
-
-    Spawned processes inherit the search path.
-    """
-    here = os.getcwd()
-    if not (sys.flags.safe_path or here in sys.path or "" in sys.path):
-        sys.path.append(here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdpg_megatron.config import Deviation, RewardConfig
+from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import Completion
 
@@ -20,12 +20,10 @@ class Shaping:
     penalty: float
     """Magnitude of the penalty at the length limit."""
     max_tokens: int
-    deviation: Deviation = "population"
-    """Deviation that advantages of the shaped rewards are divided by."""
 
     @classmethod
-    def build(cls, config: RewardConfig, max_tokens: int, deviation: Deviation = "population") -> Shaping:
-        return cls(config.clip, config.overlong_buffer, config.overlong_penalty, max_tokens, deviation)
+    def build(cls, config: RewardConfig, max_tokens: int) -> Shaping:
+        return cls(config.clip, config.overlong_buffer, config.overlong_penalty, max_tokens)
 
     def shape(self, rewards: Sequence[float], completions: Sequence[Completion]) -> tuple[float, ...]:
         """Shaped rewards of one group."""

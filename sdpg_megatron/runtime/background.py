@@ -1,4 +1,4 @@
-"""Work that goes on behind the main thread's back."""
+"""Cancellable calls on a daemon thread."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 class BackgroundCall(Generic[T]):
-    """A call on a thread of its own, from now on. The thread does not keep a process from ending."""
+    """A call that starts at once on a daemon thread, which does not keep the process alive."""
 
     def __init__(self, work: Callable[[Stop], T]) -> None:
-        """`work` is told whether it was cancelled."""
+        """`work` gets a function that returns True after `cancel`."""
         self._cancelled = threading.Event()
         self._future: Future[T] = Future()
-        self._thread = threading.Thread(target=self._run, args=(work,), name="behind", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
         self._thread.start()
 
     def result(self) -> T:
-        """What the work returns or raises, when it is done."""
+        """Wait for the call, and return or raise its result."""
         return self._future.result()
 
     def cancel(self) -> None:
-        """Tell the work that nobody wants it any more, and wait for its end."""
+        """Request cancellation, and wait for the thread to end."""
         self._cancelled.set()
         self._thread.join()
 

@@ -1,7 +1,6 @@
-"""Where ranks say what they are doing, and read what others do, whatever their main threads wait for.
+"""Heartbeats: a thread of each rank publishes the rank's status to a store and reads the others'.
 
-A thread of each rank writes to a store and reads from it. The store is the one that the ranks met at: torchrun's, or
-the first rank's.
+Works while main threads are blocked. The store is the one of the rendezvous: torchrun's, or rank 0's.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ CONNECT = timedelta(seconds=60)
 
 
 class Clock:
-    """Seconds in which this process ran: what it spent stopped, by Ctrl-Z for one, is nobody's fault."""
+    """Monotonic seconds without the time in which this process was stopped, as by Ctrl-Z."""
 
     def __init__(self, longest: float) -> None:
-        """`longest`: seconds between two calls of `tick` from which on the process was stopped."""
+        """`longest`: a gap between two ticks of more seconds counts as stopped."""
         self._longest = longest
         self._stopped = 0.0
         self._last = time.monotonic()
@@ -38,7 +37,7 @@ class Clock:
         return time.monotonic() - self._stopped
 
     def tick(self) -> None:
-        """To be called again and again, always by the same thread."""
+        """Detect stops. Called periodically, always on the same thread."""
         now = time.monotonic()
         if now - self._last > self._longest:
             self._stopped += now - self._last
@@ -46,15 +45,15 @@ class Clock:
 
 
 class HeartbeatStore:
-    """Threads may call everything; nothing blocks but `open`."""
+    """Published status of all ranks. Thread-safe; only `open` blocks."""
 
     def __init__(
         self, store: Any, ranks: ParallelState, clock: Clock, interval: float, own: Callable[[int], RankStatus]
     ) -> None:
-        """Every rank calls it.
+        """Collective over all ranks.
 
         Args:
-            own: what this rank is doing, with the given `RankStatus.sequence`.
+            own: returns this rank's status for the given `RankStatus.sequence`.
             interval: seconds between two rounds.
         """
         self._store, self._rank, self._world, self._clock = store, ranks.rank, ranks.world, clock
@@ -65,43 +64,43 @@ class HeartbeatStore:
         self._posted = self._abort_reason = ""
         self._everyone = ranks.is_main
         self._wake, self._closed = threading.Event(), threading.Event()
-        self._say()
-        ranks.barrier()  # all are on the board
-        self._thread = threading.Thread(target=self._run, name="board", daemon=True)
+        self._publish()
+        ranks.barrier()  # all ranks have published
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
     @classmethod
     def open(
         cls, nonce: str, ranks: ParallelState, clock: Clock, interval: float, own: Callable[[int], RankStatus]
     ) -> HeartbeatStore:
-        """The board of these ranks, which share `nonce`. A connection of its own: another's may be waiting."""
+        """Connect to the store, under the shared `nonce`. A separate connection: others may be blocked."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECT)
         return cls(PrefixStore(f"watchdog/{nonce}", store), ranks, clock, interval, own)
 
     @property
     def abort_reason(self) -> str:
-        """Why the job is to end, where a rank has found that it is; the same on all that read it."""
+        """Abort reason posted by any rank, the same on all ranks; empty while healthy."""
         return self._abort_reason
 
     def post(self, abort_reason: str) -> None:
-        """Say that the job is to end, unless another rank has. All ranks are read from now on."""
+        """Post an abort reason, unless another rank has posted one. From then on all ranks are read."""
         self._posted = abort_reason
         self.read_everyone()
 
     def read_everyone(self) -> None:
-        """From now on. Otherwise the first rank alone does, and the others read what it does."""
+        """From now on read all ranks. By default rank 0 reads all, and the others read rank 0."""
         self._everyone = True
         self._wake.set()
 
     def states(self) -> dict[int, RankStatus]:
-        """As last read, by rank."""
+        """Last status of each rank that was read."""
         return {rank: state for rank, (state, _) in dict(self._seen).items()}
 
     def silent(self, seconds: float) -> dict[int, float]:
-        """Ranks that have said nothing for so long, and for how long exactly; nobody where the board does not answer.
+        """Ranks without a heartbeat for more than `seconds`, with the seconds since their last one.
 
-        Those that are done are not among them.
+        Empty while the store does not answer. Ranks that are done are left out.
         """
         now = min(self._clock.now(), self._answered)
         ages = {rank: now - since for rank, (state, since) in dict(self._seen).items() if state.ended != "done"}
@@ -109,30 +108,30 @@ class HeartbeatStore:
 
     @property
     def unanswered(self) -> float:
-        """Seconds since the store has last answered."""
+        """Seconds since the store's last answer."""
         return self._clock.now() - self._answered
 
     def close(self) -> None:
-        """Say a last time what this rank does, if the store takes it."""
+        """Publish a last time, if the store answers, and end the thread."""
         self._closed.set()
         self._wake.set()
         self._thread.join(2 * self._interval)
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            with suppress(RuntimeError):  # `unanswered` tells
+            with suppress(RuntimeError):  # visible in `unanswered`
                 self._round()
             self._wake.wait(self._interval)
             self._wake.clear()
         with suppress(RuntimeError):
-            self._say()
+            self._publish()
 
-    def _say(self) -> None:
+    def _publish(self) -> None:
         self._sequence += 1
         self._store.set(str(self._rank), json.dumps(dataclasses.asdict(self._own(self._sequence))))
 
     def _round(self) -> None:
-        self._say()
+        self._publish()
         if self._posted:
             self._store.compare_set(ABORT_REASON, "", self._posted)
         wanted = range(self._world) if self._everyone else [0]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run, which saves first; before the ranks have met they, and SIGHUP, end it at once."""
+"""Ctrl-C and SIGTERM stop a run after a save; before the rendezvous is complete, also SIGHUP, they end it at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-    """While entered, the first of `SIGNALS` asks the run to stop; a second one, of any kind, ends the process at once.
+    """While entered, the first of `SIGNALS` asks the run to stop; any second one ends the process at once.
 
-    Until `defer` is called there is nothing to save: the first one ends the process, with exit code `STOPPED`. From
-    then on a run outlives its terminal: SIGHUP is ignored, as it is from the start under nohup. Under torchrun it asks
-    the run to stop: torchrun passes it on only when it ends itself.
+    Until `defer` is called there is nothing to save: the first signal ends the process with exit code `STOPPED`. From
+    then on SIGHUP is ignored, as under nohup, so that a run outlives its terminal. Under torchrun SIGHUP asks the run
+    to stop: torchrun forwards it only when torchrun itself ends.
     """
 
     def __init__(self) -> None:
@@ -36,10 +36,10 @@ class Interrupt:
         self._listener.__exit__()
 
     def defer(self) -> None:
-        """From now on the first signal only sets `requested`: ranks agree on the step after which they stop."""
+        """From now on the first signal only sets `requested`; the ranks agree on the step after which they stop."""
         self._deferring = True
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # processes that are started later inherit it
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited by later child processes
 
     def _request(self) -> None:
         self.requested = self._deferring
@@ -48,9 +48,9 @@ class Interrupt:
         name = signal.Signals(number).name
         self._signals += 1
         if self._signals > 1:
-            leave(128 + number, f"{name}: ended at once; the same command continues from what is saved")
+            leave(128 + number, f"{name}: ended at once; the same command continues from the last save")
         if not self._deferring:
-            leave(STOPPED, f"{name}: stopped before the run began; the same command starts it")
+            leave(STOPPED, f"{name}: stopped before the first step; the same command starts the run")
         self.requested = True
         if os.environ.get("RANK", "0") == "0":
-            tell(f"{name}: the run stops and saves; a second signal ends it at once")
+            tell(f"{name}: the run saves and stops; a second signal ends it at once")

@@ -1,4 +1,4 @@
-"""What the ranks are doing, and who of them keeps the others waiting."""
+"""Status of the ranks, and detection of the ranks that block the others."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from sdpg_megatron.process.rank_environment import name_ranks
 
 PACKAGE = str(Path(__file__).parents[1])
 INTERPOSED = ("__torch_function__",)
-"""Functions that stand before another, whatever it is."""
+"""Functions that wrap others; they do not identify a call."""
 COLLECTIVES = os.path.join("torch", "distributed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """What one rank was doing when it last said so."""
+    """Status that a rank published."""
 
     sequence: int
-    """Counts what it has said."""
+    """Number of the heartbeat."""
     phase: str
     number: int
-    """Phases that it has entered so far; ranks enter the same ones."""
+    """Phases entered so far. All ranks enter the same phases."""
     seconds: float
-    """Since then."""
+    """Seconds in the phase."""
     place: str
-    """In the code of its main thread."""
+    """Position of the main thread in the code."""
     waits: bool
-    """It is in a collective."""
+    """True in a collective."""
     process: str
     ended: str = ""
-    """How, where it has."""
+    """Empty while the rank runs, else "done" or its error."""
 
 
 def locate_main_thread() -> tuple[str, bool]:
-    """Where in the code this process's main thread is, and whether that is in a collective."""
+    """Position of this process's main thread in the code, and True if it is in a collective."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = [frame for frame in _outwards(innermost) if frame.f_code.co_name not in INTERPOSED]
     own = next((f for f in frames if f.f_code.co_filename.startswith(PACKAGE)), None)
@@ -64,10 +64,10 @@ def this_process() -> str:
 
 
 def find_missing(states: Mapping[int, RankStatus], silent: Collection[int]) -> list[int]:
-    """The ranks that the others wait for, as far as that can be told; empty where it cannot.
+    """Ranks that the others wait for; empty if undetermined.
 
-    These are the ranks that are silent; otherwise those that have not come to the phase of the others; otherwise those
-    that are in no collective while others are in one.
+    These are the silent ranks; if there are none, the ranks that have not reached the phase of the others; if there are
+    none, the ranks outside of collectives while others are in one.
     """
     if silent:
         return sorted(silent)
@@ -79,18 +79,18 @@ def find_missing(states: Mapping[int, RankStatus], silent: Collection[int]) -> l
 
 
 def describe(states: Mapping[int, RankStatus], silent: Mapping[int, float]) -> str:
-    """A line for the missing ranks, one for each of them, and one for each place where others are.
+    """Format a line for the missing ranks, one for each of them, and one for each position of other ranks.
 
     Args:
-        silent: ranks that no longer say anything, with the seconds since they last did.
+        silent: ranks without a heartbeat, with the seconds since their last one.
     """
     if not states:
         return "nothing is known of the ranks"
     silent = {rank: seconds for rank, seconds in silent.items() if rank in states}
     missing = find_missing(states, silent)
-    lines = [f"missing: {name_ranks(missing)}" if missing else "missing: cannot be told, all ranks are at the same"]
+    lines = [f"missing: {name_ranks(missing)}" if missing else "missing: undetermined, all ranks are at the same point"]
     for rank in missing:
-        quiet = f"; silent for {silent[rank]:.0f} s, what follows is older" if rank in silent else ""
+        quiet = f"; silent for {silent[rank]:.0f} s, last known status" if rank in silent else ""
         lines.append(f"  rank {rank} ({states[rank].process}{quiet}): {_doing(states[rank])}")
     others = sorted(states.keys() - set(missing), key=lambda rank: (_doing(states[rank]), rank))
     for doing, alike in itertools.groupby(others, lambda rank: _doing(states[rank])):

@@ -1,4 +1,4 @@
-"""That a run is one run: no ranks without their launcher, no two runs in one folder."""
+"""Guards of a run: ranks end with their launcher, and a run folder has one writer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sdpg_megatron.observe.files import writing
 LOCK_FILE = ".lock"
 FIX = "wait for it to end, or use another run_dir"
 PATIENCE = 10.0
-"""Seconds for a run that is being ended to be gone."""
+"""Seconds to wait for a run that is ending."""
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Have the system kill this rank when torchrun is gone, which starts ranks in sessions of their own.
+    """Have the system kill this rank when torchrun ends, which starts ranks in separate sessions.
 
-    They would go on otherwise, beside those that a restart brings. Linux only; nothing elsewhere and without torchrun.
+    Otherwise they would continue beside the ranks of a restart. Linux only; no effect without torchrun.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         parent = os.getppid()
@@ -34,9 +34,9 @@ def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when process `parent`, which started it, is gone; at once where it is already.
+    """Have the system kill this process when `parent`, its parent process, ends; at once if it has ended already.
 
-    Linux only; nothing elsewhere.
+    Linux only.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -45,7 +45,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def _is_launcher(process: int) -> bool:
-    """In a container the launcher may be process 1, whose children orphans otherwise become."""
+    """True if the process is a launcher. In a container it may be process 1, which also adopts orphans."""
     try:
         return b"torch" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
@@ -53,13 +53,13 @@ def _is_launcher(process: int) -> bool:
 
 
 class RunLock:
-    """The right to write to a run's folder, held until it is closed or the process ends, however it ends."""
+    """Exclusive write lock of a run's folder, held until closed or until the process ends in any way."""
 
     def __init__(self, run_dir: Path, patience: float = PATIENCE) -> None:
         """
         Raises:
-            ConfigError: another process has it and does not end in `patience` seconds.
-            WriteError: the disk refused.
+            ConfigError: another process holds it for more than `patience` seconds.
+            WriteError: the folder or the lock file cannot be written.
         """
         path = run_dir / LOCK_FILE
         with writing(path):
@@ -81,7 +81,7 @@ class RunLock:
 
 
 def check_unlocked(run_dir: Path) -> None:
-    """Check that no run writes to a folder now. Writes nothing. Raises `ConfigError`."""
+    """Check that no run writes to the folder, without writing to it. Raises `ConfigError`."""
     try:
         with (run_dir / LOCK_FILE).open("rb+", buffering=0) as file:
             if not _acquired(file):
@@ -96,7 +96,7 @@ def _held(run_dir: Path, file: IO[bytes]) -> ConfigError:
 
 
 def _acquired(file: IO[bytes]) -> bool:
-    """Record locks: forked processes, as those that write checkpoints, do not inherit them; network disks know them."""
+    """Take a record lock: forked checkpoint writers do not inherit it, and network file systems support it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

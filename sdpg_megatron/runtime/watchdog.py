@@ -1,7 +1,6 @@
-"""No silent hang: where a phase takes too long, or a rank is silent, the job ends with every rank's place and stack.
+"""Watchdog: ends the job if a phase exceeds its bound or a rank is silent, and reports each rank's position and stack.
 
-A thread of each rank looks, so that it does not matter what the main thread waits for. docs/training.md says what the
-ends of a job look like.
+It runs on a thread of each rank, so blocked main threads do not matter. Behavior: docs/training.md.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from sdpg_megatron.runtime.heartbeats import Clock, HeartbeatStore
 from sdpg_megatron.runtime.rank_status import COLLECTIVES, RankStatus, describe, locate_main_thread, this_process
 
 HUNG = os.EX_SOFTWARE
-"""Exit code, 70, of a job that the watchdog has ended."""
+"""Exit code, 70, of a job that the watchdog ended."""
 BETWEEN = "between"
-"""The phase of what is in none."""
+"""Phase outside of all others."""
 _STDERR = 2
 
 
 class Watchdog:
-    """While entered, watches this rank, from before it meets the others; in `meeting`, with theirs, all ranks."""
+    """While entered, watches this rank; inside `monitor_ranks`, all ranks watch each other."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self._config = config
         environment = RankEnvironment.read()
         self._rank, self._world = environment.rank, environment.world_size
         self._interval = min(2.0, config.silence / 20)
-        """Seconds between two looks."""
+        """Seconds between two checks."""
         self._clock = Clock(max(10 * self._interval, 2.0))
-        self._at = "start", 0, self._clock.now()
+        self._current = "start", 0, self._clock.now()
         self._ended = ""
         self._heartbeats: HeartbeatStore | None = None
         self._closed, self._ending = threading.Event(), threading.Event()
@@ -62,7 +61,7 @@ class Watchdog:
 
     @contextmanager
     def monitor_ranks(self, ranks: ParallelState) -> Iterator[None]:
-        """While entered, ranks watch each other. Every rank enters it, once the process group is there."""
+        """Let ranks watch each other. Collective; needs the process group."""
         nonce = ranks.gather_all(secrets.token_hex(4))[0]
         if not self._config.enabled or ranks.world == 1 or "MASTER_ADDR" not in os.environ:
             yield
@@ -73,7 +72,7 @@ class Watchdog:
             self._ended = "done"
         except BaseException as error:
             if self._ending.is_set():
-                self._thread.join()  # it ends this process; what is raised here is that others have ended
+                self._thread.join()  # it ends this process; this error only follows from other ranks' ends
             self._ended = f"{type(error).__name__}: {str(error).strip()[:200]}"
             if isinstance(error, RuntimeError) and _in_collective(error):
                 self._explain(error, heartbeats)
@@ -84,16 +83,16 @@ class Watchdog:
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """While entered, the phase is under way; afterwards, none. One that an error ends stays: it is told then."""
+        """Mark a phase while entered. A phase that an error ends stays marked, for the report."""
         self.begin(phase)
         yield
         self.begin(BETWEEN)
 
     def begin(self, phase: str) -> None:
-        self._at = phase, self._at[1] + 1, self._clock.now()
+        self._current = phase, self._current[1] + 1, self._clock.now()
 
     def _state(self, sequence: int) -> RankStatus:
-        phase, number, since = self._at
+        phase, number, since = self._current
         place, waits = locate_main_thread()
         seconds = self._clock.now() - since
         return RankStatus(
@@ -109,16 +108,16 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
-            # Code that holds Python's lock holds this thread up, too: then its stack is written by one that needs none.
-            # That does no more: its clock counts the time in which the process was stopped.
+            # Code that holds the GIL blocks this thread too. faulthandler's timer thread needs no GIL and writes the
+            # stack. It does not end the process, as its clock includes the time in which the process was stopped.
             faulthandler.dump_traceback_later(self._config.silence, file=_STDERR)
             self._clock.tick()
             if reason := self._reason():
                 self._end(reason)
 
     def _reason(self) -> str:
-        """Why the job is to end; empty while it is not."""
-        phase, _, since = self._at
+        """Reason to end the job; empty while healthy."""
+        phase, _, since = self._current
         limit: float | None = getattr(self._config, phase)
         seconds, silence = self._clock.now() - since, self._config.silence
         if limit is not None and seconds > limit:
@@ -130,21 +129,21 @@ class Watchdog:
         if heartbeats.unanswered > silence:
             return f"the first rank's machine has not answered for {silence:g} s (watchdog.silence): rank 0 is missing"
         silent = heartbeats.silent(silence)
-        return f"no sign of life from {name_ranks(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
+        return f"no heartbeat from {name_ranks(silent)} for {silence:g} s (watchdog.silence)" if silent else ""
 
     def _end(self, reason: str) -> None:
-        """Tell the others, write what is known to standard error, and end this process."""
+        """Post the reason, write the report to standard error, and end this process."""
         self._ending.set()
         self._write(f"{reason}. The stacks of this rank's threads:")
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         if (heartbeats := self._heartbeats) is not None:
             heartbeats.post(reason)
-            time.sleep(6 * self._interval)  # ranks that were not read so far are seen to be silent
-            self._write(self._picture(heartbeats, 3 * self._interval))
+            time.sleep(6 * self._interval)  # until ranks that were not read before are known to be silent
+            self._write(self._report(heartbeats, 3 * self._interval))
         self._exit()
 
     def _explain(self, error: BaseException, heartbeats: HeartbeatStore) -> None:
-        """A collective has failed: say which rank is missing, if one is, and end; otherwise let the error go on."""
+        """After a failed collective: report and end if a rank is missing, else return so that the error is raised."""
         heartbeats.read_everyone()
         silence = 4 * self._interval
         deadline = time.monotonic() + 10 * self._interval
@@ -152,18 +151,18 @@ class Watchdog:
             time.sleep(self._interval)
             if heartbeats.silent(silence) or heartbeats.unanswered > silence:
                 traceback.print_exception(error)
-                self._write(f"a collective has failed in {self._at[0]}")
-                self._write(self._picture(heartbeats, silence))
+                self._write(f"a collective has failed in {self._current[0]}")
+                self._write(self._report(heartbeats, silence))
                 self._exit()
 
-    def _picture(self, heartbeats: HeartbeatStore, silence: float) -> str:
-        """Who is missing; those who are silent for so long are. The first rank is where the store does not answer."""
+    def _report(self, heartbeats: HeartbeatStore, silence: float) -> str:
+        """Describe all ranks. Those silent for more seconds count as missing; rank 0 too if the store is silent."""
         unanswered = {0: heartbeats.unanswered} if heartbeats.unanswered > silence else {}
         return describe(heartbeats.states(), heartbeats.silent(silence) | unanswered)
 
     def _exit(self) -> NoReturn:
         if self._rank == 0:
-            time.sleep(4 * self._interval)  # the store may be this process's, and the others still read
+            time.sleep(4 * self._interval)  # this process may host the store, which the others still read
         os._exit(HUNG)
 
     def _write(self, text: str) -> None:

@@ -11,6 +11,7 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import PromptSource
 from sdpg_megatron.mcore.parallel import ParallelState
+from sdpg_megatron.objectives import Objective
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.records import ScoredGroup
 from sdpg_megatron.rewards.failures import check_failures
@@ -26,10 +27,12 @@ logger = logging.getLogger(__name__)
 class Collector:
     """Gets groups for steps. Every rank calls every method, and gets the same."""
 
-    def __init__(self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, ranks: ParallelState) -> None:
+    def __init__(
+        self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, objective: Objective, ranks: ParallelState
+    ) -> None:
         self._config, self._prompts, self._rollouts, self._ranks = config, prompts, rollouts, ranks
-        deviation = config.objective.advantage_deviation
-        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens, deviation)
+        self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
+        self._advantages = objective.advantages
         self._filter_chain = GroupFilterChain(config.selection, ranks)
         self._begun: Sequence[int] = ()
 
@@ -67,7 +70,7 @@ class Collector:
                 groups = self._rollouts.run([self._prompts[i] for i in indices], self._sampling(step, number))
             asked.extend(groups)
             check_failures(f"step {step + 1}", asked, self._config.reward.failure_limit)
-            return with_shaping(groups, self._shaping)
+            return with_shaping(groups, self._shaping, self._advantages)
 
         wanted = self._config.rollout.prompts_per_step
         selection = select(ask, wanted, self._filter_chain, self._config.selection)

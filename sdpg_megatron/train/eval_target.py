@@ -9,7 +9,7 @@ from typing import Any
 
 from sdpg_megatron.checkpoint.state import CHECKPOINT_FOLDER, CONFIG_FILE, checkpoint_folders, step_of
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import apply_override, load, parse
+from sdpg_megatron.config.load import apply_override, load_config, parse
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.evaluation.results import response_limit
 from sdpg_megatron.hf_files import fix_for_missing
@@ -48,10 +48,10 @@ def find_eval_target(target: Path, step: int | None, overrides: Sequence[str]) -
 
 def _find(target: Path, step: int | None, overrides: Sequence[str]) -> EvalTarget:
     if target.is_file():
-        config = load(target, overrides)
+        config = load_config(target, overrides)
         return EvalTarget(str(config.model.path), config) if step is None else _of_run(config, step)
     if (target / CONFIG_FILE).is_file():
-        return _of_run(load(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
+        return _of_run(load_config(target / CONFIG_FILE, overrides).model_copy(update={"run_dir": target}), step)
     if (target / "config.json").is_file():
         if step is not None:
             raise ConfigError("--step", step, f"none with a Hugging Face folder ({target})", "name a run's folder")

@@ -78,7 +78,7 @@ def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -
     check_same_model(state, fingerprint(config.model.path))
     check_parallel(arch, config.parallel)
     ranks = parallel.initialize(config.parallel, config.seed)
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     policy_trainer = PolicyTrainer(config, arch, objective, ranks)
     CheckpointStore(checkpoint.parent, ranks, config.checkpoint).load(checkpoint, state, policy_trainer)
     export_weights(config, policy_trainer, target)

@@ -22,6 +22,7 @@ from sdpg_megatron.data.source import PromptSource, load_prompts
 from sdpg_megatron.errors import DataError
 from sdpg_megatron.mcore.compat.device import check_layers
 from sdpg_megatron.observe.reading_progress import RowProgress
+from sdpg_megatron.observe.writers import find_writer
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, find_verifier, is_custom
 from sdpg_megatron.train.model_folder import read_model
@@ -122,6 +123,8 @@ def load_run_model(config: RunConfig) -> ModelInputs:
     check_parallel(model.arch, config.parallel)
     check_layers(config.model)
     load_filters(config.selection.filters)
+    for writer in config.writers:
+        find_writer(writer)
     check_run_dir(config.run_dir)
     return model
 

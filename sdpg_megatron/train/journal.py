@@ -27,6 +27,7 @@ from sdpg_megatron.observe.writers import (
     METRICS_FILE,
     PROMPTS_FILE,
     JsonlWriter,
+    open_external,
     open_writers,
     read_metrics,
     truncate_records,
@@ -95,7 +96,7 @@ class _Files:
         self._config, self._progress = config, progress
         truncate_records(run_dir, step, evaluated=evaluated)
         truncate_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
-        self._metrics = open_writers(run_dir)
+        self._metrics = open_writers(run_dir, [open_external(spec, config) for spec in config.writers])
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
         self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, config.rollout_log)
         records = read_metrics(run_dir / METRICS_FILE)

@@ -82,7 +82,7 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> RunOut
         if start.done:
             return RunOutcome.ALREADY_DONE
         store.sweep()
-        objective = objectives.build(config.objective, config.total_optimizer_steps)
+        objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
         policy_trainer = PolicyTrainer(config, inputs.arch, objective, ranks)
         if start.checkpoint is not None and start.state is not None:
             store.load(start.checkpoint, start.state, policy_trainer)
@@ -150,7 +150,7 @@ class Trainer:
         stack.callback(self.serving.close)
         rollouts = self.serving.rollouts
         rollouts.check_verifier(inputs.prompts[0])
-        self.collector = Collector(config, inputs.prompts, rollouts, self.ranks)
+        self.collector = Collector(config, inputs.prompts, rollouts, policy_trainer.objective, self.ranks)
         self.updater = PolicyUpdater(config, inputs, policy_trainer, state.skipped)
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 

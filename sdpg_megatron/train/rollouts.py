@@ -10,7 +10,6 @@ from itertools import chain
 
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore.parallel import ParallelState, split_evenly
-from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
@@ -31,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Weights = Callable[[], Iterable[Bucket]]
 """A new stream of a replica's weights; every rank of the replica iterates it to its end."""
+
+Advantages = Callable[[Sequence[float]], Sequence[float]]
+"""Advantage estimator: shaped rewards of one group to its advantages; see `Objective.advantages`."""
 
 _Scored = tuple[tuple[Completion, ...], GroupRewards]
 
@@ -217,7 +219,7 @@ class Rollouts:
             ScoredGroup(
                 Group(prompt, completions),
                 score.rewards,
-                group_advantages(score.rewards),
+                (),  # `with_shaping` computes them
                 score.failures,
                 score.answers,
                 score.errors,
@@ -239,12 +241,11 @@ def _drive(weights: Iterable[Bucket]) -> None:
         pass
 
 
-def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping) -> list[ScoredGroup]:
-    """The same groups with the advantages of their shaped rewards. `rewards` stay the verifier's."""
+def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping, estimate: Advantages) -> list[ScoredGroup]:
+    """Add the advantages of the shaped rewards. `rewards` stay the verifier's."""
     shaped = [shaping.shape(scored.rewards, scored.group.completions) for scored in groups]
     return [
-        replace(scored, advantages=group_advantages(rewards, shaping.deviation))
-        for scored, rewards in zip(groups, shaped, strict=True)
+        replace(scored, advantages=tuple(estimate(rewards))) for scored, rewards in zip(groups, shaped, strict=True)
     ]
 
 

@@ -164,7 +164,7 @@ def change_behind_a_save(model: Path, folder: Path, overrides: dict[str, Any]) -
     from sdpg_megatron.checkpoint import writing
     from sdpg_megatron.mcore.offload import _tensors
 
-    write = writing._write_and_seal
+    write = writing._write_and_hash
 
     def late(*args: Any, **options: Any) -> None:
         time.sleep(0.5)
@@ -177,7 +177,7 @@ def change_behind_a_save(model: Path, folder: Path, overrides: dict[str, Any]) -
     store = store_of(run, folder)
     state = [*run.policy_trainer.teacher.kept, *_tensors(run.policy_trainer.optimizer)]
     saved = [tensor.detach().clone() for tensor in state]
-    with mock.patch.object(writing, "_write_and_seal", late):
+    with mock.patch.object(writing, "_write_and_hash", late):
         store.save(run.policy_trainer, state_at(1))
     assert store._pending.writing._staged, "kept for the writer"
     for tensor in state:

@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-13}
 
 
 @dataclass(frozen=True)
-class Layout:
+class Variant:
     """How a step is run; what it computes must not depend on any of this."""
 
     world: int = 1
@@ -61,17 +61,17 @@ class Layout:
 
 def step_batches(config: RunConfig, vocab: int, ranks: Any) -> list[Any]:
     from sdpg_megatron import objectives
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
 
-    distill_enabled = objectives.build(config.objective, config.total_optimizer_steps).distill_enabled
+    distill_enabled = objectives.build_objective(config.objective, config.total_optimizer_steps).distill_enabled
     return build_step(
         make_samples(scored_groups(vocab), config.objective, distill_enabled=distill_enabled),
         regularized=True,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=torch.device("cpu"),
     ).micro_batches
 
@@ -87,7 +87,7 @@ def build_model(config: RunConfig, ranks: Any, dtype: str) -> tuple[Any, list[An
     return arch, chunks
 
 
-def wrap(chunks: list[Any], layout: Layout, *, float32: bool, distributed: bool) -> list[Any]:
+def wrap(chunks: list[Any], layout: Variant, *, float32: bool, distributed: bool) -> list[Any]:
     """`float32`: buffers in that type, else in the weights'."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -120,7 +120,7 @@ in_float64 = mock.patch("sdpg_megatron.mcore.layers.RMSNorm.forward", exact_norm
 
 
 @in_float64
-def gradients(folder: Path, layout: Layout) -> dict[str, Tensor]:
+def gradients(folder: Path, layout: Variant) -> dict[str, Tensor]:
     """One step's gradients under Hugging Face names, on rank 0."""
     from sdpg_megatron import objectives
     from sdpg_megatron.mcore import parallel, passes
@@ -137,7 +137,7 @@ def gradients(folder: Path, layout: Layout) -> dict[str, Tensor]:
     batches = step_batches(config, arch.vocab_size, ranks)
     distill_enabled = passes.teacher_hidden(wrapped, batches)
     batches = [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, distill_enabled, strict=True)]
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     head = Head.build(config, arch.vocab_size, ranks.tensor_group, wrapped)
     passes.run_schedule(wrapped, ForwardStep(objective, StepContext(0, 4), head), batches)
     if ranks.on_last_stage:
@@ -158,7 +158,7 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
     from sdpg_megatron.objectives.base import StepContext
     from sdpg_megatron.weights import WeightStream
 
-    config = Layout(micro_batch_size=64).config(folder)
+    config = Variant(micro_batch_size=64).config(folder)
     ranks = parallel.initialize(config.parallel, 0)
     arch, (model,) = build_model(config, ranks, "float64")
     (batch,) = step_batches(config, arch.vocab_size, ranks)
@@ -176,7 +176,7 @@ def twin_gradients(folder: Path) -> dict[str, Tensor]:
             temperature=config.rollout.temperature,
         )
     )
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     loss_T = objective.loss(token_terms(batch, terms, slice(None)), StepContext(0, 4)).loss_T
     named = dict(named_parameters([model]))
     share = float(1.0 / torch.tensor(batch.num_tokens))  # as megatron-core has it: in float32
@@ -199,23 +199,23 @@ def expected(model: Path, ranks: RankPool) -> dict[str, Tensor]:
 
 
 LAYOUTS = {
-    "one_micro_batch": Layout(micro_batch_size=64),
-    "micro_batches": Layout(),
-    "recompute": Layout(schedule="recompute"),
-    "without_main_grad": Layout(main_grad=False),
-    "scaled": Layout(loss_scale=1024.0),
-    "scaled_recompute": Layout(loss_scale=1024.0, schedule="recompute"),
-    "pp2": Layout(world=2, pipeline=2),
-    "pp2_recompute": Layout(world=2, pipeline=2, schedule="recompute"),
-    "pp2_scaled": Layout(world=2, pipeline=2, loss_scale=1024.0),
-    "pp2_without_main_grad": Layout(world=2, pipeline=2, main_grad=False),
-    "tp2": Layout(world=2, tensor=2),
-    "tp2_sp": Layout(world=2, tensor=2, sequence=True),
-    "tp2_pp2_sp": Layout(world=4, tensor=2, pipeline=2, sequence=True),
-    "dp2": Layout(world=2),
-    "dp2_overlap": Layout(world=2, overlap=True),
-    "dp2_overlap_recompute": Layout(world=2, overlap=True, schedule="recompute"),
-    "dp2_pp2_overlap": Layout(world=4, pipeline=2, overlap=True),
+    "one_micro_batch": Variant(micro_batch_size=64),
+    "micro_batches": Variant(),
+    "recompute": Variant(schedule="recompute"),
+    "without_main_grad": Variant(main_grad=False),
+    "scaled": Variant(loss_scale=1024.0),
+    "scaled_recompute": Variant(loss_scale=1024.0, schedule="recompute"),
+    "pp2": Variant(world=2, pipeline=2),
+    "pp2_recompute": Variant(world=2, pipeline=2, schedule="recompute"),
+    "pp2_scaled": Variant(world=2, pipeline=2, loss_scale=1024.0),
+    "pp2_without_main_grad": Variant(world=2, pipeline=2, main_grad=False),
+    "tp2": Variant(world=2, tensor=2),
+    "tp2_sp": Variant(world=2, tensor=2, sequence=True),
+    "tp2_pp2_sp": Variant(world=4, tensor=2, pipeline=2, sequence=True),
+    "dp2": Variant(world=2),
+    "dp2_overlap": Variant(world=2, overlap=True),
+    "dp2_overlap_recompute": Variant(world=2, overlap=True, schedule="recompute"),
+    "dp2_pp2_overlap": Variant(world=4, pipeline=2, overlap=True),
 }
 
 
@@ -249,7 +249,7 @@ def test_the_comparison_is_about_something(model: Path, expected: dict[str, Tens
 # --- the distributed optimizer, which hands a rank its own part of the gradients alone: compared by what is learned
 
 
-def trained(folder: Path, layout: Layout) -> tuple[list[float], dict[str, Tensor]]:
+def trained(folder: Path, layout: Variant) -> tuple[list[float], dict[str, Tensor]]:
     """Gradient norms of two updates, and the weights after them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
@@ -259,7 +259,7 @@ def trained(folder: Path, layout: Layout) -> tuple[list[float], dict[str, Tensor
 
     config = layout.config(folder)
     ranks = parallel.initialize(config.parallel, 0)
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     with mock.patch.object(
         learning, "wrap", lambda chunks, _: wrap(chunks, layout, float32=True, distributed=config.optimizer.distributed)
     ):
@@ -277,8 +277,8 @@ def trained(folder: Path, layout: Layout) -> tuple[list[float], dict[str, Tensor
 @pytest.mark.parametrize("schedule", ["grad_in_forward", "recompute"])
 def test_a_distributed_optimizer_that_overlaps_learns_the_same(model: Path, ranks: RankPool, schedule: str) -> None:
     """Gradients reduced bucket by bucket during the backward pass, weights gathered so during the forward pass."""
-    ((norms, weights),) = ranks.run(trained, 1, model, Layout(schedule=schedule, main_grad=False))
-    for found_norms, found in ranks.run(trained, 2, model, Layout(world=2, schedule=schedule, overlap=True)):
+    ((norms, weights),) = ranks.run(trained, 1, model, Variant(schedule=schedule, main_grad=False))
+    for found_norms, found in ranks.run(trained, 2, model, Variant(world=2, schedule=schedule, overlap=True)):
         assert found_norms == pytest.approx(norms, rel=1e-5)
         for name, weight in weights.items():
             assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -287,7 +287,7 @@ def test_a_distributed_optimizer_that_overlaps_learns_the_same(model: Path, rank
 # --- bfloat16 weights
 
 
-def bfloat16_gradient(folder: Path, layout: Layout) -> tuple[Tensor, Tensor]:
+def bfloat16_gradient(folder: Path, layout: Variant) -> tuple[Tensor, Tensor]:
     """(float32 gradient of the output matrix from two backward passes, float64 gradient of the same numbers)."""
     from sdpg_megatron.head import TeacherRows
     from sdpg_megatron.mcore import parallel
@@ -328,11 +328,11 @@ def test_a_gradient_of_bfloat16_weights_is_never_rounded_to_bfloat16(
     model: Path, ranks: RankPool, schedule: str, scale: float
 ) -> None:
     single = {"rtol": 2e-5, "atol": 2e-5 * scale}
-    ((found_VH, expected_VH),) = ranks.run(bfloat16_gradient, 1, model, Layout(schedule=schedule, loss_scale=scale))
+    ((found_VH, expected_VH),) = ranks.run(bfloat16_gradient, 1, model, Variant(schedule=schedule, loss_scale=scale))
     assert_close(found_VH.double(), expected_VH, **single)
     assert not torch.allclose(expected_VH.bfloat16().double(), expected_VH, **single)
     # Through autograd it is, twice: which this comparison would have seen.
-    through_autograd = Layout(schedule=schedule, loss_scale=scale, main_grad=False)
+    through_autograd = Variant(schedule=schedule, loss_scale=scale, main_grad=False)
     ((rounded_VH, _),) = ranks.run(bfloat16_gradient, 1, model, through_autograd)
     assert not torch.allclose(rounded_VH.double(), expected_VH, **single)
     assert_close(rounded_VH.double(), expected_VH, rtol=2**-7, atol=2**-7 * scale)

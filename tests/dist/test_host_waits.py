@@ -44,7 +44,7 @@ class Waits(TorchDispatchMode):
 def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -> tuple[Any, list[Any]]:
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
@@ -53,13 +53,17 @@ def learner_and_batches(folder: Path, overrides: dict[str, object], size: int) -
 
     config = config_of(folder, {"objective.gate": False, "optimizer.micro_batch_size": size, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    objective = objectives.build(config.objective, 4)
+    objective = objectives.build_objective(config.objective, 4)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     samples = make_samples(
         scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
     )
     batch = build_step(
-        samples, regularized=True, limit=Limit.of(config), layout=Layout.of(config, ranks), device=policy_trainer.device
+        samples,
+        regularized=True,
+        limit=Limit.of(config),
+        layout=PackingLayout.of(config, ranks),
+        device=policy_trainer.device,
     )
     return policy_trainer, policy_trainer.with_reference(batch.micro_batches)
 

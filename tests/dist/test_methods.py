@@ -246,10 +246,10 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
     """The twin's answer on this rank's shard."""
     from sdpg_megatron.head import HeadTerms, TeacherRows, VocabShard, head_loss
     from sdpg_megatron.mcore.head import head_options
-    from sdpg_megatron.objectives import build
+    from sdpg_megatron.objectives import build_objective
 
     question, config = make_question(list(case.gates)), config_of(case.objective)
-    objective = build(config.objective, TOTAL)
+    objective = build_objective(config.objective, TOTAL)
     columns, rank = COLUMNS // dist.get_world_size(), dist.get_rank()
     hidden_TH = question.hidden_TH.clone().requires_grad_()
     weight_VH = question.weight_VH[rank * columns : (rank + 1) * columns].clone().requires_grad_()

@@ -59,7 +59,9 @@ def allocated(folder: Path, overrides: dict[str, Any]) -> dict[str, int]:
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    policy_trainer = PolicyTrainer(
+        config, read_architecture(folder), objectives.build_objective(config.objective, 4), ranks
+    )
     for chunk in policy_trainer.chunks:
         chunk.zero_grad_buffer()
     policy_trainer.optimizer.step()

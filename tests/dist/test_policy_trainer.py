@@ -24,7 +24,7 @@ def updates(
     """Gradient norms of two updates on advantages multiplied by `scale`; None where one was skipped."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples, nobody
     from sdpg_megatron.batching.step_batch import build_step
@@ -34,7 +34,9 @@ def updates(
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.0, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    policy_trainer = PolicyTrainer(
+        config, read_architecture(folder), objectives.build_objective(config.objective, 4), ranks
+    )
     samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=nobody)
     batch = build_step(
         [
@@ -44,7 +46,7 @@ def updates(
         ],
         regularized=regularized,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     found = [policy_trainer.update(batch.micro_batches, StepContext(step, 4)) for step in range(2)]
@@ -110,7 +112,9 @@ def swap(folder: Path) -> tuple[bool, bool, bool]:
 
     config = config_of(folder, {})
     ranks = parallel.initialize(config.parallel, 0)
-    policy_trainer = PolicyTrainer(config, read_architecture(folder), objectives.build(config.objective, 4), ranks)
+    policy_trainer = PolicyTrainer(
+        config, read_architecture(folder), objectives.build_objective(config.objective, 4), ranks
+    )
     frozen = FrozenWeights(policy_trainer.chunks)
     first = {name: weight.clone() for name, weight in policy_trainer.named_weights().items()}
     for weight in policy_trainer.named_weights().values():

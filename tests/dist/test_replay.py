@@ -59,7 +59,7 @@ def logprobs(folder: Path, overrides: dict[str, Any], replays: bool) -> dict[tup
     """Old log-probs of each response's tokens, by the tokens of prompt and response."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step
@@ -68,14 +68,14 @@ def logprobs(folder: Path, overrides: dict[str, Any], replays: bool) -> dict[tup
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     groups = (recorded if replays else scored_groups)(VOCAB)
     batch = build_step(
         make_samples(groups, config.objective, distill_enabled=objective.distill_enabled),
         regularized=True,
         limit=Limit(3),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     found = {}

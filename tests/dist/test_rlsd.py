@@ -64,7 +64,7 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
     ranks = parallel.initialize(config.parallel, 0)
     arch = read_architecture(folder)
     policy_trainer = PolicyTrainer(
-        config, arch, objectives.build(config.objective, config.total_optimizer_steps), ranks
+        config, arch, objectives.build_objective(config.objective, config.total_optimizer_steps), ranks
     )
     unread: Any = None
     updater = PolicyUpdater(

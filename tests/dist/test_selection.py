@@ -69,6 +69,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
     """What two steps keep, by rank; or the error that ended them."""
     from sdpg_megatron.data.cursor import Cursor
     from sdpg_megatron.mcore import parallel
+    from sdpg_megatron.objectives.advantages import group_advantages
     from sdpg_megatron.rewards.shaping import Shaping
     from sdpg_megatron.train.rollouts import Rollouts, with_shaping
     from sdpg_megatron.train.selection import GroupFilterChain, select
@@ -83,7 +84,9 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
 
         def ask(count: int, number: int, step: int = step) -> list[ScoredGroup]:
             prompts = [Prompt(str(i), (1,), (1,), "") for i in cursor.take(count)]
-            return with_shaping(rollouts.run(prompts, Sampling(4, 8, seed=100 * step + number)), shaping)
+            return with_shaping(
+                rollouts.run(prompts, Sampling(4, 8, seed=100 * step + number)), shaping, group_advantages
+            )
 
         try:
             selection = select(ask, 5, filters_of_step, config)

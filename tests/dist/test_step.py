@@ -62,7 +62,7 @@ def scored_groups(vocab: int, aggregation_seed: int = 0) -> list[ScoredGroup]:
     groups = []
     for number in range(4):
         student = tokens(draw.randint(3, 7))
-        prompt = Prompt(f"test:{number}", student, tokens(4) + student, "answer", (7 + number, *student[:2], *student))
+        prompt = Prompt(f"test:{number}", student, tokens(4) + student, "answer")
         responses = [tokens(draw.randint(1, 9)) for _ in range(4)]
         completions = tuple(
             Completion(response, tuple(draw.uniform(-6, -4) for _ in response), "stop", 0, "") for response in responses
@@ -76,7 +76,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """Two optimizer steps (the second has moved away from the reference); on the leader, what came of them."""
     from sdpg_megatron import objectives
     from sdpg_megatron.architecture import read_architecture
-    from sdpg_megatron.batching.collate import Layout
+    from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples
     from sdpg_megatron.batching.step_batch import build_step, with_corrections
@@ -88,7 +88,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
 
     config = config_of(folder, overrides)
     ranks = parallel.initialize(config.parallel, config.seed)
-    objective = objectives.build(config.objective, config.total_optimizer_steps)
+    objective = objectives.build_objective(config.objective, config.total_optimizer_steps)
     policy_trainer = PolicyTrainer(config, read_architecture(folder), objective, ranks)
     samples = make_samples(
         scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=objective.distill_enabled
@@ -97,7 +97,7 @@ def two_steps(folder: Path, overrides: dict[str, Any]) -> dict[str, Any] | None:
         samples,
         regularized=True,
         limit=Limit.of(config),
-        layout=Layout.of(config, ranks),
+        layout=PackingLayout.of(config, ranks),
         device=policy_trainer.device,
     )
     batches = batch.micro_batches
@@ -190,6 +190,33 @@ def test_an_entropy_bonus_is_the_same_on_any_layout(model: Path, single: dict[st
         assert not torch.allclose(gradient, single["gradients"][name], rtol=1e-2, atol=1e-4), name
     bonus = 0.5 * single["metrics"][0]["train/entropy"]
     assert alone["metrics"][0]["train/loss"] == pytest.approx(single["metrics"][0]["train/loss"] - bonus, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, {"optimizer.micro_batch_size": 3}),
+        (2, {"parallel.tensor": 2, "optimizer.micro_batch_size": 3}),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+        (2, {"parallel.context": 2, "optimizer.distributed": False}),
+        (2, {"optimizer.distributed": False}),
+    ],
+    ids=["micro_batches", "tp2", "vpp2", "cp2", "dp2"],
+)
+@pytest.mark.parametrize("model", ["tied"], indirect=True)
+def test_an_objective_over_sequences_is_the_same_on_any_layout(
+    model: Path, ranks: RankPool, world: int, layout: dict[str, Any]
+) -> None:
+    """GSPO's ratio is a mean over a response, whose tokens context parallelism shards over ranks."""
+    gspo = {"objective.name": "examples.objectives.gspo:GSPO", "objective.clip_low": 0.9, "objective.clip_high": 9.0}
+    gspo |= {"objective.correction": "truncate"}  # which keeps the log-probs from before the first of the two updates
+    alone = ranks.run(two_steps, 1, model, gspo)[0]
+    found = ranks.run(two_steps, world, model, {**gspo, **layout})[0]
+    for expected, step in zip(alone["metrics"], found["metrics"], strict=True):
+        assert step == pytest.approx(expected, rel=2e-4, abs=2e-6)
+    assert alone["metrics"][1]["policy/ratio"] != pytest.approx(1.0, abs=1e-6)
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @each_model

@@ -59,7 +59,7 @@ class Run:
     config: Any
 
     def minibatches(self) -> list[Any]:
-        from sdpg_megatron.batching.collate import Layout
+        from sdpg_megatron.batching.collate import PackingLayout
         from sdpg_megatron.batching.micro_batches import Limit
         from sdpg_megatron.batching.samples import make_samples
         from sdpg_megatron.batching.step_batch import build_step
@@ -75,7 +75,7 @@ class Run:
                 ),
                 regularized=False,
                 limit=Limit.of(self.config),
-                layout=Layout.of(self.config, self.ranks),
+                layout=PackingLayout.of(self.config, self.ranks),
                 device=self.policy_trainer.device,
             ).micro_batches
             for part in (groups[:2], groups[2:])
@@ -100,7 +100,7 @@ def start(folder: Path, overrides: Mapping[str, Any]) -> Run:
 
     config = config_of(folder, {"objective.alpha": 0.0, "objective.beta": 0.7, **DISTILL, **overrides})
     ranks = parallel.initialize(config.parallel, 0)
-    objective = objectives.build(config.objective, STEPS * MINIBATCHES)
+    objective = objectives.build_objective(config.objective, STEPS * MINIBATCHES)
     return Run(PolicyTrainer(config, read_architecture(folder), objective, ranks), ranks, config)
 
 

@@ -25,7 +25,7 @@ def counted(real: Callable[..., Any], counts: Counter[str], name: str) -> Callab
 
 
 def main(paths: list[Path]) -> None:
-    from sdpg_megatron.config.load import load
+    from sdpg_megatron.config.load import load_config
     from sdpg_megatron.mcore import passes
     from sdpg_megatron.train.loop import RunOutcome, train
 
@@ -41,7 +41,7 @@ def main(paths: list[Path]) -> None:
     passes.run_schedule = run_schedule
     for path in paths:
         counts.clear()
-        assert train(load(path)) is RunOutcome.FINISHED
+        assert train(load_config(path)) is RunOutcome.FINISHED
         print(json.dumps({name: counts[name] for name in PASSES}))  # noqa: T201
 
 

@@ -67,7 +67,7 @@ def die_while_writing(count: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "update": lambda count: die_after("mcore.learner", "Learner", "update", count),
+    "update": lambda count: die_after("mcore.policy_trainer", "PolicyTrainer", "update", count),
     "reported": lambda count: die_after("observe.writers", "MultiWriter", "write", count),
     "begun": lambda count: die_after("train.loop", "Trainer", "_save", count),
     "writer": die_while_writing,

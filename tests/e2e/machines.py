@@ -51,7 +51,7 @@ class Machines:
     def gave_each_other_up(self) -> bool:
         """Whether both launchers said that the other's machine is silent."""
         said = ((self.said(node), f"machine {1 - node} (") for node in (0, 1))
-        return all(other in text and "has not been heard of for" in text for text, other in said)
+        return all(other in text and "has sent no heartbeat for" in text for text, other in said)
 
     def codes(self, launchers: list[subprocess.Popen[bytes]], limit: float = LIMIT) -> list[int]:
         """How both end, and that nothing of theirs is left."""

@@ -148,7 +148,7 @@ def test_a_dry_run_says_whether_a_run_can_go_on(
         for arguments in (new_run(whole, whole), [*new_run(tmp_path, whole), "--branch-from", f"{whole / 'run'}@4"]):
             broken = train(*arguments, "steps=9", "--dry-run")
             assert broken.returncode == 2
-            assert f"{damaged.name}: found" in broken.stderr and "Fix: bring the file back" in broken.stderr
+            assert f"{damaged.name}: found" in broken.stderr and "Fix: restore the file" in broken.stderr
         (whole / "run" / "summary.json").rename(tmp_path / "summary.json")  # the checkpoint is what is evaluated now
         held_out = f"data.eval=[{whole / 'eval.jsonl'}]"
         assert main(["eval", str(whole / "run"), held_out, "--dry-run", "--out", str(tmp_path / "out")]) == 2
@@ -158,4 +158,4 @@ def test_a_dry_run_says_whether_a_run_can_go_on(
         damaged.write_bytes(content)
     assert not (tmp_path / "out").exists()
     alone = train(*new_run(tmp_path, whole), "--new-reference")
-    assert alone.returncode == 2 and "--branch-from beside it" in alone.stderr
+    assert alone.returncode == 2 and "--branch-from as well" in alone.stderr

@@ -24,9 +24,9 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("how", "lost", "phase", "found"),
     [
-        ("stop", 1, "update", "no sign of life from rank 1 for 10 s"),
+        ("stop", 1, "update", "no heartbeat from rank 1 for 10 s"),
         # the first rank has the store, whose thread does not need Python's lock; then, it has, and is stopped
-        ("hold", 0, "update", "no sign of life from rank 0 for 10 s"),
+        ("hold", 0, "update", "no heartbeat from rank 0 for 10 s"),
         ("stop", 0, "eval", "the first rank's machine has not answered for 10 s"),
         ("die", 1, "update", "a collective has failed in update"),
     ],
@@ -44,7 +44,7 @@ def test_a_rank_that_is_silent_is_named_by_the_others(
         assert f"watchdog, rank {rank} of {RANKS}, process " in told
         assert found in told, told[-3000:]
         assert f"missing: rank {lost}\n  rank {lost} (process " in told
-        assert "silent for " in told and f"what follows is older): {phase} for " in told
+        assert "silent for " in told and f"last known status): {phase} for " in told
         assert "hanging.py" in told, "its last place"
         assert 'train/loop.py", line ' in told, "a stack of its own"
     if how == "hold":

@@ -17,7 +17,7 @@ from sdpg_megatron.batching.samples import Sample, nobody
 from sdpg_megatron.batching.samples import make_samples as samples_of
 from sdpg_megatron.batching.step_batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
 
 CPU = torch.device("cpu")
@@ -30,7 +30,10 @@ def make_samples(
 ) -> list[Sample]:
     """Of a step with a teacher or without."""
     return samples_of(
-        groups, config, distill_enabled=build(config, 1).distill_enabled if distill else nobody, stop_ids=stop_ids
+        groups,
+        config,
+        distill_enabled=build_objective(config, 1).distill_enabled if distill else nobody,
+        stop_ids=stop_ids,
     )
 
 
@@ -238,7 +241,7 @@ def test_the_gate_opens_for_positive_advantages_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "taught"),
+    ("name", "distill_enabled"),
     [
         ("sdpg", [True, False, False, False]),
         ("grpo", [False] * 4),

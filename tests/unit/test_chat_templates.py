@@ -112,8 +112,7 @@ def test_smollm2() -> None:
 def test_an_option_that_the_template_does_not_leave_to_the_user_is_refused(options: dict[str, Any], names: str) -> None:
     tiny = tiny_tokenizer()
     tiny.chat_template += "{% if enable_thinking %}<think>{% endif %}"
-    assert tiny.decode(
-        Renderer(DataConfig(template_options={"enable_thinking": True}), tiny).students([EXAMPLE])[0]
-    ).endswith("<think>")
+    (student,) = Renderer(DataConfig(template_options={"enable_thinking": True}), tiny).students([EXAMPLE])
+    assert tiny.decode(student).endswith("<think>")
     with pytest.raises(ConfigError, match=rf"data\.template_options: .*{names}"):
         Renderer(DataConfig(template_options=options), tiny)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.checkpoint import store as store_module
-from sdpg_megatron.checkpoint.files import FileSum, find_damage, flush_folder, fsync_and_hash
+from sdpg_megatron.checkpoint.files import FileSum, find_damage, fsync_and_hash
 from sdpg_megatron.checkpoint.state import MANIFEST, RunState, complete_checkpoints
 from sdpg_megatron.checkpoint.store import CheckpointStore
 from sdpg_megatron.config import CheckpointConfig
 from sdpg_megatron.errors import CheckpointError
+from sdpg_megatron.observe.files import fsync_path
 
 
 class Alone:
@@ -103,7 +104,7 @@ def test_the_disk_knows_that_one_is_out_of_sight_before_any_of_it_goes(
         return act
 
     monkeypatch.setattr(Path, "rename", recorded("rename", Path.rename))
-    monkeypatch.setattr(store_module, "flush_folder", recorded("flush", flush_folder))
+    monkeypatch.setattr(store_module, "fsync_path", recorded("flush", fsync_path))
     monkeypatch.setattr(shutil, "rmtree", recorded("remove", shutil.rmtree))
     store._remove(tmp_path / "step_00000001")
     assert calls == [("rename", "step_00000001"), ("flush", "parent"), ("remove", "step_00000001")]
@@ -165,7 +166,7 @@ def test_the_only_one_being_damaged_means_to_start_again(tmp_path: Path) -> None
     store = store_in(tmp_path)
     add(store, 1)
     (tmp_path / "step_00000001" / MANIFEST).write_text("{}")
-    with pytest.raises(CheckpointError, match="starts the run again: there is no older one"):
+    with pytest.raises(CheckpointError, match="restarts the run: there is no older checkpoint"):
         store.newest()
 
 
@@ -217,7 +218,7 @@ def test_damage_is_found_by_several_threads(tmp_path: Path) -> None:
         (tmp_path / str(number)).write_bytes(bytes([number]))
         sums[str(number)] = fsync_and_hash(tmp_path / str(number))
     seen: list[int] = []
-    assert find_damage(tmp_path, sums, digests=True, threads=3, looked=seen.append) is None
+    assert find_damage(tmp_path, sums, digests=True, threads=3, checked=seen.append) is None
     assert sum(seen) == 9
     for changed in ("7", "2"):
         (tmp_path / changed).write_bytes(b"x")

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdpg_megatron.config import ObjectiveConfig, RunConfig, Section
+from sdpg_megatron.config import RunConfig, Section
 from sdpg_megatron.config.field_values import plain_data
-from sdpg_megatron.config.load import apply_override, dump, load, parse
+from sdpg_megatron.config.load import apply_override, dump, load_config, parse
+from sdpg_megatron.config.method_defaults import DEFAULTS
 from sdpg_megatron.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2" / "addition.yaml"
@@ -39,7 +40,7 @@ def sections(model: type[Section] = RunConfig) -> list[type[Section]]:
 
 
 def test_defaults_are_the_papers(minimal: Path) -> None:
-    config = load(minimal)
+    config = load_config(minimal)
     assert config.run_dir == Path("runs/x")
     assert (config.objective.name, config.objective.beta, config.objective.alpha) == ("sdpg", 1e-3, 1e-3)
     assert (config.objective.clip_low, config.objective.clip_high, config.objective.gate) == (0.2, 0.28, True)
@@ -52,22 +53,22 @@ def test_every_field_is_typed_immutable_and_refuses_unknown_keys(minimal: Path) 
     for section in sections():
         assert section.model_config["frozen"] and section.model_config["extra"] == "forbid"
     with pytest.raises(ValidationError, match="frozen"):
-        load(minimal).optimizer.lr = 1.0  # type: ignore[misc]
+        load_config(minimal).optimizer.lr = 1.0  # type: ignore[misc]
 
 
 def test_total_optimizer_steps_counts_minibatches(minimal: Path) -> None:
-    assert load(minimal, ["optimizer.minibatches=4"]).total_optimizer_steps == 400
+    assert load_config(minimal, ["optimizer.minibatches=4"]).total_optimizer_steps == 400
 
 
 def test_the_shipped_example_is_valid() -> None:
-    config = load(EXAMPLE, ["model.path=/models/smollm2"])
+    config = load_config(EXAMPLE, ["model.path=/models/smollm2"])
     assert config.model.path == Path("/models/smollm2")
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (8, 8)
 
 
 def test_the_example_asks_for_the_model() -> None:
     with pytest.raises(ConfigError, match=r"^model\.path: found None, expected a path\. Fix: set model\.path"):
-        load(EXAMPLE)
+        load_config(EXAMPLE)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_the_example_asks_for_the_model() -> None:
     ],
 )
 def test_overrides_are_read_as_yaml(minimal: Path, override: str, read: Any) -> None:
-    assert read(load(minimal, [override]))
+    assert read(load_config(minimal, [override]))
 
 
 def test_the_last_override_wins(minimal: Path) -> None:
-    assert load(minimal, ["steps=70", "steps=80"]).steps == 80
+    assert load_config(minimal, ["steps=70", "steps=80"]).steps == 80
 
 
 @pytest.mark.parametrize(
@@ -165,60 +166,60 @@ def test_the_last_override_wins(minimal: Path) -> None:
 )
 def test_a_refusal_names_field_value_and_fix(minimal: Path, override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(minimal, override.split(" with "))
+        load_config(minimal, override.split(" with "))
     for part in [*parts, "found", "expected", "Fix"]:
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("others", [["model.dtype=bfloat16"], ["model.packed=false"]])
 def test_transformer_engine_takes_bfloat16_and_padded_float32(minimal: Path, others: list[str]) -> None:
-    assert load(minimal, ["model.spec=te", *others]).model.spec == "te"
+    assert load_config(minimal, ["model.spec=te", *others]).model.spec == "te"
 
 
 def test_ramps_count_together(minimal: Path) -> None:
     both = ["objective.beta_warmup_steps=60", "objective.beta_decay_steps=41"]
     with pytest.raises(ConfigError, match="found 101"):
-        load(minimal, both)
-    assert load(minimal, [*both, "optimizer.minibatches=2"]).total_optimizer_steps == 200
+        load_config(minimal, both)
+    assert load_config(minimal, [*both, "optimizer.minibatches=2"]).total_optimizer_steps == 200
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "rpg", "rlsd"])
 def test_a_method_without_a_distillation_term_has_no_beta(minimal: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"objective\.beta: found 0\.5, expected 0 with {name}"):
-        load(minimal, [f"objective.name={name}", "objective.beta=0.5"])
-    assert load(minimal, [f"objective.name={name}"]).objective.beta == 0
+        load_config(minimal, [f"objective.name={name}", "objective.beta=0.5"])
+    assert load_config(minimal, [f"objective.name={name}"]).objective.beta == 0
 
 
 @pytest.mark.parametrize(("field", "value"), [("teacher", "ema"), ("context", "peer")])
 def test_a_method_without_a_teacher_takes_no_teachers_fields(minimal: Path, field: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"objective\.{field}: found '{value}', expected .* with dapo"):
-        load(minimal, ["objective.name=dapo", f"objective.{field}={value}"])
+        load_config(minimal, ["objective.name=dapo", f"objective.{field}={value}"])
 
 
 def test_peers_make_teacher_prompts_longer(minimal: Path) -> None:
     lengths = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=50"]
-    assert load(minimal, lengths).max_teacher_tokens == 100
-    assert load(minimal, [*lengths, "objective.name=sdpo"]).max_teacher_tokens == 150
-    assert load(minimal, [*lengths, "objective.name=sdpo", "data.max_peer_tokens=120"]).max_teacher_tokens == 120
+    assert load_config(minimal, lengths).max_teacher_tokens == 100
+    assert load_config(minimal, [*lengths, "objective.name=sdpo"]).max_teacher_tokens == 150
+    assert load_config(minimal, [*lengths, "objective.name=sdpo", "data.max_peer_tokens=120"]).max_teacher_tokens == 120
 
 
 @pytest.mark.parametrize("name", ["sdpg", "opcd", "sdpo", "rlsd", "grpo"])
 def test_the_clipped_ratio_distils_in_opsd_alone(minimal: Path, name: str) -> None:
     expected = rf"objective\.distill_loss: found 'clipped_ratio', expected divergence with {name}"
     with pytest.raises(ConfigError, match=expected):
-        load(minimal, [f"objective.name={name}", "objective.distill_loss=clipped_ratio"])
+        load_config(minimal, [f"objective.name={name}", "objective.distill_loss=clipped_ratio"])
     opsd = ["objective.name=opsd", "objective.distill_loss=clipped_ratio"]
-    assert load(minimal, opsd).objective.distill_loss == "clipped_ratio"
+    assert load_config(minimal, opsd).objective.distill_loss == "clipped_ratio"
     for field, value in (("top_k", "5"), ("divergence_clip", "0.1"), ("divergence", "reverse_kl")):
         with pytest.raises(
             ConfigError, match=rf"^objective\.{field}: found .*{value}.*with objective\.distill_loss clip"
         ):
-            load(minimal, [*opsd, f"objective.{field}={value}"])
+            load_config(minimal, [*opsd, f"objective.{field}={value}"])
 
 
 def test_rlsd_reads_sampled_tokens_alone(minimal: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.divergence: found 'jsd', expected sampled_token with rlsd"):
-        load(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
+        load_config(minimal, ["objective.name=rlsd", "objective.divergence=jsd"])
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -278,48 +279,48 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_published_variants_are_settings(minimal: Path, name: str, fields: dict[str, Any]) -> None:
     """docs/methods.md has them."""
     overrides = [f"objective.{field}={yaml.safe_dump(value).split()[0]}" for field, value in fields.items()]
-    objective = load(minimal, [f"objective.name={name}", "optimizer.minibatches=8", *overrides]).objective
+    objective = load_config(minimal, [f"objective.name={name}", "optimizer.minibatches=8", *overrides]).objective
     assert {field: getattr(objective, field) for field in fields} == fields
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_defaults_are_its_papers_and_show(minimal: Path, tmp_path: Path, name: str) -> None:
-    config = load(minimal, [f"objective.name={name}"])
+    config = load_config(minimal, [f"objective.name={name}"])
     shown = yaml.safe_load(dump(config))["objective"]
     assert {field: shown[field] for field in METHODS[name]} == METHODS[name]
     again = tmp_path / "resolved.yaml"
     again.write_text(dump(config))
-    assert load(again) == config
+    assert load_config(again) == config
 
 
 def test_dapo_fills_its_steps_and_has_a_penalty_for_length(minimal: Path, tmp_path: Path) -> None:
-    config = load(minimal, ["objective.name=dapo", "rollout.max_response_tokens=20480"])
+    config = load_config(minimal, ["objective.name=dapo", "rollout.max_response_tokens=20480"])
     assert (config.selection.drop_dead, config.reward.overlong_buffer) == (True, 4096)
     again = tmp_path / "resolved.yaml"
     again.write_text(dump(config))
-    assert load(again) == config
-    without = load(minimal, ["objective.name=dapo", "selection.drop_dead=false", "reward.overlong_buffer=null"])
+    assert load_config(again) == config
+    without = load_config(minimal, ["objective.name=dapo", "selection.drop_dead=false", "reward.overlong_buffer=null"])
     assert (without.selection.drop_dead, without.reward.overlong_buffer) == (False, None)
     with pytest.raises(ConfigError, match="selection: found 3"):
-        load(minimal, ["objective.name=dapo", "selection=3"])
-    other = load(minimal, ["objective.name=grpo"])
+        load_config(minimal, ["objective.name=dapo", "selection=3"])
+    other = load_config(minimal, ["objective.name=grpo"])
     assert (other.selection.drop_dead, other.reward.overlong_buffer) == (False, None)
 
 
 def test_every_method_is_one_of_these() -> None:
-    assert set(METHODS) == set(get_args(ObjectiveConfig.model_fields["name"].annotation))
+    assert set(METHODS) == set(DEFAULTS)
 
 
 def test_what_is_set_wins_over_a_methods_default(minimal: Path) -> None:
     fields = ["name=sdpo", "top_k=null", "alpha=0.5", "gate=true", "beta_decay_steps=null"]
-    objective = load(minimal, [f"objective.{field}" for field in fields]).objective
+    objective = load_config(minimal, [f"objective.{field}" for field in fields]).objective
     assert (objective.top_k, objective.alpha, objective.gate, objective.beta_decay_steps) == (None, 0.5, True, None)
     assert objective.divergence == "jsd"
 
 
 def test_an_unknown_method_is_refused_by_name(minimal: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective\.name: found 'ppo'.*'sdpg'"):
-        load(minimal, ["objective.name=ppo"])
+        load_config(minimal, ["objective.name=ppo"])
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_an_unusable_file_is_named(tmp_path: Path, text: str | None, match: str)
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=match) as caught:
-        load(path)
+        load_config(path)
     assert str(path) in str(caught.value)
 
 
@@ -345,8 +346,8 @@ def test_a_section_without_fields_is_an_empty_one(minimal: Path, section: str) -
     """As when all its lines are commented out."""
     tree = {name: value for name, value in MINIMAL.items() if name != section}
     minimal.write_text(yaml.safe_dump(tree) + f"{section}:\n  # beta: 0.5\n")
-    assert load(minimal) == parse({**tree, section: {}})
-    assert load(minimal, ["objective.beta=0.5"]).objective.beta == 0.5
+    assert load_config(minimal) == parse({**tree, section: {}})
+    assert load_config(minimal, ["objective.beta=0.5"]).objective.beta == 0.5
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_a_section_without_fields_is_an_empty_one(minimal: Path, section: str) -
 )
 def test_so_are_lists_and_mappings(minimal: Path, lines: str, read: Any) -> None:
     minimal.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "data"}) + lines)
-    assert read(load(minimal))
+    assert read(load_config(minimal))
 
 
 @given(

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sdpg_megatron.config import MAX_SECONDS, RunConfig
 from sdpg_megatron.config.aliases import FIELD_OF
 from sdpg_megatron.config.field_values import without_none
-from sdpg_megatron.config.load import dump, load, parse
+from sdpg_megatron.config.load import dump, load_config, parse
 from sdpg_megatron.config.yaml_reader import read_yaml
 from sdpg_megatron.errors import ConfigError
 
@@ -36,13 +36,13 @@ def in_file(folder: Path, field: str, text: str) -> RunConfig:
         lines += others if name not in others else ""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree) + f"{lines}{'  ' * len(sections)}{name}: {text}\n")
-    return load(path)
+    return load_config(path)
 
 
 def on_command_line(folder: Path, field: str, text: str) -> RunConfig:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(TREE))
-    return load(path, [f"{field}={text}"])
+    return load_config(path, [f"{field}={text}"])
 
 
 BOTH = pytest.mark.parametrize("written", [in_file, on_command_line], ids=["file", "command_line"])
@@ -65,7 +65,7 @@ def test_what_is_written_survives_the_record_of_a_run(tmp_path: Path, written: W
     for text in (*SURPRISES, '"null"', '"~"', '" a "'):
         config = written(tmp_path, "data.system", text)
         (tmp_path / "config.yaml").write_text(dump(config))
-        assert load(tmp_path / "config.yaml") == config
+        assert load_config(tmp_path / "config.yaml") == config
         assert config.data.system == text.strip('"')
 
 
@@ -256,7 +256,7 @@ def test_repeated_keys_are_all_refused_with_both_lines(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("run_dir: x\nsteps: 2\nrollout:\n  group_size: 2\n  group_size: 4\nsteps: 3\nrollout: {}\n")
     with pytest.raises(ConfigError) as caught:
-        load(path)
+        load_config(path)
     assert str(caught.value).splitlines() == [
         "3 errors",
         f"  {path}:5: found 'group_size' again, after line 4, expected each key once. "
@@ -287,7 +287,7 @@ BOMB = "a: &a [x, x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}]\n" for p, c 
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=match):
-        load(tmp_path / "run.yaml")
+        load_config(tmp_path / "run.yaml")
 
 
 def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         yaml.safe_dump(TREE)
         + "optimizer: &o {lr: 1e-5, eps: 1e-7}\nalarms:\n  <<: [{window: 3}, {window: 4, gate: off}]\n"
     )
-    alarms = load(tmp_path / "run.yaml").alarms
+    alarms = load_config(tmp_path / "run.yaml").alarms
     assert (alarms.window, alarms.gate) == (3, False)
 
 
@@ -375,17 +375,17 @@ def test_all_that_is_wrong_is_shown_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(TREE))
     with pytest.raises(ConfigError) as fields:
-        load(path, ["steps=0", "tp=2", "optimizer.lr=fast", "rollout.group_size=1"])
+        load_config(path, ["steps=0", "tp=2", "optimizer.lr=fast", "rollout.group_size=1"])
     assert [line.split(":")[0].strip() for line in str(fields.value).splitlines()] == [
         "4 errors", "steps", "rollout.group_size", "optimizer.lr", "tp"
     ]  # fmt: skip
     with pytest.raises(ConfigError) as combined:
-        load(path, ["optimizer.warmup_steps=101", "optimizer.min_lr=1", "eval.k=[9]", "parallel.sequence=true"])
+        load_config(path, ["optimizer.warmup_steps=101", "optimizer.min_lr=1", "eval.k=[9]", "parallel.sequence=true"])
     assert [line.split(":")[0].strip() for line in str(combined.value).splitlines()] == [
         "4 errors", "optimizer.warmup_steps", "optimizer.min_lr", "parallel.sequence", "eval.k"
     ]  # fmt: skip
     with pytest.raises(ConfigError) as overrides:
-        load(path, ["data.train=[a", "nothing", "steps=4 # x"])
+        load_config(path, ["data.train=[a", "nothing", "steps=4 # x"])
     assert str(overrides.value).startswith("3 errors")
 
 
@@ -398,4 +398,4 @@ def test_an_override_without_a_key_is_refused(tmp_path: Path, override: str) -> 
 def parse_override(folder: Path) -> RunConfig:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(TREE))
-    return load(path, ["steps"])
+    return load_config(path, ["steps"])

@@ -113,7 +113,7 @@ QWEN3 = dataclasses.replace(
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("num_layers", 8, r"args: num_layers: found 8, expected 4, which config\.json says \(num_hidden_layers\)"),
+        ("num_layers", 8, r"args: num_layers: found 8, expected 4, as in config\.json \(num_hidden_layers\)"),
         ("num_query_groups", 4, r"num_query_groups: found 4, expected 2, .*num_key_value_heads"),
         ("rotary_base", 500000, r"rotary_base: found 500000, expected 10000\.0, .*rope_theta"),
         ("untie_embeddings_and_output_weights", False, "tie_word_embeddings"),

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import HeadOptions, HeadTerms, VocabShard, head_loss
-from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenTerms
 
 ROWS, COLUMNS, HIDDEN, TAU = 9, 21, 6, 0.8
@@ -35,7 +35,7 @@ def test_value_and_gradient_are_those_of_a_dense_twin(schedule: Literal["grad_in
     dense = (-advantage_T * logp_TV[torch.arange(ROWS), labels_T] - 0.3 * entropy_T).sum()
     expected = torch.autograd.grad(dense, (hidden_TH, weight_VH))
 
-    objective = build(ObjectiveConfig(name="grpo", policy="reinforce", alpha=0.0, entropy_coefficient=0.3), 4)
+    objective = build_objective(ObjectiveConfig(name="grpo", policy="reinforce", alpha=0.0, entropy_coefficient=0.3), 4)
 
     def loss(terms: HeadTerms, at_C: Tensor) -> Tensor:
         given = TokenTerms(
@@ -58,8 +58,7 @@ def test_value_and_gradient_are_those_of_a_dense_twin(schedule: Literal["grad_in
 
 def test_it_needs_every_token_and_no_pass() -> None:
     config = ObjectiveConfig(name="grpo", alpha=0.0, entropy_coefficient=0.1)
-    assert build(config, 4).required_passes(CONTEXT) == RequiredPasses(every_token=True)
-    assert build(config, 4).name == "grpo"
+    assert build_objective(config, 4).required_passes(CONTEXT) == RequiredPasses(every_token=True)
 
 
 def test_without_the_entropy_it_says_so() -> None:
@@ -69,12 +68,12 @@ def test_without_the_entropy_it_says_so() -> None:
         gate_T=one_T,
     )  # fmt: skip
     with pytest.raises(ValueError, match="entropy"):
-        build(ObjectiveConfig(name="grpo", alpha=0.0, entropy_coefficient=0.1), 4).loss(terms, CONTEXT)
+        build_objective(ObjectiveConfig(name="grpo", alpha=0.0, entropy_coefficient=0.1), 4).loss(terms, CONTEXT)
 
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_teacher_reads_what_it_would_read_without_the_bonus(gate: bool) -> None:
-    plain, bonus = (build(ObjectiveConfig(gate=gate, entropy_coefficient=c), 4) for c in (0.0, 0.3))
+    plain, bonus = (build_objective(ObjectiveConfig(gate=gate, entropy_coefficient=c), 4) for c in (0.0, 0.3))
     advantages = (-1.0, 0.0, 1.0)
-    found = [bonus.taught(advantage) for advantage in advantages]
-    assert found == [plain.taught(advantage) for advantage in advantages] == [not gate, not gate, True]
+    found = [bonus.distill_enabled(advantage) for advantage in advantages]
+    assert found == [plain.distill_enabled(advantage) for advantage in advantages] == [not gate, not gate, True]

@@ -34,7 +34,7 @@ from sdpg_megatron.rollout.base import WeightsWanted
 
 EXAMPLES: list[SdpgError] = [
     ConfigError("model.path", "here", "a folder", "make one"),
-    ConversionError("a: vocab_size", "3", "4, which config.json says", "use another"),
+    ConversionError("a: vocab_size", "3", "4, as in config.json", "use another"),
     DataError("a.jsonl:3", "nothing", "a row", "write one"),
     EvaluationError("eval/summary.json", "nothing", "a summary", "evaluate first"),
     FilterError("filters:easy", "train.jsonl:4", "None"),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from sdpg_megatron.config.load import load, parse
+from sdpg_megatron.config.load import load_config, parse
 from sdpg_megatron.data import source as data_source
 from sdpg_megatron.errors import ConfigError, DataError, VerifierError
 from sdpg_megatron.evaluation.problems import by_file
@@ -54,7 +54,7 @@ class Failing(Recorder):
 
 
 def test_an_evaluation_whose_verifier_fails_is_an_error_that_names_the_file() -> None:
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
+    config = load_config(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
     rollouts = Failing()
     said = r"evaluation on sums: found 8 of 8 calls that failed, the first on eval\.jsonl:1: KeyError: 'k' \(v\.py:3\)"
     with pytest.raises(VerifierError, match=said):
@@ -63,7 +63,7 @@ def test_an_evaluation_whose_verifier_fails_is_an_error_that_names_the_file() ->
 
 
 def test_the_examples_draws_stay_what_they_are() -> None:
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
+    config = load_config(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m"])
     rollouts = Recorder()
     evaluate(config, rollouts, prompts("eval", 2), 0)  # type: ignore[arg-type]
     uids = ["eval.jsonl:1", "eval.jsonl:2"]
@@ -82,7 +82,7 @@ def test_replicas_draw_differently_and_limits_are_the_evaluations_own() -> None:
 
 
 def test_metrics_by_data_file_where_there_are_several() -> None:
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", "eval.k=[2]"])
+    config = load_config(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", "eval.k=[2]"])
     one = evaluate(config, Recorder(), prompts("a", 1), 0)  # type: ignore[arg-type]
     names = {"sampled_accuracy", "pass_at_2", "majority_at_2", "greedy_accuracy", "length", "truncated", "failures"}
     alone = metrics(config, {"a": one})
@@ -107,7 +107,9 @@ def test_a_file_of_a_pattern_that_has_no_prompts_left_is_named(
 ) -> None:
     short, long = (json.dumps({"question": question, "answer": "2"}) + "\n" for question in ("1+1?", "x" * 900))
     (tmp_path / "a.jsonl").write_text(short + long)
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", f"data.eval=[{tmp_path}/*.jsonl]"])
+    config = load_config(
+        ROOT / "examples" / "smollm2" / "addition.yaml", ["model.path=m", f"data.eval=[{tmp_path}/*.jsonl]"]
+    )
     inputs = ModelInputs(arch=cast(Any, None), tokenizer=tiny_tokenizer(), stop_ids=())
     assert [len(found) for found in load_prompts(config, inputs).values()] == [1]
     assert "1 problems left out and 0 cut, as their prompts are over" in caplog.text
@@ -123,9 +125,9 @@ def test_a_run_on_reasoning_gym_is_evaluated_on_what_it_held_out() -> None:
     fields = ["model.path=m", "data.train=[]", "data.eval=[]", "eval.every=0", "data.max_prompt_tokens=400"]
     path = ROOT / "examples" / "smollm2" / "addition.yaml"
     inputs = ModelInputs(arch=cast(Any, None), tokenizer=tiny_tokenizer(), stop_ids=())
-    config = load(path, [*fields, gym.format(5)])
+    config = load_config(path, [*fields, gym.format(5)])
     held_out = data_source.load_prompts(config.data, inputs.tokenizer, config.seed)[1]
     assert held_out is not None
     assert load_prompts(config, inputs) == by_file(held_out.prompts)
     with pytest.raises(ConfigError, match=r"data\.reasoning_gym\.held_out: found 0, expected problems to evaluate on"):
-        load_prompts(load(path, [*fields, gym.format(0)]), inputs)
+        load_prompts(load_config(path, [*fields, gym.format(0)]), inputs)

@@ -28,7 +28,7 @@ from sdpg_megatron.checkpoint.pickles import read_tensor_list
 from sdpg_megatron.checkpoint.prefetched_rollouts import PrefetchedRollouts, read_prefetched, write_prefetched
 from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config import DataConfig
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.convert.arguments import arguments_of, check_arguments
 from sdpg_megatron.convert.command import convert
 from sdpg_megatron.convert.inspect import inspect
@@ -110,14 +110,14 @@ TREE = {
 @example(content=b"a: !!python/object/apply:os.getcwd []")
 def test_configuration_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
-    answers(lambda: load(tmp_path / "run.yaml"))
+    answers(lambda: load_config(tmp_path / "run.yaml"))
 
 
 @FUZZ
 @given(tree=retold(TREE))
 def test_configurations(tmp_path: Path, tree: dict[str, Any]) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8", errors="surrogatepass")
-    answers(lambda: load(tmp_path / "run.yaml"))
+    answers(lambda: load_config(tmp_path / "run.yaml"))
 
 
 @FUZZ
@@ -129,7 +129,7 @@ def test_configurations(tmp_path: Path, tree: dict[str, Any]) -> None:
 @example(override="steps=" + "[" * 5000)
 def test_overrides(tmp_path: Path, override: str) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(TREE))
-    answers(lambda: load(tmp_path / "run.yaml", [override]))
+    answers(lambda: load_config(tmp_path / "run.yaml", [override]))
 
 
 # --- rows of data

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import Divergence, HeadOptions, TeacherRows, VocabShard, head_gradient_squares
-from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
 from sdpg_megatron.objectives.gradient_balance import gradient_ratio, gradient_squares, term_gradients
 from sdpg_megatron.observe.metrics import Metric
@@ -66,7 +66,7 @@ def test_a_loss_falls_apart_by_term() -> None:
         advantage_T=advantage_T,
         gate_T=gate_T,
     )
-    by_logprob_T, by_divergence_T = term_gradients(build(config, 8), terms, StepContext(0, 8), weights_T)
+    by_logprob_T, by_divergence_T = term_gradients(build_objective(config, 8), terms, StepContext(0, 8), weights_T)
     assert_close(by_logprob_T, -advantage_T * weights_T)
     assert_close(by_divergence_T, 0.25 * gate_T * weights_T)
 

@@ -18,7 +18,7 @@ from sdpg_megatron.head.tile import WeightedLogRatio
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 CUTS = [[0, 9], [0, 4, 9], [0, 0, 3, 3, 8, 9, 9], [*range(10)]]
 
-gaps = pytest.mark.parametrize("gap", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
+gaps = pytest.mark.parametrize("weighted_log_ratio", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
 cuts = pytest.mark.parametrize("bounds", CUTS)
 
 

@@ -106,7 +106,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+@pytest.mark.parametrize("weighted_log_ratio", [None, *WeightedLogRatio])
 def test_measure_compiles_and_reads_each_logit_once(
     compiler: Any, weighted_log_ratio: WeightedLogRatio | None, masked: bool
 ) -> None:
@@ -169,7 +169,7 @@ def test_functions_of_rows_compile(compiler: Any, form: Form) -> None:
     assert not compiler(rows_triton._coefficients, constants).spills
 
 
-@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+@pytest.mark.parametrize("weighted_log_ratio", [None, *WeightedLogRatio])
 def test_join_compiles(compiler: Any, weighted_log_ratio: WeightedLogRatio | None) -> None:
     from sdpg_megatron.head import rows_triton
 

@@ -110,7 +110,7 @@ def test_machines_that_differ_are_refused_on_both_sides(tmp_path: Path, changes:
 
 
 def test_a_run_dir_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "VISIBLE_SECONDS", 0.1)
     folders = {0: tmp_path / "a", 1: tmp_path / "b"}
     found = meet_all(node_info(0), node_info(1), folders=folders)
     assert str(found[0]) == str(found[1])
@@ -137,7 +137,7 @@ def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Pa
         port = two_free_ports()
         first = asyncio.create_task(come(node_info(0, nodes=3), port, tmp_path))
         connection = await rendezvous._reach(HERE, port + 1, 20.0)
-        connection.say(**asdict(node_info(1, nodes=3)))
+        connection.send(**asdict(node_info(1, nodes=3)))
         await asyncio.sleep(0.2)
         await connection.close()
         await asyncio.sleep(0.2)
@@ -208,7 +208,7 @@ def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
     assert entry.main([*connection.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
     (machine,) = started
     assert machine._arguments == [config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]
-    found = _node_info(machine._place, machine._config, machine._options).config
+    found = _node_info(machine._node_config, machine._config, machine._options).config
     assert found["command line"] == "--branch-from runs/a@2 --new-reference"
 
 
@@ -259,8 +259,8 @@ def test_a_machine_that_fails_ends_the_others_by_way_of_machine_0(monkeypatch: p
         async with AsyncExitStack() as stack:
             first, second, third = await liveness_of_all(3, 60.0, stack)
             third.end(2)
-            assert await soon(first.verdict) == ("machine 2 ended with exit code 2", 1)
-            assert await soon(second.verdict) == ("machine 2 ended with exit code 2", 1)
+            assert await soon(first.abort_reason) == ("machine 2 ended with exit code 2", 1)
+            assert await soon(second.abort_reason) == ("machine 2 ended with exit code 2", 1)
             assert first.trainers_code() == 2
 
     asyncio.run(scene())
@@ -271,17 +271,17 @@ def test_all_hear_of_a_silent_machine_and_at_once_of_one_that_hangs_up() -> None
         async with AsyncExitStack() as stack:
             first, second, third = await liveness_of_all(3, 0.5, stack)
             third.lost_seconds = 60.0
-            assert first.verdict() is None
+            assert first.abort_reason() is None
             await second.close()  # gives no signs of life any more, and reads none
-            why, code = await soon(first.verdict)
-            assert why.startswith("machine 1 has not been heard of for")
+            why, code = await soon(first.abort_reason)
+            assert why.startswith("machine 1 has sent no heartbeat for")
             assert code == 1
-            assert await soon(third.verdict) == (why, code), "by way of machine 0"
+            assert await soon(third.abort_reason) == (why, code), "by way of machine 0"
         async with AsyncExitStack() as stack:
             first, second, third = await liveness_of_all(3, 60.0, stack)
             await second.connections[0].close()
             for one in (first, third):
-                assert "machine 1 is gone" in (await soon(one.verdict))[0]
+                assert "machine 1 closed its connection" in (await soon(one.abort_reason))[0]
 
     asyncio.run(scene())
 
@@ -294,7 +294,7 @@ def test_machines_that_stop_together_have_no_quarrel() -> None:
             await soon(lambda: first.asked == 15)
             first.end(75)
             assert await soon(lambda: second.ended.get(0)) == 75
-            assert second.verdict() is None
+            assert second.abort_reason() is None
             second.end(75)
             await soon(lambda: first.complete)
             assert (first.trainers_code(), second.trainers_code()) == (75, 75)
@@ -336,7 +336,7 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: Sequence[int], code: int
 ) -> None:
     """Slurm signals all launchers; here machine 0 has ranks, 1 and 2 have servers alone."""
-    monkeypatch.setattr(machine, "Ranks", SavingRanks)
+    monkeypatch.setattr(machine, "TorchrunProcess", SavingRanks)
     monkeypatch.setattr(machine, "prepare", lambda *_, **__: Servers())
     monkeypatch.setattr(SavingRanks, "made", [])
     config, port = write_config(tmp_path), two_free_ports()
@@ -358,13 +358,13 @@ def test_a_run_that_all_machines_ask_to_stop_saves(
         ]
         machines = [Machine(node_config, config, []) for node_config in places]
         tasks = [asyncio.create_task(one.run()) for one in machines]
-        await soon(lambda: bool(SavingRanks.made) and all(one._circle is not None for one in machines))
+        await soon(lambda: bool(SavingRanks.made) and all(one._liveness is not None for one in machines))
         os.kill(os.getpid(), signal.SIGHUP)  # the terminal is closed
-        await asyncio.sleep(2 * machine.LOOK)
+        await asyncio.sleep(2 * machine.POLL_SECONDS)
         assert not SavingRanks.made[0].signals
         for node in signalled:
             machines[node]._on_signal(signal.SIGTERM, tasks[node])
-            await asyncio.sleep(2 * machine.LOOK)  # until machine 0 has passed it on
+            await asyncio.sleep(2 * machine.POLL_SECONDS)  # until machine 0 has passed it on
         return await asyncio.wait_for(asyncio.gather(*tasks), 20.0)
 
     try:

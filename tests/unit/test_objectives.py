@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.head import HeadOptions, TeacherRows, VocabShard, head_terms
-from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.objectives.base import RequiredPasses, StepContext, TokenLoss, TokenTerms
 from tests.objective_samples import Sample
 from tests.waits import Waits
@@ -132,7 +132,7 @@ def test_sdpg_equals_the_dense_implementation(policy: Any, reference: Any, weigh
     config = ObjectiveConfig(
         policy=policy, reference=reference, beta=0.7, alpha=0.3, ratio_weighted_regularizers=weighted
     )
-    agree(make_sample(), config, build(config, TOTAL), beta=0.7 * DECAYED, alpha=0.3)
+    agree(make_sample(), config, build_objective(config, TOTAL), beta=0.7 * DECAYED, alpha=0.3)
 
 
 @pytest.mark.parametrize("term", ["outcome", "distillation", "reference"])
@@ -141,21 +141,21 @@ def test_sdpg_term_by_term(term: str) -> None:
     config = ObjectiveConfig(beta=beta, alpha=alpha, dual_clip=None)
     sample = make_sample()
     if term == "outcome":
-        agree(sample, config, build(config, TOTAL), beta=0.0, alpha=0.0)
+        agree(sample, config, build_objective(config, TOTAL), beta=0.0, alpha=0.0)
         return
     flat = replace(sample, advantage_T=torch.zeros_like(sample.advantage_T))  # the gate stays open
-    agree(flat, config, build(config, TOTAL), beta=beta * DECAYED, alpha=alpha)
+    agree(flat, config, build_objective(config, TOTAL), beta=beta * DECAYED, alpha=alpha)
 
 
 def test_grpo_equals_the_dense_implementation() -> None:
     config = ObjectiveConfig(name="grpo", alpha=0.3, clip_high=0.2, reference="fkl")
-    agree(make_sample(), config, build(config, TOTAL), beta=0.0, alpha=0.3)
+    agree(make_sample(), config, build_objective(config, TOTAL), beta=0.0, alpha=0.3)
 
 
 def test_gated_average_scales_the_distillation_term_alone() -> None:
     config = ObjectiveConfig(beta=0.7, alpha=0.3, beta_warmup_steps=0, beta_decay_steps=0)
     terms = token_terms(make_sample(), make_sample().old_logprob_T, torch.ones(ROWS, dtype=torch.float64))
-    objective = build(config, TOTAL)
+    objective = build_objective(config, TOTAL)
     plain_T = objective.loss(terms, CONTEXT).loss_T
     scaled_T = objective.loss(terms, replace(CONTEXT, distill_scale=3.0)).loss_T
     assert_close(scaled_T - plain_T, 2 * 0.7 * terms.gate_T)
@@ -165,7 +165,7 @@ def test_same_distribution_costs_nothing() -> None:
     """With teacher = student the distillation term vanishes in value and gradient, so that RPG remains."""
     sample = make_sample()
     same = replace(sample, teacher_TH=sample.hidden_TH)
-    distilled, plain = (build(ObjectiveConfig(beta=beta, alpha=0.3), TOTAL) for beta in (0.7, 0.0))
+    distilled, plain = (build_objective(ObjectiveConfig(beta=beta, alpha=0.3), TOTAL) for beta in (0.7, 0.0))
     results = []
     for objective in (distilled, plain):
         hidden_TH = same.hidden_TH.clone().requires_grad_()
@@ -182,7 +182,7 @@ def same_loss(one: ObjectiveConfig, other: ObjectiveConfig) -> None:
     for config in (one, other):
         logprob_T = sample.old_logprob_T.clone() + torch.linspace(-1, 1, ROWS, dtype=torch.float64)
         terms = token_terms(sample, logprob_T.requires_grad_(), None)
-        loss_T = build(config, TOTAL).loss(terms, CONTEXT).loss_T
+        loss_T = build_objective(config, TOTAL).loss(terms, CONTEXT).loss_T
         found.append((loss_T, *torch.autograd.grad(loss_T.sum(), logprob_T)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -197,7 +197,7 @@ def test_rlsd_without_credit_is_grpo() -> None:
     same_loss(ObjectiveConfig(name="rlsd", credit=0.0, dual_clip=None), grpo)
     same_loss(ObjectiveConfig(name="rlsd", credit_decay_steps=20, dual_clip=None), grpo)
     for config in (ObjectiveConfig(name="rlsd", credit=0.0), ObjectiveConfig(name="rlsd", credit_decay_steps=20)):
-        assert build(config, TOTAL).required_passes(CONTEXT) == RequiredPasses()
+        assert build_objective(config, TOTAL).required_passes(CONTEXT) == RequiredPasses()
 
 
 def test_dapo_with_equal_clips_is_grpo_with_a_token_mean() -> None:
@@ -212,7 +212,7 @@ def test_on_policy_clips_have_the_gradient_of_reinforce(name: Any) -> None:
     sample = make_sample(near_policy=False)
     gradients = []
     for policy in ("ratio", "reinforce", "clipped_reinforce"):
-        objective = build(ObjectiveConfig(name=name, policy=policy), TOTAL)
+        objective = build_objective(ObjectiveConfig(name=name, policy=policy), TOTAL)
         hidden_TH = sample.hidden_TH.clone().requires_grad_()
         loss_T = package_loss(sample, hidden_TH, sample.weight_VH, objective).loss_T
         gradients.append(torch.autograd.grad(loss_T.sum(), hidden_TH)[0])
@@ -227,7 +227,7 @@ def test_a_clipped_token_keeps_a_gradient_where_the_clipped_loss_is_a_constant()
     found = []
     for policy in ("ratio", "clipped_reinforce"):
         leaf_T = logprob_T.clone().requires_grad_()
-        objective = build(ObjectiveConfig(name="rpg", policy=policy, alpha=0.0), TOTAL)
+        objective = build_objective(ObjectiveConfig(name="rpg", policy=policy, alpha=0.0), TOTAL)
         loss_T = objective.loss(token_terms(sample, leaf_T, None), CONTEXT).loss_T
         found.append(torch.autograd.grad(loss_T.sum(), leaf_T)[0][[1, 5]].tolist())
     assert found[0] == [0, 0] and found[1] == pytest.approx([-1.28 * 1.3, 10 * 0.4])
@@ -236,7 +236,7 @@ def test_a_clipped_token_keeps_a_gradient_where_the_clipped_loss_is_a_constant()
 @pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
 def test_methods_without_a_verifier_do_not_read_rewards(name: Any) -> None:
     sample = make_sample()
-    objective = build(ObjectiveConfig(name=name), TOTAL)
+    objective = build_objective(ObjectiveConfig(name=name), TOTAL)
     terms = token_terms(sample, sample.old_logprob_T, torch.ones(ROWS, dtype=torch.float64))
     loss_T = objective.loss(terms, CONTEXT).loss_T
     assert torch.equal(objective.loss(replace(terms, advantage_T=-terms.advantage_T), CONTEXT).loss_T, loss_T)
@@ -252,7 +252,7 @@ def test_opsd_by_clipped_ratio_leaves_tokens_alone_that_the_teacher_finds_less_l
         teacher_logprob_T=sample.old_logprob_T + gap_T,
     )
     config = ObjectiveConfig(name="opsd", distill_loss="clipped_ratio", gate=True, distill_average="gated")
-    loss = build(config, TOTAL).loss(terms, replace(CONTEXT, distill_scale=3.0))
+    loss = build_objective(config, TOTAL).loss(terms, replace(CONTEXT, distill_scale=3.0))
     expected_T = -3.0 * terms.gate_T * gap_T.clamp(0, 20)
     assert_close(loss.loss_T, expected_T)
     assert_close(torch.autograd.grad(loss.loss_T.sum(), terms.logprob_T)[0], expected_T)
@@ -260,7 +260,7 @@ def test_opsd_by_clipped_ratio_leaves_tokens_alone_that_the_teacher_finds_less_l
     assert advantage.mask_T is not None
     assert advantage.values_T[advantage.mask_T].tolist() == pytest.approx([0.5, 0, 20, 0.5])
     with pytest.raises(ValueError, match="teacher's log-probs"):
-        build(config, TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
+        build_objective(config, TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
 
 
 @pytest.mark.parametrize("name", ["opsd", "opcd", "sdpo"])
@@ -269,7 +269,7 @@ def test_a_micro_batch_without_a_teacher_still_has_a_graph(name: Any) -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T.clone().requires_grad_(), None)
     closed = replace(terms, gate_T=0 * terms.gate_T, any_open_gate=False)
-    loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(closed, CONTEXT).loss_T
+    loss_T = build_objective(ObjectiveConfig(name=name), TOTAL).loss(closed, CONTEXT).loss_T
     (gradient_T,) = torch.autograd.grad(loss_T.sum(), terms.logprob_T)
     assert not loss_T.any() and not gradient_T.any()
 
@@ -278,7 +278,7 @@ def test_the_ratio_of_a_regulariser_can_be_bounded() -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T + 3, torch.ones(ROWS, dtype=torch.float64))
     free, bound = (
-        build(ObjectiveConfig(name="sdpo", regularizer_ratio_bound=bound), TOTAL).loss(terms, CONTEXT).loss_T
+        build_objective(ObjectiveConfig(name="sdpo", regularizer_ratio_bound=bound), TOTAL).loss(terms, CONTEXT).loss_T
         for bound in (None, 1.5)
     )
     assert_close(free, math.exp(3) * terms.gate_T)
@@ -295,7 +295,7 @@ def test_rlsd_divides_the_teachers_probability_by_the_students_of_the_same_momen
         teacher_logprob_T=sample.old_logprob_T - 0.05,
     )
     config = ObjectiveConfig(name="rlsd", credit_ratio=ratio, credit=1.0, credit_decay_steps=0)
-    weight_T = build(config, TOTAL).loss(terms, CONTEXT).metrics["credit/weight"].values_T
+    weight_T = build_objective(config, TOTAL).loss(terms, CONTEXT).metrics["credit/weight"].values_T
     scale_T = (terms.teacher_logprob_T - getattr(terms, student)) * sample.advantage_T.sign()  # type: ignore[operator]
     assert_close(weight_T, scale_T.exp(), **EXACT)
 
@@ -310,7 +310,7 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
         gate_T=gate_T,
         teacher_logprob_T=sample.old_logprob_T + gap_T,
     )
-    loss = build(ObjectiveConfig(name="rlsd", credit_decay_steps=0), TOTAL).loss(terms, CONTEXT)
+    loss = build_objective(ObjectiveConfig(name="rlsd", credit_decay_steps=0), TOTAL).loss(terms, CONTEXT)
     right, wrong = [1.2, math.exp(-0.1)], [0.8, math.exp(0.1)]
     expected_T = 0.5 + 0.5 * torch.tensor([*2 * right, *2 * wrong, *4 * [1.0]], dtype=torch.float64)
     assert_close(loss.loss_T, -sample.advantage_T * expected_T)
@@ -319,7 +319,7 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
     assert fraction.mask_T is not None
     assert fraction.values_T[fraction.mask_T].tolist() == [1, 0] * 4
     with pytest.raises(ValueError, match="teacher's log-probs"):
-        build(ObjectiveConfig(name="rlsd"), TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
+        build_objective(ObjectiveConfig(name="rlsd"), TOTAL).loss(replace(terms, teacher_logprob_T=None), CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_rlsd_scales_only_what_the_teacher_read_and_says_so() -> None:
     ],
 )
 def test_needs_follow_the_weights(config: ObjectiveConfig, step: int, expected: RequiredPasses) -> None:
-    objective = build(config, TOTAL)
+    objective = build_objective(config, TOTAL)
     context = StepContext(step, TOTAL)
     assert objective.required_passes(context) == expected
     # What is not needed is not read either.
@@ -368,8 +368,10 @@ def test_the_divergence_clip_bounds_what_is_learned_and_is_reported() -> None:
     divergence_T = size_T.clone().requires_grad_()
     terms = token_terms(sample, sample.old_logprob_T, divergence_T)
     ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
-    loss = build(ObjectiveConfig(beta=0.7, alpha=0.3, divergence_clip=2.0, **ramps), TOTAL).loss(terms, CONTEXT)
-    bare = build(ObjectiveConfig(beta=0.0, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    loss = build_objective(ObjectiveConfig(beta=0.7, alpha=0.3, divergence_clip=2.0, **ramps), TOTAL).loss(
+        terms, CONTEXT
+    )
+    bare = build_objective(ObjectiveConfig(beta=0.0, alpha=0.3), TOTAL).loss(terms, CONTEXT)
     expected = [0.5, -0.5, 2.0, -2.0, *8 * [0.0]]
     assert_close(loss.loss_T - bare.loss_T, 0.7 * torch.tensor(expected, dtype=torch.float64))
     (gradient_T,) = torch.autograd.grad(loss.loss_T.sum(), divergence_T)
@@ -385,7 +387,7 @@ def test_without_a_divergence_clip_nothing_is_bounded() -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T, torch.full((ROWS,), 1e3, dtype=torch.float64))
     ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
-    free = build(ObjectiveConfig(beta=0.7, alpha=0.3, **ramps), TOTAL).loss(terms, CONTEXT)
+    free = build_objective(ObjectiveConfig(beta=0.7, alpha=0.3, **ramps), TOTAL).loss(terms, CONTEXT)
     assert free.loss_T[:4].min() > 0.7 * 900
     assert "distill/clip_fraction" not in free.metrics
 
@@ -393,7 +395,7 @@ def test_without_a_divergence_clip_nothing_is_bounded() -> None:
 def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T, None)
-    objective = build(ObjectiveConfig(beta=0.1, alpha=0.1), TOTAL)
+    objective = build_objective(ObjectiveConfig(beta=0.1, alpha=0.1), TOTAL)
     with pytest.raises(ValueError, match="divergence"):
         objective.loss(terms, CONTEXT)
     with pytest.raises(ValueError, match="reference"):
@@ -403,7 +405,7 @@ def test_a_missing_pass_is_an_error_only_where_it_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpg", "rlsd", "opcd", "opsd", "sdpo"])
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("distill_enabled", [False, True])
 def test_no_objective_waits_for_the_device(name: Any, distill_enabled: bool) -> None:
     """It is called for each chunk of the head's rows, also where no gate of the micro-batch is open."""
     sample = make_sample()
@@ -415,7 +417,7 @@ def test_no_objective_waits_for_the_device(name: Any, distill_enabled: bool) -> 
         any_open_gate=distill_enabled,
     )
     with Waits() as waits:
-        loss_T = build(ObjectiveConfig(name=name), TOTAL).loss(terms, CONTEXT).loss_T
+        loss_T = build_objective(ObjectiveConfig(name=name), TOTAL).loss(terms, CONTEXT).loss_T
         torch.autograd.grad(loss_T.sum(), terms.logprob_T)
     assert not waits.found
 
@@ -425,7 +427,7 @@ def test_metrics() -> None:
     logprob_T = (sample.hidden_TH @ sample.weight_VH.T).log_softmax(-1)[torch.arange(ROWS), sample.labels_T]
     divergence_T = torch.arange(ROWS, dtype=torch.float64).requires_grad_()
     terms = token_terms(sample, logprob_T.requires_grad_(), divergence_T)
-    loss = build(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    loss = build_objective(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
     assert not any(metric.values_T.requires_grad for metric in loss.metrics.values())
     means = {
         name: float(metric.values_T[... if metric.mask_T is None else metric.mask_T].mean())
@@ -449,7 +451,7 @@ def test_metrics() -> None:
 def test_inputs_come_back_unmodified() -> None:
     sample = make_sample()
     terms = token_terms(sample, sample.old_logprob_T.clone(), torch.ones(ROWS, dtype=torch.float64))
-    build(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
+    build_objective(ObjectiveConfig(beta=0.7, alpha=0.3), TOTAL).loss(terms, CONTEXT)
     fresh = make_sample()
     assert torch.equal(terms.logprob_T, fresh.old_logprob_T)
     for name in ("advantage_T", "gate_T", "old_logprob_T", "reference_logprob_T"):

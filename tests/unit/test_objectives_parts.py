@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sdpg_megatron.config import ObjectiveConfig
-from sdpg_megatron.objectives.advantages import group_advantages
-from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives.advantages import group_advantages, sequence_weights
 from sdpg_megatron.objectives.base import RequiredPasses, StepContext
-from sdpg_megatron.objectives.distillation import clip
-from sdpg_megatron.objectives.policy import clipped_ratio
-from sdpg_megatron.objectives.ratios import bounded_exp
+from sdpg_megatron.objectives.distillation import BetaSchedule, clip
+from sdpg_megatron.objectives.methods import METHODS, build_objective, passes_of_run
+from sdpg_megatron.objectives.policy import bounded_exp, clipped_ratio
 from sdpg_megatron.objectives.reference import reference_term, reference_value
-from sdpg_megatron.objectives.registry import SCHEDULED, UNSCHEDULED, build, passes_of_run
-from sdpg_megatron.objectives.schedules import BetaSchedule
 
 AGGREGATIONS = ("token-mean", "group-token-mean", "sequence-mean")
 
@@ -197,7 +194,7 @@ def test_weights_sum_to_the_number_of_tokens_in_any_order(pairs: Any, aggregatio
 
 
 @given(
-    name=st.sampled_from([*UNSCHEDULED, *SCHEDULED]),
+    name=st.sampled_from(list(METHODS)),
     total=st.integers(1, 40),
     warmup=st.none() | st.integers(0, 40),
     decay=st.none() | st.integers(0, 40),
@@ -210,7 +207,7 @@ def test_a_few_steps_say_what_a_whole_run_needs(
     name: str, total: int, warmup: int | None, decay: int | None, fields: dict[str, Any]
 ) -> None:
     ramps = {"beta_warmup_steps": warmup, "beta_decay_steps": decay}
-    objective = build(ObjectiveConfig(name=name, **ramps, **fields), total)
+    objective = build_objective(ObjectiveConfig(name=name, **ramps, **fields), total)
     required_passes = [objective.required_passes(StepContext(step, total)) for step in range(total)]
     names = [field.name for field in dataclasses.fields(RequiredPasses)]
     assert passes_of_run(objective, total) == RequiredPasses(

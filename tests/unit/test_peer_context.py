@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.peer_context import describe_contexts, with_peers, without_thinking
 from sdpg_megatron.batching.samples import make_samples
 from sdpg_megatron.config import DataConfig, ObjectiveConfig
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.objectives import build
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from tests.tiny import tiny_tokenizer
 
@@ -117,10 +117,10 @@ def test_shipped_and_faulty_templates(tokenizer: Any) -> None:
 
 def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Renderer) -> None:
     groups = with_peers([group(0, 1, 0), group(0, 0)], renderer, 1.0, 999)
-    samples = make_samples(groups, SDPO, distill_enabled=build(SDPO, 1).distill_enabled, outcome=False)
+    samples = make_samples(groups, SDPO, distill_enabled=build_objective(SDPO, 1).distill_enabled, outcome=False)
     assert [s.gate for s in samples] == [True, False, True, False, False]
     assert samples[0].teacher_prompt == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
-    batch = collate(samples, Layout(packed=False))
+    batch = collate(samples, PackingLayout(packed=False))
     assert batch.teacher is not None and batch.teacher.tokens_BS.shape[0] == 2
     assert batch.gates_T.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
     assert describe_contexts(groups)["distill/without_context"].value == 3
@@ -129,5 +129,5 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
 
 def test_without_peers_the_teacher_reads_what_the_data_says() -> None:
     scored = group(1, 0)
-    samples = make_samples([scored], SDPO, distill_enabled=build(SDPO, 1).distill_enabled)
+    samples = make_samples([scored], SDPO, distill_enabled=build_objective(SDPO, 1).distill_enabled)
     assert [s.teacher_prompt for s in samples] == [(3, 4, 5)] * 2

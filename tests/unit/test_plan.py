@@ -12,7 +12,7 @@ import pytest
 from sdpg_megatron.architecture import check_served, read_architecture
 from sdpg_megatron.cli import main
 from sdpg_megatron.config import RunConfig, SGLangConfig
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.estimate.advice import advise
 from sdpg_megatron.estimate.gpus import GPUS, find_gpu
@@ -46,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(models: Path, name: str, *changes: str) -> RunConfig:
-    config = load(RECIPES / f"{name}.yaml")
-    return load(RECIPES / f"{name}.yaml", [f"model.path={models / config.model.path.name}", *changes])
+    config = load_config(RECIPES / f"{name}.yaml")
+    return load_config(RECIPES / f"{name}.yaml", [f"model.path={models / config.model.path.name}", *changes])
 
 
 def plan_of(models: Path, name: str, *changes: str, gpu: str = "H100", ranks: int | None = None) -> Plan:
@@ -71,7 +71,7 @@ def test_a_method_keeps_its_teachers_rows_as_long_as_it_reads_them(
     """rlsd takes log-probs of them before the update."""
     plan = plan_of(models, name, f"objective.name={method}", ranks=8)
     assert {phase for phase, parts in plan.fullest.phases.items() if parts.get("teacher rows")} == phases
-    assert bool(plan.load.taught) == bool(phases)
+    assert bool(plan.load.teacher_rows) == bool(phases)
 
 
 def test_a_walk_over_pipeline_stages(models: Path) -> None:

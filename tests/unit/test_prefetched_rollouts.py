@@ -17,10 +17,9 @@ from sdpg_megatron.checkpoint.prefetched_rollouts import (
     write_prefetched,
 )
 from sdpg_megatron.checkpoint.state import RunState
-from sdpg_megatron.config.load import load
+from sdpg_megatron.config.load import load_config
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.train.start import Start
 from sdpg_megatron.train.state import TrainState
@@ -47,14 +46,14 @@ def responses(index: int, routed: bool) -> ScoredGroup:
     rewards = (1.0, 1 / 7)
     group = Group(Source()[index], completions)
     errors = (None, "KeyError: 'é' (a.py:3)") if index == 8 else ()
-    return ScoredGroup(group, rewards, group_advantages(rewards), failures=index, errors=errors)
+    return ScoredGroup(group, rewards, (), failures=index, errors=errors)
 
 
 @pytest.mark.parametrize("routed", [False, True])
 def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
     prefetched = PrefetchedRollouts((8, 2, 8), tuple(responses(index, routed) for index in (8, 2, 8)))
-    write_prefetched(tmp_path / "drawn", prefetched)
-    read = read_prefetched(tmp_path / "drawn", Source())
+    write_prefetched(tmp_path / "prefetched", prefetched)
+    read = read_prefetched(tmp_path / "prefetched", Source())
     assert read == prefetched
     for old, new in zip(prefetched.groups, read.groups, strict=True):
         for before, after in zip(old.group.completions, new.group.completions, strict=True):
@@ -66,19 +65,19 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
 
 def test_prompts_alone_are_read_too(tmp_path: Path) -> None:
     """Those whose responses are to be generated again."""
-    write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8, 2, 8), ()))
-    assert read_prefetched(tmp_path / "drawn", Source()) == PrefetchedRollouts((8, 2, 8), ())
+    write_prefetched(tmp_path / "prefetched", PrefetchedRollouts((8, 2, 8), ()))
+    assert read_prefetched(tmp_path / "prefetched", Source()) == PrefetchedRollouts((8, 2, 8), ())
 
 
 def test_a_disk_that_refuses_says_so(tmp_path: Path) -> None:
     """safetensors has an error of its own for it."""
     with pytest.raises(OSError, match=r"prefetched: .*File too large"), files_end_at(100):
-        write_prefetched(tmp_path / "drawn", PrefetchedRollouts((8,), (responses(8, False),)))
+        write_prefetched(tmp_path / "prefetched", PrefetchedRollouts((8,), (responses(8, False),)))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     """Or read as something else of the same form, where the checkpoint's digests were not looked at."""
-    path = tmp_path / "drawn"
+    path = tmp_path / "prefetched"
     write_prefetched(path, PrefetchedRollouts((8, 2), tuple(responses(index, True) for index in (8, 2))))
     whole, draw = path.read_bytes(), random.Random(0)
     refused = 0
@@ -94,7 +93,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             refused += 1
     assert refused > 150
     path.unlink()
-    with pytest.raises(CheckpointError, match="expected the responses that a run has generated ahead"):
+    with pytest.raises(CheckpointError, match="expected responses that a run has generated ahead"):
         read_prefetched(path, Source())
 
 
@@ -108,7 +107,7 @@ def test_rewards_of_a_verifier_that_failed_are_not_gone_on_with(
     scored = replace(responses(3, False), failures=failures, errors=())
     write_prefetched(tmp_path / PREFETCHED, PrefetchedRollouts((3,), (scored,)))
     overrides = ["model.path=m", f"reward.failure_limit={limit}"]
-    config = load(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
+    config = load_config(ROOT / "examples" / "smollm2" / "addition.yaml", overrides)
     state = RunState(
         step=1, cursor=Cursor(9, 0, shuffle=True).state(), seconds=0, baseline={}, evaluated=True, config={},
         model="m", data="d", files={PREFETCHED: FileSum(0, "")},

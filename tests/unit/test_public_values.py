@@ -25,9 +25,8 @@ from sdpg_megatron.head import (
     VocabShard,
     logits_terms,
 )
-from sdpg_megatron.objectives import build
-from sdpg_megatron.objectives.advantages import group_advantages
-from sdpg_megatron.objectives.aggregation import sequence_weights
+from sdpg_megatron.objectives import build_objective
+from sdpg_megatron.objectives.advantages import group_advantages, sequence_weights
 from sdpg_megatron.objectives.base import StepContext, TokenTerms
 
 PUBLIC: dict[str, Any] = json.loads((Path(__file__).parents[1] / "fixtures" / "public_values.json").read_text())
@@ -75,7 +74,7 @@ def loss(logits_TV: Tensor, config: ObjectiveConfig, step: int, *, on_policy: bo
         gate_T=gate_T,
         teacher_logprob_T=found.teacher_logprob_T,
     )
-    loss_T = build(config, 400).loss(terms, StepContext(step, 400)).loss_T
+    loss_T = build_objective(config, 400).loss(terms, StepContext(step, 400)).loss_T
     weights = torch.tensor(sequence_weights(LENGTHS, range(len(LENGTHS)), "token-mean"), dtype=torch.float64)
     weight_T = weights.repeat_interleave(torch.tensor(LENGTHS))
     return loss_T, (weight_T * loss_T).sum() / sum(LENGTHS)

@@ -34,7 +34,9 @@ def test_what_is_read(environment: dict[str, str], expected: RankEnvironment) ->
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
 @pytest.mark.parametrize("text", ["abc", "-1", "1.5", " 1", "$SLURM_PROCID", "¹"])
 def test_what_is_no_number_is_named(name: str, text: str) -> None:
-    with pytest.raises(LaunchError, match=rf"^{name}: found .*, expected a whole number from [01] on\. Fix: .*srun"):
+    with pytest.raises(
+        LaunchError, match=rf"^{name}: found .*, expected a whole number of at least [01]\. Fix: .*srun"
+    ):
         RankEnvironment.read({**JOB, name: text})
 
 
@@ -43,12 +45,12 @@ def test_what_is_no_number_is_named(name: str, text: str) -> None:
     [
         ({"RANK": "4"}, r"^RANK: found 4, expected a number below WORLD_SIZE \(4\)"),
         ({"WORLD_SIZE": "1"}, r"^RANK: found 1, expected a number below WORLD_SIZE \(1\)"),
-        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE: found '0', expected a whole number from 1 on"),
-        ({"RANK": None}, "^RANK: found none, beside WORLD_SIZE=4"),
-        ({"WORLD_SIZE": None}, "^WORLD_SIZE: found none, beside RANK=1"),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE: found '0', expected a whole number of at least 1"),
+        ({"RANK": None}, "^RANK: found none, with WORLD_SIZE=4"),
+        ({"WORLD_SIZE": None}, "^WORLD_SIZE: found none, with RANK=1"),
         ({"MASTER_ADDR": None}, "^MASTER_ADDR: found none, with WORLD_SIZE over 1"),
         ({"MASTER_PORT": ""}, "^MASTER_PORT: found none, with WORLD_SIZE over 1"),
-        ({"MASTER_PORT": "0"}, "^MASTER_PORT: found '0', expected a whole number from 1 on"),
+        ({"MASTER_PORT": "0"}, "^MASTER_PORT: found '0', expected a whole number of at least 1"),
         ({"MASTER_PORT": "65536"}, "^MASTER_PORT: found 65536, expected a port from 1 to 65535"),
     ],
 )

@@ -20,11 +20,10 @@ import pytest
 from sdpg_megatron import objectives
 from sdpg_megatron.cli import main
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.config.load import dump, load_config
 from sdpg_megatron.estimate.gpus import find_gpu
 from sdpg_megatron.estimate.plan import make_plan
-from sdpg_megatron.objectives.rlsd import RLSD
-from sdpg_megatron.objectives.sdpg import SDPG
+from sdpg_megatron.objectives.methods import RLSD, SDPG
 from tests.server_python import write_server_python
 from tests.tiny import EOS, TURN_END, tiny_tokenizer, write_hollow_weights
 
@@ -150,15 +149,15 @@ def planned(sandbox: Sandbox, call: str, place: str = "colocated") -> list[str]:
 
 def configured(sandbox: Sandbox, call: str) -> RunConfig:
     _, config, *more = planned(sandbox, call)
-    return load(sandbox.root / config, [argument for argument in more if "=" in argument])
+    return load_config(sandbox.root / config, [argument for argument in more if "=" in argument])
 
 
-@pytest.mark.parametrize(("call", "place", "needs"), SHARED + APART)
+@pytest.mark.parametrize(("call", "place", "hardware"), SHARED + APART)
 def test_a_recipe_fits_its_hardware(
     sandbox: Sandbox,
     call: str,
     place: str,
-    required_passes: tuple[str, int, int],
+    hardware: tuple[str, int, int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
@@ -167,11 +166,11 @@ def test_a_recipe_fits_its_hardware(
     code = main([*arguments, "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert code == 0 and plan["fits"] and not plan["advice"]
-    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == required_passes
+    assert (plan["gpu"]["name"], plan["ranks"], plan["server_gpus"]) == hardware
     assert plan["server"]["longest_sequences"] >= 8
     assert main(arguments) == 0
     publish = next(line for line in capsys.readouterr().out.splitlines() if "the leader sends" in line)
-    assert publish.endswith("between machines" if required_passes[1] > 8 else "within a machine")
+    assert publish.endswith("between machines" if hardware[1] > 8 else "within a machine")
 
 
 def test_there_is_hardware_for_every_recipe() -> None:
@@ -204,7 +203,7 @@ def test_a_recipe_walks_its_model_before_it_trains(
     world = int(dry[dry.index("--ranks") + 1])
     monkeypatch.chdir(sandbox.root)
     monkeypatch.setenv("SDPG_SGLANG_PYTHON", str(write_server_python(sandbox.root / "server-python")))
-    config = load(Path(dry[1]), [argument for argument in dry if "=" in argument])
+    config = load_config(Path(dry[1]), [argument for argument in dry if "=" in argument])
     write_hollow_weights(config.model.path)
     monkeypatch.setattr(
         "sdpg_megatron.train.dry_run.check_values", lambda folder, arch: None
@@ -274,7 +273,7 @@ def test_a_paper_s_recipe_has_the_paper_s_settings(sandbox: Sandbox, name: str, 
     assert {field: objective[field] for field in OBJECTIVES[method]} == OBJECTIVES[method]
     assert config.objective.aggregation == AGGREGATION.get(method, "group-token-mean")
     assert config.selection.drop_dead == (method == "dapo")
-    built = objectives.build(config.objective, config.total_optimizer_steps)
+    built = objectives.build_objective(config.objective, config.total_optimizer_steps)
     if isinstance(built, SDPG):
         schedule = built.schedule
         assert (schedule.warmup_steps, schedule.decay_steps, schedule.total_steps) == (8 * 50, 8 * 350, 8 * 400)
@@ -293,7 +292,7 @@ def test_the_papers_recipes_have_its_prompts_and_the_others_do_not(sandbox: Sand
         prepare = next(words for words in calls if words[1] == "tools/prepare_data.py")
         named = dict(pairwise(prepare))
         plan = next(words for words in calls if words[3] == "plan")
-        config = load(sandbox.root / plan[4])
+        config = load_config(sandbox.root / plan[4])
         assert {str(path.parent) for path in (*config.data.train, *config.data.eval)} == {prepare[2]}
         shutil.rmtree(sandbox.root / "runs" / "data")
         thinks = config.data.template_options["enable_thinking"]
@@ -328,7 +327,7 @@ def test_an_evaluation_starts_servers_where_the_launcher_s_have_ended(sandbox: S
     (run_dir / "model").mkdir(parents=True)
     changes = [argument for argument in launch if "=" in argument]
     lost = "rollout.sglang.urls=[http://10.0.0.3:20000, http://10.0.0.3:20001]"
-    (run_dir / "config.yaml").write_text(dump(load(sandbox.root / config, [*changes, lost])))
+    (run_dir / "config.yaml").write_text(dump(load_config(sandbox.root / config, [*changes, lost])))
     assert evaluate[3] == "eval"
     eval_target = find_eval_target(run_dir, 0, [argument for argument in evaluate if "=" in argument])
     served = for_evaluation(eval_target.config, run_dir, run_dir).rollout.sglang

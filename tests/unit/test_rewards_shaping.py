@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from sdpg_megatron.checkpoint.prefetched_rollouts import PrefetchedRollouts
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.config.load import parse
+from sdpg_megatron.objectives import build_objective
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.observe.metrics import merge
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
@@ -53,9 +56,9 @@ def test_a_buffer_as_long_as_the_limit_and_one_of_a_token() -> None:
 )
 def test_advantages_are_those_of_shaped_rewards(config: dict[str, object], expected: tuple[float, ...]) -> None:
     given = group((3.0, -2.0, 0.5), (10, 18, 20))
-    shaping = Shaping.build(RewardConfig.model_validate(config), LIMIT, "sample")
+    shaping = Shaping.build(RewardConfig.model_validate(config), LIMIT)
     assert shaping.shape(given.rewards, given.group.completions) == pytest.approx(expected)
-    (shaped,) = with_shaping([given], shaping)
+    (shaped,) = with_shaping([given], shaping, partial(group_advantages, deviation="sample"))
     assert shaped.advantages == pytest.approx(group_advantages(expected, "sample"))
     assert (shaped.group, shaped.rewards) == (given.group, given.rewards)
 
@@ -65,7 +68,8 @@ def test_a_step_has_the_advantages_that_the_run_asks_for(deviation: Any) -> None
     objective = {"advantage_deviation": deviation}
     tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {}, "rollout": {"prompts_per_step": 1}}
     given, unread = group((1.0, 0.0, 0.0), (10, 11, 12)), cast(Any, None)
-    collector = Collector(parse({**tree, "objective": objective}), unread, unread, unread)
+    config = parse({**tree, "objective": objective})
+    collector = Collector(config, unread, unread, build_objective(config.objective, 10), unread)
     (kept,) = collector.collect(0, unread, PrefetchedRollouts((0,), (given,))).kept
     assert kept.advantages == group_advantages(given.rewards, deviation)
 
@@ -93,3 +97,13 @@ def test_the_stop_probability_is_that_of_the_tokens_that_ended_responses() -> No
     scored = [ScoredGroup(Group(prompt, pair), (0.0, 0.0), (0.0, 0.0)) for pair in [(stopped, cut), (cut, cut)]]
     found = merge([describe(scored, shaping)])["rollout/stop_probability"]
     assert (found.value, found.weight) == (pytest.approx(0.60653066), 1)
+
+
+def test_a_step_has_the_advantages_of_an_objective_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    given, unread = group((1.0, 0.0, 0.0), (10, 11, 12)), cast(Any, None)
+    tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {}, "rollout": {"prompts_per_step": 1}}
+    config = parse({**tree, "objective": {"name": "examples.objectives.leave_one_out:LeaveOneOut"}})
+    collector = Collector(config, unread, unread, build_objective(config.objective, 10), unread)
+    (kept,) = collector.collect(0, unread, PrefetchedRollouts((0,), (given,))).kept
+    assert kept.advantages == (1.0, -0.5, -0.5)

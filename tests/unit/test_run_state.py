@@ -57,7 +57,7 @@ def test_a_configuration_is_held_against_its_digest(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     STATE.write(path)
     path.write_text(changed(path.read_text(), config={"seed": 1}))
-    with pytest.raises(CheckpointError, match="found a configuration that is not what its digest was made of"):
+    with pytest.raises(CheckpointError, match="found a configuration that does not match its digest"):
         RunState.read(path)
 
 

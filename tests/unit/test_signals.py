@@ -81,7 +81,7 @@ def run(program: str, *signals: Signal, ignored: Signal | None = None) -> tuple[
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_before_the_ranks_have_met_a_signal_ends_the_run_at_once(number: Signal) -> None:
     code, _, errors = run(RUN.format(defer="pass"), number)
-    assert (code, errors) == (75, f"{number.name}: stopped before the run began; the same command starts it\n")
+    assert (code, errors) == (75, f"{number.name}: stopped before the first step; the same command starts the run\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -89,8 +89,8 @@ def test_afterwards_the_second_one_does_also_in_a_collective(number: Signal) -> 
     code, _, errors = run(RUN.format(defer="interrupt.defer()"), signal.SIGTERM, number)
     assert code == 128 + number
     assert errors.splitlines() == [
-        "SIGTERM: the run stops and saves; a second signal ends it at once",
-        f"{number.name}: ended at once; the same command continues from what is saved",
+        "SIGTERM: the run saves and stops; a second signal ends it at once",
+        f"{number.name}: ended at once; the same command continues from the last save",
     ]
 
 
@@ -103,7 +103,7 @@ def test_afterwards_a_hangup_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     code, _, errors = run(program, signal.SIGHUP, signal.SIGHUP)
     assert code == 128 + signal.SIGHUP
-    assert errors.startswith("SIGHUP: the run stops and saves")
+    assert errors.startswith("SIGHUP: the run saves and stops")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:

@@ -15,7 +15,7 @@ from sdpg_megatron.checkpoint.branch import BranchRequest, BranchStart
 from sdpg_megatron.checkpoint.changes import Change
 from sdpg_megatron.checkpoint.state import MANIFEST, BranchPoint, RecordedChange, RunState, checkpoint_name
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.config.load import dump, load
+from sdpg_megatron.config.load import dump, load_config
 from sdpg_megatron.errors import CheckpointError, ConfigError
 from sdpg_megatron.observe.summary import Summary, write_summary
 from sdpg_megatron.train.start import Start, find_start
@@ -33,7 +33,7 @@ def config_in(run_dir: Path, *overrides: str) -> RunConfig:
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / "run.yaml"
     path.write_text(yaml.safe_dump({**TREE, "run_dir": str(run_dir)}))
-    return load(path, overrides)
+    return load_config(path, overrides)
 
 
 def run_in(run_dir: Path, *steps: int, **fields: Any) -> RunConfig:
@@ -346,5 +346,5 @@ def test_damage_of_the_other_run_is_named_with_what_else_there_is(tmp_path: Path
     config = config_in(tmp_path / "branch")
     config.run_dir.mkdir()
     (config.run_dir / "branch.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"branch\.json: found .*expected where the branch starts"):
+    with pytest.raises(CheckpointError, match=r"branch\.json: found .*expected a branch point"):
         start(config, str(tmp_path / "run"))

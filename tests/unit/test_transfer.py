@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpg_megatron.batching.collate import Layout, collate
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.records import MicroBatch
 from tests.unit.test_batch import sample
@@ -33,10 +33,10 @@ class Transfers(TorchDispatchMode):
 def some_batches() -> list[MicroBatch]:
     experts = np.arange(24, dtype=np.int16).reshape(4, 3, 2)
     with_experts = dataclasses.replace(sample(3, 2, gate=True), experts=experts)
-    across = Layout(context=1, context_size=2)
+    across = PackingLayout(context=1, context_size=2)
     return [
-        collate([with_experts, sample(1, 4)], Layout(packed=False)),
-        collate([], Layout()),
+        collate([with_experts, sample(1, 4)], PackingLayout(packed=False)),
+        collate([], PackingLayout()),
         collate([dataclasses.replace(x, unit=across.unit) for x in (sample(3, 2, gate=True), sample(1, 5))], across),
     ]
 

@@ -88,8 +88,8 @@ for handle in sys.stdin.read().split():
 """
 HOLDER = """
 import sys
-from sdpg_megatron.rollout.transports.shared_buffer import Segment
-segment = Segment(1000)
+from sdpg_megatron.rollout.transports.shared_buffer import SharedMemoryBuffer
+segment = SharedMemoryBuffer(1000)
 print(segment._file, flush=True)
 sys.stdin.read()
 """

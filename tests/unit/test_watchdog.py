@@ -44,10 +44,8 @@ def test_a_description_has_a_line_for_each_place() -> None:
         "  ranks 0-1, 3, 5: update for 10 s, in a collective: gather_all (parallel.py:1)",
     ]
     silent = describe(states, {0: 30.4, 5: 31.0})
-    assert silent.startswith(
-        "missing: ranks 0, 5\n  rank 0 (process 7; silent for 30 s, what follows is older): update"
-    )
-    assert describe({0: at(), 1: at()}, {}).startswith("missing: cannot be told")
+    assert silent.startswith("missing: ranks 0, 5\n  rank 0 (process 7; silent for 30 s, last known status): update")
+    assert describe({0: at(), 1: at()}, {}).startswith("missing: undetermined")
     assert describe({}, {}) == "nothing is known of the ranks"
 
 
@@ -58,7 +56,7 @@ def test_ranks_are_named_in_spans() -> None:
 
 def test_the_place_of_this_thread() -> None:
     place, waits = locate_main_thread()
-    assert "place_of_main_thread (whereabouts.py:" in place and not waits
+    assert "locate_main_thread (rank_status.py:" in place and not waits
 
 
 def test_time_in_which_a_process_was_stopped_does_not_count() -> None:

@@ -1,0 +1,56 @@
+"""Types of the public interface. `__init__.py` reads the names from this file."""
+
+from sdpg_megatron.architecture import read_architecture as read_architecture
+from sdpg_megatron.config import ObjectiveConfig as ObjectiveConfig
+from sdpg_megatron.config import ParallelConfig as ParallelConfig
+from sdpg_megatron.config import RunConfig as RunConfig
+from sdpg_megatron.config.load import load_config as load_config
+from sdpg_megatron.errors import SdpgError as SdpgError
+from sdpg_megatron.head import ForwardKL as ForwardKL
+from sdpg_megatron.head import HeadOptions as HeadOptions
+from sdpg_megatron.head import HeadTerms as HeadTerms
+from sdpg_megatron.head import JensenShannon as JensenShannon
+from sdpg_megatron.head import ReverseKL as ReverseKL
+from sdpg_megatron.head import SampledToken as SampledToken
+from sdpg_megatron.head import TeacherRows as TeacherRows
+from sdpg_megatron.head import TopK as TopK
+from sdpg_megatron.head import VocabShard as VocabShard
+from sdpg_megatron.head import head_logprobs as head_logprobs
+from sdpg_megatron.head import head_loss as head_loss
+from sdpg_megatron.head import head_terms as head_terms
+from sdpg_megatron.head import logits_terms as logits_terms
+from sdpg_megatron.mcore.compat.device import training_device as training_device
+from sdpg_megatron.mcore.forward_step import ForwardStep as ForwardStep
+from sdpg_megatron.mcore.head import Head as Head
+from sdpg_megatron.mcore.layers import local_block_spec as local_block_spec
+from sdpg_megatron.mcore.model import mark_sharded as mark_sharded
+from sdpg_megatron.mcore.parallel import ParallelState as ParallelState
+from sdpg_megatron.mcore.parallel import initialize as initialize
+from sdpg_megatron.mcore.parallel import shutdown as shutdown
+from sdpg_megatron.mcore.passes import logprobs as logprobs
+from sdpg_megatron.mcore.passes import teacher_hidden as teacher_hidden
+from sdpg_megatron.objectives import Objective as Objective
+from sdpg_megatron.objectives import RequiredPasses as RequiredPasses
+from sdpg_megatron.objectives import StepContext as StepContext
+from sdpg_megatron.objectives import TokenLoss as TokenLoss
+from sdpg_megatron.objectives import TokenMetric as TokenMetric
+from sdpg_megatron.objectives import TokenTerms as TokenTerms
+from sdpg_megatron.objectives import build_objective as build_objective
+from sdpg_megatron.objectives import clipped_ratio as clipped_ratio
+from sdpg_megatron.objectives import distillation_loss as distillation_loss
+from sdpg_megatron.objectives import importance_ratio as importance_ratio
+from sdpg_megatron.objectives import policy_loss as policy_loss
+from sdpg_megatron.objectives import reference_loss as reference_loss
+from sdpg_megatron.objectives import sequence_mean as sequence_mean
+from sdpg_megatron.objectives.advantages import group_advantages as group_advantages
+from sdpg_megatron.objectives.advantages import sequence_weights as sequence_weights
+from sdpg_megatron.objectives.methods import SDPG as SDPG
+from sdpg_megatron.observe.writers import MetricsWriter as MetricsWriter
+from sdpg_megatron.records import Completion as Completion
+from sdpg_megatron.records import Group as Group
+from sdpg_megatron.records import MicroBatch as MicroBatch
+from sdpg_megatron.records import Prompt as Prompt
+from sdpg_megatron.records import ScoredGroup as ScoredGroup
+from sdpg_megatron.records import SequenceBatch as SequenceBatch
+
+__version__: str
