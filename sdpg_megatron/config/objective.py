@@ -18,7 +18,7 @@ class ObjectiveConfig(Section):
 
     name: str = "sdpg"
     """Training method: `sdpg`, `rpg`, `grpo`, `dapo`, `rlsd`, `opsd`, `opcd`, `sdpo`, or the class of a custom
-    objective as `package.module:Class`. It selects the defaults of the other fields. docs/methods.md has the formulas."""
+    objective as `package.module:Class`. It selects the defaults of other fields. docs/methods.md has the formulas."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Parameters of a custom objective, as declared by its class. Must be empty for the methods of this package."""
     advantage_deviation: Deviation = "population"
