@@ -1,1 +1,1 @@
-"""Measurements that the numbers in README and docs come from."""
+"""Benchmarks behind the figures in README and docs."""

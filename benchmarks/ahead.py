@@ -1,20 +1,20 @@
-"""What generating one step ahead of training saves: the same run in turns and ahead, on a real SGLang server.
+"""Speed-up of generating one step ahead of training: the same run with and without `rollout.ahead`, on SGLang.
 
     SDPG_SGLANG_PYTHON=.venv-sglang/bin/python python benchmarks/ahead.py
     SDPG_SGLANG_PYTHON=... python benchmarks/ahead.py --out benchmarks/results/ahead-cpu.json
 
-Server and trainer have processors of their own, as they would on a cluster: the machine's are halved between them, and
-what one does not use is not lent to the other. Both runs are of SmolLM2 on the demo's addition problems, correct with
-importance weights, and differ in `rollout.ahead` alone. What a step costs depends on how many responses are right, so
-the learning rate is next to nothing: step k of both runs has the same prompts and weights. The samples differ, as
-SGLang's depend on what it computes at the same time; so the runs take turns, several of each. The first two steps of a
-run do not count: they warm up, and the first of a run that is ahead has to wait for its responses.
+Server and trainer each get half of the machine's processors, as if they were separate machines. Both runs train SmolLM2
+on the demo's addition problems with importance weights, and differ only in `rollout.ahead`. The cost of a step depends
+on the number of correct responses, so the learning rate is almost 0: step k of both runs has the same prompts and
+weights. The samples still differ, because SGLang's samples depend on its concurrent requests. The two kinds of runs
+therefore alternate, several of each. The first two steps of a run are not counted: they are warm-up, and the first step
+of a run with `rollout.ahead` waits for its responses.
 
-    seconds_in_turns   of a step, the mean
-    seconds_ahead      likewise, with `rollout.ahead=1`
+    seconds_in_turns   mean seconds per step without `rollout.ahead`
+    seconds_ahead      mean seconds per step with `rollout.ahead=1`
     gain               the first over the second
-    ideal              what the gain would be were nothing left of the shorter of rollout and learning
-    staleness          steps that the responses' weights were older than those that learned from them, the mean
+    ideal              gain if the shorter of rollout and learning were hidden completely
+    staleness          mean number of steps by which the sampling weights are older than the trained weights
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 import megatron.core
 import torch
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head import machine, write_json
@@ -59,13 +59,13 @@ SETTINGS = {
     "alarms.gradient_every": 0,
 }
 WARM_UP = 2
-"""Steps."""
+"""Steps per run that are not counted."""
 LEARNING = ("time/prepare", "time/update")
 
 
 @dataclass(slots=True)
 class Result:
-    """The output; the JSON has these keys and no others."""
+    """The output. The JSON has exactly these keys."""
 
     seconds_in_turns: float
     seconds_ahead: float
@@ -75,15 +75,15 @@ class Result:
 
 
 def halves() -> tuple[set[int], set[int]]:
-    """The processors of the server, and those of the trainer."""
+    """Processors of the server and of the trainer."""
     found = sorted(os.sched_getaffinity(0))
     if len(found) < 2:
-        sys.exit("ahead.py: found one processor, expected two or more: one for the server and one for the trainer")
+        sys.exit("ahead.py: found one processor, expected at least two: one for the server and one for the trainer")
     return set(found[: len(found) // 2]), set(found[len(found) // 2 :])
 
 
 def run(options: argparse.Namespace, folder: Path, url: str, *, ahead: int) -> list[dict[str, float]]:
-    """The metrics of the steps that count."""
+    """Run training and return the metrics of the counted steps."""
     run_dir = Path(tempfile.mkdtemp(prefix=f"ahead{ahead}-", dir=folder))
     fields = {
         **SETTINGS,
@@ -101,19 +101,19 @@ def run(options: argparse.Namespace, folder: Path, url: str, *, ahead: int) -> l
     line = [sys.executable, "-m", "sdpg_megatron", "train", str(CONFIG), *overrides]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the run ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"the run exited with {done.returncode}:\n{done.stderr[-4000:]}")
     return read_metrics(run_dir / "metrics.jsonl")[WARM_UP:]
 
 
 def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
-    """The result, and the seconds of each part of a step."""
+    """Result, and seconds of each phase of a step."""
     servers, trainers = halves()
     os.environ["OMP_NUM_THREADS"] = str(len(trainers))
     steps: dict[str, list[dict[str, float]]] = {"in_turns": [], "ahead": []}
     with tempfile.TemporaryDirectory(prefix="ahead-benchmark-") as name:
         folder = Path(name)
         write(folder / "train.jsonl", split(held_out=64, train=None, seed=0)[0])
-        os.sched_setaffinity(0, servers)  # which the server inherits
+        os.sched_setaffinity(0, servers)  # inherited by the server
         with running_server(options.model, folder, SERVER_ARGUMENTS) as url:
             os.sched_setaffinity(0, trainers)
             for number in range(options.rounds):
@@ -138,14 +138,14 @@ def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
 
 
 def gains(seconds: Mapping[str, Sequence[float]], rounds: int) -> list[float]:
-    """Of each round's runs by themselves."""
+    """Gain of each round."""
     size = len(seconds["ahead"]) // rounds
     runs = [slice(first, first + size) for first in range(0, rounds * size, size)]
     return [mean(seconds["in_turns"][run]) / mean(seconds["ahead"][run]) for run in runs]
 
 
 def _parts(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means of all that a clock measured."""
+    """Means of all time metrics."""
     names = [name for name in steps[0] if name.startswith("time/")]
     return {name: mean(step.get(name, 0.0) for step in steps) for name in names}
 
@@ -158,11 +158,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks/ahead.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", type=Path, default=SMOLLM2, metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="that count, of each run")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of either kind, in turn")
-    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="of a step, with eight responses each")
-    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of a response at most")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json says of what run")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="counted steps per run")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each kind")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts per step, eight responses each")
+    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="maximum tokens of a response")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json describes the run")
     return parser.parse_args(argv)
 
 

@@ -3,20 +3,19 @@
     python benchmarks/convert.py
     python benchmarks/convert.py --models qwen3 --gigabytes 0.5 --out convert.json
 
-`smollm2` is SmolLM2-135M-Instruct in float32 where scripts/setup.sh prepared it; `qwen3` has random weights in
-bfloat16, the vocabulary and widths of Qwen3-0.6B, and as many layers as make up `--gigabytes`.
+`smollm2` is SmolLM2-135M-Instruct in float32, as scripts/setup.sh prepares it. `qwen3` has random bfloat16 weights, the
+vocabulary and widths of Qwen3-0.6B, and as many layers as fit `--gigabytes`.
 
-Each is converted to a Megatron checkpoint, and that one back. `qwen3` is also saved by four ranks, real processes over
-Gloo at TP 2 x PP 2, as Megatron-LM saves a model; that checkpoint is converted to a Hugging Face folder, and the one
-that was converted is loaded by four such ranks. What arrives is held against the model, bit for bit, outside the time.
+Each is converted to a Megatron checkpoint and back. `qwen3` is also saved by four ranks, real processes over Gloo at
+TP 2 x PP 2, as Megatron-LM saves a model. That checkpoint is converted to a Hugging Face folder, and the converted
+checkpoint is loaded by four such ranks. The results are compared with the model bit by bit, outside the timed part.
 
-Seconds. A whole conversion in a process of its own, from the call to the result in its place: reading, writing, having
-the disk keep it, and reading it back for the comparison; imports do not count. Beside it stands what the bytes cost
-that way with nothing done to them: the model's files are copied twice, and each copy is kept by the disk.
+Seconds: a complete conversion in a fresh process, without imports: reading, writing, fsync, and reading the result back
+for the comparison. For comparison, the model's files are copied twice, with an fsync of each copy.
 
-Memory. The most that the process holds beyond what it held before: see benchmarks/memory.py. Beside it stands the
-model's largest tensor, 1.5 of which the code is meant to stay below, but for the bounded blocks and buffers. Of the
-ranks that load, seconds are the slowest one's, peaks the largest, beyond the shard of the model that is filled.
+Memory: the peak of the process less its memory before, see benchmarks/memory.py. The code should stay below 1.5 times
+the model's largest tensor, apart from blocks and buffers of bounded size. For loading ranks, seconds are of the slowest
+rank and peaks the largest, without the shard of the model that is filled.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head import machine, write_json
@@ -65,13 +64,13 @@ RANKS = 4
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row of the output; the JSON has these keys and no others."""
+    """A row of the output. The JSON has exactly these keys."""
 
     model: str
     saved_by: str
-    """What wrote the source: "" for one process."""
+    """Writer of the source: "" for one process."""
     to: str
-    """A format, or "ranks" that load it."""
+    """Target format, or "ranks" for loading by ranks."""
     bytes: int
     seconds: float
     copied_twice_seconds: float
@@ -80,7 +79,7 @@ class Result:
 
 
 def in_process(job: Callable[[Path, Path], object], source: Path, target: Path) -> tuple[float, int]:
-    """Seconds and peak of `job(source, target)` in a fresh process."""
+    """Seconds and peak memory of ``job(source, target)`` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_measured, args=(there, job, source, target))
@@ -110,7 +109,7 @@ def run_conversion(source: Path, target: Path, like: Path | None = None) -> None
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What four ranks share."""
+    """Settings shared by the four ranks."""
 
     folder: Path
     dtype: str
@@ -118,7 +117,7 @@ class Setting:
 
 
 def build(setting: Setting) -> tuple[Any, Any, Any]:
-    """This rank's chunks of the model, with unset weights; the architecture; the ranks."""
+    """This rank's model chunks with uninitialized weights, the architecture, and the parallel state."""
     from sdpg_megatron.mcore.model import build_chunks
     from sdpg_megatron.mcore.parallel import initialize
 
@@ -129,7 +128,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any]:
 
 
 def save_job(rank: int, setting: Setting) -> None:
-    """As Megatron-LM saves a model without its optimizer."""
+    """Save the model as Megatron-LM does, without its optimizer."""
     from megatron.core import dist_checkpointing
 
     from sdpg_megatron.mcore.model import load_weights
@@ -143,7 +142,7 @@ def save_job(rank: int, setting: Setting) -> None:
 
 
 def load_job(rank: int, setting: Setting) -> tuple[float, int]:
-    """Seconds and peak of filling this rank's share of the model."""
+    """Seconds and peak memory of loading this rank's shard of the model."""
     from sdpg_megatron.convert.load_weights import load_weights_only
     from sdpg_megatron.mcore.model import load_weights, named_parameters
 
@@ -158,7 +157,7 @@ def load_job(rank: int, setting: Setting) -> tuple[float, int]:
     found = {name: parameter.detach().clone() for name, parameter in named_parameters(chunks)}
     load_weights(chunks, setting.folder, arch, ranks)
     if not all(torch.equal(found[name], parameter) for name, parameter in named_parameters(chunks)):
-        raise RuntimeError(f"rank {rank}: {setting.checkpoint}: other weights than {setting.folder} has")
+        raise RuntimeError(f"rank {rank}: {setting.checkpoint}: weights differ from those of {setting.folder}")
     return seconds, peak[0]
 
 
@@ -171,17 +170,17 @@ def on_ranks(job: Callable[[int, Setting], Any], setting: Setting) -> list[Any]:
 
 
 def check_same(expected: Path, found: Path) -> None:
-    """Raises where two folders' tensors differ in a bit; each is one file."""
+    """Raise `RuntimeError` if the tensors of two folders with one file each differ in a bit."""
     with safe_open(expected / "model.safetensors", "pt") as one, safe_open(found / "model.safetensors", "pt") as other:
         names = set(one.keys())
         if names != set(other.keys()) or not all(
             torch.equal(one.get_tensor(name), other.get_tensor(name)) for name in names
         ):
-            raise RuntimeError(f"{found}: other tensors than {expected} has")
+            raise RuntimeError(f"{found}: tensors differ from those of {expected}")
 
 
 def copy_twice(source: Path, target: Path) -> None:
-    """The model's files, and then the copy's."""
+    """Copy the model's files, then the files of the copy."""
     for number, folder in enumerate((source, target / "0")):
         (target / str(number)).mkdir(parents=True)
         for file in sorted(folder.glob("*.safetensors")):
@@ -197,7 +196,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def measure(model: str, folder: Path, scratch: Path, repeats: int) -> list[Result]:
-    """The best of `repeats` rounds of each way; of peaks the largest."""
+    """Lowest seconds and highest peak of `repeats` rounds of each conversion."""
     source = SafetensorsFolder(folder)
     arch = read_architecture(folder)
     dtypes = {name: source.dtype(name) for name in hf_shapes(arch)}
@@ -263,7 +262,7 @@ def model_folder(name: str, gigabytes: float, scratch: Path) -> Iterator[Path]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Lines of all results."""
+    """Table of all results."""
     columns = f"{'MB':>7}{'s':>8}{'copied twice s':>16}{'peak MiB':>10}{'largest MiB':>13}"
     lines = [f"{'model':9}{'saved by':13}{'to':13}{columns}"]
     lines += [
@@ -280,9 +279,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=("smollm2", "qwen3"), default=["smollm2", "qwen3"])
     parser.add_argument("--gigabytes", type=float, default=2.0, metavar="N", help="size of qwen3")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
-    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="on the disk to measure (default: temporary)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json says of what run"
+        "--scratch", type=Path, metavar="FOLDER", help="folder on the measured disk (default: temporary)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json describes the run"
     )
     return parser.parse_args(argv)
 

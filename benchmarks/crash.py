@@ -1,31 +1,30 @@
-"""Kills runs without warning, again and again, and holds what becomes of them against a run that nobody disturbed.
+"""Kill and resume runs repeatedly, and compare the results with an undisturbed run.
 
     python benchmarks/crash.py
     python benchmarks/crash.py --kills 100 --seed 0 --out benchmarks/results/crash.json
 
-Each run is one of two ranks (two pipeline stages) of the tests' tiny model, `--steps` long, with a checkpoint after
-each step, written behind the steps in every second run, with rollouts one step ahead in two of four. It is killed
-(SIGKILL) several times, started again by the same command each time, and in the end left to finish. A kill takes a rank
-or the launcher; every other one strikes at a drawn time between the start and the end, the rest at a drawn place in the
-code, most of which lie inside a save: see tests/e2e/dying.py. The seed decides all but how far a run has come at a
-drawn time.
+Each run trains the tests' tiny model for `--steps` steps on two ranks (two pipeline stages), with a checkpoint after
+each step. Every second run writes checkpoints asynchronously, and two of four generate one step ahead. A run is killed
+(SIGKILL) several times, restarted by the same command each time, and finally left to finish. A kill ends a rank or the
+launcher. Every second kill is at a random time between start and end, the others at a random place in the code, mostly
+inside a save: see tests/e2e/dying.py. The seed determines everything except the progress of a run at a random time.
 
-The launcher is a small one, below: it starts the ranks as forks of a process that has everything imported, so that a
-start takes a second and not ten. Like torchrun it ends all ranks when one fails; like torchrun's, its ranks are ended
-by the system when it is killed itself (tests/e2e/test_crash.py has that with torchrun).
+The launcher below starts the ranks as forks of a process that has imported everything, so a start takes one second
+instead of ten. As with torchrun, it ends all ranks when one fails, and the system ends its ranks when it is killed
+(tests/e2e/test_crash.py checks this with torchrun).
 
-    kills       that were done
-    resumes     starts after a kill that went on from a checkpoint; the others began again
-    mismatches  lines of metrics (but for what a clock measured) and tensors of the trained model that differ in a bit
-    lost        prompts that the undisturbed run learned from and this one did not, by prompts.jsonl
-    doubled     prompts that this one learned from more often
-    broken      checkpoints that stood there after a kill and were not whole
+    kills       number of kills
+    resumes     restarts that resumed from a checkpoint; the others began again
+    mismatches  lines of metrics (without times) and tensors of the trained model that differ in a bit
+    lost        prompts that the undisturbed run trained on and this run did not, by prompts.jsonl
+    doubled     prompts that this run trained on more often
+    broken      incomplete checkpoints found after a kill
 
-The exit code is 1 where one of the last four is not 0. A start that ends with an error before its kill has struck
-is no kill: it ends the benchmark, with what the ranks said.
+The exit code is 1 if one of the last four is not 0. A start that fails before its kill ends the benchmark with the
+output of the ranks.
 
-Killing the rollout server is not part of it: tests/sglang/test_train.py does that, with a real one, whose samples are
-not the same bit for bit from one batch to another.
+Kills of the rollout server are tested by tests/sglang/test_train.py, with a real server, whose samples are not
+bit-identical between batches.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RANKS = 2
@@ -61,20 +60,20 @@ SETTINGS = {
 AHEAD = ("rollout.ahead=1", "objective.correction=truncate")
 KILLS_PER_RUN = 10
 ON_EVERY_RANK = ("update", "begun", "writer")
-"""Moments that each rank passes; the others are the first one's."""
+"""Moments that occur on every rank; the others occur on rank 0 only."""
 PRELOADED = (
     "tests.e2e.dying", "sdpg_megatron.train.loop", "sdpg_megatron.train.inputs", "sdpg_megatron.rollout.hf",
     "tensorboard.summary.writer.record_writer", "matplotlib.pyplot", "transformers.models.qwen3.modeling_qwen3",
 )  # fmt: skip
 LIMIT = 600.0
-"""Seconds for one start of a run."""
+"""Timeout in seconds of one start of a run."""
 TOLD = 3000
-"""Characters of what a rank said last, in an error."""
+"""Characters of a rank's last output in an error."""
 
 
 @dataclass(slots=True)
 class Result:
-    """The output; the JSON has these keys and no others."""
+    """The output. The JSON has exactly these keys."""
 
     kills: int = 0
     resumes: int = 0
@@ -86,16 +85,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A kill to come."""
+    """A planned kill."""
 
     of_launcher: bool
     rank: int
-    """Which rank it strikes, or which one kills the launcher."""
+    """The rank that is killed, or that kills the launcher."""
     moment: str | None
-    """In the code, for a rank to die at by itself; None for a time."""
+    """Place in the code at which the rank kills itself; None for a kill at a time."""
     count: int
     share: float
-    """Of the undisturbed run's seconds, for a time."""
+    """Time of the kill, as a share of the undisturbed run's seconds."""
 
 
 def draw_death(draw: random.Random, moments: Sequence[str]) -> Death:
@@ -108,7 +107,7 @@ def draw_death(draw: random.Random, moments: Sequence[str]) -> Death:
 
 
 def launch(config: str, overrides: Sequence[str], death: Death | None, scratch: str) -> None:
-    """Start the ranks, and end them all when one fails."""
+    """Start the ranks, and end all of them when one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -159,7 +158,7 @@ def fork_rank(rank: int, port: int, config: str, overrides: Sequence[str], death
 
 
 class Runner:
-    """Starts runs in a folder each, kills them and compares them with the undisturbed one."""
+    """Starts runs, each in a folder, kills them and compares them with the undisturbed run."""
 
     def __init__(self, scratch: Path, seed: int, steps: int) -> None:
         from tests.e2e.dying import MOMENTS
@@ -173,13 +172,13 @@ class Runner:
         self.struck: Counter[str] = Counter()
 
     def take_time(self) -> None:
-        """Of an undisturbed run; not of the first one, which imports."""
+        """Time an undisturbed run. It is not the first run, which imports modules."""
         config = self._whole(ahead=False).with_name("run.yaml")
         self._start(config, ("run_dir=" + str(self.scratch / "timed"),), None)
         self.seconds = self.last_seconds
 
     def _whole(self, *, ahead: bool) -> Path:
-        """The undisturbed run that others are held against."""
+        """Folder of the undisturbed run for comparison."""
         name = "whole-ahead" if ahead else "whole"
         if not (self.scratch / name).exists():
             self._start(self._write(name), AHEAD if ahead else (), None)
@@ -193,10 +192,10 @@ class Runner:
         return write_run(folder, steps=self.steps, **SETTINGS)
 
     def _start(self, config: Path, overrides: Sequence[str], death: Death | None) -> bool:
-        """One start of a run to its end; whether it was the death that brought it.
+        """Start a run and wait for its end. Returns True if `death` ended it.
 
         Raises:
-            RuntimeError: it failed by itself; with what the ranks said.
+            RuntimeError: the run failed without a kill. Has the output of the ranks.
         """
         pids, struck = config.parent / "pids", config.parent / "struck"
         for left in (pids, struck, *config.parent.glob("rank*.log")):
@@ -210,21 +209,21 @@ class Runner:
             launcher.join(death.share * self.seconds)
             ranks = json.loads(pids.read_text()) if pids.exists() else []
             if launcher.is_alive() and ranks:
-                with suppress(ProcessLookupError):  # a rank that is done
+                with suppress(ProcessLookupError):  # the rank has finished
                     os.kill(launcher.pid if death.of_launcher else ranks[death.rank], signal.SIGKILL)
                     struck.touch()
         launcher.join(LIMIT)
         if launcher.is_alive():
             launcher.kill()
-            raise RuntimeError(f"no end after {LIMIT:g} s; {last_words(config.parent)}")
+            raise RuntimeError(f"timeout after {LIMIT:g} s; {last_output(config.parent)}")
         wait_until_gone(json.loads(pids.read_text()) if pids.exists() else [])
         self.last_seconds = time.perf_counter() - started
         if launcher.exitcode and not struck.exists():
-            raise RuntimeError(f"exit code {launcher.exitcode} without a kill; {last_words(config.parent)}")
+            raise RuntimeError(f"exit code {launcher.exitcode} without a kill; {last_output(config.parent)}")
         return bool(launcher.exitcode)
 
     def torment(self, number: int, kills: int) -> None:
-        """One run, killed up to so many times."""
+        """Start a run, kill it up to `kills` times, and compare it."""
         config = self._write(f"run{number}")
         ahead = bool(number & 2)
         overrides = [f"checkpoint.asynchronous={str(bool(number % 2)).lower()}", *(AHEAD if ahead else ())]
@@ -254,7 +253,7 @@ class Runner:
             self.result.broken += damage is not None
 
     def _compare(self, run: Path, whole: Path) -> None:
-        import torch  # not at the top: the ranks' verifier processes import this file, and nothing else of it
+        import torch  # not at the top: the ranks' verifier processes import this module without needing torch
 
         from tests.e2e.runs import weights
 
@@ -270,16 +269,16 @@ class Runner:
 
 
 def wait_until_gone(pids: Sequence[int]) -> None:
-    """Ranks of a launcher that was killed are no children of anybody here."""
+    """Poll until all processes have ended. Ranks of a killed launcher are not child processes of this one."""
     deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in pids):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {pids} outlive their launcher")
+            raise RuntimeError(f"ranks {pids} are still running after their launcher ended")
         time.sleep(0.02)
 
 
-def last_words(folder: Path) -> str:
-    """Of each rank of a start."""
+def last_output(folder: Path) -> str:
+    """Last output of each rank of a start."""
     logs = sorted(folder.glob("rank*.log"))
     return "\n".join(["the ranks' output:", *(f"[{log.stem}] {log.read_text()[-TOLD:]}" for log in logs)])
 
@@ -292,7 +291,7 @@ def is_alive(pid: int) -> bool:
 
 
 def metrics_lines(run: Path) -> list[dict[str, Any]]:
-    """As they stand in the file, without what a clock measured."""
+    """Metrics of a run, without times."""
     from tests.e2e.runs import TIMES
 
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
@@ -305,7 +304,7 @@ def differing(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> in
 
 
 def learned(run: Path) -> Counter[tuple[int, str]]:
-    """How often each step learned from each prompt."""
+    """Number of times that each step trained on each prompt."""
     lines = (json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines())
     return Counter((line["step"], uid) for line in lines for uid in line["prompts"])
 
@@ -319,8 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/crash.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="of each run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json says of what run")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps per run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json describes the run")
     arguments = parser.parse_args(argv)
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     root = str(Path(__file__).resolve().parents[1])

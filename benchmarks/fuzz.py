@@ -1,20 +1,19 @@
-"""Call the command line with drawn faults, and count the calls that end without an error of the package.
+"""Fuzz the command line: run commands with random faults, and count those that fail without a typed error.
 
     python benchmarks/fuzz.py --cases 10000 --seed 0 --jobs 2 --out benchmarks/results/fuzz.json
-    python benchmarks/fuzz.py --seed 0 --only 137          one case again: its files stay, its output is shown
+    python benchmarks/fuzz.py --seed 0 --only 137          repeat one case, keep its files, show its output
 
-A case is a command of ``sdpg-megatron`` over a drawn configuration, data file, model folder, checkpoint or environment
-(benchmarks/fuzz_cases.py), most of them with one to three faults. It runs in a fork of a process that has everything
-imported, in a new session and folder, with a bound on its memory. Cases may succeed: a fault may lie where
-nothing reads it.
+A case is a command of ``sdpg-megatron`` with a random configuration, data file, model folder, checkpoint or environment
+(benchmarks/fuzz_cases.py), usually with one to three faults. It runs in a fork of a process that has imported
+everything, in a new session and folder, with a memory limit. A case may succeed, as the command may not read the fault.
 
-    cases    calls made
-    untyped  calls that ended by a traceback, a death by a signal that was not sent, or an exit code that is not
-             documented; or with an exit code for errors and no message
-    hangs    calls that did not end within their limit
+    cases    number of calls
+    untyped  calls that ended with a traceback, by a signal that was not sent, with an undocumented exit code, or with
+             an error code and no message
+    hangs    calls that did not end within their time limit
 
-The last line of standard output is the JSON of these three; standard error names each faulty case. The exit code is 1
-where one of the last two is not 0.
+The last line of standard output is the JSON of these three. Standard error names each faulty case. The exit code is 1
+if one of the last two is not 0.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.fuzz_cases import CHECKPOINT, MODELS, RUN, VERIFIER, VERIFIER_CODE, Case, draw_case
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTED = (0, 2, 70, 75, 130, 141)
-"""Exit codes of `sdpg_megatron.cli.main`; 2 is the one of an error."""
+"""Exit codes of `sdpg_megatron.cli.main`; 2 is for errors."""
 MEMORY = 8 << 30
-"""Bytes of address space that a call may take beyond those of the imports."""
+"""Limit of a call's address space in bytes, besides that of the imports."""
 IMPORTED = (
     *(f"sdpg_megatron.train.{name}" for name in ("loop", "eval_command", "eval_target")),
     *(f"sdpg_megatron.estimate.{name}" for name in ("plan", "report", "advice")),
@@ -66,12 +65,12 @@ IMPORTED = (
     "tensorboard.summary.writer.record_writer",
 )
 TOLD = 1200
-"""Characters of standard error that are shown of a faulty case."""
+"""Characters of a faulty case's standard error in the output."""
 
 
 @dataclass(slots=True)
 class Result:
-    """The output; the JSON has these keys and no others."""
+    """The output. The JSON has exactly these keys."""
 
     cases: int = 0
     untyped: int = 0
@@ -79,9 +78,9 @@ class Result:
 
 
 def prepare(folder: Path) -> None:
-    """Write tiny models, a Megatron checkpoint and a finished run of two steps, with an evaluation.
+    """Write tiny models, a Megatron checkpoint and a finished run of two steps with an evaluation.
 
-    Runs in a separate process: a process that has computed with several threads cannot fork.
+    Runs in a separate process, because a process cannot fork after it has computed with several threads.
     """
     from sdpg_megatron.cli import main
     from tests.tiny import write_tiny_model
@@ -96,7 +95,7 @@ def prepare(folder: Path) -> None:
 
 
 def draw_case_of_run(case: Path, folder: Path) -> str:
-    """The configuration that damaged runs are continued with, beside its data."""
+    """Write the configuration for resuming damaged runs, and its data."""
     import yaml
 
     from benchmarks.fuzz_cases import base
@@ -109,7 +108,7 @@ def draw_case_of_run(case: Path, folder: Path) -> str:
 
 
 def import_everything() -> None:
-    """Import what the commands import, in one thread."""
+    """Import the modules of all commands, in one thread."""
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     import importlib
 
@@ -121,8 +120,8 @@ def import_everything() -> None:
 
 
 def attempt(case: Case, folder: Path) -> tuple[int | None, str]:
-    """Exit code, negative for a signal, None for a hang; and what was written to standard error."""
-    (folder / "stderr").touch()  # a signal may come before the call has opened it
+    """Run a case. Returns its exit code (negative for a signal, None for a hang) and its standard error."""
+    (folder / "stderr").touch()  # a signal may arrive before the call opens it
     started = time.monotonic()
     child = os.fork()
     if not child:
@@ -136,7 +135,7 @@ def attempt(case: Case, folder: Path) -> tuple[int | None, str]:
             code = os.waitstatus_to_exitcode(status)
             break
         time.sleep(0.005)
-    with suppress(ProcessLookupError):  # what it started, and the call itself where it hangs
+    with suppress(ProcessLookupError):  # its child processes, and the call if it hangs
         os.killpg(child, signal.SIGKILL)
     if code is None:
         os.waitpid(child, 0)
@@ -144,7 +143,7 @@ def attempt(case: Case, folder: Path) -> tuple[int | None, str]:
 
 
 def call(case: Case, folder: Path) -> int:
-    """Be the process of one call; returns its exit code."""
+    """Run in the process of one call. Returns its exit code."""
     os.setsid()
     os.chdir(folder)
     os.environ.update({"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **case.environment})
@@ -162,9 +161,9 @@ def call(case: Case, folder: Path) -> int:
 
 
 class Forking:
-    """`subprocess` and `multiprocessing` for the processes that dry runs start: forks, as the imports take seconds.
+    """Replacement of `subprocess` and `multiprocessing` in dry runs, with forks, because imports take seconds.
 
-    They do what the processes do in whose place they are; only the imports are there already.
+    The forks run the same code as the processes, with the imports done.
     """
 
     active_children = staticmethod(multiprocessing.active_children)
@@ -178,10 +177,10 @@ class Forking:
     def run(
         command: Sequence[str], *, input: str, env: dict[str, str], **_: object
     ) -> subprocess.CompletedProcess[str]:
-        """``python [options] -m MODULE`` with its output captured."""
+        """Run ``python [options] -m MODULE`` in a fork and capture its output."""
         from tests.e2e.preloaded import run_as_main
 
-        folder = Path(tempfile.mkdtemp())  # a temporary directory that cleans up would do so when the fork ends
+        folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be removed when the fork ends
         paths = [folder / name for name in ("in", "out", "err")]
         paths[0].write_text(input, "utf-8")
         child = os.fork()
@@ -201,9 +200,10 @@ class Forking:
 
 
 def replace_streams(case: Case, folder: Path) -> None:
-    """Standard input is empty, standard error a file; standard output a file, closed, full or a broken pipe.
+    """Replace the streams: empty standard input, standard error to a file, standard output to a file or to a fault.
 
-    The last two have the encoding that Python gives them where it starts with the case's environment.
+    Faults are a closed stream, a full disk and a broken pipe. Output streams have the encoding that Python would use in
+    the case's environment.
     """
     match case.stdout:
         case "full":
@@ -226,13 +226,13 @@ def replace_streams(case: Case, folder: Path) -> None:
     sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if case.stdout == "closed":
         os.close(1)
-        sys.stdout = None  # type: ignore[assignment]  # as Python starts with a closed one
+        sys.stdout = None  # type: ignore[assignment]  # as in Python when started with a closed stream
 
 
 def encoding_of(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Encoding and error handler that Python gives standard output; UTF-8 for every locale that is drawn.
+    """Encoding and error handler of Python's standard output; UTF-8 for every locale of the cases.
 
-    An encoding that Python does not know is passed over: Python would not start.
+    An unknown encoding is ignored, because Python would not start with it.
     """
     encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
     try:
@@ -243,13 +243,13 @@ def encoding_of(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def verdict(case: Case, code: int | None, said: str) -> str | None:
-    """Why a call counts as untyped; None where it does not."""
+    """Reason for which a call counts as untyped; None if it does not."""
     if code is None or "Traceback (most recent call last)" in said:
         return None if code is None else "a traceback"
     sent = [number for _, number in case.signals]
     if code < 0:
         return None if -code in sent else f"killed by signal {-code}"
-    if code - 128 in sent[1:]:  # a second signal ends a run at once
+    if code - 128 in sent[1:]:  # a second signal ends a run immediately
         return None
     if code not in DOCUMENTED:
         return f"exit code {code}"
@@ -259,7 +259,7 @@ def verdict(case: Case, code: int | None, said: str) -> str | None:
 
 
 def fuzz(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, keep: bool) -> tuple[Result, Counter[str]]:
-    """Make the calls of some cases, one after another; returns the counts, and the exit codes by kind of case."""
+    """Run cases in sequence. Returns the counts, and the exit codes by kind of case."""
     result, codes = Result(), Counter[str]()
     for number in numbers:
         folder = scratch / str(number)
@@ -279,7 +279,7 @@ def fuzz(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, keep:
 
 
 def share(seed: int, numbers: Sequence[int], prepared: Path, scratch: Path, jobs: int) -> tuple[Result, Counter[str]]:
-    """`fuzz` in several forks, each with every n-th case. `multiprocessing` would have the cases be its children."""
+    """Run `fuzz` in several forks, each with every n-th case. `multiprocessing` would own the cases as children."""
     result, codes = Result(), Counter[str]()
     readers = []
     for job in range(jobs):
@@ -321,8 +321,8 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at once (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json says of what run")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent cases (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; FILE.meta.json describes the run")
     options = parser.parse_args()
     started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="sdpg-fuzz-"))

@@ -1,6 +1,6 @@
-"""The cases of benchmarks/fuzz.py: command lines over drawn configurations, data, model folders and environments.
+"""Cases of benchmarks/fuzz.py: commands with random configurations, data, model folders and environments.
 
-A case is drawn from a `random.Random` alone, so that its seed and number bring it back.
+A case depends only on a `random.Random`, so its seed and number reproduce it.
 """
 
 from __future__ import annotations
@@ -108,23 +108,23 @@ CONTENT = (
 
 @dataclass(slots=True)
 class Case:
-    """One call of the command line."""
+    """A call of the command line."""
 
     kind: str
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     stdout: Stdout = "file"
     signals: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds after the start, and signal numbers."""
+    """(seconds after the start, signal number)."""
     limit: float = 60.0
-    """Seconds after which the call hangs."""
+    """Seconds after which the call counts as hanging."""
 
 
 def draw_case(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Draw a case and write its files into `folder`, an empty one.
+    """Draw a case and write its files to the empty `folder`.
 
     Args:
-        prepared: tiny models, a finished run and a Megatron checkpoint, as `benchmarks.fuzz.prepare` makes them.
+        prepared: folder written by `benchmarks.fuzz.prepare`.
     """
     (folder / f"{VERIFIER}.py").write_text(VERIFIER_CODE)
     kinds: dict[Callable[[random.Random, Path, Path], Case], float] = {
@@ -138,7 +138,7 @@ def draw_case(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 
 def configuration(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Fields with other values, unknown fields, and files that are no YAML."""
+    """Fields with other values, unknown fields, and invalid YAML."""
     tree = base(draw, prepared, folder)
     for _ in range(draw.randint(1, 3)):
         change(draw, tree)
@@ -147,7 +147,7 @@ def configuration(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 
 def rows(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Data files of other shapes, damaged and empty ones."""
+    """Data files with unexpected structure, damaged and empty ones."""
     tree = base(draw, prepared, folder)
     names = [write_rows(draw, folder / f"rows{number}") for number in range(draw.randint(1, 2))]
     tree["data"][draw.choice(["train", "train", "eval"])] = names
@@ -197,7 +197,7 @@ def checkpoint(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 
 def command_line(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Words that no command takes, in any order."""
+    """Invalid arguments in random order."""
     path = write_config(draw, folder, base(draw, prepared, folder))
     words = [
         *("train", "eval", "plan", "compare", "convert", "inspect", "--dry-run", "--out", "--step", "--json", "--gpu"),
@@ -239,7 +239,7 @@ def command_line(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 
 def environment(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Variables of launchers and locales, standard output that is closed, full or gone, and signals."""
+    """Variables of launchers and locales, a closed, full or broken standard output, and signals."""
     tree = base(draw, prepared, folder)
     model = folder / draw.choice(["model", "mod\u00e8le \u4e16", os.fsdecode(b"m\xff")])
     model.symlink_to(tree["model"]["path"])
@@ -255,7 +255,7 @@ def environment(draw: random.Random, prepared: Path, folder: Path) -> Case:
 
 
 def run(draw: random.Random, prepared: Path, folder: Path) -> Case:
-    """Training of one step, with a field changed, another verifier, a signal or a lost standard output."""
+    """Training for one step with a changed field, another verifier, a signal or a broken standard output."""
     tree = base(draw, prepared, folder)
     tree["reward"] = {"verifier": draw.choice(VERIFIERS), "timeout": 5}
     if draw.random() < 0.5:
@@ -266,11 +266,11 @@ def run(draw: random.Random, prepared: Path, folder: Path) -> Case:
     return case
 
 
-# --- their parts
+# --- parts of cases
 
 
 def base(draw: random.Random, prepared: Path, folder: Path) -> dict[str, Any]:
-    """A configuration that works: one step of a tiny model."""
+    """A valid configuration: one step of a tiny model."""
     data = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(6)]
     for name, part in (("train", data[:4]), ("eval", data[4:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -287,7 +287,7 @@ def base(draw: random.Random, prepared: Path, folder: Path) -> dict[str, Any]:
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """The dotted names of all sections and fields."""
+    """Dotted names of all sections and fields."""
     found = []
     for name, info in model.model_fields.items():
         found.append(prefix + name)
@@ -297,7 +297,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 
 
 def choices(name: str) -> list[Any]:
-    """Values that the type of a field offers."""
+    """Values of a field with a `Literal` type; empty for other types."""
     model: Any = RunConfig
     for part in name.split("."):
         model = model.model_fields[part].annotation if hasattr(model, "model_fields") else None
@@ -308,7 +308,7 @@ def choices(name: str) -> list[Any]:
 
 
 def value(draw: random.Random, depth: int = 2) -> Any:
-    """A scalar or, less often, a list or mapping of such."""
+    """A random scalar or, less often, a list or mapping of scalars."""
     match draw.randrange(8) if depth else 0:
         case 6:
             return [value(draw, depth - 1) for _ in range(draw.randint(0, 3))]
@@ -319,7 +319,7 @@ def value(draw: random.Random, depth: int = 2) -> Any:
 
 
 def change(draw: random.Random, tree: dict[str, Any], names: Sequence[str] | None = None) -> None:
-    """Give one field another value, or add a field that does not exist."""
+    """Change the value of a field, or add an unknown field."""
     name = draw.choice(list(names or fields())) if names or draw.random() < 0.85 else draw.choice(NAMES)
     *sections, last = name.split(".")
     for section in sections:
@@ -340,7 +340,7 @@ def overrides(draw: random.Random, chance: float) -> list[str]:
 
 
 def reading(draw: random.Random) -> list[str]:
-    """A command that reads a configuration and trains nothing."""
+    """A command that reads a configuration without training."""
     return draw.choice([["train", "--dry-run"], ["train", "--dry-run"], ["plan"]])
 
 
@@ -357,7 +357,7 @@ def write_config(draw: random.Random, folder: Path, tree: dict[str, Any]) -> str
 
 
 def write_rows(draw: random.Random, stem: Path) -> str:
-    """A data file of a few rows; returns its name."""
+    """Write a data file of a few rows. Returns its name."""
     table = [row(draw) for _ in range(draw.randint(0, 4))]
     content = "".join(json.dumps(entry) + "\n" for entry in table).encode()
     suffix = draw.choice([".jsonl", ".jsonl", ".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet", ".txt", ""])
@@ -394,7 +394,7 @@ def row(draw: random.Random) -> dict[str, Any]:
 
 
 def parquet(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
-    """Columns of drawn types; a table that Arrow cannot hold becomes one of text."""
+    """Parquet bytes with columns of random types. A table that Arrow rejects becomes a table of text."""
     import pyarrow
     import pyarrow.parquet
 
@@ -415,7 +415,7 @@ def parquet(draw: random.Random, table: list[dict[str, Any]]) -> bytes:
 
 
 def damage_model(draw: random.Random, model: Path) -> None:
-    """One fault that downloads and conversions have."""
+    """Add a fault that is typical of downloads and conversions."""
     files = sorted(path for path in model.iterdir() if path.is_file())
     configs = [path for path in files if path.suffix == ".json"]
     if not configs or draw.random() < 0.4:
@@ -423,7 +423,7 @@ def damage_model(draw: random.Random, model: Path) -> None:
     path = draw.choice(configs)
     try:
         tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # damaged before
+    except (ValueError, RecursionError):  # damaged by an earlier fault
         return None
     if not isinstance(tree, dict):
         return None
@@ -463,7 +463,7 @@ def damage_file(draw: random.Random, path: Path) -> None:
 
 
 def damaged(draw: random.Random, content: bytes) -> bytes:
-    """Some bytes changed, cut out or put in."""
+    """Content with some bytes changed, removed or inserted."""
     found = bytearray(content)
     for _ in range(draw.randint(1, 3)):
         at = draw.randint(0, len(found))

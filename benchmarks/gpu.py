@@ -1,21 +1,21 @@
-"""Test and measure one GPU in a few minutes, without network: tests, the head, training steps, a run, SGLang.
+"""Test and benchmark one GPU in a few minutes, without network: tests, head, training steps, a run, SGLang.
 
     python benchmarks/gpu.py --minutes 12 --out FOLDER [--sglang-python PYTHON | --sglang PACKAGES]
     python benchmarks/gpu.py --rehearse --out FOLDER       every part on a CPU, at tiny sizes
 
-The parts run in the order of their worth, each in a process with a bound on its time. A part that fails or takes too
-long spoils no other. FOLDER/gpu.json is written after each part; FOLDER/PART.log has what a part printed. The last
-lines are a table. The exit code is 1 where a part has failed.
+The most informative parts run first. Each part is a process with a time limit, so a part that fails or takes too long
+does not affect the others. FOLDER/gpu.json is written after each part; FOLDER/PART.log has the output of a part. The
+last lines of the output are a table. The exit code is 1 if a part failed.
 
-    machine     versions; seconds of a product of bfloat16 matrices, of copies on the device and to the host; NCCL
-    train       optimizer steps of a random Qwen3 0.6B on given responses, packed, 16k tokens a micro-batch: tokens/s,
-                MFU, peak memory beside that of `sdpg-megatron plan`, kernels and waits of a step
+    machine     versions; seconds of a bfloat16 matrix product, of copies on the device and to the host; NCCL
+    train       optimizer steps of a random Qwen3 0.6B on given responses, packed, 16k tokens per micro-batch: tokens/s,
+                MFU, peak memory and its estimate by `sdpg-megatron plan`, kernels and host synchronizations of a step
     head        benchmarks/head.py at T 8192, H 2560, V 151936, bfloat16
-    sglang      `sdpg-megatron train`, two steps with a colocated server, where an interpreter with sglang is given:
-                seconds of its phases, log-prob difference; checksums where this environment has sglang, too
-    tests       tests/gpu, with Transformer Engine's where it is installed
-    run         as sglang, with the embedded engine
-    train_1.7b  as train, with recomputed layers
+    sglang      `sdpg-megatron train`, two steps with a colocated server, if an interpreter with sglang is given:
+                seconds of its phases, log-prob difference; checksums if this environment has sglang too
+    tests       tests/gpu, including Transformer Engine's if it is installed
+    run         like sglang, with the embedded engine
+    train_1.7b  like train, with recomputed layers
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 400
-"""Characters of a failed part's output that the results keep."""
+"""Characters of a failed part's output in the results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     name: str
     minutes: float
-    """Bound of its time."""
+    """Time limit."""
     shown: tuple[str, ...] = ()
-    """Results in the table, by their path."""
+    """Keys of its results in the table."""
 
 
 PARTS = (
@@ -61,7 +61,7 @@ NAMES = [part.name for part in PARTS]
 
 
 def run_part(part: Part, folder: Path, seconds: float, more: Sequence[str]) -> dict[str, Any]:
-    """Run a part in a separate process. Returns its results, with `error` where it has failed."""
+    """Run a part in a separate process. Returns its results, with `error` if it failed."""
     result = folder / f"{part.name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_parts", part.name, "--out", str(result), *more]
@@ -81,14 +81,14 @@ def run_part(part: Part, folder: Path, seconds: float, more: Sequence[str]) -> d
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-        with suppress(ProcessLookupError):  # also what it has started
+        with suppress(ProcessLookupError):  # also ends child processes
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     found["part_seconds"] = round(time.monotonic() - started, 1)
     if code != 0:
         told = (folder / f"{part.name}.log").read_text(encoding="utf-8", errors="replace").strip()
-        found["error"] = f"no end within {seconds:.0f} s" if code is None else told[-TAIL:] or f"exit code {code}"
+        found["error"] = f"timeout after {seconds:.0f} s" if code is None else told[-TAIL:] or f"exit code {code}"
     return found
 
 
@@ -120,13 +120,13 @@ def show(value: object) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--minutes", type=float, default=12.0, metavar="N", help="for all parts (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=12.0, metavar="N", help="total limit (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, at tiny sizes")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART")
     server = parser.add_mutually_exclusive_group()
-    server.add_argument("--sglang-python", type=Path, metavar="PYTHON", help="an interpreter that has sglang")
-    server.add_argument("--sglang", type=Path, metavar="PACKAGES", help="a folder of packages for this interpreter")
+    server.add_argument("--sglang-python", type=Path, metavar="PYTHON", help="interpreter that has sglang")
+    server.add_argument("--sglang", type=Path, metavar="PACKAGES", help="folder of packages for this interpreter")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     more = ["--rehearse"] if options.rehearse else []

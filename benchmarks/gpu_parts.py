@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py, each a function that returns its results; `main` is the process of one part."""
+"""Parts of benchmarks/gpu.py, each a function that returns its results. `main` runs one part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144},
 }
-"""Sizes of Qwen3 models; `model_config` has the rest."""
+"""Sizes of Qwen3 models. `model_config` has the other fields."""
 TINY = {"hidden_size": 32, "intermediate_size": 48}
 PACKAGES = (
     "torch",
@@ -49,8 +49,8 @@ SERVER_ARGUMENTS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
     *("--disable-cuda-graph", "--disable-overlap-schedule"),
 )
-"""Arguments of SGLang on a GPU that leave few kernels to compile. Its warm-up request stays on: it compiles them before
-the server reports that it has started. A server that compiles later fails its health checks."""
+"""Arguments of SGLang on a GPU that need few compiled kernels. The warm-up request stays on, so that kernels are
+compiled before the server reports its start. A server that compiles later fails its health checks."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
@@ -69,7 +69,7 @@ class Options:
 
 
 def machine(options: Options) -> dict[str, Any]:
-    """Versions, and what the device does at best."""
+    """Versions, and the peak rates of the device."""
     size = 256 if options.rehearse else 8192
     one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=options.device) for _ in range(2))
     big = torch.empty(size * size * 4, dtype=torch.uint8, device=options.device)
@@ -94,7 +94,7 @@ def machine(options: Options) -> dict[str, Any]:
 
 
 def nccl() -> dict[str, Any]:
-    """A collective of one rank."""
+    """Run a collective of one rank."""
     import torch.distributed as dist
 
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def installed(name: str) -> str | None:
 
 
 def tests(options: Options) -> dict[str, Any]:
-    """tests/gpu; without a GPU they are skipped, with the reason."""
+    """Run tests/gpu. Without a GPU they are skipped, with the reason."""
     workers = ["-n", "4"] if installed("pytest-xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -154,7 +154,7 @@ def tests(options: Options) -> dict[str, Any]:
 
 
 def head(options: Options) -> dict[str, Any]:
-    """benchmarks/head.py, with every other way that is installed."""
+    """Run benchmarks/head.py with every installed implementation."""
     sizes = ["--rows=64", "--hidden=32", "--vocab=512", "--repeats=1"]
     if not options.rehearse:
         sizes = ["--device=cuda", "--rows=8192", "--hidden=2560", "--dtype=bfloat16", "--repeats=5"]
@@ -186,7 +186,7 @@ def model_config(size: str, options: Options) -> dict[str, Any]:
 
 
 def write_model(size: str, folder: Path, options: Options) -> Path:
-    """A random Qwen3 with the tokenizer of the tests, whose tokens are a part of the vocabulary."""
+    """Write a random Qwen3 with the tokenizer of the tests, whose tokens are a part of the vocabulary."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     from tests.tiny import tiny_tokenizer
@@ -204,7 +204,7 @@ def write_model(size: str, folder: Path, options: Options) -> Path:
 
 
 def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path:
-    """A run of two steps: its YAML file."""
+    """Write the YAML file of a run of two steps."""
     questions = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(64)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
     prompts, group, length = (2, 2, 4) if options.rehearse else (8, 8, 128)
@@ -227,7 +227,7 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
             **rollout,
         },
         "objective": {"beta": 1e-3, "gate": False, **ramps},
-        # of the student and the teacher together: the teacher's prompts are a little longer
+        # student and teacher together; the teacher's prompts are slightly longer
         "optimizer": {"warmup_steps": 0, "micro_batch_tokens": 2 * tokens + tokens // 8},
         "checkpoint": {"export": False, "every": 0},
     }
@@ -239,9 +239,9 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
 def steps(size: str, options: Options) -> dict[str, Any]:
     """Optimizer steps on given responses: passes of student, teacher and reference, and the update.
 
-    Not the steps that also measure the pulls of the loss's parts, which are every tenth.
+    Steps that also measure the gradient ratio (every tenth) are not included.
     """
-    from benchmarks.step_trainer import StandingLearner
+    from benchmarks.step_trainer import StandingPolicyTrainer
     from sdpg_megatron.config.load import load_config
 
     lengths = [8] * 4 if options.rehearse else [1024 - PROMPT_TOKENS] * 64
@@ -254,7 +254,7 @@ def steps(size: str, options: Options) -> dict[str, Any]:
         overrides += [f"model.recompute={size == '1.7b'}".lower()]  # without, 1.7B does not fit in 80 GB
         student_tokens = len(lengths) * (lengths[0] + PROMPT_TOKENS) // (1 if options.rehearse else 4)
         planned = plan(path, [*overrides, f"optimizer.micro_batch_tokens={student_tokens}"])
-        trainer = StandingLearner(load_config(path, overrides))
+        trainer = StandingPolicyTrainer(load_config(path, overrides))
         groups = given_groups(lengths, group, trainer.inputs.arch.vocab_size)
         seconds = []
         for number in range(4):
@@ -276,8 +276,8 @@ def steps(size: str, options: Options) -> dict[str, Any]:
     student = response + len(lengths) * PROMPT_TOKENS
     teacher = student + len(lengths) * HINT_TOKENS
     layers = numel - arch.vocab_size * arch.hidden_size
-    # Products of matrices, 2 operations a multiplication: layers forward and backward for the student, forward for
-    # teacher and reference; 8 T H V in the head, and a product more for the reference's log-probs. Without attention.
+    # Matrix products, 2 operations per multiplication: layers forward and backward for the student, forward for teacher
+    # and reference; 8 T H V in the head, and one more product for the reference's log-probs. Without attention.
     flops = 2 * layers * (3 * student + teacher + student) + 10 * response * arch.hidden_size * arch.vocab_size
     return {
         "seconds": statistics.median(seconds[1:]),
@@ -296,7 +296,10 @@ def steps(size: str, options: Options) -> dict[str, Any]:
 
 @contextmanager
 def profiled() -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """Calls of the CUDA runtime and of torch operators, and milliseconds of kernels, by name; filled at the end."""
+    """Profile a block: calls of the CUDA runtime and of torch operators, and kernel milliseconds, by name.
+
+    The counters are filled on exit.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     calls: Counter[str] = Counter()
@@ -311,9 +314,9 @@ def profiled() -> Iterator[tuple[Counter[str], Counter[str]]]:
 
 
 def plan(path: Path, overrides: Sequence[str]) -> float:
-    """GiB that `sdpg-megatron plan` foresees for torch's allocator in the passes and the update.
+    """GiB of torch's allocator in the passes and the update, as estimated by `sdpg-megatron plan`.
 
-    It takes all tokens of a micro-batch for the student's. With a teacher in each of them about half are.
+    The estimate counts all tokens of a micro-batch as the student's. With a teacher, about half of them are.
     """
     from sdpg_megatron.config.load import load_config
     from sdpg_megatron.estimate.gpus import find_gpu
@@ -325,7 +328,7 @@ def plan(path: Path, overrides: Sequence[str]) -> float:
 
 
 def run(options: Options, *overrides: str) -> dict[str, Any]:
-    """`sdpg-megatron train`; the metrics of its last step. Where it fails, its servers' logs go to the part's."""
+    """Run `sdpg-megatron train` and return the metrics of its last step. On failure, print the logs of its servers."""
     with tempfile.TemporaryDirectory() as scratch:
         path = write_run("0.6b", Path(scratch), options)
         done = subprocess.run([sys.executable, "-m", "sdpg_megatron", "train", str(path), *overrides], cwd=ROOT)
@@ -345,16 +348,16 @@ def run(options: Options, *overrides: str) -> dict[str, Any]:
 
 
 def sglang(options: Options) -> dict[str, Any]:
-    """`run` with a server: on a GPU colocated, where its memory goes to and fro.
+    """`run` with a server, colocated on a GPU, where its memory is released and restored.
 
-    Its weights are compared by checksum where this environment has sglang, too.
+    Its weights are compared by checksum if this environment has sglang too.
     """
     if options.sglang_python is None and options.sglang is None:
         return {"left_out": "no interpreter with sglang: --sglang-python, or --sglang with a folder of packages"}
     with tempfile.TemporaryDirectory() as folder:
         python = options.sglang_python or write_interpreter(Path(folder) / "python", options.sglang)
         served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
-        if options.rehearse:  # the tiny model's sizes are not those that a CPU server can be checked with
+        if options.rehearse:  # checksums do not support the tiny model's sizes on a CPU server
             return run(options, *served)
         served += ["rollout.sglang.colocated=true", "rollout.sglang.transport=shared"]
         served.append(f"rollout.sglang.arguments={json.dumps(SERVER_ARGUMENTS)}")
@@ -363,10 +366,10 @@ def sglang(options: Options) -> dict[str, Any]:
 
 
 def write_interpreter(path: Path, packages: Path | None) -> Path:
-    """This interpreter with a folder of packages before its own; isolated mode (-I) would leave them out.
+    """Write a wrapper of this interpreter that puts a folder of packages first, even in isolated mode (-I).
 
-    SGLang's memory saver is a library that is loaded before Python, and needs CUDA's runtime, which pip puts where only
-    torch looks.
+    SGLang's memory saver is a library that is preloaded. It needs CUDA's runtime, which pip installs in a folder that
+    only torch searches.
     """
     folders = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
     runtimes = Path(torch.__file__).parents[1].glob("nvidia/*/lib/libcudart.so.*")

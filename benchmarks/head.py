@@ -1,27 +1,26 @@
-"""Time and memory of one step of the output head, forward and backward, beside other ways to compute it.
+"""Time and memory of one step of the output head, forward and backward, compared with other implementations.
 
     python benchmarks/head.py                                       CPU: T 1024, H 1024, V 151936, float32, tp 1 and 2
     python benchmarks/head.py --device cuda --rows 8192 --hidden 2560 --dtype bfloat16 --out head.json
 
     python benchmarks/head.py --launches
 
-What is computed, and by whom, is in `head_baselines.py`.
+`head_baselines.py` has the problem and the implementations ("contestants").
 
-Time. One process for each rank holds all contestants and runs them in turn, round after round, so that whatever slows
-the machine down slows all of them. A barrier precedes every step; a step takes as long as its slowest rank; the best
-round counts, after one that does not. On CPU each of tp ranks has its share of the cores (of OMP_NUM_THREADS, where
-that is set).
+Time: one process per rank holds all contestants and alternates between them, so that a slow phase of the machine
+affects all of them. A barrier precedes every step, and a step takes as long as its slowest rank. The result is the best
+round, after one warm-up round. On a CPU the cores (or OMP_NUM_THREADS, if set) are divided among the ranks.
 
-Memory. Every contestant runs one step, on one GPU in the same process, otherwise in fresh ones. Before it come the
-inputs, each page of them written, and a step on a tiny problem, which starts threads and loads libraries; then the
-allocator gives back what is free (CUDA: empty_cache; glibc: malloc_trim). From here on everything counts, up to the end
-of the step. On CUDA it is the most that torch's allocator had handed out (`max_memory_allocated`). On CPU it is the
-most resident memory of the process, which the kernel tracks (VmHWM, the counter behind getrusage's ru_maxrss, set back
-through /proc/self/clear_refs) and a thread samples every 5 ms, for machines without that counter; glibc is told to
-return blocks of a MiB or more when they are freed, or its habit of keeping some would count. The gradient of the
-vocabulary matrix is left out on all sides: its size, as returned, is subtracted. The figure is the largest rank's.
+Memory: every contestant runs one step, on one GPU in the same process, otherwise in a fresh process. First come the
+inputs, with every page written, and a step on a tiny problem, which starts threads and loads libraries. Then the
+allocator releases free memory (CUDA: empty_cache; glibc: malloc_trim). All memory from here to the end of the step
+counts. On CUDA this is the peak of torch's allocator (`max_memory_allocated`). On a CPU it is the peak resident memory
+of the process, from the kernel's counter (VmHWM, the counter behind getrusage's ru_maxrss, reset through
+/proc/self/clear_refs) and from a thread that samples every 5 ms, for machines without the counter. glibc is set to
+return freed blocks of at least 1 MiB, which it would otherwise keep. The size of the returned gradient of the
+vocabulary matrix is subtracted for all contestants. The figure is the maximum over ranks.
 
-Error. The largest absolute error of log-prob and KL in 64 rows against float64 on the same input values.
+Error: the largest absolute error of log-prob and KL in 64 rows, against float64 on the same input values.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head_baselines import CONTESTANTS, Outcome, Problem, make_problem, weight_rows
@@ -64,7 +63,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One shape on one number of ranks."""
+    """A shape and a number of ranks."""
 
     rows: int
     hidden: int
@@ -74,12 +73,12 @@ class Setting:
     device: str
     repeats: int
     threads: int
-    """Of all ranks together."""
+    """Total over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row of the output; the JSON has these keys and no others."""
+    """A row of the output. The JSON has exactly these keys."""
 
     name: str
     T: int
@@ -91,12 +90,12 @@ class Result:
     peak_bytes: int
     tflops_8THV: float
     max_error_vs_float64: float | None
-    """None where a contestant gives no terms by row."""
+    """None if a contestant has no terms per row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """log-prob and KL of some rows in float64."""
+    """Log-prob and KL of some rows in float64."""
 
     rows: list[int]
     logprob: list[float]
@@ -108,14 +107,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Where a rank stands."""
+    """State of a rank."""
 
     index: int
     setting: Setting
     device: torch.device
 
     def problem(self, rows: int, vocab: int) -> Problem:
-        """This rank's part of a problem."""
+        """This rank's shard of a problem."""
         width = -(-vocab // self.setting.tp)
         start = self.index * width
         group = dist.group.WORLD if self.setting.tp > 1 else None
@@ -124,18 +123,18 @@ class Rank:
         return make_problem(rows, self.setting.hidden, shard, columns, DTYPES[self.setting.dtype], self.device)
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 Job = Callable[..., Any]
-"""(rank, arguments of the job) -> what goes back, as JSON."""
+"""(rank, arguments of the job) -> result, serializable as JSON."""
 
 
 def run_ranks(setting: Setting, job: Job, *args: Any) -> list[Any]:
-    """Each rank's result of `job`, in fresh processes. Raises torch's `ProcessException` where one fails."""
-    # Or each process would import them anew; the second is what torch's checkpoint imports.
+    """Run `job` on every rank in fresh processes. Raises torch's `ProcessException` if one fails."""
+    # Without the preload each process imports these. torch's checkpoint imports torch._dynamo.
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "sdpg_megatron.head"])
     with tempfile.TemporaryDirectory(prefix="head-benchmark-") as folder:
         arguments = setting, job, args, folder
@@ -144,15 +143,14 @@ def run_ranks(setting: Setting, job: Job, *args: Any) -> list[Any]:
 
 
 def _rank_main(index: int, setting: Setting, job: Job, args: tuple[Any, ...], folder: str) -> None:
-    gc.freeze()  # the collections between steps need not go over all that is imported
+    gc.freeze()  # garbage collections between steps then skip imported objects
     torch.set_num_threads(max(1, setting.threads // setting.tp))
     device = torch.device(setting.device, index) if setting.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if setting.tp > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = f"file://{folder}/meeting"
-        dist.init_process_group(backend, meeting, COLLECTIVE_TIMEOUT, setting.tp, index)
+        dist.init_process_group(backend, f"file://{folder}/rendezvous", COLLECTIVE_TIMEOUT, setting.tp, index)
     found = job(Rank(index, setting, device), *args)
     Path(folder, str(index)).write_text(json.dumps(found), encoding="utf-8")
     if setting.tp > 1:
@@ -160,7 +158,7 @@ def _rank_main(index: int, setting: Setting, job: Job, args: tuple[Any, ...], fo
 
 
 def time_job(rank: Rank, names: Sequence[str], reference: Reference) -> dict[str, tuple[list[float], float | None]]:
-    """Of each contestant the seconds of each round on this rank, and its error."""
+    """Seconds per round on this rank, and error, of each contestant."""
     problem = rank.problem(rank.setting.rows, rank.setting.vocab)
     steps = {name: CONTESTANTS[name].prepare(problem) for name in names}
     errors = {name: max_error(step(), reference) for name, step in steps.items()}
@@ -179,7 +177,7 @@ def time_job(rank: Rank, names: Sequence[str], reference: Reference) -> dict[str
 
 
 def max_error(outcome: Outcome, reference: Reference) -> float | None:
-    """Largest absolute error in nats; None where the outcome has no terms by row."""
+    """Largest absolute error in nats; None if the outcome has no terms per row."""
     if outcome.logprob_T is None or outcome.divergence_T is None:
         return None
     found_2R = torch.stack([outcome.logprob_T[reference.rows].double(), outcome.divergence_T[reference.rows].double()])
@@ -188,9 +186,9 @@ def max_error(outcome: Outcome, reference: Reference) -> float | None:
 
 
 def peaks_job(rank: Rank, names: Sequence[str]) -> list[int | None]:
-    """Bytes that one step of each holds at most, beyond its inputs and its gradient of the matrix.
+    """Peak bytes of one step of each contestant, besides its inputs and its gradient of the matrix.
 
-    None where memory does not suffice; with several ranks `torch.OutOfMemoryError` is raised, or they would wait.
+    None if out of memory. With several ranks `torch.OutOfMemoryError` is raised instead, as other ranks would wait.
     """
     problem = rank.problem(rank.setting.rows, rank.setting.vocab)
     peaks: list[int | None] = []
@@ -217,7 +215,7 @@ def peaks_job(rank: Rank, names: Sequence[str]) -> list[int | None]:
 
 @torch.no_grad()
 def make_reference(setting: Setting) -> Reference:
-    """In float64, over the vocabulary in blocks, from the inputs as rounded to the run's type."""
+    """Compute the reference in float64, in blocks of the vocabulary, from inputs rounded to the run's type."""
     dtype = DTYPES[setting.dtype]
     problem = make_problem(
         setting.rows, setting.hidden, VocabShard(0, setting.vocab, None), 0, dtype, torch.device("cpu")
@@ -236,7 +234,7 @@ def make_reference(setting: Setting) -> Reference:
 
 
 def measure(setting: Setting, names: Sequence[str]) -> tuple[list[Result], dict[str, str]]:
-    """Results of those that can run, and of the others why not."""
+    """Results of the contestants that can run, and the reasons of the others."""
     device = torch.device(setting.device)
     peaks: dict[str, int] = {}
     left_out: dict[str, str] = {}
@@ -264,7 +262,7 @@ def measure(setting: Setting, names: Sequence[str]) -> tuple[list[Result], dict[
 
 
 def _batches(setting: Setting, names: list[str]) -> list[list[str]]:
-    """Contestants whose memory is measured by the same processes: torch's counter on a GPU knows no earlier ones."""
+    """Contestants whose memory is measured in the same process. On a GPU torch's counter can be reset between them."""
     return [names] if setting.device == "cuda" and setting.tp == 1 and names else [[name] for name in names]
 
 
@@ -296,11 +294,11 @@ def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-# --- what comes out
+# --- output
 
 
 def table(results: Sequence[Result]) -> str:
-    """Lines of one shape, with time and memory relative to `naive` at the same number of ranks where that was run."""
+    """Table of one shape, with time and memory relative to `naive` at the same number of ranks, if it was run."""
     lines = [
         f"{'tp':>2}  {'':20}{'seconds':>9}{'of naive':>9}{'peak MiB':>10}{'of naive':>9}{'TFLOP/s':>9}{'error':>9}"
     ]
@@ -317,7 +315,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def scaling_table(results: Sequence[Result]) -> str:
-    """Time and memory of ours at T and 2T rows."""
+    """Table of time and memory of this head at T and 2T rows."""
     lines = [f"{'tp':>2}  {'':20}{'T':>7}{'seconds':>10}{'peak MiB':>10}"]
     ours = [result for result in results if result.name.startswith("ours/")]
     for one in sorted(ours, key=lambda r: (r.tp, r.name, r.T)):
@@ -326,7 +324,7 @@ def scaling_table(results: Sequence[Result]) -> str:
 
 
 def machine(device: str, threads: int) -> str:
-    """The processor that did the work."""
+    """Name of the processor or GPU, for reports."""
     if device == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")
@@ -348,17 +346,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/head.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json says of what run"
+        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json describes the run"
     )
     parser.add_argument("--rows", type=_positive, default=1024, metavar="T")
     parser.add_argument("--hidden", type=_positive, default=1024, metavar="H")
     parser.add_argument("--vocab", type=_positive, default=151936, metavar="V")
-    parser.add_argument("--tp", type=_ranks, default=[1, 2], metavar="1,2", help="numbers of ranks, each a run")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of hidden rows and matrix")
+    parser.add_argument("--tp", type=_ranks, default=[1, 2], metavar="1,2", help="numbers of ranks, each measured")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="type of hidden rows and matrix")
     parser.add_argument("--names", type=_names, default=list(CONTESTANTS), help=f"some of {','.join(CONTESTANTS)}")
-    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed rounds, after one that is not")
-    parser.add_argument("--scaling", action="store_true", help="also measure ours at 2T rows")
-    parser.add_argument("--launches", action="store_true", help="only count torch calls a chunk (needs triton, no GPU)")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed rounds, after one warm-up")
+    parser.add_argument("--scaling", action="store_true", help="also measure this head at 2T rows")
+    parser.add_argument("--launches", action="store_true", help="only count torch calls per chunk (needs triton)")
     return parser.parse_args(argv)
 
 
@@ -386,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.launches:
         return print_launches()
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("--device cuda: torch finds no CUDA device. Fix: run on a machine with one, or --device cpu\n")
+        sys.stderr.write("--device: found no CUDA device, expected one for cuda. Fix: --device cpu\n")
         return 2
     threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     shape = options.rows, options.hidden, options.vocab
@@ -418,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_launches() -> int:
-    """Torch calls of ours for each chunk, as a GPU's host makes them."""
+    """Print the torch calls per chunk on the GPU code path."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     from benchmarks.launches import report as launch_report
 
@@ -431,7 +429,7 @@ def print_launches() -> int:
 
 
 def results_at_2T(settings: Sequence[Setting], results: Sequence[Result]) -> list[Result]:
-    """Those of ours that are among the results, once more with twice the rows."""
+    """Measure this head again with twice the rows, if it is among the results."""
     more: list[Result] = []
     for setting in settings:
         names = [result.name for result in results if result.tp == setting.tp and result.name.startswith("ours/")]
@@ -440,7 +438,7 @@ def results_at_2T(settings: Sequence[Setting], results: Sequence[Result]) -> lis
 
 
 def report(options: argparse.Namespace, results: Sequence[Result], meta: dict[str, Any]) -> str:
-    """The table, with what it was measured on above it and what is to be known below it."""
+    """Table with machine and command above and notes below."""
     above = [
         f"{meta['machine']}; torch {meta['torch']}; {meta['date']}; {meta['command']}",
         f"T {options.rows}, H {options.hidden}, V {options.vocab}, {options.dtype}; peak without the matrix's gradient",

@@ -1,11 +1,11 @@
-"""One step of the output head, as this project and as others compute it: what `head.py` measures side by side.
+"""Implementations of one step of the output head for `head.py`: this project's and others'.
 
-Every contestant is given the same `Problem` and returns an `Outcome`: the log-prob of each label and KL(student ||
-teacher) over the whole vocabulary, reduced to ``mean(-advantage * log-prob + 0.1 * KL)`` and differentiated in the
-student's hidden rows and in the vocabulary matrix. The teacher gives no gradient, though it shares the matrix.
+Every contestant gets the same `Problem` and returns an `Outcome`: the log-prob of each label and KL(student || teacher)
+over the whole vocabulary, reduced to ``mean(-advantage * log-prob + 0.1 * KL)`` and differentiated in the student's
+hidden rows and in the vocabulary matrix. The teacher contributes no gradient, although it shares the matrix.
 
-The baselines are written anew from what the public projects compute, with nothing of their code. Where a choice was
-open, the one that costs the baseline less was taken; each docstring says which.
+The baselines reimplement the computation of public projects, without their code. If there was a choice, the cheaper
+option for the baseline was taken; the docstrings name these choices.
 
 Shapes: T rows, C rows of a chunk, V this rank's columns of the vocabulary, H hidden size.
 """
@@ -29,17 +29,17 @@ from sdpg_megatron.head import HeadOptions, HeadTerms, TeacherRows, VocabShard, 
 
 KL_WEIGHT = 0.1
 NEMO_RL_CHUNK = 1024
-"""Rows; what NeMo-RL's documentation sets for the full-vocabulary divergence."""
+"""Rows of a chunk in NeMo-RL's documentation of the full-vocabulary divergence."""
 FLOOR_BYTES = 4 << 30
-"""The products alone hold at most this much of logits at a time."""
+"""Limit in bytes of the logits of `matmul_floor` at a time."""
 SEED = 20260604
 SEED_BLOCK = 8192
-"""Columns drawn from one seed, so that any shard can be made without the whole matrix, and alike at any split."""
+"""Columns per random seed, so that any shard can be created without the whole matrix, equal for every split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Inputs of a head step. `hidden_TH` and `weight_VH` are the leaves that it is differentiated in."""
+    """Inputs of a head step. The loss is differentiated in the leaves `hidden_TH` and `weight_VH`."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -53,10 +53,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step gives; None for what a contestant does not compute."""
+    """Results of a step; None for those that a contestant does not compute."""
 
     hidden_grad_TH: Tensor
-    """Summed over the ranks, except `matmul_floor`'s."""
+    """Summed over the ranks, except in `matmul_floor`."""
     weight_grad_VH: Tensor
     loss: Tensor | None = None
     logprob_T: Tensor | None = None
@@ -68,18 +68,18 @@ Step = Callable[[], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One way to compute a step."""
+    """An implementation of a step."""
 
     prepare: Callable[[Problem], Step]
-    """What the step holds from one time to the next is allocated here, outside the time but inside the memory."""
+    """Allocates memory that the step reuses; not timed, but included in the measured memory."""
     missing: Callable[[torch.device, int], str | None] = lambda device, tp: None
-    """(device, tensor-parallel ranks) -> why it cannot run there; None where it can."""
+    """(device, tensor-parallel ranks) -> reason for which it cannot run there; None if it can."""
     note: str | None = None
-    """What a reader of its figures has to know."""
+    """Note for the readers of its figures."""
 
 
 def weight_rows(start: int, stop: int, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``start`` to ``stop`` of the vocabulary matrix. Logits of unit-variance hidden rows have deviation 2."""
+    """Rows ``start`` to ``stop`` of the vocabulary matrix. Logits of unit-variance hidden rows have std 2."""
     weight_VH = torch.empty(stop - start, hidden, dtype=dtype)
     for block in range(start // SEED_BLOCK, -(-stop // SEED_BLOCK)):
         first = block * SEED_BLOCK
@@ -93,9 +93,12 @@ def weight_rows(start: int, stop: int, hidden: int, dtype: torch.dtype) -> Tenso
 def make_problem(
     rows: int, hidden: int, vocab: VocabShard, columns: int, dtype: torch.dtype, device: torch.device
 ) -> Problem:
-    """The same values in every run and at every split. `columns`: those of this rank.
+    """Create a problem with the same values in every run and for every split.
 
-    The teacher's rows are the student's, somewhat off, so that KL is a fraction of a nat, as between two contexts.
+    The teacher's rows are the student's plus noise, so that KL is a fraction of a nat, as between two contexts.
+
+    Args:
+        columns: vocabulary columns of this rank.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -118,7 +121,7 @@ def make_problem(
 
 
 def differentiate(problem: Problem, logprob_T: Tensor, divergence_T: Tensor) -> Outcome:
-    """The loss of a step's terms, and its gradients."""
+    """Compute the loss of a step's terms and its gradients."""
     loss = (-(problem.advantage_T * logprob_T) + KL_WEIGHT * divergence_T).mean()
     return gradients(problem, loss, logprob_T, divergence_T)
 
@@ -159,8 +162,8 @@ def ours(problem: Problem, options: HeadOptions) -> Outcome:
 # --- in plain torch
 
 
-class Spread(torch.autograd.Function):
-    """The same values on all ranks, each using them for its columns; hence their gradients are added up."""
+class Replicate(torch.autograd.Function):
+    """Identity for values that are equal on all ranks. The backward pass sums the gradients of the ranks' columns."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
@@ -174,7 +177,7 @@ class Spread(torch.autograd.Function):
 
 
 class RankSum(torch.autograd.Function):
-    """Sum over the ranks. All ranks hold the same loss of it, so that each part's gradient is the sum's."""
+    """Sum over ranks. All ranks have the same loss of the sum, so the backward pass is the identity."""
 
     @staticmethod
     def forward(ctx: Any, part_T: Tensor, group: ProcessGroup) -> Tensor:
@@ -187,22 +190,22 @@ class RankSum(torch.autograd.Function):
 
 
 def all_reduce(values: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """In place; nothing to do where there is no group."""
+    """All-reduce in place; no-op without a group."""
     if group is not None:
         dist.all_reduce(values, op, group)
     return values
 
 
-def weighted_logit_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`Spread`, where there is a group."""
+def replicate(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`Replicate`; no-op without a group."""
     if group is None:
         return values
-    same: Tensor = Spread.apply(values, group)  # type: ignore[no-untyped-call]
+    same: Tensor = Replicate.apply(values, group)  # type: ignore[no-untyped-call]
     return same
 
 
 def rank_sum(part_T: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`RankSum`, where there is a group."""
+    """`RankSum`; no-op without a group."""
     if group is None:
         return part_T
     sum_T: Tensor = RankSum.apply(part_T, group)  # type: ignore[no-untyped-call]
@@ -210,35 +213,35 @@ def rank_sum(part_T: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def wide(values: Tensor) -> Tensor:
-    """At least float32."""
+    """Cast to float32, unless already float32 or float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def log_softmax(logits_TV: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Over the columns of all ranks, differentiable."""
+    """Log-softmax over the columns of all ranks, differentiable."""
     if group is None:
         return torch.log_softmax(logits_TV, 1)
     max_T = all_reduce(logits_TV.detach().amax(1), group, dist.ReduceOp.MAX)
     shifted_TV = logits_TV - max_T[:, None]
-    return shifted_TV - weighted_logit_sum(rank_sum(shifted_TV.exp().sum(1), group), group).log()[:, None]
+    return shifted_TV - replicate(rank_sum(shifted_TV.exp().sum(1), group), group).log()[:, None]
 
 
 def local_labels(labels_T: Tensor, vocab: VocabShard, columns: int) -> tuple[Tensor, Tensor]:
-    """Which labels are among this rank's columns, and a valid column [T, 1] for every row: the label's own there."""
+    """Mask [T] of labels among this rank's columns, and labels clamped to a valid column [T, 1]."""
     column_T = labels_T - vocab.start
     return (column_T >= 0) & (column_T < columns), column_T.clamp(0, columns - 1)[:, None]
 
 
 def at_labels(logp_TV: Tensor, labels_T: Tensor, vocab: VocabShard) -> Tensor:
-    """Entries of the labels, wherever they are."""
+    """Entries of the labels from the ranks that have them."""
     owned_T, column_T1 = local_labels(labels_T, vocab, logp_TV.shape[1])
     return rank_sum(logp_TV.gather(1, column_T1)[:, 0] * owned_T, vocab.group)
 
 
 def naive(problem: Problem) -> Outcome:
-    """Both logits in memory in float32, log-softmax, autograd. Over several ranks with all-reduces of rows."""
+    """Both logits in memory in float32, log-softmax, autograd. Several ranks all-reduce numbers per row."""
     group = problem.vocab.group
-    logp_TV = log_softmax(wide(weighted_logit_sum(problem.hidden_TH, group) @ problem.weight_VH.T), group)
+    logp_TV = log_softmax(wide(replicate(problem.hidden_TH, group) @ problem.weight_VH.T), group)
     with torch.no_grad():
         logq_TV = log_softmax(wide(problem.teacher_TH @ problem.weight_VH.T), group)
     divergence_T = rank_sum((logp_TV.exp() * (logp_TV - logq_TV)).sum(1), group)
@@ -246,14 +249,14 @@ def naive(problem: Problem) -> Outcome:
 
 
 def public_sdpg(problem: Problem, narrow: torch.dtype = torch.bfloat16) -> Outcome:
-    """As github.com/lauyikfung/SDPG (commit f71329ee) in ``DataParallelPPOActor._compute_kl_distill_micro_batch``.
+    """As in ``DataParallelPPOActor._compute_kl_distill_micro_batch`` of github.com/lauyikfung/SDPG (commit f71329ee).
 
-    Logits of both in `narrow`, the type of its mixed precision. The teacher's log-softmax is kept in float32, since it
-    is taken under autocast, which computes log-softmax in float32 on CUDA; the student's is taken outside, in
-    `narrow`. KL and entropy are one checkpointed function, made again in the backward pass.
+    Both logits are in `narrow`, the type of its mixed precision. The teacher's log-softmax is in float32, because it is
+    computed under autocast, which uses float32 for log-softmax on CUDA. The student's is computed outside, in `narrow`.
+    KL and entropy are one checkpointed function, recomputed in the backward pass.
 
-    Here the products are in the type of the inputs, so that theirs cost what the others' cost. Its clamp of KL at 20 is
-    left out, since no row reaches it.
+    Choices: products are in the type of the inputs, for the same cost as in other contestants. The clamp of KL at 20 is
+    omitted, since no row reaches it.
     """
     logits_TV = (problem.hidden_TH @ problem.weight_VH.T).to(narrow)
     with torch.no_grad():
@@ -276,7 +279,7 @@ def _divergence_and_entropy(logits_TV: Tensor, logq_TV: Tensor) -> tuple[Tensor,
 class ChunkedLogits(torch.autograd.Function):
     """(student logits_TV, labels_T, vocab) -> log-prob [T] of the labels, a chunk of rows at a time.
 
-    The logits are kept; their log-softmax is made again in the backward pass. The gradient is of their type.
+    The logits are saved, and the backward pass recomputes their log-softmax. The gradient has their type.
     """
 
     @staticmethod
@@ -304,7 +307,7 @@ class ChunkedLogits(torch.autograd.Function):
 
 
 class ChunkedReverseKL(torch.autograd.Function):
-    """(student logits_TV, teacher logits_TV, vocab) -> KL [T], likewise. Its gradient is float32 at least."""
+    """(student logits_TV, teacher logits_TV, vocab) -> KL [T], by chunks. The gradient is at least float32."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, teacher_TV: Tensor, vocab: VocabShard) -> Tensor:
@@ -340,16 +343,16 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
 
 
 def nemo_rl(problem: Problem) -> Outcome:
-    """As NVIDIA-NeMo/RL in ``nemo_rl/distributed/model_utils.py`` (its pull request 3978, September 2026).
+    """As in ``nemo_rl/distributed/model_utils.py`` of NVIDIA-NeMo/RL (pull request 3978, September 2026).
 
-    What its full-vocabulary on-policy distillation makes of hidden rows that the teacher sends: the logits of both,
-    whole, in the type of the inputs; ``ChunkedDistributedReverseKLToFixedLogits`` on them; and, for log-probs,
-    ``ChunkedDistributedLogprob``. Both keep the logits and go over them again, chunk by chunk, in the backward pass.
+    Its full-vocabulary on-policy distillation receives hidden rows of the teacher. It computes both logits completely,
+    in the type of the inputs, then ``ChunkedDistributedReverseKLToFixedLogits`` and, for log-probs,
+    ``ChunkedDistributedLogprob``. Both save the logits and process them again, chunk by chunk, in the backward pass.
 
-    Kinder than the original: the label's column is marked by a scatter instead of an int64 one-hot of the whole chunk,
-    and the log-prob is chunked too, which there is an option.
+    Choices: the label's column is marked by a scatter instead of an int64 one-hot of the whole chunk, and the log-prob
+    is chunked too, which is optional in the original.
     """
-    logits_TV = weighted_logit_sum(problem.hidden_TH, problem.vocab.group) @ problem.weight_VH.T
+    logits_TV = replicate(problem.hidden_TH, problem.vocab.group) @ problem.weight_VH.T
     with torch.no_grad():
         teacher_TV = problem.teacher_TH @ problem.weight_VH.T
     divergence_T = ChunkedReverseKL.apply(logits_TV, teacher_TV, problem.vocab)  # type: ignore[no-untyped-call]
@@ -357,15 +360,15 @@ def nemo_rl(problem: Problem) -> Outcome:
     return differentiate(problem, logprob_T, divergence_T)
 
 
-# --- Liger, and the products alone
+# --- Liger, and only the products
 
 
 def liger(problem: Problem) -> Outcome:
-    """Liger-Kernel's fused linear JSD, the divergence alone.
+    """Liger-Kernel's fused linear JSD: only the divergence.
 
-    Its `beta` of 1 is KL(student || teacher): in its ``ops/jsd.py`` X is the student's log-softmax and the kernel then
-    sums ``e^X (X - Y)``. The teacher's matrix is an argument of its own and gets no gradient, hence the gradient is the
-    student's alone, as here, though both are the same matrix. The loss is a mean over rows.
+    `beta` 1 is KL(student || teacher): in its ``ops/jsd.py`` X is the student's log-softmax, and the kernel then sums
+    ``e^X (X - Y)``. The teacher's matrix is a separate argument without gradient, so only the student contributes to
+    the gradient, as in this project, although both are the same matrix. The loss is a mean over rows.
     """
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction  # type: ignore[import-not-found,unused-ignore]
 
@@ -377,9 +380,9 @@ def liger(problem: Problem) -> Outcome:
 
 
 def liger_chunked(problem: Problem) -> Outcome:
-    """Liger-Kernel's chunked distillation loss with JSD: plain torch for chunks of 1024 rows, compiled.
+    """Liger-Kernel's chunked distillation loss with JSD: compiled plain torch for chunks of 1024 rows.
 
-    `beta` as in `liger`. Without weight its cross-entropy is not computed.
+    `beta` as in `liger`. Its cross-entropy has weight 0 and is not computed.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found,unused-ignore]
 
@@ -390,8 +393,10 @@ def liger_chunked(problem: Problem) -> Outcome:
 
 
 def prepare_floor(problem: Problem, buffer_bytes: int = FLOOR_BYTES) -> Step:
-    """The four products and nothing else: logits of teacher and student, and from the latter dh and dW as if from their
-    gradient. Outputs are allocated here, the logits of both in one place. No reduction over ranks."""
+    """Only the four products: logits of teacher and student, then dh and dW with the student's logits as gradient.
+
+    Outputs are allocated here, with one buffer for both logits. There is no reduction over ranks.
+    """
     hidden_TH, weight_VH = problem.hidden_TH.detach(), problem.weight_VH.detach()
     columns = weight_VH.shape[0]
     size = min(hidden_TH.shape[0], max(1, buffer_bytes // (columns * weight_VH.element_size())))
@@ -405,7 +410,7 @@ def prepare_floor(problem: Problem, buffer_bytes: int = FLOOR_BYTES) -> Step:
             torch.mm(problem.teacher_TH[rows], weight_VH.T, out=part_CV)
             torch.mm(hidden_CH, weight_VH.T, out=part_CV)
             torch.mm(part_CV, weight_VH, out=outcome.hidden_grad_TH[rows])
-            # beta 0: the first chunk overwrites what the last step left.
+            # beta 0: the first chunk overwrites the result of the last step.
             outcome.weight_grad_VH.addmm_(part_CV.T, hidden_CH, beta=float(rows.start > 0))
         return outcome
 
@@ -413,7 +418,7 @@ def prepare_floor(problem: Problem, buffer_bytes: int = FLOOR_BYTES) -> Step:
 
 
 def _repeat(step: Callable[[Problem], Outcome]) -> Callable[[Problem], Step]:
-    """A contestant that prepares nothing."""
+    """`Contestant.prepare` of a step without buffers."""
     return lambda problem: partial(step, problem)
 
 
@@ -445,4 +450,4 @@ CONTESTANTS = {
     "liger_chunked": Contestant(_repeat(liger_chunked), _no_liger, DIVERGENCE_ALONE + "; logits in the inputs' type"),
     "matmul_floor": Contestant(prepare_floor, note="the four products alone; its logits buffer is its peak"),
 }
-"""In the order of the table."""
+"""By name, in the order of the table."""

@@ -1,8 +1,8 @@
-"""Torch calls of the head for each chunk of rows, counted without a GPU on the path that a GPU takes.
+"""Count the head's torch calls per chunk of rows on the GPU code path, without a GPU.
 
-Each call costs the host some microseconds, and a GPU waits for them where they take longer than its work. Counted are
-calls of torch's dispatcher that are not views, and launches of Triton kernels, which run in Triton's interpreter:
-TRITON_INTERPRET=1 has to be set before Triton is imported.
+Each call costs the host some microseconds; the GPU idles if the calls take longer than its work. Calls of torch's
+dispatcher that are not views count, and launches of Triton kernels. These run in Triton's interpreter: set
+TRITON_INTERPRET=1 before Triton is imported.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from benchmarks.head_baselines import make_problem, ours
 from sdpg_megatron.head import HeadOptions, VocabShard
 
 ROWS, HIDDEN, VOCAB = 8, 16, 64
-"""Sizes of a chunk. The numbers of calls do not depend on them."""
+"""Sizes of a chunk. They do not affect the number of calls."""
 GROUP = 4
-"""Chunks whose gradients make one product for the weight's gradient."""
+"""Chunks per product of the weight gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class Launches:
     """Numbers of calls by name."""
 
     chunk: dict[str, float]
-    """Calls for each further chunk. A product that several chunks share counts for each of them in part."""
+    """Calls per additional chunk. A product shared by several chunks is divided among them."""
     step: float
-    """Beside those of the chunks: once a step, forward and backward."""
+    """Other calls, per step, forward and backward."""
 
     @property
     def total(self) -> float:
-        """Calls for each further chunk."""
+        """Calls per additional chunk."""
         return sum(self.chunk.values())
 
 
@@ -70,7 +70,7 @@ def _counting() -> Iterator[Counter[str]]:
 
     def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         calls.counter[f"triton.{kernel.fn.__name__}"] += 1
-        calls.paused = True  # what the interpreter calls is its own
+        calls.paused = True  # do not count the interpreter's calls
         try:
             return run(kernel, *args, **kwargs)
         finally:
@@ -81,7 +81,7 @@ def _counting() -> Iterator[Counter[str]]:
 
 
 def count_launches() -> Launches:
-    """Count the calls of a step with reverse KL and the benchmark's loss, all columns in one tile, on one rank."""
+    """Count the calls of a step with reverse KL and the benchmark's loss, with one tile per chunk, on one rank."""
     few, many = (_step_calls(chunks) for chunks in (GROUP, 3 * GROUP))
     chunk = {name: (many[name] - few[name]) / (2 * GROUP) for name in many if many[name] != few[name]}
     return Launches(chunk, sum(few.values()) - GROUP * sum(chunk.values()))
@@ -97,7 +97,7 @@ def _step_calls(chunks: int) -> Counter[str]:
 
 
 def report() -> str:
-    """Lines of a table, most calls first."""
+    """Table of the calls, most frequent first."""
     found = count_launches()
     lines = [f"{count:6.2f}  {name}" for name, count in sorted(found.chunk.items(), key=lambda item: -item[1])]
-    return "\n".join([f"{found.total:6.2f}  calls a chunk, and {found.step:.0f} a step", *lines]) + "\n"
+    return "\n".join([f"{found.total:6.2f}  calls per chunk, and {found.step:.0f} per step", *lines]) + "\n"

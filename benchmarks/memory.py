@@ -1,4 +1,4 @@
-"""The most memory that a piece of a benchmark holds at a time."""
+"""Peak memory of a code block."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 SAMPLE_SECONDS = 0.005
 MIB = 1 << 20
 M_MMAP_THRESHOLD = -3
-"""Of glibc's mallopt: from how many bytes on a block is its own mapping, which goes back to the system when freed."""
+"""Parameter of glibc's mallopt: size in bytes from which blocks are mapped separately and unmapped when freed."""
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Afterwards the list holds one number: the most bytes in use within, beyond those in use at the start."""
+    """Measure the peak memory of a block. On exit the yielded list holds one number: peak less bytes at entry."""
     found: list[int] = []
     gc.collect()
     if device.type == "cuda":
@@ -37,14 +37,14 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         start = samples[0]
         mark = _reset_high_water()
         yield found
-    # A counter that could not be set back says nothing unless it has risen.
+    # A counter that could not be reset is only valid if it has increased.
     high = _high_water()
     found.append(max(samples[0], high if high > mark else 0) - start)
 
 
 @contextmanager
 def _sampled() -> Iterator[list[int]]:
-    """One number, the most resident bytes seen so far."""
+    """Sample the resident bytes on a thread. The yielded list holds one number, the maximum so far."""
     process = psutil.Process()
     most, done = [process.memory_info().rss], threading.Event()
 
@@ -60,7 +60,7 @@ def _sampled() -> Iterator[list[int]]:
 
 
 def _high_water() -> int:
-    """Most resident bytes of this process, since the counter was last set back."""
+    """Peak resident bytes of this process since the counter was last reset."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
@@ -70,7 +70,7 @@ def _high_water() -> int:
 
 
 def _reset_high_water() -> int:
-    """Bytes above which the counter tells of something new: 0 where it could be set back."""
+    """Reset the counter. Returns the value above which it is valid: 0 after a reset, else its current value."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -79,7 +79,7 @@ def _reset_high_water() -> int:
 
 
 def _give_back_freed_memory() -> None:
-    """To the system: what is free now, and from now on every freed tensor of a MiB or more. Nothing but glibc can."""
+    """Return free memory to the system, now and for every tensor of at least 1 MiB freed later. Needs glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
         library.mallopt(M_MMAP_THRESHOLD, MIB)

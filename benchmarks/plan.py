@@ -1,9 +1,9 @@
-"""How much memory two updates take at most, beside what `sdpg_megatron.plan` says they take.
+"""Peak memory of two updates, compared with the estimate of `sdpg_megatron.estimate`.
 
     python -m benchmarks.plan
 
-On CPUs: a dense model with random weights, SDPG with all of its terms, one rank. The plan is asked for the micro-batch
-that is run. What is measured is the process's memory beyond what it had before the model was built.
+On a CPU: a dense model with random weights, SDPG with all of its terms, one rank. The estimate is for the micro-batch
+that is run. The measured memory is that of the process less its memory before the model was built.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PROMPT, RESPONSE, GROUPS, SIZE = 128, 384, 1, 4
 
 
 def write_model(folder: Path) -> Path:
-    """config.json and random weights."""
+    """Write config.json and random weights."""
     from safetensors.torch import save_file
 
     from sdpg_megatron.weights import hf_shapes
@@ -59,7 +59,7 @@ def write_model(folder: Path) -> Path:
 
 
 def config_of(folder: Path, changes: dict[str, Any]) -> RunConfig:
-    """`changes`: by section."""
+    """Configuration of the run. `changes`: fields by section."""
     tree: dict[str, Any] = {
         "run_dir": "unused",
         "steps": 4,
@@ -76,7 +76,7 @@ def config_of(folder: Path, changes: dict[str, Any]) -> RunConfig:
 
 
 def plan_of(config: RunConfig) -> StageMemory:
-    """Of a CPU. As in `groups_of`, half of the responses are taught."""
+    """Estimate for a CPU. As in `groups_of`, half of the responses have a teacher."""
     load = Load.of(config, 1)
     read = SIZE // 2 * GROUPS
     distill_enabled = dataclasses.replace(load, distill_enabled=read * RESPONSE, teacher=read * (PROMPT + RESPONSE))
@@ -86,7 +86,7 @@ def plan_of(config: RunConfig) -> StageMemory:
 
 
 def groups_of(vocab: int) -> list[ScoredGroup]:
-    """Responses of full length to prompts of full length, half of them right."""
+    """Groups of prompts and responses of maximum length, half of them correct."""
     from benchmarks.step_data import given_groups
 
     draw = random.Random(0)
@@ -101,7 +101,7 @@ def groups_of(vocab: int) -> list[ScoredGroup]:
 
 
 def measure(config: RunConfig) -> int:
-    """Bytes: the most that two optimizer steps hold, from before the model is built."""
+    """Peak bytes of two optimizer steps, including the model."""
     from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
     from sdpg_megatron.batching.samples import make_samples

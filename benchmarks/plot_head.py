@@ -1,8 +1,8 @@
-"""Draw time and peak memory from a result of `head.py`.
+"""Plot time and peak memory of a result of `head.py`.
 
     python benchmarks/plot_head.py benchmarks/results/head-cpu.json docs/images/head.png
 
-The result's .meta.json has to lie beside it.
+The result's .meta.json must be in the same folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def color(name: str) -> str:
 
 
 def draw_bars(axes: Axes, results: Sequence[dict[str, Any]], key: str, scale: float, unit: str) -> None:
-    """One bar a contestant, the first on top, its figure at the end."""
+    """Draw one bar per contestant, the first on top, with its value at the end."""
     names = [result["name"] for result in results]
     values = [result[key] / scale for result in results]
     bars = axes.barh(range(len(names)), values, color=[color(name) for name in names])
@@ -38,7 +38,7 @@ def draw_bars(axes: Axes, results: Sequence[dict[str, Any]], key: str, scale: fl
 
 def plot(source: Path, target: Path) -> None:
     results = json.loads(source.read_text())
-    results = [result for result in results if result["T"] == results[0]["T"]]  # without those of --scaling
+    results = [result for result in results if result["T"] == results[0]["T"]]  # without the results of --scaling
     meta = json.loads(source.with_name(source.name + ".meta.json").read_text())
     ranks = sorted({result["tp"] for result in results})
     figure = Figure(figsize=(10, 2.8 * len(ranks)), layout="constrained")
@@ -55,8 +55,8 @@ def plot(source: Path, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/plot_head.py", description=__doc__)
-    parser.add_argument("source", type=Path, help="the --out of head.py; its .meta.json lies beside")
-    parser.add_argument("target", type=Path, help="picture to write")
+    parser.add_argument("source", type=Path, help="--out of head.py, with its .meta.json in the same folder")
+    parser.add_argument("target", type=Path, help="image to write")
     options = parser.parse_args(argv)
     plot(options.source, options.target)
     return 0

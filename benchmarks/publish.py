@@ -1,25 +1,24 @@
-"""Time and memory of publishing weights from Megatron shards into a running SGLang server, by every transport.
+"""Time and memory of publishing weights from Megatron shards to a running SGLang server, by transport.
 
     SDPG_SGLANG_PYTHON=.venv-sglang/bin/python python benchmarks/publish.py
     SDPG_SGLANG_PYTHON=... python benchmarks/publish.py --models qwen3 --layouts 1x1,2x1 --out publish.json
 
-The trainer's ranks are real processes over Gloo that hold shards of the model on CPUs; one server, a real one, stands
-on the same machine. `smollm2` is SmolLM2-135M-Instruct where scripts/setup.sh prepared it; `qwen3` has the shape of
-Qwen3-0.6B with 12 layers and random weights, 1.4 GB in float32.
+The trainer's ranks are real processes over Gloo that hold shards of the model on CPUs. A real server runs on the same
+machine. `smollm2` is SmolLM2-135M-Instruct, as scripts/setup.sh prepares it. `qwen3` has the shape of Qwen3-0.6B with
+12 layers and random weights, 1.4 GB in float32.
 
-Seconds. A whole publish as the trainer sees it, from the pause to the server's own word that it has the version. The
-first one of each transport, which makes process groups, does not count; of the others the best does.
+Seconds: a complete publish of the trainer, from the pause until the server reports the version. The first publish of
+each transport creates process groups and is not counted. The result is the best of the others.
 
-Raw. What the bytes alone cost: one Gloo broadcast after the other of as many bytes as the stream's buckets have, from
-one process to another, out of memory and into memory that both have used before; no server, no HTTP, no tensors.
+Raw: the cost of the bytes. Gloo broadcasts of the sizes of the stream's buckets in sequence, from one process to
+another, between buffers that both have used before, without server, HTTP and tensors.
 
-Phases, as shares of the whole: "gather" makes whole tensors of shards, "convert" brings them into the transport's form,
-"send" is their way into the server with its copying into place. They overlap, so that the shares may add up to more
-than 1; "control" is what comes before and after.
+Phases, as shares of the total: "gather" builds full tensors from shards, "convert" brings them into the transport's
+format, "send" transfers them to the server, which copies them into place. These phases overlap, so the shares may sum
+to more than 1. "control" is the time before and after them.
 
-Memory. The most that a rank holds during the first publish beyond what it held before: see benchmarks/memory.py. The
-figure is the largest rank's; beside it stand two buckets and the largest tensor, the bound that the code is meant to
-keep. Later publishes use the first one's buffers.
+Memory: the peak of a rank during the first publish less its memory before, see benchmarks/memory.py. The figure is the
+maximum over ranks, next to the bound of the code: two buckets and the largest tensor. Later publishes reuse buffers.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head import machine, write_json
@@ -87,7 +86,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row of the output; the JSON has these keys and no others."""
+    """A row of the output. The JSON has exactly these keys."""
 
     model: str
     tp: int
@@ -101,7 +100,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One model on one layout of trainer ranks."""
+    """A model and a layout of trainer ranks."""
 
     folder: Path
     url: str
@@ -111,7 +110,7 @@ class Setting:
     bucket_mib: int
     repeats: int
     threads: int
-    """Of all ranks together."""
+    """Total over all ranks."""
     scratch: Path
 
 
@@ -128,11 +127,11 @@ def run_ranks(
     threads: int,
     preload: Sequence[str] = ("sdpg_megatron.rollout.sglang.publish",),
 ) -> list[Any]:
-    """What each rank's ``job(rank, setting)`` returns, as JSON, in fresh processes of one Gloo group.
+    """Run ``job(rank, setting)`` on every rank, in fresh processes of one Gloo group. Returns the results as JSON.
 
     Args:
-        threads: of all ranks together.
-        preload: modules to import once for all of them.
+        threads: total over all ranks.
+        preload: modules to import once for all processes.
     """
     multiprocessing.set_forkserver_preload(["torch", *preload])
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as folder:
@@ -144,7 +143,7 @@ def run_ranks(
 def _rank_main(rank: int, count: int, setting: S, job: Callable[[int, S], Any], threads: int, folder: str) -> None:
     gc.freeze()
     torch.set_num_threads(max(1, threads // count))
-    dist.init_process_group("gloo", f"file://{folder}/meeting", COLLECTIVE_TIMEOUT, count, rank)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", COLLECTIVE_TIMEOUT, count, rank)
     found = job(rank, setting)
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
@@ -152,7 +151,7 @@ def _rank_main(rank: int, count: int, setting: S, job: Callable[[int, S], Any], 
 
 
 class Trainer:
-    """A rank's shard of the model, every page of it written, and its part in weight streams."""
+    """A rank's shard of the model, with every page written, and its part in weight streams."""
 
     def __init__(self, rank: int, setting: Setting) -> None:
         tp, pp = setting.tp, setting.pp
@@ -169,12 +168,12 @@ class Trainer:
 
 
 def local_shapes(arch: Architecture, *, tp: int, stage: int, stages: int) -> dict[str, tuple[int, ...]]:
-    """Of a pipeline stage's parameters, under Megatron's names."""
+    """Local shapes of a pipeline stage's parameters by Megatron name."""
     found: dict[str, tuple[int, ...]] = {}
     covered: set[str] = set()
     for name, parameter in weight_map(arch).items():
         if covered.issuperset(parameter.tensors):
-            continue  # another spelling, or a copy
+            continue  # an alternative name or a copy
         covered.update(parameter.tensors)
         if parameter.layer is not None:
             owner = parameter.layer * stages // arch.num_layers
@@ -186,7 +185,7 @@ def local_shapes(arch: Architecture, *, tp: int, stage: int, stages: int) -> dic
 
 
 def publish_job(rank: int, setting: Setting) -> dict[str, Any]:
-    """By transport: this rank's peak, and from the first rank seconds, bytes and phases as well."""
+    """By transport: this rank's peak; on rank 0 also seconds, bytes and phases."""
     trainer = Trainer(rank, setting)
     with publishers(setting) if rank == 0 else no_publishers(setting) as publish:
         return {
@@ -197,7 +196,7 @@ def publish_job(rank: int, setting: Setting) -> dict[str, Any]:
 
 def _measure(transport: str, publish: Callable[[Iterator[Any]], Any], trainer: Trainer, repeats: int) -> dict[str, Any]:
     dist.barrier()
-    with peak_memory(torch.device("cpu")) as extra:  # of the first: transports keep their buffers
+    with peak_memory(torch.device("cpu")) as extra:  # of the first publish only: transports keep their buffers
         publish(trainer.stream())
         dist.barrier()
     best: dict[str, Any] = {"seconds": float("inf")}
@@ -226,7 +225,7 @@ def make_transport(name: str, setting: Setting) -> Transport:
 
 @contextmanager
 def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]], Any]]]:
-    """The first rank's way to publish a stream, by transport."""
+    """Functions that publish a stream on rank 0, by transport."""
     thread = LoopThread("publish-benchmark")
 
     async def make_client() -> Client:
@@ -258,7 +257,7 @@ def publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]],
 
 @contextmanager
 def no_publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any]], Any]]]:
-    """The other ranks' part: to take part in the stream."""
+    """Functions for the other ranks, which only iterate over the stream, by transport."""
 
     def drain(buckets: Iterator[Any]) -> None:
         for _ in buckets:
@@ -268,12 +267,12 @@ def no_publishers(setting: Setting) -> Iterator[dict[str, Callable[[Iterator[Any
 
 
 def sizes_job(rank: int, setting: Setting) -> list[int]:
-    """Bytes of each bucket of the stream."""
+    """Bytes per bucket of the stream."""
     return [sum(tensor.nbytes for _, tensor in bucket) for bucket in Trainer(rank, setting).stream()]
 
 
 def raw_job(rank: int, setting: Setting) -> list[float]:
-    """Seconds of each round in which bytes of the buckets' sizes are broadcast by rank 0."""
+    """Seconds per round of broadcasts from rank 0 with the sizes of the buckets."""
     sizes = json.loads((setting.scratch / "sizes.json").read_text())
     memory = torch.zeros(max(sizes), dtype=torch.uint8)
     rounds = []
@@ -291,7 +290,7 @@ def raw_job(rank: int, setting: Setting) -> list[float]:
 
 
 def raw_seconds(setting: Setting) -> float:
-    """Of the best round."""
+    """Seconds of the best round of raw broadcasts."""
     sizes = run_ranks(setting.tp * setting.pp, setting, sizes_job, threads=setting.threads)[0]
     (setting.scratch / "sizes.json").write_text(json.dumps(sizes))
     rounds: list[list[float]] = run_ranks(2, setting, raw_job, threads=setting.threads)
@@ -299,7 +298,7 @@ def raw_seconds(setting: Setting) -> float:
 
 
 def measure(model: str, setting: Setting) -> tuple[list[Result], dict[str, dict[str, float]]]:
-    """Results by transport, and the phases of each."""
+    """Results and phases by transport."""
     raw = raw_seconds(setting)
     ranks = run_ranks(setting.tp * setting.pp, setting, publish_job, threads=setting.threads)
     results, phases = [], {}
@@ -313,7 +312,7 @@ def measure(model: str, setting: Setting) -> tuple[list[Result], dict[str, dict[
 
 @contextmanager
 def model_folder(name: str, scratch: Path) -> Iterator[Path]:
-    """A Hugging Face folder of the model, for servers that read no tokenizer."""
+    """Hugging Face folder of the model, for servers without a tokenizer."""
     if name == "smollm2":
         yield SMOLLM2
         return
@@ -332,7 +331,7 @@ def model_folder(name: str, scratch: Path) -> Iterator[Path]:
 
 @contextmanager
 def running_server(folder: Path, scratch: Path, arguments: Sequence[str] = SERVER_ARGUMENTS) -> Iterator[str]:
-    """The URL of a server of the model."""
+    """Run a server of the model; yields its URL."""
     launch = Launch(
         model=folder,
         log=scratch / "server.log",
@@ -358,14 +357,14 @@ async def _until_well(process: ServerProcess) -> None:
     try:
         while not await client.alive():
             if not process.alive() or time.monotonic() > deadline:
-                raise RuntimeError(f"the server does not come up:\n{process.log_tail(40)}")
+                raise RuntimeError(f"the server did not start:\n{process.log_tail(40)}")
             time.sleep(0.5)
     finally:
         await client.close()
 
 
 def misfit(arch: Architecture, tp: int, pp: int) -> str | None:
-    """Why a model cannot have a layout."""
+    """Reason for which a model does not support a layout; None if it does."""
     for what, count, size in (("key-value heads", arch.num_kv_heads, tp), ("layers", arch.num_layers, pp)):
         if count % size:
             return f"{count} {what} over {size} ranks"
@@ -373,7 +372,7 @@ def misfit(arch: Architecture, tp: int, pp: int) -> str | None:
 
 
 def table(results: Sequence[Result], phases: dict[str, dict[str, float]], bounds: dict[str, int]) -> str:
-    """Lines of all results."""
+    """Table of all results."""
     lines = [
         f"{'model':8} {'tpxpp':6}{'transport':10}{'MB':>7}{'s':>7}{'GB/s':>6}{'raw s':>7}{'of raw':>7}"
         f"{'gather':>8}{'convert':>8}{'send':>6}{'control':>8}{'peak MiB':>9}{'bound':>7}"
@@ -393,7 +392,7 @@ def table(results: Sequence[Result], phases: dict[str, dict[str, float]], bounds
 
 
 def memory_bound(arch: Architecture, bucket_mib: int) -> int:
-    """Two buckets and the largest tensor; a tensor beyond the bucket's bound is a bucket of its own."""
+    """Bytes of two buckets and the largest tensor. A tensor above the bucket limit is a separate bucket."""
     largest = max(4 * prod(shape) for shape in hf_shapes(arch).values())
     return 2 * max(bucket_mib * MIB, largest) + largest
 
@@ -407,9 +406,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--transports", type=_some("broadcast", "shared", "disk"), default=["broadcast", "shared", "disk"]
     )
     parser.add_argument("--bucket-mib", type=int, default=SGLangConfig().bucket_mib, metavar="MIB")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed publishes, after one that is not")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed publishes, after one warm-up")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json says of what run"
+        "--out", type=Path, metavar="FILE", help="JSON list of results; FILE.meta.json describes the run"
     )
     return parser.parse_args(argv)
 

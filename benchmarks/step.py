@@ -1,32 +1,31 @@
-"""What a training step costs, against steps that do less, or do the same otherwise.
+"""Time of a training step, compared with steps that do less, or do the same in another way.
 
     python benchmarks/step.py
     python benchmarks/step.py --rounds 5 --out benchmarks/results/step-cpu.json
 
-The model is SmolLM2-135M-Instruct where scripts/setup.sh prepared it, with the settings of the demo
-(examples/smollm2/addition.yaml), except that alpha is the paper's 1e-3, so that every step has the reference's pass;
-beta does not move; half of the responses count as right, whatever they say; and the learning rate is so small that the
-model stays as it is. The steps are the trainer's own (`step_trainer.py`). Those that are compared run in turn in this
-process, round after round; the first round does not count. A ratio is the median of the rounds' ratios: what slows the
-machine down for a while slows both.
+The model is SmolLM2-135M-Instruct, as scripts/setup.sh prepares it, with the settings of the demo
+(examples/smollm2/addition.yaml), except for these: alpha is the paper's 1e-3, so every step has a reference pass; beta
+is constant; half of the responses count as correct, regardless of their content; the learning rate is so small that the
+model does not change. The steps are the trainer's (`step_trainer.py`). Compared steps alternate in this process; the
+first round is not counted. A ratio is the median over rounds, so that a slow phase of the machine affects both sides.
 
-sdpg_over_beta0. Seconds of passes and update over those of the same where beta is 0, on the same groups of random
-tokens: prompts of 60 tokens, 80 for the teacher, and responses of a tenth of `--longest-even` up to all of it.
-`gated_share` is the share of response tokens that the teacher reads. Every tenth optimizer step the trainer measures
-how hard the parts of the loss pull (`alarms.gradient_every`): `sdpg_measured` is such a step.
+sdpg_over_beta0: seconds of passes and update over the seconds of the same step with beta 0, on the same groups of
+random tokens: prompts of 60 tokens, 80 for the teacher, and responses from a tenth of `--longest-even` up to all of it.
+`gated_share` is the share of response tokens that the teacher reads. Every tenth optimizer step measures the gradient
+ratio of the loss terms (`alarms.gradient_every`): `sdpg_measured` is such a step.
 
-packed_over_padded. Tokens (of prompts and responses) a second of passes and update with `model.packed` over those
-without, on responses of long-tailed lengths up to `--longest`, in micro-batches of the same number of sequences. The
-padded ones are this package's, of sequences of like length, which is the best that padding can do, and the better the
-more sequences a step has. `packed_over_unsorted` is against padded micro-batches in the order of arrival, as in
-trainers that do not sort.
+packed_over_padded: tokens (of prompts and responses) per second of passes and update with `model.packed`, over those
+without it, on responses of long-tailed lengths up to `--longest`, in micro-batches with the same number of sequences.
+The padded micro-batches are this package's, of sequences of similar length. This is the best case of padding, and it
+improves with the number of sequences per step. `packed_over_unsorted` compares with padded micro-batches in the order
+of arrival, as in trainers that do not sort.
 
-step_over_plain. Seconds of a whole step (rollout by the embedded engine, scoring, passes, update, publishing) over
+step_over_plain: seconds of a complete step (rollout by the embedded engine, scoring, passes, update, publishing) over
 those of a plain PyTorch and transformers loop that does the same work (`step_plain.py`), on the same prompts of the
 addition data, sampled with the same seed.
 
-The meta file and the table have what is not in the JSON: the seconds of every round, and the processor's, lengths,
-phases, `sdpg_measured_over_beta0`, `packed_over_unsorted`, and each ratio's least and largest.
+The meta file and the table have more than the JSON: the seconds and processor seconds of every round, lengths, phases,
+`sdpg_measured_over_beta0`, `packed_over_unsorted`, and the minimum and maximum of each ratio.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ import megatron.core
 import torch
 import transformers
 
-if not __package__:  # run as a script, whose folder is then the first place to look for modules
+if not __package__:  # run as a script: sys.path starts with the script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head import machine, write_json
 from benchmarks.step_data import PROMPT_TOKENS, coin, even_lengths, given_groups, long_tailed_lengths
 from benchmarks.step_plain import PlainLoop
-from benchmarks.step_trainer import StandingLearner, StandingTrainer, no_leftovers
+from benchmarks.step_trainer import StandingPolicyTrainer, StandingTrainer, no_leftovers
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.config import RunConfig
@@ -71,7 +70,7 @@ STEPS = 1000
 SETTINGS = {
     "steps": STEPS,
     "reward.verifier": "benchmarks.step_data:coin",
-    "rollout.mismatch_limit": None,  # given responses have log-probs that no model gave them
+    "rollout.mismatch_limit": None,  # the log-probs of given responses are not from a model
     "objective.alpha": 1e-3,
     "objective.beta_warmup_steps": 0,
     "objective.beta_decay_steps": 1,  # beta is constant, and 0 in the last step
@@ -79,21 +78,21 @@ SETTINGS = {
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
 }
-UNTAUGHT, TAUGHT, MEASURED = STEPS - 1, 1, 10
-"""Steps: beta is 0; it is not; and the pulls of the loss's parts are measured, too."""
+BETA_ZERO, BETA_POSITIVE, MEASURED = STEPS - 1, 1, 10
+"""Step numbers: with beta 0, with beta > 0, and with the gradient ratio measured as well."""
 MORE = ("sdpg_measured_over_beta0", "packed_over_unsorted")
-"""Ratios that the meta file has."""
+"""Ratios in the meta file."""
 GIVEN = {"optimizer.micro_batch_size": 8, "head.chunk_rows": 256}
-"""On given responses, which are longer than the demo's: the package's defaults."""
+"""Settings for given responses, which are longer than the demo's: the package's defaults."""
 
 Known = Mapping[str, float]
-"""What is to be known of a step besides its seconds."""
+"""Other figures of a step, besides its seconds."""
 Step = Callable[[], Known]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The output; the JSON has these keys and no others."""
+    """The output. The JSON has exactly these keys."""
 
     sdpg_over_beta0: float
     gated_share: float
@@ -103,11 +102,11 @@ class Result:
 
 @dataclass(slots=True)
 class Rounds:
-    """What was measured of one kind of step, round by round."""
+    """Measurements of one kind of step, by round."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of this process's threads together: what else runs on the machine matters less to these."""
+    """Processor seconds of all threads of this process, which other programs on the machine affect less."""
     known: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, seconds: float, cpu_seconds: float, known: Known) -> None:
@@ -126,12 +125,12 @@ class Rounds:
 
 
 def ratios(one: Rounds, other: Rounds) -> list[float]:
-    """Seconds of one over those of the other, round by round."""
+    """Seconds of one over those of the other, by round."""
     return [mine / its for mine, its in zip(one.seconds, other.seconds, strict=True)]
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
-    """Run each, round after round, and once before that."""
+    """Alternate between the steps for `rounds` rounds, after one warm-up round."""
     found = {name: Rounds() for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -141,44 +140,48 @@ def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Rounds]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-            sys.stderr.write(f"round {number}: {name} {seconds:.2f} s, of the processor {cpu_seconds:.2f} s\n")
+            sys.stderr.write(f"round {number}: {name} {seconds:.2f} s, processor {cpu_seconds:.2f} s\n")
             if number:
                 found[name].add(seconds, cpu_seconds, known)
     return found
 
 
 def compare_beta(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
-    """Steps on given responses: of sdpg, of sdpg with its pulls measured, and of sdpg where beta is 0."""
+    """Steps on given responses: with beta 0, with beta > 0, and with the gradient ratio measured as well."""
     with no_leftovers():
-        trainer = StandingLearner(config)
+        trainer = StandingPolicyTrainer(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
-        at = {"beta0": UNTAUGHT, "sdpg": TAUGHT, "sdpg_measured": MEASURED}
+        at = {"beta0": BETA_ZERO, "sdpg": BETA_POSITIVE, "sdpg_measured": MEASURED}
         steps = {name: _learning(trainer, groups, step) for name, step in at.items()}
         return take_turns(steps, rounds)
 
 
 def compare_layouts(config: RunConfig, lengths: Sequence[int], rounds: int) -> dict[str, Rounds]:
-    """Steps of sdpg on given responses: packed, padded, and padded in the order of arrival."""
+    """Steps on given responses: packed, padded, and padded in the order of arrival."""
     with no_leftovers():
-        trainer = StandingLearner(config)
+        trainer = StandingPolicyTrainer(config)
         groups = given_groups(lengths, config.rollout.group_size, trainer.policy_trainer.arch.vocab_size)
-        padded = _learning(trainer, groups, TAUGHT, packed=False)
+        padded = _learning(trainer, groups, BETA_POSITIVE, packed=False)
 
         def unsorted() -> Known:
             with patch("sdpg_megatron.batching.step_batch.plan", plan_unsorted):
                 return padded()
 
-        steps = {"packed": _learning(trainer, groups, TAUGHT, packed=True), "padded": padded, "unsorted": unsorted}
+        steps = {
+            "packed": _learning(trainer, groups, BETA_POSITIVE, packed=True),
+            "padded": padded,
+            "unsorted": unsorted,
+        }
         return take_turns(steps, rounds)
 
 
 def plan_unsorted(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) -> list[list[list[Sample]]]:
-    """In the place of `batching.micro_batches.plan`, on one rank: micro-batches in the order of arrival."""
+    """Replacement of `batching.micro_batches.plan` on one rank: micro-batches in the order of arrival."""
     size = limit.sequences
     return [[list(samples[first : first + size]) for first in range(0, len(samples), size)]]
 
 
-def _learning(trainer: StandingLearner, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
+def _learning(trainer: StandingPolicyTrainer, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> Step:
     def learn() -> Known:
         return {"gated_share": trainer.learn(groups, step, **changes)["distill/gate_rate"]}
 
@@ -186,21 +189,21 @@ def _learning(trainer: StandingLearner, groups: Sequence[ScoredGroup], step: int
 
 
 def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
-    """Whole steps: ours, and those of the plain loop."""
+    """Complete steps of the trainer and of the plain loop."""
     with no_leftovers() as stack:
         trainer = StandingTrainer(config, stack)
         plain = PlainLoop(config, coin, trainer.policy_trainer.device)
-        prompts, seed = trainer.drawn(TAUGHT)
+        prompts, seed = trainer.prompts_of_step(BETA_POSITIVE)
 
         def our_step() -> Known:
-            metrics = trainer.whole_step(TAUGHT)
+            metrics = trainer.whole_step(BETA_POSITIVE)
             phases = {name: value for name, value in metrics.items() if name.startswith("time/")}
             gated_share, tokens = metrics["distill/gate_rate"], metrics["rollout/length"]
             return {"gated_share": gated_share, "response_tokens": tokens, **phases}
 
         def plain_step() -> Known:
-            # Without a GPU every call of torch in this process is intercepted for Megatron (`mcore.compat.device`): the
-            # plain loop shall not pay for that.
+            # Without a GPU `mcore.compat.device` intercepts every torch call in this process. This excludes its cost
+            # from the plain loop.
             with torch._C.DisableTorchFunction():
                 responses = plain.step(prompts, seed)
             phases = {f"time/{name}": seconds for name, seconds in plain.seconds.items()}
@@ -212,7 +215,7 @@ def compare_plain(config: RunConfig, rounds: int) -> dict[str, Rounds]:
 
 
 def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunConfig:
-    """The demo's run with `SETTINGS`, on data in `folder`."""
+    """Configuration of the demo with `SETTINGS`, on data in `folder`."""
     fields = {
         **SETTINGS,
         "run_dir": folder / "run",
@@ -228,7 +231,7 @@ def settings(options: argparse.Namespace, folder: Path, **changes: Any) -> RunCo
 
 
 def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
-    """The result, and what else is to be known."""
+    """Result, and details for the meta file."""
     with tempfile.TemporaryDirectory(prefix="step-benchmark-") as name:
         folder = Path(name)
         write(folder / "train.jsonl", split(held_out=64, train=None, seed=0)[0])
@@ -265,7 +268,7 @@ def measure(options: argparse.Namespace) -> tuple[Result, dict[str, Any]]:
 
 
 def table(result: Result, details: Mapping[str, Any]) -> str:
-    """Lines of what was compared, and of each kind of step."""
+    """Table of the ratios and of each kind of step."""
     lines = [f"{name:26}{value:6.3f}" for name, value in asdict(result).items()]
     lines += [f"{name:26}{details[name]:6.3f}" for name in MORE]
     lines += [f"{name:26}{low:6.3f} to {high:.3f}" for name, (low, high) in details["spread"].items()]
@@ -281,12 +284,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks/step.py", description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", type=Path, default=default_cache() / FOLDER, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed rounds, after one that is not")
-    parser.add_argument("--groups", type=int, default=4, metavar="N", help="prompts of a step on given responses")
-    parser.add_argument("--longest-even", type=int, default=200, metavar="N", help="tokens of such a response at most")
-    parser.add_argument("--longest", type=int, default=1024, metavar="N", help="likewise, where the tail is long")
-    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts of a whole step")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json says of what run")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed rounds, after one warm-up")
+    parser.add_argument("--groups", type=int, default=4, metavar="N", help="prompts per step on given responses")
+    parser.add_argument("--longest-even", type=int, default=200, metavar="N", help="maximum tokens, even lengths")
+    parser.add_argument("--longest", type=int, default=1024, metavar="N", help="maximum tokens, long-tailed lengths")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts per complete step")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON result; FILE.meta.json describes the run")
     return parser.parse_args(argv)
 
 

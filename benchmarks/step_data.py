@@ -1,4 +1,4 @@
-"""What the steps of benchmarks/step.py learn from: groups of responses that are given, and a coin for a verifier."""
+"""Data for benchmarks/step.py: groups of given responses, and a pseudo-random verifier."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 
 PROMPT_TOKENS, HINT_TOKENS = 60, 20
 MEDIAN, SPREAD, SHORTEST = 100, 1.0, 16
-"""Of the long-tailed lengths: e^(normal distribution), and the least."""
+"""Parameters of the lognormal lengths: median, standard deviation of the logarithm, and minimum."""
 
 
 def coin(prompt: Prompt, response: str) -> float:
-    """A verifier by which about half of all responses are right, and the same ones each time."""
+    """Deterministic verifier by which about half of all responses are correct."""
     return float(zlib.crc32(response.encode()) % 2)
 
 
 def even_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
-    """From a tenth of the longest upward, each as likely as any other."""
+    """Uniform lengths from a tenth of the longest up to the longest."""
     draw = random.Random(seed)
     return [draw.randint(max(1, longest // 10), longest) for _ in range(count)]
 
 
 def long_tailed_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
-    """Lognormal: half of them below `MEDIAN`, one in a hundred ten times as long, cut at both ends."""
+    """Lognormal lengths, clipped at both ends: half are below `MEDIAN`, one in a hundred is ten times as long."""
     draw = random.Random(seed)
     drawn = (round(draw.lognormvariate(math.log(MEDIAN), SPREAD)) for _ in range(count))
     return [min(max(length, SHORTEST), longest) for length in drawn]
 
 
 def given_groups(lengths: Sequence[int], group_size: int, vocab: int, seed: int = 0) -> list[ScoredGroup]:
-    """Random tokens as prompts and responses of these lengths. Of each group every other response is right."""
+    """Groups of random prompts and responses of these lengths. Half of the responses of each group are correct."""
     draw = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def given_groups(lengths: Sequence[int], group_size: int, vocab: int, seed: int 
 
 
 def _rewards(lengths: Sequence[int]) -> tuple[float, ...]:
-    """1 for half of the responses, which have about half of the tokens: in order of length 1, 0, 0, 1, 1, 0, 0, ..."""
+    """1 for half of the responses, with about half of the tokens: by length 1, 0, 0, 1, 1, 0, 0, ..."""
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
     right = {response for place, response in enumerate(ordered) if place % 4 in (0, 3)}
     return tuple(float(response in right) for response in range(len(lengths)))

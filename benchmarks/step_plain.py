@@ -1,11 +1,11 @@
-"""A step of SDPG as one would write it with PyTorch and transformers alone: what benchmarks/step.py is held against.
+"""A step of SDPG with only PyTorch and transformers, as the baseline of benchmarks/step.py.
 
-One model that samples and learns, a frozen copy of it as the reference, padded batches, and for the losses the logits
-of all response tokens at once. It is not naive: sequences of like length share a batch, prompts do not go through the
-output layer, the teacher reads right responses alone, attention needs no mask where the padding comes last, and Adam
-is torch's fused one.
+One model samples and learns. A frozen copy is the reference. Batches are padded, and the losses use the logits of all
+response tokens at once. The loop is optimized: sequences of similar length share a batch, prompts skip the output
+layer, the teacher reads only correct responses, attention has no mask if the padding comes last, and AdamW is fused.
 
-Shapes: B sequences of a batch, S padded length, T response tokens of a batch, G those of right responses, V vocabulary.
+Shapes: B sequences of a batch, S padded length, T response tokens of a batch, G those of correct responses, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdpg_megatron.records import Prompt, ScoredGroup
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A sampled response and what it was worth."""
+    """A sampled response and its advantage."""
 
     prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
@@ -39,13 +39,13 @@ class Response:
 
 @dataclass(slots=True)
 class PlainLoop:
-    """Reads of a run's configuration the model and the numbers that both sides are to have alike."""
+    """The plain loop, with model and settings from a run's configuration."""
 
     config: RunConfig
     verifier: Callable[[Prompt, str], float]
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the last step, by what they were spent on."""
+    """Seconds of the last step by phase."""
     model: Any = field(init=False)
     reference: Any = field(init=False)
     tokenizer: Any = field(init=False)
@@ -55,7 +55,7 @@ class PlainLoop:
         path, how = self.config.model.path, self.config.optimizer
         dtype = getattr(torch, self.config.model.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device)
-        # Chat templates use the padding token, too (SmolLM2's ends turns), and transformers would not let it learn.
+        # Chat templates also use the padding token (SmolLM2's ends turns), but transformers does not train it.
         self.model.get_input_embeddings().padding_idx = None
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -70,7 +70,7 @@ class PlainLoop:
         )
 
     def step(self, prompts: Sequence[Prompt], seed: int) -> list[Response]:
-        """Sample, score and learn; what was learned from."""
+        """Sample, score and learn. Returns the responses."""
         self.seconds.clear()
         with self._timed("rollout"):
             sampled = self.sample(prompts, seed)
@@ -81,7 +81,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], seed: int) -> list[list[tuple[int, ...]]]:
-        """A group of responses to each prompt, as tokens. Prompts of like length share a batch."""
+        """Sample a group of responses per prompt, as tokens. Prompts of similar length share a batch."""
         rollout = self.config.rollout
         torch.manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_tokens))
@@ -105,14 +105,14 @@ class PlainLoop:
         return [found[i] for i in range(len(prompts))]
 
     def _cut(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Up to the first stop token, and with it."""
+        """Cut after the first stop token."""
         stop = self.model.generation_config.eos_token_id
         stops = stop if isinstance(stop, list) else [stop]
         end = next((i for i, token in enumerate(tokens, start=1) if token in stops), len(tokens))
         return tuple(tokens[:end])
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[tuple[int, ...]]]) -> list[Response]:
-        """Responses with the advantages of their rewards."""
+        """Score responses and compute their advantages."""
         responses = []
         for prompt, group in zip(prompts, sampled, strict=True):
             texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
@@ -125,7 +125,7 @@ class PlainLoop:
         return responses
 
     def learn(self, responses: Sequence[Response]) -> tuple[float, float]:
-        """One optimizer step: the loss and the gradient's norm before it is clipped."""
+        """Take one optimizer step. Returns the loss and the gradient norm before clipping."""
         total = sum(len(response.tokens) for response in responses)
         ordered = sorted(responses, key=lambda response: len(response.prompt) + len(response.tokens))
         size, loss = self.config.optimizer.micro_batch_size, 0.0
@@ -138,7 +138,7 @@ class PlainLoop:
         return loss, float(norm)
 
     def _backward(self, batch: Sequence[Response], total: int) -> float:
-        """Add the gradients of a micro-batch, and return its part of the loss."""
+        """Accumulate the gradients of a micro-batch. Returns its part of the loss."""
         labels_T = torch.tensor([token for r in batch for token in r.tokens], device=self.device)
         advantage_T = torch.tensor([r.advantage for r in batch for _ in r.tokens], device=self.device)
         texts = [(r.prompt, r.tokens) for r in batch]
@@ -164,7 +164,7 @@ class PlainLoop:
         return float(loss.detach())
 
     def _logp(self, model: Any, texts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
-        """The model's log-distribution at each response token, [T, V]."""
+        """Log-probs of the whole vocabulary at each response token, [T, V]."""
         tokens = [torch.tensor(prompt + response) for prompt, response in texts]
         tokens_BS = pad_sequence(tokens, batch_first=True).to(self.device)
         firsts = [b * tokens_BS.shape[1] + len(prompt) - 1 for b, (prompt, _) in enumerate(texts)]
@@ -187,7 +187,7 @@ def _picked(logp_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 def responses_of(groups: Sequence[ScoredGroup]) -> list[Response]:
-    """Groups that were sampled and scored elsewhere."""
+    """Convert groups that are already sampled and scored."""
     return [
         Response(scored.group.prompt.student_tokens, scored.group.prompt.teacher_tokens, c.tokens, advantage)
         for scored in groups

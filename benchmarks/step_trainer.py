@@ -1,4 +1,4 @@
-"""The trainer's own steps, one at a time and as often as one likes: for benchmarks/step.py."""
+"""Single steps of the trainer, repeatable, for benchmarks/step.py."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdpg_megatron.train.state import TrainState
 from sdpg_megatron.train.update import PolicyUpdater
 
 
-class StandingLearner:
-    """A learner that takes the step that it is told to, on groups that it is given."""
+class StandingPolicyTrainer:
+    """A policy trainer that takes a given step on given groups."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.inputs = config, load_inputs(config)
@@ -34,35 +34,35 @@ class StandingLearner:
         self.policy_trainer = PolicyTrainer(config, self.inputs.arch, objective, self.ranks)
 
     def learn(self, groups: Sequence[ScoredGroup], step: int, **changes: Any) -> dict[str, float]:
-        """Passes and update of one optimizer step. `changes`: of the section `model`, for this step alone."""
+        """Passes and update of one optimizer step. `changes`: fields of the section `model`, for this step only."""
         model = self.config.model.model_copy(update=changes)
         updater = PolicyUpdater(self.config.model_copy(update={"model": model}), self.inputs, self.policy_trainer)
         return values(updater.learn(step, updater.prepare(step, groups)))
 
 
-class StandingTrainer(StandingLearner):
-    """A whole trainer that takes the same step again and again."""
+class StandingTrainer(StandingPolicyTrainer):
+    """A complete trainer that repeats the same step."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
-        """`stack`: gets what has to be closed."""
+        """`stack`: closes the trainer's resources."""
         super().__init__(config)
         store = CheckpointStore(config.run_dir, self.ranks, config.checkpoint)
-        nobody = Interrupt(), Watchdog(config.watchdog)  # not entered: they watch nothing
+        inactive = Interrupt(), Watchdog(config.watchdog)  # never entered
         self._trainer = Trainer(
-            config, self.inputs, self.policy_trainer, store, self._first(), RunFingerprint("", ""), *nobody, stack
+            config, self.inputs, self.policy_trainer, store, self._first(), RunFingerprint("", ""), *inactive, stack
         )
         self._trainer.serving.publish(0)
 
     def whole_step(self, step: int) -> dict[str, float]:
-        """From the run's first prompts to published weights."""
-        self._trainer.at = self._first()
-        self._trainer.at.step = step
+        """Take a complete step, from the run's first prompts to published weights."""
+        self._trainer.state = self._first()
+        self._trainer.state.step = step
         metrics = self._trainer._train_step()
-        assert metrics is not None, "nobody interrupts"
+        assert metrics is not None, "the step was not interrupted"
         return values(metrics)
 
-    def drawn(self, step: int) -> tuple[list[Prompt], int]:
-        """The prompts that `whole_step` takes, and the seed that it samples with."""
+    def prompts_of_step(self, step: int) -> tuple[list[Prompt], int]:
+        """Prompts and sampling seed of `whole_step`."""
         taken = self._first().cursor.take(self.config.rollout.prompts_per_step)
         return [self.inputs.prompts[i] for i in taken], draw_seed(self.config.seed, f"rollout/{step}", 0)
 
@@ -72,7 +72,7 @@ class StandingTrainer(StandingLearner):
 
 @contextmanager
 def no_leftovers() -> Iterator[ExitStack]:
-    """What is closed in the end. Megatron's wrappers refer to one another: an earlier learner is freed first."""
+    """Stack that is closed on exit. Frees an earlier trainer first: Megatron has reference cycles."""
     gc.collect()
     with ExitStack() as stack:
         yield stack

@@ -107,7 +107,7 @@ def make_tiles(
 def check_measure(
     kernels: ModuleType, tiles: Tiles, weighted_log_ratio: WeightedLogRatio | None, **options: int
 ) -> None:
-    """`gap` None stands for no teacher."""
+    """`weighted_log_ratio` None: no teacher."""
     exact = tiles.double()
     how = weighted_log_ratio or WeightedLogRatio.NONE
     expected_KC = tile.measure(
@@ -227,16 +227,18 @@ def _own_lower(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 def _measure_bound(exact: Tiles, weighted_log_ratio: WeightedLogRatio) -> Tensor:
     size_CV, weight_CV = _own_lower(exact.student_CV)
-    teacher_size_CV, drawn_CV = _own_lower(exact.teacher_CV)
+    teacher_size_CV, teacher_weight_CV = _own_lower(exact.teacher_CV)
     over_CV = {
         WeightedLogRatio.STUDENT: weight_CV,
-        WeightedLogRatio.TEACHER: drawn_CV,
-        WeightedLogRatio.NONE: torch.zeros_like(drawn_CV),
+        WeightedLogRatio.TEACHER: teacher_weight_CV,
+        WeightedLogRatio.NONE: torch.zeros_like(teacher_weight_CV),
     }[weighted_log_ratio]
-    gap_C = (over_CV * (1 + size_CV + teacher_size_CV)).sum(1)
-    none_C = torch.zeros_like(gap_C)
-    spread_C = (weight_CV * size_CV).sum(1)
-    return torch.stack((none_C, weight_CV.sum(1), spread_C, none_C, none_C, drawn_CV.sum(1), gap_C, none_C))
+    log_ratio_C = (over_CV * (1 + size_CV + teacher_size_CV)).sum(1)
+    none_C = torch.zeros_like(log_ratio_C)
+    logit_sum_C = (weight_CV * size_CV).sum(1)
+    return torch.stack(
+        (none_C, weight_CV.sum(1), logit_sum_C, none_C, none_C, teacher_weight_CV.sum(1), log_ratio_C, none_C)
+    )
 
 
 def _mixture_bound(exact: Tiles) -> Tensor:
@@ -256,10 +258,10 @@ def _gradient_bound(exact: Tiles, row: RowCoefficients) -> Tensor:
         return torch.zeros_like(row.max)[:, None] if coefficient_C is None else coefficient_C.abs()[:, None]
 
     size_CV, weight_CV = _lower(exact.student_CV, row.max)
-    teacher_size_CV, drawn_CV = _lower(exact.teacher_CV, row.teacher_max)
+    teacher_size_CV, teacher_weight_CV = _lower(exact.teacher_CV, row.teacher_max)
     share_CV = 1 + size_CV + row.log_sum[:, None].abs()
     slope_CV = size(row.student) * size_CV + size(row.teacher) * teacher_size_CV + size(row.mixture) * share_CV
-    bound_CV = weight_CV * (size(row.constant) + slope_CV) + size(row.teacher_weight) * drawn_CV
+    bound_CV = weight_CV * (size(row.constant) + slope_CV) + size(row.teacher_weight) * teacher_weight_CV
     # The label's coefficient stands in one column, but is added to what it may cancel.
     column_V = torch.arange(bound_CV.shape[1], device=bound_CV.device)
     return bound_CV + size(row.label) * (column_V == exact.labels_C[:, None])

@@ -12,9 +12,8 @@ from torch import nn
 
 from sdpg_megatron.checkpoint.failures import UNREADABLE, describe
 from sdpg_megatron.checkpoint.pickles import only_weights, read_tensor_list
-from sdpg_megatron.convert.torch_dist import check_backend
+from sdpg_megatron.convert.torch_dist import check_backend, trusted_globals
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.mcore.trusted import trusted_globals
 
 
 def load_weights_only(chunks: Sequence[nn.Module], folder: Path) -> None:

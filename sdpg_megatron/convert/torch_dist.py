@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from sdpg_megatron.checkpoint.pickles import TENSOR_LIST, read_tensor_list
 from sdpg_megatron.errors import CheckpointError, reason_of
-from sdpg_megatron.mcore.trusted import trusted_globals
 
 BACKEND_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
@@ -212,3 +211,10 @@ def check_backend(folder: Path) -> None:
         raise CheckpointError(f"{path}: found {found}, expected a Megatron checkpoint. Fix: check the path") from error
     if found != BACKEND:
         raise CheckpointError(f"{path}: found the format {found!r}, expected {BACKEND!r}. Fix: save it as {BACKEND}")
+
+
+def trusted_globals() -> list[Any]:
+    """Classes that megatron-core allows in the arguments of a Megatron-LM checkpoint, besides plain data."""
+    from megatron.core.safe_globals import SAFE_GLOBALS  # the import takes seconds
+
+    return list(SAFE_GLOBALS)

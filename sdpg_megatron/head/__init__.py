@@ -1,4 +1,4 @@
-"""The vocabulary-parallel output head: log-prob, entropy and exact divergence without a row of logits to spare."""
+"""Vocabulary-parallel output head: log-prob, entropy and exact divergence without materializing the [T, V] logits."""
 
 from sdpg_megatron.head.api import (
     HeadTerms,

@@ -1,7 +1,7 @@
-"""What the rest of the package, and other frameworks' plugins, know of the head.
+"""Public interface of the head.
 
-Shapes: T rows (response tokens), G the rows among them with a teacher, V this rank's columns of the vocabulary,
-H hidden size, C rows of a chunk.
+Shapes: T rows (response tokens), G rows with a teacher, V this rank's columns of the vocabulary, H hidden size,
+C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from sdpg_megatron.head.shard import VocabShard
 
 @dataclass(frozen=True, slots=True)
 class TeacherRows:
-    """The teacher's last hidden states where a divergence is wanted. Other rows have divergence 0, at no cost."""
+    """The teacher's last hidden states, for the rows with a divergence. Other rows have divergence 0, at no cost."""
 
     hidden_GH: Tensor
-    """Before the output layer, in any float type."""
+    """Input of the output layer, any float type."""
     rows_G: Tensor
-    """int64 [G]: the row in T of each, distinct, in any order."""
+    """int64 [G]: index in T of each row; distinct, in any order."""
     weight_VH: Tensor | None = None
-    """The teacher's own output matrix, sharded like the student's, of any hidden size. None for the student's."""
+    """The teacher's output matrix, sharded like the student's; any hidden size. None: the student's matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTerms:
-    """Per-token quantities in nats: float32, or float64 for float64 inputs."""
+    """Per-token terms in nats: float32, or float64 for float64 inputs."""
 
     logprob_T: Tensor
     """log p(label)."""
     entropy_T: Tensor
     divergence_T: Tensor | None = None
-    """Of the student from the teacher, 0 on rows without a teacher. None where no teacher was given."""
+    """Divergence of the student from the teacher; 0 on rows without a teacher. None if no teacher was given."""
     teacher_logprob_T: Tensor | None = None
-    """log q(label), likewise; it carries no gradient."""
+    """log q(label), without gradient; 0 on rows without a teacher. None if no teacher was given."""
 
     def detached(self) -> HeadTerms:
         divergence_T = None if self.divergence_T is None else self.divergence_T.detach()
@@ -48,7 +48,7 @@ class HeadTerms:
 
 
 RowLoss = Callable[[HeadTerms, Tensor], Tensor]
-"""(terms of C rows, int64 [C] which of the T rows they are) -> loss [C], each row's from its own terms alone."""
+"""(terms of C rows, int64 [C] indices of these rows in T) -> loss [C]. A row's loss depends only on its own terms."""
 
 
 def head_terms(
@@ -62,22 +62,22 @@ def head_terms(
 ) -> HeadTerms:
     """Log-prob, entropy and divergence of each row, differentiable in `hidden_TH` and `weight_VH`.
 
-    A collective over `vocab.group`: all its ranks give the same rows, labels and options, and get the same bits. The
-    number of gathers follows from T and G alone, hence zero rows need none. The teacher gives no gradient, neither to
-    `hidden_TH` nor to `weight_VH`, though both distributions come from that matrix. The logits are made again in the
-    backward pass; `head_loss` can spare that.
+    Collective over `vocab.group`: all its ranks pass the same rows, labels and options, and get bit-identical results.
+    The number of gathers depends only on T and G; zero rows need none. The teacher contributes no gradient to
+    `hidden_TH` or `weight_VH`, even if it uses the same matrix. The backward pass recomputes the logits; `head_loss`
+    can avoid that.
 
     Args:
-        hidden_TH: student's last hidden states, equal on all ranks of the group.
-        weight_VH: this rank's rows of the output matrix, padding included.
+        hidden_TH: the student's last hidden states, equal on all ranks of the group.
+        weight_VH: this rank's rows of the output matrix, including padding.
         labels_T: int64, columns of the whole vocabulary.
-        vocab: which columns `weight_VH` holds.
-        teacher: where a divergence is wanted.
+        vocab: the columns that `weight_VH` holds.
+        teacher: hidden states of the rows that get a divergence.
 
     Raises:
-        NumericsError: a term is not finite: a broken hidden state, a label outside the vocabulary, or a token that the
-            student can produce and the teacher cannot. Names the first such row; all ranks of the group raise alike.
-            Not where `options.raises` is off.
+        NumericsError: a term is not finite: a non-finite hidden state, a label outside the vocabulary, or a token to
+            which the teacher gives probability 0 and the student does not. Names the first such row; all ranks of the
+            group raise it. Not raised with ``options.raises=False``.
     """
     options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
     inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options)
@@ -94,13 +94,13 @@ def head_loss(
     teacher: TeacherRows | None = None,
     options: HeadOptions | None = None,
 ) -> tuple[Tensor, HeadTerms]:
-    """Sum of a loss over all rows, differentiable in `hidden_TH` and `weight_VH`, and the terms, without a graph.
+    """Sum of a per-row loss, differentiable in `hidden_TH` and `weight_VH`, and the detached terms.
 
-    Arguments, gradients and errors are those of `head_terms`.
+    Other arguments, gradients and errors: see `head_terms`.
 
     Args:
-        loss: of each row from its own terms; anything else that it reads is a constant. With `grad_in_forward` it is
-            called once for each chunk, while the logits are there, with "recompute" once for all rows.
+        loss: maps terms to per-row losses. All other tensors that it reads are treated as constants. Called once per
+            chunk with "grad_in_forward", once for all rows with "recompute".
     """
     options = options or HeadOptions()
     if options.schedule == "recompute" or not torch.is_grad_enabled():
@@ -126,7 +126,7 @@ def head_logprobs(
     vocab: VocabShard,
     options: HeadOptions | None = None,
 ) -> Tensor:
-    """``head_terms(...).logprob_T`` without a graph: one product. Raises alike."""
+    """``head_terms(...).logprob_T`` without a graph, for one matrix product. Raises the same errors."""
     options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
     found = measure_terms(*_inputs(hidden_TH, weight_VH, labels_T, vocab, None, options))
     return _named(found, labels_T, False, options).logprob_T
@@ -144,13 +144,13 @@ def head_gradient_squares(
     teacher: TeacherRows | None = None,
     options: HeadOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How hard a loss pulls at each row's logits through the log-prob, and through the divergence.
+    """Squared norms of the loss gradient in each row's logits, through the log-prob and through the divergence.
 
-    Two squared L2 norms a row, float64 [T], of the loss's gradient in the logits before temperature, over the whole
-    vocabulary. Costs some three products of `head_logprobs`; a collective alike.
+    Both are squared L2 norms over the whole vocabulary, float64 [T], of the gradient in the logits before temperature.
+    Costs about three times the products of `head_logprobs`. Collective over `vocab.group`.
 
     Args:
-        logprob_grad_T, divergence_grad_T: the loss's gradients in these terms.
+        logprob_grad_T, divergence_grad_T: gradients of the loss in these terms.
     """
     options = replace(options or HeadOptions(), schedule="recompute").sized(weight_VH)
     inputs = _inputs(hidden_TH, weight_VH, labels_T, vocab, teacher, options)
@@ -169,18 +169,17 @@ def logits_terms(
     rows_G: Tensor | None = None,
     options: HeadOptions | None = None,
 ) -> HeadTerms:
-    """`head_terms` for a loop that has its logits already; differentiable in `logits_TV`, without a further collective.
+    """`head_terms` from existing logits, differentiable in `logits_TV`; the backward pass has no collective.
 
-    A logit of -inf means a token that cannot be produced. Beside the logits and their gradient no tensor of their size
-    is made.
+    A logit of -inf marks a token with probability 0. No tensor of the logits' size is allocated except their gradient.
 
     Args:
-        logits_TV: this rank's columns, padding included, before temperature.
-        vocab: which columns these are.
-        teacher_GV: the teacher's, for the rows `rows_G`; for all rows where that is None.
+        logits_TV: this rank's columns, including padding, before temperature.
+        vocab: the columns that `logits_TV` holds.
+        teacher_GV: the teacher's logits for the rows `rows_G`, or for all rows if that is None.
 
     Raises:
-        NumericsError: as `head_terms`.
+        NumericsError: see `head_terms`.
     """
     options = replace(options or HeadOptions(), schedule="recompute").sized(logits_TV.T)
     order_T = None
@@ -199,7 +198,7 @@ def _inputs(
     teacher: TeacherRows | None,
     options: HeadOptions,
 ) -> tuple[Tensor | VocabShard | HeadOptions | None, ...]:
-    """The arguments that the autograd functions share."""
+    """Arguments of `autograd.head_of_rows`."""
     if teacher is None:
         return hidden_TH, weight_VH, hidden_TH.detach()[:0], None, labels_T, None, vocab, options
     own_VH = None if teacher.weight_VH is None else teacher.weight_VH.detach()
@@ -209,9 +208,9 @@ def _inputs(
 
 
 def _teacher_first(rows_G: Tensor, total: int) -> Tensor:
-    """All rows, int64 [T]: those with a teacher in their given order, then the others in theirs."""
+    """Row order, int64 [T]: rows with a teacher in their given order, then the others in ascending order."""
     has_teacher_T = torch.zeros(total, dtype=torch.bool, device=rows_G.device).index_fill_(0, rows_G, True)
-    # A stable sort instead of nonzero(): the number of rows is known, and the device need not be waited for.
+    # A stable sort instead of nonzero(), which would synchronize with the device to learn the number of rows.
     return torch.cat((rows_G, has_teacher_T.to(torch.uint8).argsort(stable=True)[: total - rows_G.shape[0]]))
 
 
@@ -234,6 +233,6 @@ def _check_finite(labels_T: Tensor, terms: Mapping[str, Tensor]) -> None:
     found = ", ".join(f"{name} {float(values_T[row].detach())}" for name, values_T in terms.items())
     raise NumericsError(
         f"token row {row} of {finite_T.numel()}: found {found} at label {int(labels_T[row])}, expected finite values. "
-        "Fix: look for non-finite hidden states or weights, a label outside the vocabulary, or (divergence alone) a "
+        "Fix: look for non-finite hidden states or weights, a label outside the vocabulary, or (divergence only) a "
         "token to which the teacher gives probability 0 and the student does not"
     )

@@ -1,6 +1,6 @@
-"""The head's autograd functions: two schedules from hidden rows, and one from logits that the caller has.
+"""Autograd functions of the head: two schedules from hidden rows, and one from given logits.
 
-Shapes as in `chunked`. Inside, rows with a teacher come first; `order_T` says which of the caller's rows each one is.
+Shapes: see `chunked`. The head works on rows with a teacher first; `order_T` maps its rows to the caller's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdpg_megatron.head.shard import VocabShard
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 """log p(y), H, divergence and log q(y), each [T] in a `products.wide` type."""
 ChunkLoss = Callable[[Terms, Tensor], Tensor]
-"""(terms of a chunk, int64 [C] the caller's rows they are) -> their loss [C]."""
+"""(terms of a chunk, int64 [C] indices of the caller's rows) -> loss [C]."""
 
 
 def head_of_rows(
@@ -39,10 +39,8 @@ def head_of_rows(
     *,
     held: bool = False,
 ) -> tuple[ChunkedHead, Tensor]:
-    """The head over hidden rows in the caller's order, and the rows in the head's."""
+    """Build the head for hidden rows in the caller's order; also return the rows in the head's order."""
     ordered_TH = hidden_TH if order_T is None else hidden_TH[order_T]
-    tau = options.temperature
-    teacher_tau = tau if options.teacher_temperature is None else options.teacher_temperature
     tokens_VH = vocab.tokens(weight_VH)
     teacher_VH = tokens_VH if teacher_weight_VH is None else vocab.tokens(teacher_weight_VH)
     logits = Products(
@@ -50,7 +48,7 @@ def head_of_rows(
         tokens_VH,
         teacher_GH,
         teacher_VH,
-        (tau, teacher_tau),
+        options.temperatures,
         held=held,
         shared=hidden_TH.is_cuda or bool(options.group_rows),
     )
@@ -59,15 +57,19 @@ def head_of_rows(
 
 
 def measure_terms(*inputs: Any) -> Terms:
-    """Terms without a graph. Arguments as for `head_of_rows`."""
+    """Compute the terms without a graph. Arguments: see `head_of_rows`."""
     head, ordered_TH = head_of_rows(*inputs)
     return _terms(head, [head.measure(rows) for rows in head.chunks()], inputs[5], wide(ordered_TH.dtype))
 
 
 def measure_squares(inputs: Sequence[Any], upstreams: Sequence[Upstream]) -> Tensor:
-    """Squared length of each row's gradient in the logits, for upstream gradients one after the other: float64 [K, T].
+    """Squared L2 norm of each row's gradient in the logits, for each of K upstream gradients: float64 [K, T].
 
-    `inputs` as for `head_of_rows`; upstream gradients in the caller's order of rows. Each makes the logits once more.
+    Each upstream gradient computes the logits once more. Collective over the shard's group.
+
+    Args:
+        inputs: arguments of `head_of_rows`.
+        upstreams: in the caller's row order.
     """
     head, ordered_TH = head_of_rows(*inputs)
     order_T, vocab = inputs[5], inputs[6]
@@ -98,7 +100,7 @@ def _in_callers_order(terms_4T: Tensor, order_T: Tensor | None) -> Terms:
 
 
 class Recompute(torch.autograd.Function):
-    """`head_of_rows`' arguments -> `Terms`. Kept for the backward pass: the inputs and some numbers a row."""
+    """Arguments of `head_of_rows` -> `Terms`. Saves the inputs and N numbers per row for the backward pass."""
 
     @staticmethod
     def forward(
@@ -143,9 +145,9 @@ def _of_rows(upstream: Sequence[Tensor | None], rows: slice, order_T: Tensor | N
 
 
 class GradInForward(torch.autograd.Function):
-    """`head_of_rows`' arguments and a loss -> (loss summed over rows, *`Terms`), of which the sum alone has a gradient.
+    """Arguments of `head_of_rows` and a loss -> (loss summed over rows, *`Terms`). Only the sum is differentiable.
 
-    The gradients are made while a chunk's logits are there, from the loss's own, and scaled in the backward pass.
+    The forward pass computes the gradients while a chunk's logits are in memory. The backward pass scales them.
     """
 
     @staticmethod
@@ -170,10 +172,10 @@ class GradInForward(torch.autograd.Function):
         for rows in head.chunks():
             sums_NC = head.measure(rows)
             head.terms(sums_NC, terms_4T[:, rows])
-            part, upstream = _differentiate(loss, terms_4T[:, rows], _numbers(rows, order_T, labels_T))
+            part, upstream = _differentiate(loss, terms_4T[:, rows], _caller_rows(rows, order_T, labels_T))
             loss_sum += part
             gradients.add_chunk(head, rows, sums_NC, upstream)
-        del head  # the logits' memory, before the matrix's gradient takes its own
+        del head  # free the logits before the weight gradient is allocated
         gradients.flush()
         gradients.wait()
         ctx.gradients, ctx.order_T = gradients, order_T
@@ -186,20 +188,20 @@ class GradInForward(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the head's gradients were handed out already, expected one backward pass. Fix: schedule=recompute "
-                "where a graph is to be kept"
+                "head gradients: found a second backward pass, expected one. Fix: schedule=recompute for a retained "
+                "graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
         return *gradients.result(ctx.order_T, scale), None, None, None, None, None, None, None
 
 
-def _numbers(rows: slice, order_T: Tensor | None, labels_T: Tensor) -> Tensor:
-    """Which of the caller's rows these are."""
+def _caller_rows(rows: slice, order_T: Tensor | None, labels_T: Tensor) -> Tensor:
+    """Indices of these rows in the caller's order, int64 [C]."""
     return torch.arange(rows.start, rows.stop, device=labels_T.device) if order_T is None else order_T[rows]
 
 
 def _differentiate(loss: ChunkLoss, terms_4C: Tensor, at_C: Tensor) -> tuple[Tensor, Upstream]:
-    """A chunk's loss, and its gradients in log-prob, entropy and divergence."""
+    """Loss of a chunk, and its gradients in log-prob, entropy and divergence."""
     with torch.enable_grad():
         logprob_C, entropy_C, divergence_C, teacher_C = (term_C.detach() for term_C in terms_4C)
         leaves = [term_C.requires_grad_() for term_C in (logprob_C, entropy_C, divergence_C)]
@@ -211,7 +213,7 @@ def _differentiate(loss: ChunkLoss, terms_4C: Tensor, at_C: Tensor) -> tuple[Ten
 
 
 class OfLogits(torch.autograd.Function):
-    """(student_TV, teacher_GV, labels_T, order_T, vocab, options) -> `Terms`. Kept: the logits, as the caller does."""
+    """(student_TV, teacher_GV, labels_T, order_T, vocab, options) -> `Terms`. Saves the given logits, not copies."""
 
     @staticmethod
     def forward(
@@ -241,7 +243,7 @@ class OfLogits(torch.autograd.Function):
         for rows, sums_NC in zip(head.chunks(), kept, strict=True):
             head.logits.begin(rows)
             coefficients = head.coefficients(sums_NC, _of_rows(upstream, rows, order_T))
-            at_C = _numbers(rows, order_T, labels_T)
+            at_C = _caller_rows(rows, order_T, labels_T)
             for columns in head.tiles:
                 part_CV = head.gradient(rows, columns, coefficients).to(student_TV.dtype)
                 gradient_TV[:, columns].index_copy_(0, at_C, part_CV)
@@ -256,9 +258,7 @@ def _head_of_logits(
     vocab: VocabShard,
     options: HeadOptions,
 ) -> ChunkedHead:
-    tau = options.temperature
-    teacher_tau = tau if options.teacher_temperature is None else options.teacher_temperature
     columns = vocab.tokens(student_TV.T).shape[0]
-    logits = Given(student_TV, teacher_GV, order_T, (tau, teacher_tau))
+    logits = Given(student_TV, teacher_GV, order_T, options.temperatures)
     labels_T = labels_T if order_T is None else labels_T[order_T]
     return ChunkedHead(logits, labels_T, teacher_GV.shape[0], columns, vocab, options)

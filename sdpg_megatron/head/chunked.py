@@ -1,7 +1,7 @@
-"""A head's rows in chunks, their columns in tiles: statistics, terms, and the gradient in the logits.
+"""Chunked head: statistics, terms and logit gradients for chunks of rows and tiles of columns.
 
 Shapes: T rows, those with a teacher first; G rows with a teacher; C rows of a chunk; V columns of this rank's shard or
-of a tile of it; N numbers kept for a row: its statistics (see `statistics`) and what its divergence adds to them.
+of a tile of it; N numbers kept per row: its statistics (see `statistics`), then any extra numbers of its divergence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdpg_megatron.head.logits import Logits
 from sdpg_megatron.head.options import HeadOptions
 from sdpg_megatron.head.rows import Coefficients, Upstream
 from sdpg_megatron.head.shard import VocabShard
-from sdpg_megatron.head.statistics import STUDENT, TAUGHT, gather
+from sdpg_megatron.head.statistics import NUM_STUDENT_SUMS, NUM_SUMS_WITH_TEACHER, gather
 from sdpg_megatron.head.tile import WeightedLogRatio
 
 
@@ -28,32 +28,36 @@ class Kernels(NamedTuple):
     """Implementations of the elementwise work."""
 
     tile: ModuleType
-    """`tile` or `tile_triton`: one pass over a tile of logits each."""
+    """`tile` or `tile_triton`: passes over a tile of logits."""
     rows: ModuleType
-    """`rows` or `rows_triton`: some numbers a row."""
+    """`rows` or `rows_triton`: work on N numbers per row."""
 
 
 class ChunkedHead:
-    """Sums over the vocabulary, and what follows from them, for one chunk of rows at a time.
+    """Vocabulary sums, terms and logit gradients, one chunk of rows at a time.
 
-    Everything here is a collective of `vocab.group`, whose ranks hold the same rows: one gather a chunk, and one more
-    where the divergence looks at a mixture.
+    `measure` is collective over `vocab.group`, whose ranks hold the same rows: one gather per chunk, and a second one
+    for a divergence with a mixture.
     """
 
     def __init__(
-        self, logits: Logits, labels_T: Tensor, has_teacher: int, columns: int, vocab: VocabShard, options: HeadOptions
+        self, logits: Logits, labels_T: Tensor, teacher_rows: int, columns: int, vocab: VocabShard, options: HeadOptions
     ) -> None:
-        """`taught`: G; `columns`: those of this shard that are tokens."""
+        """
+        Args:
+            teacher_rows: G.
+            columns: token columns of this shard, without padding.
+        """
         assert options.chunk_rows is not None and options.tile_columns is not None, "sizes are chosen by the caller"
         self.logits = logits
         self.vocab = vocab
         self.labels_T = labels_T - vocab.start if vocab.start else labels_T
-        self.has_teacher = has_teacher
+        self.teacher_rows = teacher_rows
         self.temperature = options.temperature
         self.divergence: Divergence = options.divergence
         self.top = min(self.divergence.top, vocab.valid)
         self.chunk_rows = options.chunk_rows
-        # A shard of padding alone has one tile without columns: its sums are those over nothing.
+        # A shard that is all padding has one tile with zero columns.
         self.tiles = [
             slice(start, min(start + options.tile_columns, columns))
             for start in range(0, max(columns, 1), options.tile_columns)
@@ -61,16 +65,16 @@ class ChunkedHead:
         self.kernels = kernels(options, labels_T.device)
 
     def chunks(self) -> list[slice]:
-        """Runs of rows that all have a teacher, at most `chunk_rows`, or all have none, at most twice as many."""
+        """Chunks of at most `chunk_rows` rows with a teacher, then of at most 2 `chunk_rows` rows without one."""
         return [
-            *_runs(0, self.has_teacher, self.chunk_rows),
-            *_runs(self.has_teacher, len(self.labels_T), 2 * self.chunk_rows),
+            *_runs(0, self.teacher_rows, self.chunk_rows),
+            *_runs(self.teacher_rows, len(self.labels_T), 2 * self.chunk_rows),
         ]
 
     def measure(self, rows: slice) -> Tensor:
-        """Statistics of the chunk and numbers of its divergence: float64 [N, C], with the same bits on every rank."""
+        """Statistics and divergence numbers of a chunk: float64 [N, C], bit-identical on all ranks. Collective."""
         self.logits.begin(rows)
-        has_teacher = rows.stop <= self.has_teacher
+        has_teacher = rows.stop <= self.teacher_rows
         weighted_log_ratio = self.divergence.weighted_log_ratio if has_teacher else WeightedLogRatio.NONE
         found, best = [], None
         for columns in self.tiles:
@@ -88,27 +92,28 @@ class ChunkedHead:
         if best is not None:
             packed_NC = torch.cat((packed_NC, best.packed(self.top)))
         parts_RNC = gather(packed_NC, self.vocab.group)
-        sums_KC: Tensor = self.kernels.rows.join(parts_RNC[:, : TAUGHT if has_teacher else STUDENT], weighted_log_ratio)
+        num_sums = NUM_SUMS_WITH_TEACHER if has_teacher else NUM_STUDENT_SUMS
+        sums_KC: Tensor = self.kernels.rows.join(parts_RNC[:, :num_sums], weighted_log_ratio)
         if best is not None:
-            best = TopTokens.of_ranks(parts_RNC[:, TAUGHT:]).best(self.top, padded=True)
+            best = TopTokens.of_ranks(parts_RNC[:, NUM_SUMS_WITH_TEACHER:]).best(self.top, padded=True)
             return torch.cat((sums_KC, best.packed(self.top)))
         if has_teacher and self.divergence.student_mix is not None:
             return torch.cat((sums_KC, self._measure_mixture(sums_KC, self.divergence.student_mix)))
         return sums_KC
 
     def terms(self, sums_NC: Tensor, out_4C: Tensor) -> None:
-        """Write log p(y), H, divergence and log q(y) to `out_4C`; the last two are 0 for rows without a teacher."""
+        """Write log p(y), H, divergence and log q(y) to `out_4C`. The last two are 0 for rows without a teacher."""
         self.kernels.rows.terms(sums_NC, self.divergence, out_4C)
 
     def coefficients(self, sums_NC: Tensor, upstream: Upstream) -> Coefficients:
-        """Coefficients of the gradient in the logits before temperature, from gradients of the terms."""
+        """Coefficients of the gradient in the logits before temperature, from upstream gradients of the terms."""
         found: Coefficients = self.kernels.rows.coefficients(
             sums_NC, self.divergence, upstream, self.temperature, self.logits.dtype
         )
         return found
 
     def gradient(self, rows: slice, columns: slice, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
-        """Gradient in a tile of the logits before temperature, [C, V]. `Logits.begin` chose the chunk."""
+        """Gradient in a tile of logits before temperature, [C, V]. Call ``logits.begin(rows)`` first."""
         student_CV, teacher_CV = self.logits.tile(columns)
         gradient_CV: Tensor = self.kernels.tile.gradient_(
             student_CV,
@@ -126,7 +131,7 @@ class ChunkedHead:
         return gradient_CV
 
     def _labels(self, rows: slice, columns: slice) -> Tensor:
-        """Columns of a tile; others for labels that are not among them."""
+        """Column of each label in a tile; out of range if another tile or shard holds the label."""
         return self.labels_T[rows] - columns.start if columns.start else self.labels_T[rows]
 
     def _top_tokens(self, student_CV: Tensor, teacher_CV: Tensor, columns: slice) -> TopTokens:
@@ -152,7 +157,7 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 def kernels(options: HeadOptions, device: torch.device) -> Kernels:
-    """The modules with the elementwise functions."""
+    """Choose the modules with the elementwise functions."""
     if not options.uses_triton(device):
         return Kernels(tile, row_functions)
     try:
@@ -160,6 +165,6 @@ def kernels(options: HeadOptions, device: torch.device) -> Kernels:
         import sdpg_megatron.head.tile_triton as tile_triton
     except ImportError as error:
         raise ImportError(
-            "head kernels: found no triton, expected it for kernels=triton. Fix: pip install triton"
+            "head.kernels: found triton not installed, expected it for kernels=triton. Fix: pip install triton"
         ) from error
     return Kernels(tile_triton, rows_triton)

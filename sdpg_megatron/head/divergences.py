@@ -1,8 +1,9 @@
-"""Divergences of the student's p from the teacher's q: per-token value, and what each asks of the gradient.
+"""Divergences of the student's p from the teacher's q: per-token values and gradient coefficients.
 
-The symbols are those of `tile`. With phi = d divergence / d p, the gradient in the student's logits over temperature
-is ``p_v (phi_v - sum p phi)``; `pull` brings it to the row coefficients of `tile`. Shapes: C rows, k top tokens,
-n = k + 1.
+Symbols: see `tile`. With phi = d divergence / d p, the gradient in the student's logits over temperature is
+``p_v (phi_v - sum p phi)``. `grad_coefficients` expresses it as row coefficients of `tile`.
+
+Shapes: C rows, k top tokens, n = k + 1 outcomes, N extra numbers per row.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from sdpg_megatron.head.tile import WeightedLogRatio
 
 
 class Form(Enum):
-    """Formula by which `rows_triton` computes a divergence's value and `Pull` in one kernel."""
+    """Formula by which `rows_triton` computes a divergence's value and `GradCoefficients` in one kernel."""
 
     NONE = 0
-    """No such formula: `value` and `pull` are called."""
+    """No kernel formula: `value` and `grad_coefficients` are called instead."""
     REVERSE_KL = 1
     FORWARD_KL = 2
     JENSEN_SHANNON = 3
@@ -32,7 +33,7 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class GradCoefficients:
-    """What an upstream gradient adds to `tile.RowCoefficients`, each float64 [C]; None for nothing."""
+    """Contribution of one term to `tile.RowCoefficients`, each float64 [C]; None for zero."""
 
     constant: Tensor
     label: Tensor | None = None
@@ -41,80 +42,82 @@ class GradCoefficients:
     teacher_weight: Tensor | None = None
     mixture: Tensor | None = None
     top_Ck: Tensor | None = None
-    """To be added at the columns of the top tokens."""
+    """float64 [C, k], added at the columns of the top tokens."""
 
 
 class Divergence(Protocol):
-    """One number a row, from sums over the whole vocabulary."""
+    """A divergence computed per row from sums over the whole vocabulary."""
 
     @property
     def form(self) -> Form:
-        """The formula of `value` and `pull`, where `rows_triton` has it."""
+        """Kernel formula of `rows_triton` for `value` and `grad_coefficients`."""
         ...
 
     @property
     def weighted_log_ratio(self) -> WeightedLogRatio:
-        """Which D of `tile` it reads."""
+        """Definition of D (see `tile`) that it reads."""
         ...
 
     @property
     def top(self) -> int:
-        """How many of the student's top tokens it reads: `extra_NC` then is `TopTokens.packed`."""
+        """Number of the student's top tokens that it reads. If not 0, `extra_NC` is `TopTokens.packed`."""
         ...
 
     @property
     def student_mix(self) -> float | None:
-        """The student's share in the mixture M, if it reads KL(p || M) and KL(q || M): `extra_NC` then is these two."""
+        """The student's weight in the mixture M, or None. If set, `extra_NC` is KL(p || M) and KL(q || M)."""
         ...
 
     def value(self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor) -> Tensor:
-        """Nats, float64 [C]."""
+        """Divergence in nats, float64 [C]."""
         ...
 
     def grad_coefficients(
         self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
     ) -> GradCoefficients:
-        """Its gradient under an upstream gradient, float64 [C]."""
+        """Coefficients of the logit gradient for an upstream gradient, float64 [C]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TopTokens:
-    """The student's k largest logits, the teacher's on the same tokens, and which tokens of the vocabulary they are."""
+    """The student's k largest logits, the teacher's logits of the same tokens, and their token ids."""
 
     student_Ck: Tensor
     teacher_Ck: Tensor
     token_Ck: Tensor
 
     def best(self, k: int, *, padded: bool = False) -> TopTokens:
-        """The k largest of them, the first among equals, in their present order; or all where there are fewer.
+        """Select the k largest per row in their present order; ties go to the first. All of them if there are fewer.
 
-        `padded`: some may be the padding of `packed`, which comes after a token that cannot be produced.
+        The positions are counted with cumulative sums, so the host does not synchronize with the device.
 
-        Nothing waits for the device: each row keeps k columns, whose places are counted rather than looked up.
+        Args:
+            padded: entries may be padding of `packed`, which ranks below tokens with logit -inf.
         """
         columns = self.student_Ck.shape[1]
         if columns <= k:
             return TopTokens(*(part_Cn.clone() for part_Cn in self._parts()))  # they may be views of a tile
         lowest = torch.finfo(self.student_Ck.dtype).min
-        found_Cn = self.student_Ck.nan_to_num(nan=torch.inf, neginf=lowest)  # NaN is reported later, from the sums
+        found_Cn = self.student_Ck.nan_to_num(nan=torch.inf, neginf=lowest)  # the sums report NaN later
         if padded:
             found_Cn.masked_fill_(self.token_Ck < 0, -torch.inf)
         least_C1 = found_Cn.topk(k, 1).values[:, -1:]
         above_Cn, equal_Cn = found_Cn > least_C1, found_Cn == least_C1
         room_C1 = k - above_Cn.sum(1, keepdim=True)
         kept_Cn = above_Cn | (equal_Cn & (equal_Cn.cumsum(1, dtype=torch.int32) <= room_C1))
-        place_Cn = torch.where(kept_Cn, kept_Cn.cumsum(1) - 1, k)  # place k collects what is dropped
+        place_Cn = torch.where(kept_Cn, kept_Cn.cumsum(1) - 1, k)  # place k collects the dropped entries
         column_Cn = torch.arange(columns, device=place_Cn.device).expand_as(place_Cn)
         index_Ck = place_Cn.new_empty(place_Cn.shape[0], k + 1).scatter_(1, place_Cn, column_Cn)[:, :k]
         return TopTokens(*(part_Cn.gather(1, index_Ck) for part_Cn in self._parts()))
 
     def beside(self, other: TopTokens) -> TopTokens:
+        """Concatenate the entries of both."""
         pairs = zip(self._parts(), other._parts(), strict=True)
         return TopTokens(*(torch.cat(pair, 1) for pair in pairs))
 
     def packed(self, k: int) -> Tensor:
-        """float64 [3 k, C], filled up with tokens of no weight; token numbers are exact in float64."""
+        """Pack into float64 [3 k, C], padded with entries of weight 0. Token ids are exact in float64."""
         short = k - self.student_Ck.shape[1]
         fills = (-torch.inf, 0.0, -1.0)
         padded = (
@@ -125,11 +128,12 @@ class TopTokens:
 
     @classmethod
     def unpacked(cls, packed_NC: Tensor) -> TopTokens:
+        """Inverse of `packed`."""
         return cls(*(part_kC.T for part_kC in packed_NC.chunk(3)))
 
     @classmethod
     def of_ranks(cls, packed_RNC: Tensor) -> TopTokens:
-        """Those of all ranks side by side, in rank order, `packed` padding included."""
+        """Concatenate the `packed` entries of all ranks in rank order, including padding."""
         ranks, numbers, size = packed_RNC.shape
         parts_3CRk = packed_RNC.reshape(ranks, 3, numbers // 3, size).permute(1, 3, 0, 2)
         return cls(*parts_3CRk.flatten(2))
@@ -164,7 +168,7 @@ class ReverseKL:
 
 @dataclass(frozen=True, slots=True)
 class ForwardKL:
-    """KL(q || p) = D/U - ln U + ln S, with phi = -q / p: its gradient is p - q."""
+    """KL(q || p) = D/U - ln U + ln S, with phi = -q / p. Its gradient is p - q."""
 
     form = Form.FORWARD_KL
     weighted_log_ratio = WeightedLogRatio.TEACHER
@@ -189,7 +193,7 @@ class ForwardKL:
 class JensenShannon:
     """beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta) p + beta q, with phi = (1 - beta) (log p - log M).
 
-    The generalised Jensen-Shannon divergence of arXiv 2306.13649. M needs normalised p and q, hence a second look at
+    The generalized Jensen-Shannon divergence of arXiv 2306.13649. M needs normalized p and q, hence a second pass over
     the logits and a second collective.
     """
 
@@ -202,7 +206,7 @@ class JensenShannon:
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
             raise ValueError(
-                f"beta: found {self.beta}, expected between 0 and 1. Fix: use a KL for the ends themselves"
+                f"beta: found {self.beta}, expected 0 < beta < 1. Fix: use ForwardKL or ReverseKL for 0 and 1"
             )
 
     @property
@@ -226,17 +230,17 @@ class JensenShannon:
 
 
 def _mean(logweight_Cn: Tensor, values_Cn: Tensor) -> Tensor:
-    """Mean under a distribution; what has no weight adds 0, even if it is infinite."""
+    """Mean under a distribution. An outcome of weight 0 adds 0, even if its value is infinite."""
     weight_Cn = logweight_Cn.exp()
     return (weight_Cn * values_Cn).masked_fill(weight_Cn == 0, 0).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """log p(y) - log q(y) of the label alone: a one-sample estimate of KL(p || q).
+    """log p(y) - log q(y) of the label y: a one-sample estimate of KL(p || q).
 
-    Its gradient is ``(log p(y) - log q(y)) d log p(y)``, the one-sample estimate of the KL's gradient. That of the
-    value itself would be 0 in expectation.
+    Its gradient is ``(log p(y) - log q(y)) d log p(y)``, the one-sample estimate of the KL's gradient. The derivative
+    of the value would be 0 in expectation.
     """
 
     form = Form.SAMPLED_TOKEN
@@ -255,12 +259,12 @@ class SampledToken:
 
 
 TAIL_FLOOR = 1e-7
-"""Least probability that all tokens outside the top k count with together: less is lost in float32 sums."""
+"""Lower bound of the total probability of the tokens outside the top k. Smaller values vanish in float32 sums."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """A divergence over k + 1 outcomes: the student's k likeliest tokens, and all others as one (arXiv 2601.20802)."""
+    """Divergence over k + 1 outcomes: the student's top-k tokens plus one bucket for the rest (arXiv 2601.20802)."""
 
     k: int = 100
     over: ReverseKL | ForwardKL | JensenShannon = JensenShannon()
@@ -284,9 +288,9 @@ class TopK:
         self, student: StudentSums, teacher: TeacherSums, extra_NC: Tensor, upstream_C: Tensor
     ) -> GradCoefficients:
         logp_Cn, logq_Cn = self._outcomes(student, teacher, extra_NC)
-        slope_Cn = self.over.over(logp_Cn, logq_Cn)[1].nan_to_num(0.0)  # NaN: neither has a weight
+        slope_Cn = self.over.over(logp_Cn, logq_Cn)[1].nan_to_num(0.0)  # NaN where p and q are both 0
         floored_C = 1 - logp_Cn[:, :-1].exp().sum(1) < TAIL_FLOOR
-        slope_Cn[:, -1].masked_fill_(floored_C, 0.0)  # the floor stays where it is
+        slope_Cn[:, -1].masked_fill_(floored_C, 0.0)  # the floor is a constant
         others_C = slope_Cn[:, -1] - _mean(logp_Cn, slope_Cn)
         apart_Ck = slope_Cn[:, :-1] - slope_Cn[:, -1:]
         return GradCoefficients(

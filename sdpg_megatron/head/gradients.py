@@ -1,4 +1,4 @@
-"""Gradients of hidden rows and of the vocabulary matrix, summed up while the logits' gradient is at hand.
+"""Accumulate the gradients of hidden rows and output matrix from tiles of the logit gradient.
 
 Shapes: T rows; C rows of a chunk; R rows of a group of chunks; V columns of this rank's shard or of a tile of it; H
 hidden size.
@@ -21,16 +21,17 @@ from sdpg_megatron.head.rows import Upstream
 from sdpg_megatron.head.shard import VocabShard
 
 SCALED_ROWS = 1 << 14
-"""Rows of the matrix that are scaled and rounded at a time: on a CPU torch makes a copy of them."""
+"""Rows of the matrix that are scaled and rounded at a time on a CPU, where torch allocates a temporary of this size."""
 
 
 class Gradients:
-    """Gradients of the hidden rows, in the head's order, and of the vocabulary matrix.
+    """Gradients of the hidden rows, in the head's row order, and of the output matrix.
 
-    Where `HeadOptions.group_rows` is 0, the gradient of each tile of logits is multiplied at once: by the matrix, for
-    the hidden rows, and by the hidden rows, for the matrix. Otherwise the gradients of several chunks are kept in the
-    weight's type. A chunk's are multiplied by the matrix, all columns at once, and a group's by its hidden rows in one
-    product: more rows make it more efficient, and the float32 sum [V, H] is read and written less often.
+    With `HeadOptions.group_rows` 0, each tile of logit gradients is multiplied immediately: by the matrix for the
+    hidden gradient, and by the hidden rows for the weight gradient. Otherwise the logit gradients of several chunks
+    (a group) are kept in the weight's type. The hidden gradient takes one product per chunk over all columns. The
+    weight gradient takes one product per group: more rows make it more efficient, and the float32 sum [V, H] is read
+    and written less often.
     """
 
     def __init__(
@@ -43,13 +44,17 @@ class Gradients:
         *,
         deferred: bool,
     ) -> None:
-        """`wanted`: of hidden rows, of the matrix. `deferred`: write to ``main_grad`` in `result` alone."""
+        """
+        Args:
+            wanted: compute the gradient of hidden rows; of the matrix.
+            deferred: write to ``main_grad`` only in `result`.
+        """
         self.hidden_TH = hidden_TH
         self.weight_VH = vocab.tokens(weight_VH)
         self.process_group = vocab.group if options.reduce_hidden_grad and vocab.ranks > 1 else None
         self.hidden_grad_TH = torch.empty_like(hidden_TH, dtype=wide(hidden_TH.dtype)) if wanted[0] else None
         self.weight = WeightGradient(weight_VH, fused=options.main_grad, deferred=deferred) if wanted[1] else None
-        # On CUDA the products that follow take the inputs' type; on a CPU widening those is what is faster.
+        # On CUDA the products take the gradient in the inputs' type. On a CPU it is faster to widen the inputs.
         self.narrow = weight_VH.is_cuda and weight_VH.dtype != wide(weight_VH.dtype)
         self._reductions: list[Any] = []
         self._group_RV: Tensor | None = None
@@ -62,7 +67,7 @@ class Gradients:
         """Rows whose gradients are in `_group_RV`."""
 
     def add_chunk(self, head: ChunkedHead, rows: slice, sums_NC: Tensor, upstream: Upstream) -> None:
-        """Make the gradient in a chunk's logits, and its products. Chunks come in their order."""
+        """Compute the logit gradient of a chunk and its products. Call with the chunks in order."""
         if self._group_RV is not None and rows.stop - self._group.start > len(self._group_RV):
             self.flush()
         coefficients = head.coefficients(sums_NC, upstream)
@@ -78,21 +83,21 @@ class Gradients:
         self._reduce(rows)
 
     def flush(self) -> None:
-        """Multiply the kept gradients by the hidden rows."""
+        """Multiply the kept logit gradients by the hidden rows."""
         rows, self._group = self._group, slice(self._group.stop, self._group.stop)
         if self._group_RV is not None and rows.stop > rows.start:
             gradient_RV = self._group_RV[: rows.stop - rows.start]
             self._multiply_weight(gradient_RV, rows, slice(0, gradient_RV.shape[1]))
 
     def wait(self) -> None:
-        """Wait for the reductions of hidden rows' gradients and free the kept gradients."""
+        """Wait for the all-reduces of the hidden gradient and free the kept logit gradients."""
         for work in self._reductions:
             work.wait()
         self._reductions.clear()
         self._group_RV = None
 
     def result(self, order_T: Tensor | None, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden rows and matrix for autograd, multiplied by `scale`, a scalar tensor."""
+        """Gradients of hidden rows and matrix for autograd, multiplied by the scalar tensor `scale`."""
         self.wait()
         hidden_grad_TH = self.hidden_grad_TH
         if hidden_grad_TH is not None:
@@ -101,7 +106,7 @@ class Gradients:
         return hidden_grad_TH, None if self.weight is None else self.weight.result(scale)
 
     def _room(self, rows: slice, columns: slice) -> Tensor | None:
-        """Memory for a tile's gradient; None for the tile of logits itself."""
+        """Buffer for the gradient of a tile; None to overwrite the logits."""
         if self._group_RV is not None:
             return self._group_RV[self._in_group(rows), columns]
         if not self.narrow:
@@ -110,7 +115,7 @@ class Gradients:
         return self.weight_VH.new_empty(size, aligned(width))[:, :width]
 
     def _in_group(self, rows: slice) -> slice:
-        """Which rows of `_group_RV` a chunk's are."""
+        """Rows of a chunk in `_group_RV`."""
         return slice(rows.start - self._group.start, rows.stop - self._group.start)
 
     def _multiply_hidden(self, gradient_CV: Tensor, rows: slice, columns: slice, *, add: bool) -> None:
@@ -122,16 +127,16 @@ class Gradients:
             self.weight.add(columns, gradient_CV, self.hidden_TH[rows])
 
     def _reduce(self, rows: slice) -> None:
-        """Sum over the ranks, beside the products that follow."""
+        """Start the all-reduce of a chunk's hidden gradient. It overlaps with the following products."""
         if self.hidden_grad_TH is not None and self.process_group is not None:
             work = dist.all_reduce(self.hidden_grad_TH[rows], group=self.process_group, async_op=True)
             self._reductions.append(work)
 
 
 def group_size(rows: int, chunk_rows: int, most: int) -> int:
-    """Rows of a group, where `rows` are split evenly into as few groups of at most `most` rows as will do.
+    """Rows of a group, with `rows` split evenly into the fewest groups of at most `most` rows.
 
-    A group holds at least the largest chunk: that of rows without a teacher.
+    A group holds at least the largest chunk, which is one without a teacher (2 `chunk_rows`).
     """
     least = 2 * chunk_rows
     most = max(most, least)
@@ -141,30 +146,31 @@ def group_size(rows: int, chunk_rows: int, most: int) -> int:
 
 
 def restore(ordered: Tensor, order_T: Tensor | None) -> Tensor:
-    """From the head's order of rows to the caller's."""
+    """Permute rows from the head's order to the caller's."""
     return ordered if order_T is None else torch.empty_like(ordered).index_copy_(0, order_T, ordered)
 
 
 class WeightGradient:
-    """Sums ``gradient.T @ hidden`` over tiles in a `wide` type, for the token rows of one rank's vocabulary matrix.
+    """Sum of ``gradient.T @ hidden`` over tiles, in a `wide` type, for the token rows of this rank's output matrix.
 
-    With `fused` it goes into ``weight.main_grad``, the float32 buffer of Megatron's data-parallel wrapper, by that
-    wrapper's own convention: ``weight.grad_added_to_main_grad`` is set, and autograd gets a stand-in, all zeros where
-    ``weight.zero_out_wgrad`` says that another use of the weight (a tied embedding) adds to it.
+    With `fused` the sum is added to ``weight.main_grad``, the float32 buffer of Megatron's DDP. As Megatron's fused
+    linear does, this sets ``weight.grad_added_to_main_grad`` and returns a placeholder gradient to autograd. The
+    placeholder is zero-filled if ``weight.zero_out_wgrad`` is set (another use of the weight, such as a tied embedding,
+    adds to it), else uninitialized.
     """
 
     def __init__(self, weight_VH: Tensor, *, fused: bool, deferred: bool) -> None:
-        """`deferred`: sum up in a separate buffer, which `result` adds to ``main_grad``."""
+        """`deferred`: sum in a separate buffer that `result` adds to ``main_grad``."""
         self.weight_VH = weight_VH
         self.main_VH: Tensor | None = getattr(weight_VH, "main_grad", None) if fused else None
         self.direct = not deferred and self.main_VH is not None and self.main_VH.dtype == wide(weight_VH.dtype)
         self.own_VH: Tensor | None = None
-        """Allocated by the first product, which need not read it."""
+        """Allocated, uninitialized, by the first product."""
         self._written = 0
-        """Rows of `own_VH`, from the first, that hold a sum."""
+        """Leading rows of `own_VH` that hold a sum."""
 
     def add(self, columns: slice, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        """Add the product of a tile's gradient and its input rows at the tile's columns. Tiles come in their order."""
+        """Add the product of a tile's gradient and its hidden rows. Call with the tiles in order of columns."""
         target_VH = self.main_VH if self.direct else self._own()
         assert target_VH is not None
         part_VH = target_VH[columns]
@@ -178,14 +184,14 @@ class WeightGradient:
             multiply(gradient_CV.T, hidden_CH, part_VH, add=not first)
 
     def result(self, scale: Tensor | None = None) -> Tensor | None:
-        """Gradient for autograd: the sum, multiplied by `scale`, a scalar tensor. May be called once.
+        """Gradient for autograd: the sum times the scalar tensor `scale`. Call at most once.
 
-        The sum is read once: it is scaled as it is added to ``main_grad`` or rounded.
+        One pass over the sum scales it and adds it to ``main_grad``, or scales and rounds it.
         """
         own_VH = None
         if not self.direct:
             own_VH = self._own()
-            own_VH[self._written :].zero_()  # padding, or all where there were no rows
+            own_VH[self._written :].zero_()  # padding; all of it if there were no rows
         if self.main_VH is None:
             assert own_VH is not None
             return _scaled(own_VH, scale, self.weight_VH.dtype)
@@ -204,12 +210,12 @@ class WeightGradient:
 
 
 def _scaled(sum_VH: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The sum times the scale, rounded once. Overwrites the sum where the type is the same."""
+    """Sum times scale, rounded once. Overwrites the sum if the type is the same."""
     if sum_VH.dtype == dtype:
         return sum_VH if scale is None else sum_VH.mul_(scale)
     if scale is None:
         return sum_VH.to(dtype)
-    if sum_VH.is_cuda and importlib.util.find_spec("triton") is not None:  # torch's kernel for two types is a slow one
+    if sum_VH.is_cuda and importlib.util.find_spec("triton") is not None:  # torch's mixed-type kernel is slow
         from sdpg_megatron.head.tile_triton import scaled
 
         return scaled(sum_VH, scale, dtype)
@@ -221,7 +227,7 @@ def _scaled(sum_VH: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _apex() -> Any:
-    """apex's kernel (input rows, output gradient, float32 sum), which adds to a float32 sum as it multiplies."""
+    """apex's kernel (input rows, output gradient, float32 sum): product and accumulation in one; None if missing."""
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return None
     return importlib.import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32

@@ -1,4 +1,4 @@
-"""Sources of a chunk's logits: products of hidden rows, or logits that the caller has.
+"""Sources of a chunk's logits: products of hidden rows, or given logits.
 
 Shapes: T rows, those with a teacher first; C rows of a chunk; V columns of this rank's shard or of a tile of it; H
 hidden size; M rows of a product.
@@ -15,29 +15,29 @@ from sdpg_megatron.head.products import aligned, multiply, wide
 
 
 class Logits(Protocol):
-    """Student's and teacher's logits over temperature, a tile at a time, in a `products.wide` type."""
+    """Student and teacher logits over temperature, one tile at a time, in a `products.wide` type."""
 
     masked: bool
-    """They may hold -inf."""
+    """The logits may hold -inf."""
     dtype: torch.dtype
 
     def begin(self, rows: slice) -> None:
-        """Choose the chunk of the tiles that follow."""
+        """Select the chunk for the following calls of `tile`."""
         ...
 
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """[C, V] of the student, and of the teacher for rows that have one.
+        """Student tile [C, V], and the teacher tile [C, V] if the rows have a teacher.
 
-        Both may be overwritten: after that the tile is not asked for again, except where it is made anew each time.
+        The caller may overwrite both. A source that holds its tiles does not restore an overwritten one.
         """
         ...
 
 
 class Products:
-    """Logits made from hidden rows: each time anew, or held for the chunk.
+    """Logits computed from hidden rows, on each call or once per chunk.
 
-    With `shared`, student and teacher of one matrix and one temperature have one product, whose rows are the student's
-    and below them the teacher's: twice the rows make it more efficient on a GPU, though not on a CPU.
+    With `shared`, a student and a teacher with the same matrix and temperature take one product over the student's rows
+    followed by the teacher's. Twice the rows make the product more efficient on a GPU, but not on a CPU.
     """
 
     masked = False
@@ -53,7 +53,7 @@ class Products:
         held: bool,
         shared: bool,
     ) -> None:
-        """`held`: keep the tiles of a chunk."""
+        """`held`: compute the tiles of a chunk once and keep them."""
         self.dtype = wide(hidden_TH.dtype)
         self.student = (hidden_TH, weight_VH)
         self.teacher = (teacher_GH, teacher_weight_VH)
@@ -62,11 +62,11 @@ class Products:
         self.shared = shared and teacher_weight_VH is weight_VH and temperatures[0] == temperatures[1]
         self._rows: slice | None = None
         self._inputs: list[tuple[Tensor, Tensor, float]] = []
-        """(hidden rows [M, H], matrix [V, H], factor) of each product. The products' rows are student's, then
-        teacher's."""
+        """(hidden rows [M, H], matrix [V, H], factor) of each product: student's rows first, then the teacher's."""
         self._memory: dict[int, Tensor] = {}
-        """By the first column of a tile; all tiles use that of 0 where none is held."""
+        """Buffers by first column of the tile; all tiles share the one of column 0 if none is held."""
         self._made: set[int] = set()
+        """First columns of the tiles in memory."""
 
     def begin(self, rows: slice) -> None:
         if self._rows == rows:
@@ -81,7 +81,7 @@ class Products:
             self._inputs = [(hidden_TH[rows], weight_VH, factor)]
             if has_teacher:
                 self._inputs.append((teacher_GH[rows], teacher_VH, teacher_factor))
-        if not hidden_TH.is_cuda:  # products of narrow types are widened there: once, rather than for each tile
+        if not hidden_TH.is_cuda:  # `multiply` widens narrow types on a CPU: do it once, not for each tile
             self._inputs = [(rows_MH.to(self.dtype), matrix_VH, by) for rows_MH, matrix_VH, by in self._inputs]
 
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +94,7 @@ class Products:
         width = columns.stop - columns.start
         numbers = rows * aligned(width)
         key = columns.start if self.held else 0
-        # Memory is taken for the first and largest use of its place. The caller may have written to what it got.
+        # The first use of a buffer is the largest. The caller may have overwritten its contents.
         if key not in self._memory or self._memory[key].numel() < numbers:
             self._memory[key] = self.student[0].new_empty(numbers, dtype=self.dtype)
         logits_MV = self._memory[key][:numbers].view(rows, aligned(width))[:, :width]
@@ -109,14 +109,14 @@ class Products:
 
 
 class Given:
-    """Logits that the caller has: tiles are copies of them."""
+    """Logits given by the caller. Tiles are copies of them."""
 
     masked = True
 
     def __init__(
         self, student_TV: Tensor, teacher_GV: Tensor, order_T: Tensor | None, temperatures: tuple[float, float]
     ) -> None:
-        """`order_T`: the student's row for each row of the head; the teacher's rows come in the head's order."""
+        """`order_T`: row of `student_TV` for each row of the head. `teacher_GV` is in the head's order already."""
         self.dtype = wide(student_TV.dtype)
         self.student_TV = student_TV
         self.teacher_GV = teacher_GV

@@ -1,4 +1,4 @@
-"""How a head is to be computed: everything that is not a tensor."""
+"""Options of the head: everything that is not a tensor."""
 
 from __future__ import annotations
 
@@ -20,47 +20,53 @@ Kernels = Literal["auto", "torch", "triton"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
-    """Options of `head_terms`, `head_loss`, `head_logprobs` and `logits_terms`; each reads those that concern it."""
+    """Options of `head_terms`, `head_loss`, `head_logprobs` and `logits_terms`. Each reads the ones that apply."""
 
     divergence: Divergence = field(default_factory=ReverseKL)
-    """What `HeadTerms.divergence_T` is."""
+    """Divergence in `HeadTerms.divergence_T`."""
     temperature: float = 1.0
     """Divides the student's logits."""
     teacher_temperature: float | None = None
-    """Divides the teacher's logits; the student's where None."""
+    """Divides the teacher's logits. None: `temperature`."""
     schedule: Literal["auto"] | Schedule = "auto"
-    """`head_loss` alone. "grad_in_forward" makes the logits once, 8 T H V flops, and keeps the gradients, [T, H] and
-    [V, H] in float32, until the backward pass. "recompute" keeps hidden rows and some floats a row and makes the logits
-    again in the backward pass, 12 T H V flops. "auto" is "grad_in_forward" unless `fitted` finds that its memory does
-    not fit."""
+    """Read by `head_loss` only. "grad_in_forward" computes the logits once, 8 T H V flops, and keeps the gradients
+    [T, H] and [V, H] in float32 until the backward pass. "recompute" keeps the hidden rows and some floats per row, and
+    computes the logits again in the backward pass, 12 T H V flops. "auto" is "grad_in_forward", unless `fitted` finds
+    that its memory does not fit."""
     chunk_rows: int | None = None
-    """Rows whose logits are held at a time where they have a teacher; twice as many where they have none, which is as
-    many logits. None for what fits `sizes.CPU_BYTES` or `sizes.CUDA_BYTES`."""
+    """Rows with a teacher whose logits are in memory at a time. Chunks without a teacher have twice the rows, hence the
+    same number of logits. None: the largest size that fits `sizes.CPU_BYTES` or `sizes.CUDA_BYTES`."""
     tile_columns: int | None = None
-    """Columns worked on at a time; None for a choice by device and schedule."""
+    """Columns of a tile. None: chosen by device and schedule."""
     group_rows: int | None = None
-    """With "grad_in_forward": rows whose logit gradients are kept, in the weight's type, for one product that makes the
-    weight's gradient. 0 replaces the logits by their gradients and multiplies tile by tile. None for 0 on a CPU, and
-    for what the logits leave of `sizes.CUDA_BYTES` on a GPU."""
+    """With "grad_in_forward": rows whose logit gradients are kept, in the weight's type, for one product of the weight
+    gradient. 0: gradients overwrite the logits and are multiplied tile by tile. None: 0 on a CPU; on a GPU the rows
+    that fit `sizes.CUDA_BYTES` besides the logits."""
     kernels: Kernels = "auto"
-    """Elementwise work by Triton on CUDA where it is installed, or as stated."""
+    """Implementation of the elementwise work. "auto": Triton on CUDA if it is installed, else torch."""
     reduce_hidden_grad: bool = True
-    """Sum the gradient of the hidden rows over the tensor-parallel group. Otherwise it is this shard's part, and the
-    caller sums, as sequence parallelism does with its reduce-scatter."""
+    """All-reduce the gradient of the hidden rows over the tensor-parallel group. False: return this shard's partial
+    gradient; the caller sums it, as sequence parallelism does with its reduce-scatter."""
     raises: bool = True
-    """Raise `NumericsError` where a term is not finite. Otherwise it is returned as it is: the ranks that have it stay
-    with the others, and the caller looks at the terms."""
+    """Raise `NumericsError` if a term is not finite. False: return non-finite terms, so that a rank does not leave the
+    collectives alone; the caller checks them."""
     main_grad: bool = False
-    """Add the matrix's gradient to ``weight.main_grad``, see `gradients.WeightGradient`."""
+    """Add the weight gradient to ``weight.main_grad``, see `gradients.WeightGradient`."""
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Temperatures of student and teacher."""
+        teacher = self.temperature if self.teacher_temperature is None else self.teacher_temperature
+        return self.temperature, teacher
 
     def fitted(self, weight_VH: Tensor, vocab: VocabShard, free_bytes: int | None = None) -> HeadOptions:
-        """Options whose schedule and sizes fit the memory that is free now, the same on all ranks of `vocab.group`.
+        """Choose schedule and sizes that fit the free memory, the same on all ranks of `vocab.group`.
 
-        "auto" becomes "grad_in_forward" where a chunk of `sizes.AUTO_ROWS` fits beside the weight's float32 gradient,
-        else "recompute". A collective over the group, unless schedule and `chunk_rows` were given.
+        "auto" becomes "grad_in_forward" if a chunk of `sizes.AUTO_ROWS` fits besides the weight's float32 gradient,
+        else "recompute". Collective over the group, unless schedule and `chunk_rows` are given.
 
         Args:
-            free_bytes: stands in for what is free.
+            free_bytes: overrides the measured free memory.
         """
         if self.chunk_rows is not None and self.schedule != "auto":
             return self
@@ -84,7 +90,7 @@ class HeadOptions:
         return replace(self, schedule=schedule, chunk_rows=self.chunk_rows or chosen, group_rows=group)
 
     def sized(self, weight_VH: Tensor) -> HeadOptions:
-        """Options with schedule and sizes chosen, by device and columns alone. Not a collective."""
+        """Choose the unset schedule and sizes by device and columns only. Not collective."""
         shape = self.shape(weight_VH)
         schedule = "grad_in_forward" if self.schedule == "auto" else self.schedule
         rows = self.chunk_rows or shape.chunk_rows(schedule, shape.default_bytes())
@@ -100,7 +106,7 @@ class HeadOptions:
         )
 
     def shape(self, weight_VH: Tensor) -> HeadShape:
-        """Shape by which sizes for this weight are chosen."""
+        """`HeadShape` of this weight, from which sizes are chosen."""
         return HeadShape(
             columns=weight_VH.shape[0],
             hidden=weight_VH.shape[1],
@@ -112,14 +118,14 @@ class HeadOptions:
         )
 
     def uses_triton(self, device: torch.device) -> bool:
-        """True if the elementwise work is to be Triton's; with "triton" even if it is not installed."""
+        """True if Triton does the elementwise work. With "triton", also if it is not installed."""
         return self.kernels == "triton" or (
             self.kernels == "auto" and device.type == "cuda" and find_spec("triton") is not None
         )
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated now; on a GPU including the free blocks that torch's allocator caches."""
+    """Free memory in bytes. On a GPU it includes the free blocks in torch's caching allocator."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached

@@ -1,6 +1,6 @@
-"""The head's matrix products.
+"""Matrix products of the head.
 
-Products of narrow floats are kept in float32: on CUDA by asking cuBLAS for it, elsewhere by widening a tile at a time.
+Products of 16-bit inputs have float32 outputs: by cuBLAS on CUDA, elsewhere by widening the inputs.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of logits, sums and gradients: float64 for float64, else float32."""
+    """Type of logits, sums and gradients for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def aligned(columns: int) -> int:
-    """Numbers from one row of a matrix to the next: cuBLAS's fastest kernels ask for rows that start at 16 bytes."""
+    """Row stride of a matrix, in elements: cuBLAS's fastest kernels need rows aligned to 16 bytes."""
     return -(-columns // 64) * 64
 
 
 def multiply(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor, *, add: bool = False, factor: float = 1.0) -> Tensor:
-    """``factor * left @ right`` into `out_MN`, which is of a `wide` type; `add` keeps what is there."""
-    kept = 1.0 if add else 0.0  # with 0 what is there is not read, be it NaN
+    """Write ``factor * left @ right`` to `out_MN`, of a `wide` type. With `add`, add it to the contents."""
+    kept = 1.0 if add else 0.0  # with 0 the contents are not read, so NaN there does no harm
     plain = not add and factor == 1
     if left_MK.dtype == right_KN.dtype == out_MN.dtype:
         if plain:

@@ -1,9 +1,10 @@
-"""`rows`' three functions as Triton kernels: one launch where plain torch takes some twenty.
+"""The functions of `rows` as Triton kernels: one launch each instead of about twenty.
 
-Arguments, meanings and results are those of `rows`, with the symbols of `tile`. A divergence without a `Form` is left
-to `rows`. Shapes: C rows of a chunk or of a program's block, R sets of columns, K statistics, N numbers a row.
+Arguments and results: see `rows`. Symbols: see `tile`. A divergence without a kernel `Form` falls back to `rows`.
+
+Shapes: C rows of a chunk or of a program's block, R sets of columns, K statistics, N numbers per row, P `PARTS`.
 """
-# Kernels have no types that a checker knows; all other functions here are annotated.
+# Type checkers do not understand Triton kernels; all other functions here are annotated.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 from sdpg_megatron.head import rows
 from sdpg_megatron.head.divergences import Divergence, Form
 from sdpg_megatron.head.rows import Coefficients, Upstream
-from sdpg_megatron.head.statistics import STUDENT
+from sdpg_megatron.head.statistics import NUM_STUDENT_SUMS
 from sdpg_megatron.head.tile import RowCoefficients, WeightedLogRatio
 from sdpg_megatron.head.tile_triton import device_of
 
 BLOCK = 128
-"""Rows of a program."""
+"""Rows per program."""
 
-_STUDENT_GAP = tl.constexpr(WeightedLogRatio.STUDENT.value)
-_TEACHER_GAP = tl.constexpr(WeightedLogRatio.TEACHER.value)
+_STUDENT = tl.constexpr(WeightedLogRatio.STUDENT.value)
+_TEACHER = tl.constexpr(WeightedLogRatio.TEACHER.value)
 _NONE = tl.constexpr(Form.NONE.value)
 _REVERSE_KL = tl.constexpr(Form.REVERSE_KL.value)
 _FORWARD_KL = tl.constexpr(Form.FORWARD_KL.value)
@@ -35,7 +36,7 @@ PARTS = (
     *("max", "constant", "label", "student"),
     *("teacher_max", "teacher", "teacher_weight", "mixture", "log_sum", "teacher_log_sum"),
 )
-"""Fields of `RowCoefficients`, in the order in which `_coefficients` writes them."""
+"""Fields of `RowCoefficients`, in the output order of `_coefficients`."""
 OF_FORM = {
     Form.NONE: set(),
     Form.REVERSE_KL: {"student", "teacher_max", "teacher"},
@@ -43,7 +44,7 @@ OF_FORM = {
     Form.JENSEN_SHANNON: {"teacher_max", "mixture", "log_sum", "teacher_log_sum"},
     Form.SAMPLED_TOKEN: {"label"},
 }
-"""Fields that a divergence with an upstream gradient needs beside the maximum and the constant."""
+"""Fields that a divergence with an upstream gradient needs besides `max` and `constant`."""
 
 
 def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
@@ -59,8 +60,8 @@ def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
             ranks,
             size,
             parts_RKC.stride(0),
-            TAUGHT=kinds > STUDENT,
-            GAP=weighted_log_ratio.value,
+            HAS_TEACHER=kinds > NUM_STUDENT_SUMS,
+            LOG_RATIO_WEIGHT=weighted_log_ratio.value,
             BLOCK=BLOCK,
         )
     return joined_KC
@@ -68,7 +69,7 @@ def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
 
 def terms(sums_NC: Tensor, divergence: Divergence, out_4C: Tensor) -> None:
     """`rows.terms`."""
-    has_teacher, size = sums_NC.shape[0] > STUDENT, sums_NC.shape[1]
+    has_teacher, size = sums_NC.shape[0] > NUM_STUDENT_SUMS, sums_NC.shape[1]
     if has_teacher and divergence.form is Form.NONE:
         rows.terms(sums_NC, divergence, out_4C)
         return
@@ -79,7 +80,7 @@ def terms(sums_NC: Tensor, divergence: Divergence, out_4C: Tensor) -> None:
             size,
             out_4C.stride(0),
             FORM=divergence.form.value if has_teacher else None,
-            KEEP=_keep(divergence),
+            STUDENT_MIX=rows.student_mix(divergence),
             BLOCK=BLOCK,
         )
 
@@ -91,7 +92,7 @@ def coefficients(
     logprob_C, entropy_C, divergence_C = upstream
     size = sums_NC.shape[1]
     form = Form.NONE
-    if sums_NC.shape[0] == STUDENT:
+    if sums_NC.shape[0] == NUM_STUDENT_SUMS:
         divergence_C = None
     elif divergence_C is not None:
         form = divergence.form
@@ -105,30 +106,26 @@ def coefficients(
             made_PC,
             size,
             FORM=form.value,
-            KEEP=_keep(divergence),
-            SHARE=1 / temperature,
+            STUDENT_MIX=rows.student_mix(divergence),
+            INV_TEMPERATURE=1 / temperature,
             BLOCK=BLOCK,
         )
     wanted = {"max", "constant", *OF_FORM[form]}
     wanted |= ({"label"} if logprob_C is not None else set()) | ({"student"} if entropy_C is not None else set())
     parts = {name: part_C for name, part_C in zip(PARTS, made_PC.unbind(0), strict=True) if name in wanted}
-    return Coefficients(RowCoefficients(**parts, student_mix=_keep(divergence)))
-
-
-def _keep(divergence: Divergence) -> float:
-    return 0.5 if divergence.student_mix is None else divergence.student_mix
+    return Coefficients(RowCoefficients(**parts, student_mix=rows.student_mix(divergence)))
 
 
 def _grid(size: int) -> tuple[int]:
     return (triton.cdiv(size, BLOCK),)
 
 
-# --- parts of kernels
+# --- device functions
 
 
 @triton.jit
 def _number(sums_NC, index, size, row_C, inside_C):
-    """One of a row's numbers; 1 past the last row, which any formula takes."""
+    """Load one number per row; 1 past the last row, which is valid in every formula."""
     return tl.load(sums_NC + index * size + row_C, mask=inside_C, other=1.0)
 
 
@@ -146,56 +143,65 @@ def _part(parts_RKC, rank, index, rank_stride, size, row_C, inside_C):
 
 
 @triton.jit(do_not_specialize=["size", "rank_stride"])
-def _join(parts_RKC, joined_KC, ranks, size, rank_stride, TAUGHT: tl.constexpr, GAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Statistics of all sets of columns, in their order, brought to their common maxima and added up."""
+def _join(
+    parts_RKC,
+    joined_KC,
+    ranks,
+    size,
+    rank_stride,
+    HAS_TEACHER: tl.constexpr,
+    LOG_RATIO_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rescale the statistics of all sets of columns to their common maxima and add them in order."""
     row_C = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside_C = row_C < size
     max_C = tl.full((BLOCK,), float("-inf"), tl.float64)
     label_C, teacher_max_C, teacher_label_C = max_C, max_C, max_C
     for rank in range(ranks):
         max_C = tl.maximum(max_C, _part(parts_RKC, rank, 0, rank_stride, size, row_C, inside_C))
-        # Not NaN where one rank's is: a label is in one set of columns, and -inf in the others.
+        # tl.maximum drops NaN, but the result stays non-finite: the sets without the label have -inf.
         label_C = tl.maximum(label_C, _part(parts_RKC, rank, 3, rank_stride, size, row_C, inside_C))
-        if TAUGHT:
+        if HAS_TEACHER:
             teacher_max_C = tl.maximum(teacher_max_C, _part(parts_RKC, rank, 4, rank_stride, size, row_C, inside_C))
             teacher_label_C = tl.maximum(teacher_label_C, _part(parts_RKC, rank, 7, rank_stride, size, row_C, inside_C))
     sum_C = tl.zeros((BLOCK,), tl.float64)
-    spread_C, teacher_sum_C, gap_C = sum_C, sum_C, sum_C
+    logit_sum_C, teacher_sum_C, log_ratio_C = sum_C, sum_C, sum_C
     for rank in range(ranks):
         part_sum_C = _part(parts_RKC, rank, 1, rank_stride, size, row_C, inside_C)
-        part_spread_C = _part(parts_RKC, rank, 2, rank_stride, size, row_C, inside_C)
+        part_logit_sum_C = _part(parts_RKC, rank, 2, rank_stride, size, row_C, inside_C)
         shift_C = _part(parts_RKC, rank, 0, rank_stride, size, row_C, inside_C) - max_C
         scale_C = tl.exp(shift_C)
         sum_C += scale_C * part_sum_C
-        spread_C += scale_C * (part_spread_C + part_sum_C * shift_C)
-        if TAUGHT:
+        logit_sum_C += scale_C * (part_logit_sum_C + part_sum_C * shift_C)
+        if HAS_TEACHER:
             part_teacher_C = _part(parts_RKC, rank, 5, rank_stride, size, row_C, inside_C)
-            part_gap_C = _part(parts_RKC, rank, 6, rank_stride, size, row_C, inside_C)
+            part_log_ratio_C = _part(parts_RKC, rank, 6, rank_stride, size, row_C, inside_C)
             teacher_shift_C = _part(parts_RKC, rank, 4, rank_stride, size, row_C, inside_C) - teacher_max_C
             teacher_scale_C = tl.exp(teacher_shift_C)
             teacher_sum_C += teacher_scale_C * part_teacher_C
-            # A set whose weights all vanish adds 0, even if its own D is infinite.
-            if GAP == _STUDENT_GAP:
-                moved_C = scale_C * (part_gap_C + part_sum_C * (shift_C - teacher_shift_C))
-                gap_C += tl.where(scale_C == 0, 0.0, moved_C)
-            if GAP == _TEACHER_GAP:
-                moved_C = teacher_scale_C * (part_gap_C + part_teacher_C * (teacher_shift_C - shift_C))
-                gap_C += tl.where(teacher_scale_C == 0, 0.0, moved_C)
+            # A set whose weights all underflow adds 0, even if its D is infinite.
+            if LOG_RATIO_WEIGHT == _STUDENT:
+                moved_C = scale_C * (part_log_ratio_C + part_sum_C * (shift_C - teacher_shift_C))
+                log_ratio_C += tl.where(scale_C == 0, 0.0, moved_C)
+            if LOG_RATIO_WEIGHT == _TEACHER:
+                moved_C = teacher_scale_C * (part_log_ratio_C + part_teacher_C * (teacher_shift_C - shift_C))
+                log_ratio_C += tl.where(teacher_scale_C == 0, 0.0, moved_C)
     joined_C = joined_KC + row_C
     tl.store(joined_C, max_C, mask=inside_C)
     tl.store(joined_C + size, sum_C, mask=inside_C)
-    tl.store(joined_C + 2 * size, spread_C, mask=inside_C)
+    tl.store(joined_C + 2 * size, logit_sum_C, mask=inside_C)
     tl.store(joined_C + 3 * size, label_C, mask=inside_C)
-    if TAUGHT:
+    if HAS_TEACHER:
         tl.store(joined_C + 4 * size, teacher_max_C, mask=inside_C)
         tl.store(joined_C + 5 * size, teacher_sum_C, mask=inside_C)
-        tl.store(joined_C + 6 * size, gap_C, mask=inside_C)
+        tl.store(joined_C + 6 * size, log_ratio_C, mask=inside_C)
         tl.store(joined_C + 7 * size, teacher_label_C, mask=inside_C)
 
 
 @triton.jit(do_not_specialize=["size", "stride"])
-def _terms(sums_NC, out_4C, size, stride, FORM: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
-    """log p(y), H, divergence and log q(y). `FORM` is None for rows without a teacher."""
+def _terms(sums_NC, out_4C, size, stride, FORM: tl.constexpr, STUDENT_MIX: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute log p(y), H, divergence and log q(y). `FORM` is None for rows without a teacher."""
     row_C = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside_C = row_C < size
     sum_C = _number(sums_NC, 1, size, row_C, inside_C)
@@ -205,18 +211,18 @@ def _terms(sums_NC, out_4C, size, stride, FORM: tl.constexpr, KEEP: tl.constexpr
     teacher_logprob_C = value_C
     if FORM is not None:
         teacher_sum_C = _number(sums_NC, 5, size, row_C, inside_C)
-        gap_C = _number(sums_NC, 6, size, row_C, inside_C)
+        log_ratio_C = _number(sums_NC, 6, size, row_C, inside_C)
         log_teacher_sum_C = tl.log(teacher_sum_C)
         teacher_logprob_C = (
             _number(sums_NC, 7, size, row_C, inside_C) - _number(sums_NC, 4, size, row_C, inside_C) - log_teacher_sum_C
         )
         if FORM == _REVERSE_KL:
-            value_C = gap_C / sum_C - log_sum_C + log_teacher_sum_C
+            value_C = log_ratio_C / sum_C - log_sum_C + log_teacher_sum_C
         if FORM == _FORWARD_KL:
-            value_C = gap_C / teacher_sum_C - log_teacher_sum_C + log_sum_C
+            value_C = log_ratio_C / teacher_sum_C - log_teacher_sum_C + log_sum_C
         if FORM == _JENSEN_SHANNON:
-            value_C = KEEP * _number(sums_NC, 8, size, row_C, inside_C)
-            value_C += (1 - KEEP) * _number(sums_NC, 9, size, row_C, inside_C)
+            value_C = STUDENT_MIX * _number(sums_NC, 8, size, row_C, inside_C)
+            value_C += (1 - STUDENT_MIX) * _number(sums_NC, 9, size, row_C, inside_C)
         if FORM == _SAMPLED_TOKEN:
             value_C = logprob_C - teacher_logprob_C
     out_C = out_4C + row_C
@@ -235,11 +241,11 @@ def _coefficients(
     made_PC,
     size,
     FORM: tl.constexpr,
-    KEEP: tl.constexpr,
-    SHARE: tl.constexpr,
+    STUDENT_MIX: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`PARTS` from upstream gradients, those that are not needed left out. `SHARE`: 1 / temperature."""
+    """Compute `PARTS` from upstream gradients. Parts that the caller drops may be left unwritten."""
     row_C = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside_C = row_C < size
     max_C = _number(sums_NC, 0, size, row_C, inside_C)
@@ -262,13 +268,13 @@ def _coefficients(
         if FORM == _REVERSE_KL:
             constant_C -= slope_C * _number(sums_NC, 6, size, row_C, inside_C) / sum_C
             student_C += slope_C
-            tl.store(made_C + 5 * size, -slope_C * SHARE, mask=inside_C)
+            tl.store(made_C + 5 * size, -slope_C * INV_TEMPERATURE, mask=inside_C)
         if FORM == _FORWARD_KL:
             constant_C += slope_C
-            tl.store(made_C + 6 * size, upstream_C / teacher_sum_C * SHARE, mask=inside_C)
+            tl.store(made_C + 6 * size, upstream_C / teacher_sum_C * INV_TEMPERATURE, mask=inside_C)
         if FORM == _JENSEN_SHANNON:
-            constant_C -= KEEP * slope_C * _number(sums_NC, 8, size, row_C, inside_C)
-            tl.store(made_C + 7 * size, KEEP * slope_C * SHARE, mask=inside_C)
+            constant_C -= STUDENT_MIX * slope_C * _number(sums_NC, 8, size, row_C, inside_C)
+            tl.store(made_C + 7 * size, STUDENT_MIX * slope_C * INV_TEMPERATURE, mask=inside_C)
             tl.store(made_C + 8 * size, tl.log(sum_C), mask=inside_C)
             tl.store(made_C + 9 * size, tl.log(teacher_sum_C), mask=inside_C)
         if FORM == _SAMPLED_TOKEN:
@@ -277,6 +283,6 @@ def _coefficients(
             label_C += upstream_C * apart_C
             constant_C -= slope_C * apart_C
     tl.store(made_C, max_C, mask=inside_C)
-    tl.store(made_C + size, constant_C * SHARE, mask=inside_C)
-    tl.store(made_C + 2 * size, label_C * SHARE, mask=inside_C)
-    tl.store(made_C + 3 * size, student_C * SHARE, mask=inside_C)
+    tl.store(made_C + size, constant_C * INV_TEMPERATURE, mask=inside_C)
+    tl.store(made_C + 2 * size, label_C * INV_TEMPERATURE, mask=inside_C)
+    tl.store(made_C + 3 * size, student_C * INV_TEMPERATURE, mask=inside_C)

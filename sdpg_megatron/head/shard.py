@@ -1,4 +1,4 @@
-"""Where a rank's part of the output matrix lies in the vocabulary."""
+"""Vocabulary shard of a rank's output matrix."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """Columns ``start, start + 1, ...`` of the vocabulary, one for each row of a rank's output matrix."""
+    """Vocabulary columns ``start, start + 1, ...``, one per row of this rank's output matrix."""
 
     start: int
     """This rank's first column in the whole vocabulary."""
     valid: int
-    """Columns of the whole vocabulary that are tokens. From here on they are padding: never read, whatever it holds."""
+    """Number of tokens in the whole vocabulary. Columns from here on are padding and never read."""
     group: ProcessGroup | None
-    """Tensor-parallel ranks, whose shards together are the vocabulary; None where this rank holds all of it."""
+    """Tensor-parallel group that shards the vocabulary; None if this rank holds all of it."""
 
     @property
     def ranks(self) -> int:
         return 1 if self.group is None else self.group.size()
 
     def tokens(self, weight_VH: Tensor) -> Tensor:
-        """The rows of a shard that belong to tokens: a view, possibly of no rows."""
+        """View of the rows without padding; may be empty."""
         return weight_VH[: max(0, self.valid - self.start)]

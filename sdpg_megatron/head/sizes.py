@@ -1,6 +1,6 @@
-"""Default sizes of the head: rows of a chunk, columns of a tile, rows of the product that makes the weight's gradient.
+"""Default sizes of the head: rows of a chunk, columns of a tile, rows of the product of the weight gradient.
 
-The figures that the defaults rest on are in docs/head.md.
+docs/head.md has the measurements behind the defaults.
 """
 
 from __future__ import annotations
@@ -9,79 +9,80 @@ from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["grad_in_forward", "recompute"]
-"""The two orders of work, see `HeadOptions.schedule`."""
+"""See `HeadOptions.schedule`."""
 
 CPU_BYTES = 320 << 20
-"""Memory for a chunk's logits on a CPU. More makes nothing faster (benchmarks/head.py)."""
+"""Memory for a chunk's logits on a CPU, in bytes. More is not faster (benchmarks/head.py)."""
 CUDA_BYTES = 4800 << 20
-"""Memory for logits and kept logit gradients on a GPU. At V 151936 it holds a chunk of 2048 rows, that is products of
-4096 rows where teacher and student share a matrix, and 8192 rows of gradients."""
+"""Memory for logits and kept logit gradients on a GPU, in bytes. At V 151936 it holds a chunk of 2048 rows (products of
+4096 rows if teacher and student share a matrix) and 8192 rows of gradients."""
 FREE_SHARE = 0.25
-"""Most of the free memory that the head plans for. It is asked when the model is built: optimizer state and activations
-come later and are several times the head's."""
+"""Largest share of the free memory that the head uses. Free memory is measured when the model is built: optimizer state
+and activations are allocated later and are several times as large as the head's memory."""
 LEAST_ROWS = 16
-"""Least rows of a chunk, however little memory is free."""
+"""Minimum rows of a chunk, even if they do not fit."""
 CPU_ROWS = 256
-"""Most rows of a chunk on a CPU. The float32 gradient of the weight is read and written once a chunk, which then costs
-a small part of the chunk's products."""
+"""Maximum rows of a chunk on a CPU. At this size, reading and writing the float32 weight gradient once per chunk is a
+small part of the chunk's cost."""
 CUDA_ROWS = 4096
-"""Most rows of a chunk on a GPU. More make its products little faster."""
+"""Maximum rows of a chunk on a GPU. More rows make the products hardly faster."""
 AUTO_ROWS = {"cuda": 512, "cpu": 64}
-"""Least rows of a chunk at which `grad_in_forward` is chosen: with fewer, `recompute` is the faster schedule."""
+"""Minimum rows of a chunk for "auto" to choose `grad_in_forward`. With fewer rows `recompute` is faster."""
 CPU_TILE = 2048
-"""Columns of a tile on a CPU: a tile of some hundred rows stays in the processor's cache."""
+"""Columns of a tile on a CPU: a tile of a few hundred rows stays in the processor's cache."""
 CUDA_TILE = 16384
-"""Columns of a tile on a GPU where it is not the whole shard."""
+"""Columns of a tile on a GPU, unless the tile is the whole shard."""
 GROUP_CHUNKS = 4
-"""Chunks, at least, whose gradients go into one product for the weight's gradient, when the chunk's size is chosen."""
+"""Minimum chunks in a group (one product of the weight gradient) for which the chunk size reserves memory."""
 SCRATCH = 5
-"""Tiles of scratch that the elementwise work needs in plain torch. The Triton kernels need none."""
+"""Temporaries of a tile's size in the plain torch elementwise work. The Triton kernels need none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
-    """A rank's shard of the output matrix and how the head works on it: all that default sizes depend on."""
+    """Shape of a rank's output matrix shard, and the implementation: the inputs of the default sizes."""
 
     columns: int
     """Vocabulary columns of this rank."""
     hidden: int
     cuda: bool
     fused: bool
-    """Elementwise work by Triton."""
+    """Triton does the elementwise work."""
     logit_bytes: int = 4
+    """Bytes per logit."""
     gradient_bytes: int = 2
-    """Of a kept logit gradient: the weight's type."""
+    """Bytes per kept logit gradient, which has the weight's type."""
     top_k: bool = False
     """The divergence selects top tokens, which takes many temporaries of a tile's size."""
 
     @property
     def matrix_bytes(self) -> int:
-        """The float32 gradient of the weight that `grad_in_forward` keeps until the backward pass."""
+        """Bytes of the float32 weight gradient that `grad_in_forward` keeps until the backward pass."""
         return self.logit_bytes * self.columns * self.hidden
 
     def auto_rows(self) -> int:
         return AUTO_ROWS["cuda" if self.cuda else "cpu"]
 
     def default_bytes(self) -> int:
-        """Memory for logits and logit gradients where nothing else limits it."""
+        """Default memory for logits and logit gradients, in bytes."""
         return CUDA_BYTES if self.cuda else CPU_BYTES
 
     def tile_columns(self, schedule: Schedule) -> int:
-        """Columns worked on at a time. On a GPU all of them where they are held anyway: fewer, larger kernels."""
+        """Columns of a tile. On a GPU the whole shard if all logits are in memory anyway: fewer, larger kernels."""
         if not self.cuda:
             return CPU_TILE
         whole = schedule == "grad_in_forward" and self.fused and not self.top_k
         return max(self.columns, 1) if whole else CUDA_TILE
 
     def logits_bytes(self, schedule: Schedule, distributions: int = 2) -> int:
-        """Bytes for each row of a chunk: logits of student, and teacher if there are two, and scratch."""
+        """Bytes per row of a chunk: logits of one (student) or two `distributions`, and scratch."""
         tile = min(self.columns, self.tile_columns(schedule))
         held = self.columns if schedule == "grad_in_forward" else tile
         scratch = 0 if self.fused else SCRATCH * tile
         return self.logit_bytes * (distributions * held + scratch)
 
     def chunk_rows(self, schedule: Schedule, budget: int) -> int:
-        """Rows of a chunk, a power of two, for `budget` bytes of logits and logit gradients."""
+        """Rows of a chunk, a power of two, that fit `budget` bytes with their logit gradients."""
         kept = 0
         if self.cuda:
             width = GROUP_CHUNKS * self.columns if schedule == "grad_in_forward" else self.tile_columns(schedule)
@@ -91,9 +92,9 @@ class HeadShape:
         return max(LEAST_ROWS, min(most, 1 << max(rows, 1).bit_length() - 1))
 
     def group_rows(self, schedule: Schedule, budget: int, chunk_rows: int) -> int:
-        """Rows whose logit gradients are kept for one product: what a chunk's logits leave of `budget`.
+        """Rows whose logit gradients are kept for one product: as many as fit `budget` besides a chunk's logits.
 
-        0 on a CPU: gradients replace the logits there, and are multiplied tile by tile.
+        0 on a CPU, where gradients overwrite the logits and are multiplied tile by tile.
         """
         if not self.cuda or schedule == "recompute":
             return 0

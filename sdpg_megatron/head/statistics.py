@@ -1,7 +1,7 @@
-"""Statistics of rows over several sets of columns become one: tiles of a shard, then shards of the vocabulary.
+"""Join the statistics of rows over disjoint sets of columns: tiles of a shard, then shards of the vocabulary.
 
-The symbols are those of `tile`. Shapes: C rows, R disjoint sets of columns, P distributions (student, or student and
-teacher), K = 4 P statistics: (m, S, B, y) of the student, (n, U, D, x) of the teacher.
+Symbols: see `tile`. Shapes: C rows, R disjoint sets of columns, P distributions (student, or student and teacher),
+K = 4 P statistics: (m, S, B, y) of the student, (n, U, D, x) of the teacher; N numbers per row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.distributed import ProcessGroup
 from sdpg_megatron.head.tile import WeightedLogRatio
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""torch 2.13 gave the older of the two this name."""
-STUDENT, TAUGHT = 4, 8
-"""Statistics of a row without and with a teacher."""
+"""torch 2.13 renamed `all_gather_into_tensor` to `all_gather_single`."""
+NUM_STUDENT_SUMS, NUM_SUMS_WITH_TEACHER = 4, 8
+"""Number of statistics of a row without and with a teacher."""
 
 
 @dataclass(frozen=True, slots=True)
 class StudentSums:
-    """m, S, B and y of some rows over the whole vocabulary, and ln S, each float64 [C]."""
+    """m, S, B, y and ln S of rows over the whole vocabulary, each float64 [C]."""
 
     max: Tensor
     sum: Tensor
@@ -33,7 +33,7 @@ class StudentSums:
 
     @classmethod
     def of(cls, sums_KC: Tensor) -> StudentSums:
-        return cls(*sums_KC[:STUDENT].unbind(0), *sums_KC[1:2].log())
+        return cls(*sums_KC[:NUM_STUDENT_SUMS].unbind(0), *sums_KC[1:2].log())
 
     @property
     def logprob(self) -> Tensor:
@@ -48,7 +48,7 @@ class StudentSums:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSums:
-    """n, U, D and x, and ln U, likewise."""
+    """n, U, D, x and ln U of rows over the whole vocabulary, each float64 [C]."""
 
     max: Tensor
     sum: Tensor
@@ -58,7 +58,10 @@ class TeacherSums:
 
     @classmethod
     def of(cls, sums_KC: Tensor) -> TeacherSums:
-        return cls(*sums_KC[STUDENT:TAUGHT].unbind(0), *sums_KC[STUDENT + 1 : STUDENT + 2].log())
+        return cls(
+            *sums_KC[NUM_STUDENT_SUMS:NUM_SUMS_WITH_TEACHER].unbind(0),
+            *sums_KC[NUM_STUDENT_SUMS + 1 : NUM_STUDENT_SUMS + 2].log(),
+        )
 
     @property
     def logprob(self) -> Tensor:
@@ -67,11 +70,13 @@ class TeacherSums:
 
 
 def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
-    """Bring statistics to their common maxima and add them up: [K, C]. One set of columns is returned as it is."""
+    """Rescale statistics to their common maxima and add them: [K, C]. A single set of columns is returned unchanged."""
     if parts_RKC.shape[0] == 1:
         return parts_RKC[0]
     ranks, kinds, size = parts_RKC.shape
-    max_RPC, sum_RPC, moment_RPC, label_RPC = parts_RKC.reshape(ranks, kinds // STUDENT, STUDENT, size).unbind(2)
+    max_RPC, sum_RPC, moment_RPC, label_RPC = parts_RKC.reshape(
+        ranks, kinds // NUM_STUDENT_SUMS, NUM_STUDENT_SUMS, size
+    ).unbind(2)
     max_PC = max_RPC.amax(0)
     shift_RPC = max_RPC - max_PC
     scale_RPC = shift_RPC.exp()
@@ -85,7 +90,7 @@ def join(parts_RKC: Tensor, weighted_log_ratio: WeightedLogRatio) -> Tensor:
 def _join_log_ratio(
     sum_RPC: Tensor, log_ratio_RC: Tensor, shift_RPC: Tensor, scale_RPC: Tensor, weighted_log_ratio: WeightedLogRatio
 ) -> Tensor:
-    """D over all sets of columns. A set whose weights all vanish adds 0, even if its own D is infinite."""
+    """D over all sets of columns. A set whose weights all underflow adds 0, even if its D is infinite."""
     if weighted_log_ratio is WeightedLogRatio.NONE:
         return log_ratio_RC.sum(0)
     weighs, other = (0, 1) if weighted_log_ratio is WeightedLogRatio.STUDENT else (1, 0)
@@ -95,7 +100,7 @@ def _join_log_ratio(
 
 
 def gather(packed_NC: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Every rank's rows of numbers, in rank order: [R, N, C]. One collective; each rank then sees the same bits."""
+    """Gather the numbers of all ranks in rank order: [R, N, C], bit-identical on all ranks. One collective."""
     if group is None or group.size() == 1:
         return packed_NC[None]
     gathered = packed_NC.new_empty(group.size() * packed_NC.numel())

@@ -1,14 +1,15 @@
-"""The head's elementwise work on one tile of logits, in plain torch. `tile_triton` does the same in fewer reads.
+"""Elementwise work on one tile of logits, in plain torch. `tile_triton` does the same with fewer memory reads.
 
-With z the student's and u the teacher's logits of a tile's columns, both already over temperature, a row's sums are
+With z the student's and u the teacher's logits of a tile's columns, both over temperature, a row's statistics are
 
-    m = max z    S = sum e^(z-m)    B = sum e^(z-m) (z-m)    y = z[label], -inf where the label is not among the columns
-    n = max u    U = sum e^(u-n)    D, see below             x = u[label], likewise
+    m = max z    S = sum e^(z-m)    B = sum e^(z-m) (z-m)    y = z[label], or -inf if the label is in other columns
+    n = max u    U = sum e^(u-n)    D, see below             x = u[label], or -inf if the label is in other columns
 
-with D = sum e^(z-m) [(z-m) - (u-n)] (`Gap.STUDENT`) or sum e^(u-n) [(u-n) - (z-m)] (`Gap.TEACHER`).
+with D = sum e^(z-m) [(z-m) - (u-n)] (`WeightedLogRatio.STUDENT`) or sum e^(u-n) [(u-n) - (z-m)]
+(`WeightedLogRatio.TEACHER`). In code: max, sum, weighted_logit_sum (B), label, and weighted_log_ratio (D).
 
-Shapes: C rows, V columns of a tile. Sums over a tile are made in the logits' type (float32 or float64) and handed on in
-float64, being but a few numbers a row: beside a logit of 1e4, float32 has no digits left for ln S.
+Shapes: C rows, V columns of a tile. Sums over a tile are computed in the logits' type (float32 or float64) and returned
+in float64: beside a logit of 1e4, float32 has no digits left for ln S.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 LEAST = -1000.0
-"""Stands for every smaller log-weight, -inf included: e^-1000 is 0 in float64 too, and 0 times this is no NaN."""
+"""Lower bound of log-weights; replaces -inf. e^-1000 is 0 in float64 too, and 0 times this is 0 instead of NaN."""
 
 
 class WeightedLogRatio(Enum):
-    """Which distribution weighs the difference of the log-weights in D."""
+    """Distribution that weights the log ratio in D; NONE: D is not computed."""
 
     NONE = 0
     STUDENT = 1
@@ -34,29 +35,31 @@ class WeightedLogRatio(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RowCoefficients:
-    """What turns a tile of logits into its gradient, each [C]:
+    """Coefficients of the logit gradient, each [C]. The gradient in column v is
 
         e^(z-m) [constant + student (z-m) + teacher (u-n) + mixture (log p - log M)]
         - teacher_weight e^(u-n) + label 1[v = y]
 
-    with log M = log(student_mix p + (1 - student_mix) q). A part that is None costs nothing.
+    with log M = log(student_mix p + (1 - student_mix) q). A coefficient that is None is skipped at no cost. Maxima and
+    sums are over the whole vocabulary.
     """
 
     max: Tensor
-    """m; and n below: those of the whole vocabulary, as every sum here is."""
+    """m."""
     constant: Tensor
     label: Tensor | None = None
     student: Tensor | None = None
     teacher_max: Tensor | None = None
+    """n."""
     teacher: Tensor | None = None
     teacher_weight: Tensor | None = None
     mixture: Tensor | None = None
     log_sum: Tensor | None = None
-    """ln S; wanted with `mixture`, as are the next two."""
+    """ln S; read with `mixture` only."""
     teacher_log_sum: Tensor | None = None
-    """ln U."""
+    """ln U; read with `mixture` only."""
     student_mix: float = 0.5
-    """The student's share of the mixture."""
+    """The student's weight in the mixture; read with `mixture` only."""
 
 
 def measure(
@@ -67,15 +70,16 @@ def measure(
     *,
     masked: bool,
 ) -> Tensor:
-    """Statistics of a tile. The tile is left as it is.
+    """Compute the statistics of a tile. The tile is not changed.
 
     Args:
-        labels_C: column of each row's label in this tile; anything outside 0..V-1 belongs to another.
+        labels_C: column of each row's label in this tile; a value outside 0..V-1 if another tile holds it.
         masked: the logits may hold -inf.
 
     Returns:
-        float64: (m, S, B, y) [4, C], or with a teacher (m, S, B, y, n, U, D, x) [8, C]. D is +inf where a token has
-        e^(z-m) > 0 and u = -inf (`Gap.STUDENT`), or the other way round (`Gap.TEACHER`), and 0 with `Gap.NONE`.
+        float64: (m, S, B, y) [4, C], or with a teacher (m, S, B, y, n, U, D, x) [8, C]. D is +inf if a token has a
+        weight > 0 in the distribution that weights the log ratio and a logit of -inf in the other. D is 0 with
+        `WeightedLogRatio.NONE`.
     """
     max_C = _row_max(student_CV)
     shifted_CV = _shift(student_CV, max_C, masked)
@@ -83,28 +87,28 @@ def measure(
     found = [max_C, weight_CV.sum(1), _dot(weight_CV, shifted_CV), _at(student_CV, labels_C)]
     if teacher_CV is not None:
         top_C = _row_max(teacher_CV)
-        # Not bounded below: where only one of the two has a weight, the gap is infinite and must stay so.
+        # No lower bound here: the log ratio must stay infinite where only one distribution has weight 0.
         lower_CV = teacher_CV - top_C[:, None]
-        drawn_CV = lower_CV.exp()
+        teacher_weight_CV = lower_CV.exp()
         match weighted_log_ratio:
             case WeightedLogRatio.STUDENT:
-                gap_C = _weighted_log_ratio(weight_CV, shifted_CV, lower_CV, masked)
+                log_ratio_C = _weighted_log_ratio(weight_CV, shifted_CV, lower_CV, masked)
             case WeightedLogRatio.TEACHER:
                 shifted_CV = student_CV - max_C[:, None] if masked else shifted_CV
-                gap_C = _weighted_log_ratio(drawn_CV, lower_CV, shifted_CV, masked)
+                log_ratio_C = _weighted_log_ratio(teacher_weight_CV, lower_CV, shifted_CV, masked)
             case WeightedLogRatio.NONE:
-                gap_C = torch.zeros_like(top_C)
-        found += [top_C, drawn_CV.sum(1), gap_C, _at(teacher_CV, labels_C)]
+                log_ratio_C = torch.zeros_like(top_C)
+        found += [top_C, teacher_weight_CV.sum(1), log_ratio_C, _at(teacher_CV, labels_C)]
     return torch.stack(found).double()
 
 
 def measure_mixture(student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, *, masked: bool) -> Tensor:
-    """A tile's part of KL(p || M) and KL(q || M), float64 [2, C]. The tile is not changed.
+    """Contribution of a tile to KL(p || M) and KL(q || M), float64 [2, C]. The tile is not changed.
 
     M = student_mix p + (1 - student_mix) q.
 
     Args:
-        row: its `max`, `log_sum`, `teacher_max`, `teacher_log_sum` and `student_mix` are read.
+        row: `max`, `log_sum`, `teacher_max`, `teacher_log_sum` and `student_mix` are read.
     """
     logp_CV, logq_CV, logm_CV = _mixture(student_CV, teacher_CV, row, masked)
     found = _dot(logp_CV.exp(), logp_CV - logm_CV), _dot(logq_CV.exp(), logq_CV - logm_CV)
@@ -120,9 +124,9 @@ def gradient_(
     masked: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The formula of `RowCoefficients`, rounded into `out` where it is given, else in the student's tile.
+    """Compute the gradient of `RowCoefficients`, rounded into `out` if given, else in the student's tile.
 
-    Both tiles are overwritten. Arguments as for `measure`.
+    Both tiles are overwritten. Other arguments: see `measure`.
     """
     kind = student_CV.dtype
     mixed_CV = _mixture_part(student_CV, teacher_CV, row, masked)
@@ -131,7 +135,7 @@ def gradient_(
     if teacher_CV is not None and row.teacher_max is not None:
         torch.sub(teacher_CV, _column(row.teacher_max, kind), out=teacher_CV)
         if masked:
-            # q = 0 occurs only with p = 0 here, or the forward pass had failed: any finite number gives the due 0.
+            # Where `row.teacher` is read, q = 0 implies p = 0 (else D is infinite): any finite number times p is 0.
             torch.nan_to_num(teacher_CV, nan=torch.nan, posinf=torch.inf, neginf=LEAST, out=teacher_CV)
     if row.student is None:
         gradient_CV.copy_(_column(row.constant, kind).expand_as(gradient_CV))
@@ -152,12 +156,12 @@ def gradient_(
 
 
 def locate(labels_C: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Which labels are among `columns` > 0 columns, and a valid column for every row: the label's own where it is."""
+    """Mask of labels inside `columns` > 0 columns, and labels clamped to a valid column."""
     return (labels_C >= 0) & (labels_C < columns), labels_C.clamp(0, columns - 1)
 
 
 def _row_max(logits_CV: Tensor) -> Tensor:
-    """Largest logit of each row; the least finite number over no columns or where all are -inf."""
+    """Largest logit of each row; the lowest finite number if there are no columns or all logits are -inf."""
     least = torch.finfo(logits_CV.dtype).min
     if not logits_CV.shape[1]:
         return logits_CV.new_full((logits_CV.shape[0],), least)
@@ -169,12 +173,12 @@ def _column(row_C: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _given(tile_CV: Tensor | None) -> Tensor:
-    assert tile_CV is not None, "coefficients of the teacher come with its logits"
+    assert tile_CV is not None, "the coefficients need a teacher"
     return tile_CV
 
 
 def _shift(logits_CV: Tensor, max_C: Tensor, masked: bool, out: Tensor | None = None) -> Tensor:
-    """``logits - max``; where -inf is possible bounded below, so that a column without weight yields 0 everywhere."""
+    """``logits - max``. With `masked`, clamped to `LEAST`, so that a column of weight 0 yields 0 instead of NaN."""
     shifted_CV = torch.sub(logits_CV, _column(max_C, logits_CV.dtype), out=out)
     return shifted_CV.clamp_(min=LEAST) if masked else shifted_CV
 
@@ -185,7 +189,7 @@ def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
 
 
 def _at(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """The label's logit; -inf where the label is not among the columns."""
+    """Logit of the label; -inf if the label is not among the columns."""
     rows, columns = logits_CV.shape
     nowhere_C = logits_CV.new_full((rows,), -torch.inf)
     if not columns:
@@ -195,7 +199,7 @@ def _at(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
 
 
 def _weighted_log_ratio(weight_CV: Tensor, over_CV: Tensor, under_CV: Tensor, masked: bool) -> Tensor:
-    """Sum of ``weight (over - under)``. A column without weight adds nothing, even where the difference is infinite."""
+    """Sum of ``weight (over - under)``. A column of weight 0 adds 0, even if the difference is infinite."""
     log_ratio_CV = over_CV - under_CV
     return _dot(weight_CV, log_ratio_CV.masked_fill_(weight_CV == 0, 0) if masked else log_ratio_CV)
 
@@ -203,7 +207,7 @@ def _weighted_log_ratio(weight_CV: Tensor, over_CV: Tensor, under_CV: Tensor, ma
 def _mixture(
     student_CV: Tensor, teacher_CV: Tensor, row: RowCoefficients, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, log q and log M."""
+    """log p, log q and log M, each [C, V]."""
     kind = student_CV.dtype
     logp_CV = _shift(student_CV, row.max, masked).sub_(_column(_given(row.log_sum), kind))
     logq_CV = _shift(teacher_CV, _given(row.teacher_max), masked).sub_(_column(_given(row.teacher_log_sum), kind))

@@ -1,12 +1,12 @@
 """Causal attention for padded and packed sequences, without a loop over sequences.
 
-On a GPU, packed sequences of 16-bit floats take one variable-length kernel call: flash-attn's where it is installed,
-else that of `torch.nn.attention.varlen`. On CPUs, and for float32, which these kernels lack, sequences of similar
-length are padded to a common one and share a `scaled_dot_product_attention` call.
+On a GPU, packed sequences of 16-bit floats take one variable-length kernel call: flash-attn if it is installed, else
+`torch.nn.attention.varlen`. On a CPU, and in float32, which these kernels do not support, sequences of similar lengths
+are padded to a common length and share one `scaled_dot_product_attention` call.
 
-Shapes: S sequence, B batch, N attention heads of this rank, K key-value heads of this rank, D head size, P tokens of
-all packed sequences on this rank, A on all context-parallel ranks, M keys that this rank reads, n chunks of a bucket,
-Q and U the bucket's query and key lengths.
+Shapes: S sequence, B batch, N attention heads of this rank, K key-value heads of this rank, D head size, P packed
+tokens of this rank, A packed tokens of all context-parallel ranks, M keys that this rank reads, n chunks of a bucket,
+Q and U query and key length of the bucket.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from sdpg_megatron.mcore.context_parallel import shards
 
 
 class Bucket(NamedTuple):
-    """Chunks of similar lengths, padded to a common one. Padding repeats a chunk's last position."""
+    """Chunks of similar lengths, padded to a common length. Padding repeats a chunk's last position."""
 
     query_nQ: Tensor
-    """int64: which of this rank's tokens each query is."""
+    """int64: index of each query in this rank's tokens."""
     key_nU: Tensor
-    """int64: which of the keys that this rank reads each key is."""
+    """int64: index of each key in the keys that this rank reads."""
     mask_n1QU: Tensor | None
-    """bool: which keys a query attends to; None where the plain causal mask says it."""
+    """bool: True for keys that a query attends to; None for the plain causal mask."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's parameters of packed sequences, and the indices that every layer reads.
+    """Megatron's `PackedSeqParams` with cached indices that all layers share.
 
-    A rank's tokens are chunks: whole sequences or, under context parallelism, two parts of each. A chunk's queries are
-    the last positions of its keys. The indices follow from the lengths, which the host knows.
+    A rank's tokens form chunks: whole sequences or, under context parallelism, two parts of each sequence. A chunk's
+    queries are the last positions of its keys. The indices are computed on the host from the lengths.
     """
 
     lengths: tuple[int, ...] = ()
-    """Of the sequences, over all context-parallel ranks."""
+    """Sequence lengths over all context-parallel ranks."""
     device: torch.device | None = None
-    """Where the tokens are."""
+    """Device of the tokens."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, *, cumulative: bool) -> PackedSequences:
         """
         Args:
-            cumulative: set ``cu_seqlens_q`` and ``cu_seqlens_kv``, which Transformer Engine reads. megatron-core's own
-                rotary embedding waits for the device and loops over sequences where they are set; where they are not
-                it takes one angle for each token.
+            cumulative: set ``cu_seqlens_q`` and ``cu_seqlens_kv``, which Transformer Engine reads. If they are set,
+                megatron-core's rotary embedding synchronizes with the device and loops over sequences. Otherwise it
+                takes one angle per token.
         """
         longest = max(lengths)
         found = cls("thd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=tuple(lengths), device=device)
@@ -72,14 +72,14 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     @cached_property
     def positions_P(self) -> Tensor:
-        """int64: the position of each of this rank's tokens in its sequence."""
+        """int64: position of each of this rank's tokens in its sequence."""
         positions_A = torch.cat([torch.arange(length) for length in self.lengths])
         size, rank = _context()
         return self._moved(positions_A if size == 1 else positions_A[shards(self.lengths, size)[0] == rank])
 
     @cached_property
     def chunks(self) -> list[tuple[int, int]]:
-        """Each chunk's number of queries and of keys."""
+        """(queries, keys) of each chunk."""
         size, rank = _context()
         if size == 1:
             return [(length, length) for length in self.lengths]
@@ -88,9 +88,9 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     @cached_property
     def key_places_M(self) -> Tensor | None:
-        """int64: where each key that this rank reads lies in the tokens of all context-parallel ranks, rank by rank.
+        """int64: index of each key that this rank reads in the gathered tokens of all context-parallel ranks.
 
-        None without context parallelism: the rank then reads its own tokens.
+        The gathered tokens are in rank order. None without context parallelism: the keys are the rank's tokens.
         """
         size, _ = _context()
         if size == 1:
@@ -103,13 +103,13 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
-        """int32 [chunks + 1]: cumulative numbers of the chunks' queries, and of their keys."""
+        """Cumulative numbers of queries and of keys, each int32 [chunks + 1]."""
         queries, keys = zip(*self.chunks, strict=True)
         return self._cumulated(queries), self._cumulated(keys)
 
     @cached_property
     def buckets(self) -> tuple[list[Bucket], Tensor]:
-        """The chunks by size class; and int64 [P]: where each token lies in the concatenated queries of the buckets."""
+        """Chunks grouped by size class; and int64 [P], index of each token in the concatenated bucket queries."""
         members: dict[tuple[int, int], list[int]] = {}
         for number, (queries, keys) in enumerate(self.chunks):
             members.setdefault((size_class(queries), size_class(keys)), []).append(number)
@@ -135,7 +135,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
         return self._moved(torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for it."""
+        """Copy to the device without synchronizing with it."""
         assert self.device is not None
         if self.device.type != "cuda":
             return tensor.to(self.device)
@@ -143,29 +143,29 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
 
 def size_class(length: int) -> int:
-    """The length rounded up to one of four in each octave, so that padding is at most a quarter."""
+    """Round a length up to one of four sizes per power of two, so that padding is at most a quarter."""
     step = 1 << max(length.bit_length() - 3, 0)
     return -(-length // step) * step
 
 
 def _padded(ends: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """int64 [n, longest]: the `counts` numbers before each of `ends`, the last one repeated."""
+    """int64 [n, longest]: the `counts` numbers before each of `ends`, padded with the last one."""
     end_n, count_n = torch.tensor([ends, counts]).unbind()
     return (end_n - count_n)[:, None] + torch.arange(max(counts)).minimum(count_n[:, None] - 1)
 
 
 def _context() -> tuple[int, int]:
-    """Context-parallel ranks, and this one's number."""
+    """Context-parallel size and rank."""
     if not parallel_state.model_parallel_is_initialized():
         return 1, 0
     return parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
 
 
 class CausalAttention(torch.nn.Module):
-    """Megatron's core attention without a mask of its own.
+    """Core attention for Megatron's self-attention module, causal and without a mask argument.
 
-    Padding comes after a sequence, so that causality alone keeps it out of every real position. Packed sequences attend
-    to themselves alone. Context-parallel ranks gather the keys and values of all of them.
+    Padding follows the tokens of a sequence, so the causal mask is enough to hide it. Packed sequences do not attend to
+    each other. Context-parallel ranks gather each other's keys and values.
     """
 
     def __init__(
@@ -173,12 +173,10 @@ class CausalAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if attn_mask_type is not AttnMaskType.causal:
-            raise NotImplementedError(f"this attention core is causal, asked for {attn_mask_type}")
+            raise NotImplementedError(f"attention mask type: found {attn_mask_type}, expected causal")
         if config.attention_dropout:
             found = config.attention_dropout
-            raise NotImplementedError(
-                f"this attention core has no dropout, found attention_dropout={found}: set it to 0"
-            )
+            raise NotImplementedError(f"attention_dropout: found {found}, expected 0. Fix: set it to 0")
         self.softmax_scale = config.softmax_scale
         self.context_size = config.context_parallel_size
 
@@ -192,12 +190,12 @@ class CausalAttention(torch.nn.Module):
         packed_seq_params: PackedSequences | None = None,
         **__: Any,
     ) -> Tensor:
-        """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]; packed, [P, N, D] and so on -> [P, N * D]."""
+        """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]; packed: P instead of S, B."""
         if attention_mask is not None:
-            raise NotImplementedError("this attention core is causal alone: pass no mask")
+            raise NotImplementedError("attention_mask: found a mask, expected None: this attention core is causal")
         if packed_seq_params is None:
             if self.context_size > 1:
-                raise NotImplementedError("context parallelism takes packed sequences")
+                raise NotImplementedError("context parallelism: found padded sequences, expected packed ones")
             found = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
             return found.transpose(0, 1).flatten(2)
         if self.context_size > 1:
@@ -212,7 +210,7 @@ class CausalAttention(torch.nn.Module):
         return torch.cat(parts).index_select(0, order_P).flatten(1)
 
     def _gather(self, key: Tensor, value: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor]:
-        """The keys and values that this rank reads, [M, K, D]: those of all ranks up to its chunks' ends."""
+        """Gather keys and values over context-parallel ranks and select those that this rank reads, each [M, K, D]."""
         group = parallel_state.get_context_parallel_group()
         everywhere = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=group)
         assert packed.key_places_M is not None
@@ -220,7 +218,7 @@ class CausalAttention(torch.nn.Module):
         return keys_M, values_M
 
     def _attend_bucket(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
-        """[n * Q, N, D]."""
+        """Attention of one bucket, [n * Q, N, D]."""
 
         def taken(x: Tensor, at: Tensor) -> Tensor:
             return x.index_select(0, at.flatten()).view(*at.shape, *x.shape[1:])
@@ -229,7 +227,7 @@ class CausalAttention(torch.nn.Module):
         return self._attend(queries, keys, values, bucket.mask_n1QU).flatten(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S, N, D], [B, S', K, D], [B, S', K, D] -> [B, S, N, D]; without a `mask` [B, 1, S, S'], causal."""
+        """[B, S, N, D], [B, S', K, D], [B, S', K, D] -> [B, S, N, D]. `mask` is [B, 1, S, S']; None: causal."""
         query_BNSD, key_BKSD, value_BKSD = (x.transpose(1, 2) for x in (query, key, value))
         out_BNSD = functional.scaled_dot_product_attention(
             query_BNSD,
@@ -246,19 +244,19 @@ class CausalAttention(torch.nn.Module):
 # --- variable-length kernels
 
 VarlenKernel = Callable[..., Tensor]
-"""(query [P, N, D], key [M, K, D], value [M, K, D], cumulative numbers of queries and of keys, the most queries and the
-most keys of a chunk, scale=softmax scale) -> [P, N, D]. Causal: a chunk's last query sees its last key."""
+"""(query [P, N, D], key [M, K, D], value [M, K, D], cumulative queries, cumulative keys, maximum queries and maximum
+keys of a chunk, scale=softmax scale) -> [P, N, D]. Causal: a chunk's last query attends to its last key."""
 
 
 def takes_varlen(query: Tensor) -> bool:
-    """Whether the kernels take such queries: 16-bit floats on a GPU, heads of at most 256 numbers, a multiple of 8."""
+    """True if the kernels support these queries: 16-bit floats on a GPU, head size at most 256 and a multiple of 8."""
     narrow = query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and narrow and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
 @cache
 def varlen_kernel() -> VarlenKernel | None:
-    """flash-attn's kernel where it is installed, else that of torch 2.10 or newer, else None."""
+    """flash-attn's kernel if it is installed, else torch's (2.10 or newer), else None."""
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
@@ -269,6 +267,6 @@ def varlen_kernel() -> VarlenKernel | None:
         return None
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    if "enable_gqa" in known:  # older ones take fewer key-value heads without being told
+    if "enable_gqa" in known:  # older versions accept fewer key-value heads without it
         options["enable_gqa"] = True
     return lambda *inputs, scale: varlen_attn(*inputs, **options, **({} if scale is None else {"scale": scale}))

@@ -1,7 +1,8 @@
-"""Context parallelism: which rank has which tokens, and how rows come from one to another.
+"""Context parallelism: token shards, and exchange of rows between ranks.
 
-Every sequence is cut into 2 R equal chunks for R ranks; rank r has the chunks r and 2 R - 1 - r, so that causal
-attention costs all the same. Transformer Engine's attention and Megatron's rotary embedding cut packed sequences so.
+For R ranks every sequence is cut into 2 R equal chunks. Rank r has the chunks r and 2 R - 1 - r, so that causal
+attention costs every rank the same. Transformer Engine's attention and Megatron's rotary embedding use the same layout
+for packed sequences.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from sdpg_megatron.records import Route
 
 
 def shards(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Where each position of packed sequences lies: its rank, and its place among the tokens of that rank.
+    """Rank of each packed position, and its index among the tokens of that rank.
 
     Args:
-        lengths: of the sequences; multiples of 2 * size, if there are several ranks.
-        size: context-parallel ranks.
+        lengths: sequence lengths; multiples of 2 * size if size > 1.
+        size: number of context-parallel ranks.
 
     Returns:
-        Two int64 tensors [sum(lengths)]. On every rank the places go up with the positions.
+        Two int64 tensors [sum(lengths)]. On every rank the indices increase with the positions.
     """
     total = sum(lengths)
     if size == 1:
@@ -41,14 +42,14 @@ def shards(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
 
 
 def route(from_G: Tensor, to_G: Tensor, rank: int, size: int) -> tuple[Tensor, Route]:
-    """Which rows this rank sends, and how they are exchanged.
+    """Plan an exchange of rows between context-parallel ranks.
 
     Args:
-        from_G, to_G: int64 [G], the rank that computes each row and the one that wants it.
+        from_G, to_G: int64 [G], the rank that computes each row and the rank that needs it.
 
     Returns:
-        Indices of the rows that `rank` computes, in the order in which it has to have them; and the route. The rows
-        that `rank` wants come out in the order of their indices.
+        Indices of the rows that `rank` computes, in the order in which `exchange` expects them, and the route. The
+        rows that `rank` needs are returned by `exchange` in ascending order of their indices.
     """
     mine = (from_G == rank).nonzero().squeeze(1)
     mine = mine[to_G[mine].argsort(stable=True)]
@@ -60,7 +61,7 @@ def route(from_G: Tensor, to_G: Tensor, rank: int, size: int) -> tuple[Tensor, R
 
 
 def exchange(rows_GH: Tensor, along: Route, group: ProcessGroup) -> Tensor:
-    """This rank's rows for those that it wants. A collective over the context-parallel group."""
+    """Exchange the rows that this rank computed for those that it needs. Collective over the context-parallel group."""
     arrived_GH = rows_GH.new_empty(sum(along.received), *rows_GH.shape[1:])
     dist.all_to_all_single(arrived_GH, rows_GH.contiguous(), list(along.received), list(along.sent), group=group)
     return arrived_GH[along.order_G]

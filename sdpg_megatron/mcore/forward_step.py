@@ -1,7 +1,8 @@
-"""The forward step: what any loop hands to Megatron's ``get_forward_backward_func()``.
+"""Forward step for Megatron's ``get_forward_backward_func()``.
 
-Shapes: B sequences, S padded length (where they are packed, B is 1 and S all tokens), H hidden size, T response tokens
-of a micro-batch, C some of them, G those with a teacher, V this rank's columns of the vocabulary.
+Shapes: B sequences, S padded length (packed: B is 1 and S the number of tokens), H hidden size, T response tokens of a
+micro-batch, C some of them, G those with a teacher, V this rank's columns of the vocabulary, P packed tokens of this
+rank, D head size.
 """
 
 from __future__ import annotations
@@ -30,29 +31,30 @@ from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 NONFINITE = "train/nonfinite_tokens"
-"""Metric: response tokens whose terms or loss are not finite."""
+"""Metric: number of response tokens with non-finite terms or loss."""
 
 
 def last_hidden(
     model: nn.Module, tokens_BS: Tensor, lengths: Sequence[int] | None = None, numbers_BS: Tensor | None = None
 ) -> Tensor:
-    """Run a GPTModel chunk, wrapped or not, without its output layer.
+    """Run a GPTModel chunk, wrapped or bare, without its output layer.
 
     Args:
-        model: a chunk; where it is not the last of the model, its stage output [S, B, H] is returned.
-        tokens_BS: int64, right-padded; or [1, S], sequences one after the other. Under sequence parallelism S must be a
-            multiple of the tensor-parallel size.
-        lengths: of the packed sequences, over all context-parallel ranks; None where they are
-            padded.
+        model: a chunk. If it is not the last of the model, its stage output [S, B, H] is returned.
+        tokens_BS: int64; right-padded, or [1, S] packed sequences. Under sequence parallelism S must be a multiple of
+            the tensor-parallel size.
+        lengths: lengths of packed sequences over all context-parallel ranks (see `mcore.context_parallel`); None for
+            padded sequences.
         numbers_BS: see `SequenceBatch.numbers_BS`.
 
     Returns:
-        Last hidden states [B, S, H], after the final norm, whole on every tensor-parallel rank.
+        Last hidden states [B, S, H], after the final norm, complete on every tensor-parallel rank.
 
     Raises:
-        ConfigError: the model's logits are more than the product of these states and its output weight.
+        ConfigError: the model's logits are not the plain product of these states and its output weight.
     """
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)  # rotary: not read
+    # GPTModel requires position ids, but rotary embeddings do not read them.
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     (gpt,) = unwrap_model([model])
     more: dict[str, Any] = {}
     if lengths is not None:
@@ -73,15 +75,15 @@ def last_hidden(
 
 
 def takes_angles_of_tokens(gpt: Any) -> bool:
-    """Whether the layers' attention core is this package's, which does not read ``cu_seqlens_q``."""
+    """True if the layers use `CausalAttention`, which does not read ``cu_seqlens_q``."""
     return any(isinstance(layer.self_attention.core_attention, CausalAttention) for layer in gpt.decoder.layers[:1])
 
 
 @contextmanager
 def _angle_of_each_token(rotary: Any, packed: PackedSequences) -> Iterator[None]:
-    """Let megatron-core's rotary embedding return one angle for each of this rank's packed tokens, [P, 1, D].
+    """Make megatron-core's rotary embedding return one angle per packed token of this rank, [P, 1, D].
 
-    Its attention applies these as they are where ``cu_seqlens_q`` is None.
+    megatron-core's attention applies them unchanged if ``cu_seqlens_q`` is None.
     """
 
     def forward(max_seq_len: int, *_: Any, **__: Any) -> Tensor:
@@ -96,43 +98,43 @@ def _angle_of_each_token(rotary: Any, packed: PackedSequences) -> Iterator[None]
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """`last_hidden` of a batch's sequences."""
+    """`last_hidden` of a batch."""
     return last_hidden(model, batch.tokens_BS, batch.lengths, batch.numbers_BS)
 
 
 def rows(hidden_BSH: Tensor, batch: SequenceBatch) -> Tensor:
-    """The hidden rows [T, H] that predict `batch`'s response tokens."""
+    """Hidden rows [T, H] that predict the response tokens of `batch`."""
     return hidden_BSH.flatten(0, 1).index_select(0, batch.rows_T)
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardStep:
-    """A forward step function for one optimiser step: ``forward_step(data_iterator, model) -> (hidden, loss_func)``.
+    """Forward step function of one optimizer step: ``forward_step(data_iterator, model) -> (hidden, loss_func)``.
 
     The model's config needs ``calculate_per_token_loss=True``. The loss function returns the weighted loss sum, the
-    number of response tokens and per-token reports; Megatron's `finalize_model_grads` then divides the gradients by the
-    global number of response tokens, so that nothing depends on the split into micro-batches or ranks.
+    number of response tokens and the report. Megatron's `finalize_model_grads` divides the gradients by the global
+    number of response tokens, so the result does not depend on the split into micro-batches or ranks.
     """
 
     objective: Objective
     context: StepContext
     head: Head
     teacher_matrix_VH: Tensor | None = None
-    """This rank's shard of the output matrix that belongs to the teacher's rows; None for the model's own."""
+    """This rank's shard of the teacher's output matrix; None: the model's output matrix."""
     context_group: ProcessGroup | None = None
     """Context-parallel ranks, for objectives that combine tokens of a response; None for one rank."""
     measure_gradient_ratio: bool = False
-    """Also report how hard the parts of the loss pull at the logits: costs some products more."""
+    """Also report the squared gradient norms of the loss terms, at the cost of a few more matrix products."""
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         batch = next(data_iterator)
         return hidden_states(model, batch.student), functools.partial(self.loss, batch, model)
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Loss sum (scalar), number of tokens (int scalar), and what to report.
+        """Loss sum (scalar), number of response tokens (int scalar), and report.
 
-        The sum is NaN, and its gradient, where a token's terms or loss are not finite: not all such losses have such
-        gradients of their own.
+        If a token's terms or loss are not finite, the sum and its gradient are NaN. Without this, a non-finite loss
+        could have a finite gradient.
         """
         teacher = self._teacher(batch.teacher_hidden_GH, batch.gated_rows_G, hidden_BSH)
         weights_T = batch.weights_T if batch.corrections_T is None else batch.weights_T * batch.corrections_T
@@ -145,9 +147,9 @@ class ForwardStep:
         whole = self.objective.reads_sequences
         loss_sum, head = self.head.loss(model, hidden_TH, batch.labels_T, teacher, row_loss, whole=whole)
         terms = token_terms(batch, head, slice(None), self.context_group)
-        loss = self.objective.loss(terms, self.context)  # once more without a graph, for what it reports
+        loss = self.objective.loss(terms, self.context)  # again, without a graph, for its metrics
         finite_T = all_finite(batch.old_logprobs_T, head.logprob_T, head.divergence_T, loss.loss_T * weights_T)
-        # The gradient follows: a caller that looks at its norm, on any rank, need not look here.
+        # The gradient becomes NaN too, so a check of the gradient norm on any rank finds it.
         loss_sum = loss_sum * torch.where(finite_T.all(), 1.0, math.nan)
         metrics = {
             NONFINITE: TokenMetric(finite_T.logical_not(), reduction=Reduction.SUM),
@@ -165,21 +167,21 @@ class ForwardStep:
         return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
 
     def _teacher(self, hidden_GH: Tensor | None, rows_G: Tensor, like: Tensor) -> TeacherRows | None:
-        """The teacher's rows on the device of `like`: those that were made early wait in host memory."""
+        """Move the teacher's rows to the device of `like`. Rows of an early pass are in host memory."""
         if hidden_GH is None:
             return None
         return TeacherRows(hidden_GH.to(like.device, non_blocking=True), rows_G, self.teacher_matrix_VH)
 
 
 def all_finite(*values: Tensor | None) -> Tensor:
-    """Where all of them are finite, bool [T]; those that are None are not asked."""
+    """True where all values are finite, bool [T]. None is skipped."""
     return torch.stack([values_T.detach().isfinite() for values_T in values if values_T is not None]).all(0)
 
 
 def token_terms(
     batch: MicroBatch, head: HeadTerms, at: Tensor | slice, context_group: ProcessGroup | None = None
 ) -> TokenTerms:
-    """Join what the passes prepared with what the head computed, for some of the micro-batch's response tokens."""
+    """Inputs of the objective for some response tokens of a micro-batch, from the earlier passes and the head."""
     old_T, reference_T, teacher_T = batch.old_logprobs_T, batch.reference_logprobs_T, batch.teacher_logprobs_T
     return TokenTerms(
         logprob_T=head.logprob_T,
@@ -199,15 +201,15 @@ def token_terms(
 
 @dataclass(frozen=True, slots=True)
 class DeviceMetric:
-    """A `Metric` that still lives on the device, so that reporting costs no synchronisation inside the schedule."""
+    """A `Metric` on the device, so that reporting does not synchronize inside the schedule."""
 
     value: Tensor
     weight: Tensor | float
-    """A number where all tokens count: the host knows how many there are."""
+    """A Python number if all tokens count, as the host knows their number."""
     reduction: Reduction
 
     def read(self) -> Metric:
-        """Wait for the device and read the numbers. `read_reports` reads those of many metrics at once."""
+        """Synchronize with the device and read the metric. `read_reports` reads many metrics at once."""
         return Metric(float(self.value), self.reduction, float(self.weight))
 
 
@@ -231,11 +233,11 @@ _NEUTRAL = {Reduction.MEAN: 0.0, Reduction.SUM: 0.0, Reduction.MAX: -math.inf, R
 
 
 def reduce_tokens(metric: TokenMetric) -> DeviceMetric:
-    """Reduce one micro-batch's per-token values; over no tokens the result is neutral."""
+    """Reduce the per-token values of a micro-batch. Without tokens, the result is the neutral element."""
     values_T, neutral = metric.values_T.detach().float(), _NEUTRAL[metric.reduction]
     weight: Tensor | float = float(values_T.numel())
     if metric.mask_T is not None:
-        values_T = values_T.where(metric.mask_T, neutral)  # to pick them out, the host would wait for their number
+        values_T = values_T.where(metric.mask_T, neutral)  # indexing by the mask would synchronize with the device
         weight = metric.mask_T.sum().float()
     match metric.reduction:
         case Reduction.MEAN:

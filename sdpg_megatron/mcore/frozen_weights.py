@@ -1,4 +1,4 @@
-"""Copies of this rank's weights in host memory: the reference, and teachers that do not move as the student does."""
+"""Copies of this rank's weights in host memory, for the reference model and for teachers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class FrozenWeights:
-    """A copy of this rank's weights in host memory, which the model can compute with."""
+    """A copy of this rank's weights in host memory (pinned with CUDA) that can be swapped into the model."""
 
     def __init__(self, chunks: Sequence[nn.Module], dtype: torch.dtype | None = None) -> None:
-        """`dtype`: of the copy; None for the weights' own."""
+        """`dtype`: type of the copy; None: the weights' type."""
         pin = torch.cuda.is_available()
         copies = [p.detach().to("cpu", dtype, copy=True) for p in _parameters(chunks)]
         self.tensors = [copy.pin_memory() for copy in copies] if pin else copies
-        """In the order of the chunks' parameters."""
+        """One per parameter of the chunks, in order."""
 
     @contextmanager
     def swapped_in(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the model compute with these weights; its own storage stays untouched and comes back bit for bit."""
+        """Swap these weights into the model. On exit the model has its own storage again, bit-identical."""
         parameters = _parameters(chunks)
         live = [p.data for p in parameters]
         try:
@@ -33,12 +33,12 @@ class FrozenWeights:
                 parameter.data = data
 
     def of(self, parameter: nn.Parameter, chunks: Sequence[nn.Module]) -> Tensor:
-        """The copy of one of the chunks' parameters, as `swapped_in` would put it in place."""
+        """Copy of one of the chunks' parameters, on its device and in its type."""
         (found,) = (copy for own, copy in zip(_parameters(chunks), self.tensors, strict=True) if own is parameter)
         return found.to(parameter.device, parameter.dtype, non_blocking=True)
 
     def follow(self, chunks: Sequence[nn.Module], share: float = 1.0) -> None:
-        """Move a share of the way to the chunks' present weights; 1 is a new copy of them, to the bit."""
+        """Interpolate towards the current weights of the chunks: ``copy + share (weight - copy)``; 1 copies them."""
         with torch.no_grad():
             for copy, parameter in zip(self.tensors, _parameters(chunks), strict=True):
                 present = parameter.detach().to("cpu", copy.dtype)

@@ -1,7 +1,7 @@
-"""Gradient norm and clipping in a few kernels, for machines without Transformer Engine and apex.
+"""Gradient norm and clipping in a few kernels, without Transformer Engine or apex.
 
-The fallback of megatron-core 0.16 to 0.19 waits for the device once for each parameter's norm, and scales each gradient
-through a copy.
+The fallback of megatron-core 0.16 to 0.19 synchronizes with the device for each parameter's norm, and scales each
+gradient through a copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Replace megatron-core's substitutes where it has fallen back to them."""
+    """Replace megatron-core's fallback functions if it uses them. Idempotent."""
     module: Any = clip_grads
     if module.l2_norm_impl is local_multi_tensor_l2_norm:
         module.l2_norm_impl = l2_norm
@@ -25,12 +25,12 @@ def install() -> None:
 
 
 def l2_norm(_chunk: int, _overflow: Tensor, lists: Sequence[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
-    """Norm of all tensors together, [1], where they are."""
+    """Global L2 norm of all tensors, [1], on their device."""
     return torch.nn.utils.get_total_norm([tensor for tensors in lists for tensor in tensors]).view(1), None
 
 
 def scale(_chunk: int, _overflow: Tensor, lists: Sequence[list[Tensor]], factor: float) -> None:
-    """Write the first list's tensors, times a factor, to the second's, which may be the same ones."""
+    """Write the tensors of the first list times `factor` to those of the second, which may be the same tensors."""
     sources, targets = lists
     if sources is not targets:
         torch._foreach_copy_(targets, sources)

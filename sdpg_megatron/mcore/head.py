@@ -1,4 +1,4 @@
-"""The output head of a Megatron model: which matrix, which shard, which options. The maths is `sdpg_megatron.head`.
+"""Output head of a Megatron model: finds its matrix, shard and options for `sdpg_megatron.head`.
 
 Shapes: T response tokens of a micro-batch, H hidden size, V padded vocabulary.
 """
@@ -34,18 +34,18 @@ from sdpg_megatron.mcore.model import output_weight
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How hidden rows become log-probs and losses: everything about the output head but the weights."""
+    """Computes log-probs and losses from hidden rows and a model's output matrix."""
 
     vocab_size: int
-    """Columns that count; Megatron's padding above them does not."""
+    """Vocabulary size without Megatron's padding."""
     tensor_group: ProcessGroup
     options: HeadOptions = field(default_factory=HeadOptions)
 
     @classmethod
     def build(cls, config: RunConfig, vocab_size: int, tensor_group: ProcessGroup, chunks: Sequence[nn.Module]) -> Head:
-        """The head that a run's configuration asks for, in chunks that fit the memory which is free now.
+        """Build the head of a run, with chunks that fit the free memory.
 
-        A collective over `tensor_group` on the stages that end the model.
+        Collective over `tensor_group` on the last pipeline stage.
         """
         head = cls(vocab_size, tensor_group, head_options(config))
         (last,) = unwrap_model([chunks[-1]])
@@ -64,27 +64,26 @@ class Head:
         *,
         whole: bool = False,
     ) -> tuple[Tensor, HeadTerms]:
-        """A loss summed over rows, and the terms it was made of. See `sdpg_megatron.head.head_loss`."""
+        """Loss summed over rows, and the detached terms. See `sdpg_megatron.head.head_loss`."""
         weight_VH = output_weight(model)
         (gpt,) = unwrap_model([model])
         schedule = "recompute" if whole else self.options.schedule
         options = replace(self.options, schedule=schedule, reduce_hidden_grad=not gpt.output_layer.sequence_parallel)
-        # Megatron's 16-bit wrapper hands out float32.
+        # Megatron's 16-bit wrapper returns float32.
         rows_TH = hidden_TH.to(weight_VH.dtype)
         return head_loss(
             rows_TH, weight_VH, labels_T, loss, vocab=self.shard(weight_VH), teacher=teacher, options=options
         )
 
     def logprobs(self, model: nn.Module, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
-        """Log-probs alone, without gradient. See `sdpg_megatron.head.head_logprobs`."""
+        """Log-probs without gradient. See `sdpg_megatron.head.head_logprobs`."""
         weight_VH = output_weight(model)
         rows_TH = hidden_TH.to(weight_VH.dtype)
         return head_logprobs(rows_TH, weight_VH, labels_T, vocab=self.shard(weight_VH), options=self.options)
 
     def teacher_logprobs(self, model: nn.Module, hidden_GH: Tensor, labels_G: Tensor) -> Tensor:
-        """`logprobs` of the teacher's rows, at the teacher's temperature, by the output matrix that `model` has now."""
-        temperature = self.options.teacher_temperature or self.options.temperature
-        teacher = replace(self, options=replace(self.options, temperature=temperature))
+        """`logprobs` of the teacher's rows at the teacher's temperature, with the current output matrix of `model`."""
+        teacher = replace(self, options=replace(self.options, temperature=self.options.temperatures[1]))
         return teacher.logprobs(model, hidden_GH, labels_G)
 
     def gradient_squares(
@@ -95,7 +94,7 @@ class Head:
         teacher: TeacherRows | None,
         grads: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """See `sdpg_megatron.head.head_gradient_squares`; `grads` are the loss's in log-prob and divergence."""
+        """See `sdpg_megatron.head.head_gradient_squares`. `grads`: gradients of the loss in log-prob and divergence."""
         weight_VH = output_weight(model)
         return head_gradient_squares(
             hidden_TH.to(weight_VH.dtype),
@@ -109,12 +108,12 @@ class Head:
         )
 
     def shard(self, weight_VH: Tensor) -> VocabShard:
-        """Where this rank's rows of the matrix lie in the vocabulary."""
+        """Vocabulary shard of this rank's rows of the matrix."""
         return VocabShard(self.tensor_group.rank() * weight_VH.shape[0], self.vocab_size, self.tensor_group)
 
 
 def head_options(config: RunConfig) -> HeadOptions:
-    """A run's configuration in the head's terms."""
+    """Head options of a run's configuration."""
     head = config.head
     return HeadOptions(
         divergence=divergence(config),
@@ -124,12 +123,12 @@ def head_options(config: RunConfig) -> HeadOptions:
         chunk_rows=head.chunk_rows,
         kernels=head.kernels,
         main_grad=head.main_grad,
-        raises=False,  # `PolicyTrainer.update` skips the step, on all ranks
+        raises=False,  # `PolicyTrainer.update` skips the step on all ranks instead
     )
 
 
 def divergence(config: RunConfig) -> Divergence:
-    """What the distillation term measures."""
+    """Divergence of the distillation term."""
     objective = config.objective
     whole: dict[str, ReverseKL | ForwardKL | JensenShannon] = {
         "reverse_kl": ReverseKL(),

@@ -1,8 +1,8 @@
-"""Transformer layers out of megatron-core's parallel linears, for machines without Transformer Engine.
+"""Transformer layer specs: megatron-core's parallel linears without Transformer Engine, or Transformer Engine's layers.
 
-Three parts replace megatron-core's local ones: its norm refuses sequence parallelism, its attention core
-(`mcore.attention` is ours) materialises all scores, and its rotary embedding (ours is `mcore.rotary`) makes cosines
-anew in each layer.
+Without Transformer Engine, three local modules of megatron-core are replaced: its norm does not support sequence
+parallelism, its attention core materializes all scores (replaced by `mcore.attention`), and its rotary embedding
+recomputes cosines in each layer (replaced by `mcore.rotary`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from torch.nn import functional
 
 from sdpg_megatron.mcore import rotary
 from sdpg_megatron.mcore.attention import CausalAttention
+from sdpg_megatron.mcore.compiled import CompiledOnGpu
 from sdpg_megatron.mcore.routing import use_own_router
+
+SHORT_ROW = 256
+"""Rows up to this size, such as the heads of the query and key norms, are normalized by a compiled kernel on a GPU.
+torch's kernel works on one row per thread block, which short rows do not fill."""
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in float32, as Hugging Face's Llama and Qwen compute it.
+    """RMS norm in float32, as in Hugging Face's Llama and Qwen.
 
-    Under sequence parallelism its weight is marked, so that Megatron sums its gradient over tensor-parallel ranks.
+    Under sequence parallelism the weight is marked, so that Megatron sums its gradient over tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -40,11 +45,20 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        norm = rms_norm_on_gpu if len(self.weight) <= SHORT_ROW else rms_norm
+        return norm(hidden, self.weight, self.eps)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(hidden, weight.shape, weight, eps)
+
+
+rms_norm_on_gpu = CompiledOnGpu(rms_norm, token_inputs=1)
+"""`rms_norm`, as one kernel on a GPU."""
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """This stage's layers from megatron-core's own modules, with the parts above."""
+    """Spec of this stage's layers without Transformer Engine."""
     rotary.install()
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -62,7 +76,7 @@ def local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
 
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's fused layer."""
+    """Spec of Transformer Engine's fused layer."""
     layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,

@@ -1,4 +1,4 @@
-"""What the main rank does for all of them, such as writing a file: all learn what came of it."""
+"""Run a function on the main rank and share its result or error with all ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def on_main(ranks: ParallelState, act: Callable[[], T]) -> T:
-    """What `act` returns or raises on the main rank, on every rank. It is called there alone; every rank calls this.
+    """Call `act` on the main rank only, and return its result on every rank. Collective over all ranks.
 
     Raises:
-        SdpgError: what `act` raised. Any other error stays with the main rank, which it ends.
+        SdpgError: on every rank, if `act` raised it. Any other error is raised on the main rank only.
     """
     answer: T | SdpgError | None = None
     if ranks.is_main:

@@ -1,4 +1,4 @@
-"""From a Hugging Face architecture to this rank's GPTModel chunks, and back to globally named parameters."""
+"""Build this rank's GPTModel chunks from a Hugging Face architecture, and name their parameters globally."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's description of the same network.
+    """Megatron's configuration of the network.
 
-    `calculate_per_token_loss` is on: the loss function returns sums, and the gradients are divided once by the global
+    With `calculate_per_token_loss`, the loss function returns sums, and the gradients are divided once by the global
     number of response tokens.
     """
     dtype = getattr(torch, model.dtype)
@@ -56,7 +56,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Initialisation is what marks parameters as tensor-parallel, so it has to run; it need not fill anything.
+        # The initialization marks parameters as tensor-parallel, so it must run; the weights are loaded later.
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
@@ -69,11 +69,12 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         **(_experts(arch.experts, arch.ffn_size, grouped=uses_te(model)) if arch.experts else {}),
         variable_seq_lengths=parallel.pipeline > 1,
-        # Interleaved over two stages, a rank's next and previous neighbour are one: sends and receives of both
-        # directions in one batch would be matched by order alone, and mixed up. Overlapped, each direction has its own.
+        # Interleaved over two stages, the next and the previous stage are the same rank. One batch with sends and
+        # receives of both directions would match them by order and mix them up. With overlap the directions are
+        # separate.
         overlap_p2p_comm=bool(parallel.virtual_pipeline),
         batch_p2p_comm=not parallel.virtual_pipeline,
-        # megatron-core's default refuses variable lengths, with or without experts
+        # megatron-core's default does not support variable lengths, even without experts.
         moe_token_dispatcher_type=parallel.dispatcher,
         calculate_per_token_loss=True,
         recompute_granularity="full" if model.recompute else None,
@@ -89,7 +90,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
 
 
 def _experts(experts: Experts, ffn_size: int, *, grouped: bool) -> dict[str, Any]:
-    """Megatron's description of a mixture of experts; the router's logits are in the model's type, as elsewhere."""
+    """Megatron's configuration of a mixture of experts. Router logits are in the model's type."""
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": ffn_size,
@@ -107,10 +108,10 @@ def _leave_unset(weight: Tensor) -> Tensor:
 def build_chunks(
     arch: Architecture, model: ModelConfig, parallel: ParallelConfig, ranks: ParallelState
 ) -> list[GPTModel]:
-    """This rank's model chunks (one, or `parallel.virtual_pipeline` of them), with unset weights.
+    """Build this rank's model chunks (one, or `parallel.virtual_pipeline`) with uninitialized weights.
 
     Raises:
-        ConfigError: `model.spec` asks for Transformer Engine, which is not there.
+        ConfigError: `model.spec` needs Transformer Engine, which is not available.
     """
     check_layers(model)
     config = transformer_config(arch, model, parallel)
@@ -140,8 +141,9 @@ def _build_chunk(
     )
     for name, parameter in chunk.named_parameters():
         if _EXPERT.search(name):
-            # Megatron does so with several expert-parallel ranks alone. Always, it gives experts an optimizer of their
-            # own on every layout, so that a checkpoint fits all, and sums their gradients where only tensors differ.
+            # Megatron sets this only with expert parallelism. Set on every layout, experts always have a separate
+            # optimizer, so that checkpoints fit all layouts, and their gradients are summed over the right ranks if
+            # only the tensor-parallel sizes differ.
             parameter.allreduce = False
     deliver_numbers(chunk)
     return chunk
@@ -150,12 +152,12 @@ def _build_chunk(
 def mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
     """Set Megatron's tensor-parallel attributes on every parameter that the weight map shards.
 
-    Megatron counts a parameter without the mark on tensor-parallel rank 0 alone, in the gradient norm and in clipping.
-    Transformer Engine >= 2.13 does not set it on grouped expert weights, nor does megatron-core < 0.19
+    In the gradient norm and in clipping, Megatron counts a parameter without the mark on tensor-parallel rank 0 only.
+    Neither Transformer Engine >= 2.13 nor megatron-core < 0.19 sets it on grouped expert weights
     (NVIDIA/Megatron-LM#5916). Call it before DDP and optimizer are built; `build_chunks` does.
 
     Args:
-        chunks: a rank's model chunks, in order.
+        chunks: this rank's model chunks, in order.
         arch: from `read_architecture`.
     """
     parameters = weight_map(arch)
@@ -168,14 +170,14 @@ def mark_sharded(chunks: Sequence[GPTModel], arch: Architecture) -> None:
 
 
 def uses_te(model: ModelConfig) -> bool:
-    """Whether the layers are Transformer Engine's. Its attention has no float32 where sequences are packed."""
+    """True for Transformer Engine's layers. Their attention does not support float32 packed sequences."""
     return model.spec == "te" or (model.spec == "auto" and model.dtype == "bfloat16" and has_te())
 
 
 def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters under global names: layers and experts counted over the whole model, wrappers left out.
+    """This rank's parameters by global name: layers and experts are numbered over the whole model, without wrappers.
 
-    On the last of several stages a tied output layer shows as ``output_layer.weight``.
+    On the last of several stages a tied output layer is named ``output_layer.weight``.
     """
     for chunk in unwrap_model(list(chunks)):
         first_layer = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
@@ -186,12 +188,12 @@ def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Para
 
 
 def _counted_from(first: int, number: re.Pattern[str], name: str) -> str:
-    """Add to the number in a name; a name that has none stays as it is."""
+    """Add `first` to the number in a name; a name without a number is unchanged."""
     return number.sub(lambda match: f"{match[1]}{int(match[2]) + first}", name, count=1)
 
 
 def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, ranks: ParallelState) -> None:
-    """Fill this rank's parameters from a Hugging Face folder; only the slices that it needs are read."""
+    """Load this rank's parameters from a Hugging Face folder. Only the slices of this rank are read."""
     load_shards(
         {name: parameter.data for name, parameter in named_parameters(chunks)},
         folder,
@@ -204,7 +206,7 @@ def load_weights(chunks: Sequence[nn.Module], folder: Path, arch: Architecture, 
 
 @torch.no_grad()
 def first_non_finite(chunks: Sequence[nn.Module], arch: Architecture) -> str | None:
-    """Hugging Face names of this rank's first parameter with an infinity or a NaN; None where all are finite."""
+    """Hugging Face names of this rank's first parameter with an infinity or NaN; None if all are finite."""
     named = dict(named_parameters(chunks))
     if torch.nn.utils.get_total_norm(named.values(), norm_type=math.inf).isfinite():
         return None
@@ -213,10 +215,10 @@ def first_non_finite(chunks: Sequence[nn.Module], arch: Architecture) -> str | N
 
 
 def output_weight(model: nn.Module) -> nn.Parameter:
-    """The output matrix shard [V / TP, H] of a chunk that ends the model; where tied on one stage, the embedding."""
+    """Output matrix shard [V / TP, H] of the model's last chunk: its embedding if both are tied on one stage."""
     (gpt,) = unwrap_model([model])
     own: nn.Parameter | None = gpt.output_layer.weight
-    tied: nn.Parameter | None = None if own is not None else gpt.embedding.word_embeddings.weight
-    weight = own if own is not None else tied
-    assert weight is not None
-    return weight
+    if own is not None:
+        return own
+    tied: nn.Parameter = gpt.embedding.word_embeddings.weight
+    return tied

@@ -1,4 +1,4 @@
-"""Optimizer state in host memory, while colocated servers have the device's."""
+"""Offload the optimizer state to host memory while colocated servers use the device memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torch import Tensor, UntypedStorage, nn
 class OffloadedState:
     """Moves an optimizer's main parameters and state to pinned host memory and back.
 
-    The tensors stay the objects that they are, and can be read in between, as checkpoints do. Copies run in the
-    device's own order, at the speed of the link: pageable memory takes several times as long. The host memory is kept
-    for the next time.
+    The tensor objects stay the same and are readable while offloaded, for example by checkpoints. Copies run in stream
+    order at the speed of the link; pageable memory would take several times as long. The host buffers are reused.
     """
 
     def __init__(self, optimizer: Any, chunks: Sequence[nn.Module]) -> None:
-        """`chunks`: the model's; storages of their parameters are not moved."""
+        """`chunks`: the model chunks. Storages of their parameters are not moved."""
         self._optimizer = optimizer
         self._chunks = chunks
         self._hosts: list[Tensor] = []
-        """uint8, of each moved storage in their order."""
+        """Host buffer of each moved storage, uint8."""
         self._moved: list[list[Tensor]] = []
-        """The tensors of each moved storage."""
+        """Tensors of each moved storage; empty while on the device."""
         self._device: torch.device | None = None
 
     def offload(self) -> None:
-        """Free the device's memory. Returns when that is done; a second call moves nothing."""
+        """Move the state to the host and free the device memory. Waits for the copies. No-op if already offloaded."""
         if self._moved:
             return
         moved = self._by_storage()
@@ -46,13 +45,13 @@ class OffloadedState:
         self._moved = moved
 
     def restore(self) -> None:
-        """Undo `offload`; nothing where it was not called. What runs on the device afterwards finds the state."""
+        """Move the state back to the device, in stream order. No-op if not offloaded."""
         for tensors, host in zip(self._moved, self._hosts, strict=bool(self._moved)):
             _move(tensors, torch.empty_like(host, device=self._device).copy_(host, non_blocking=True))
         self._moved = []
 
     def _by_storage(self) -> list[list[Tensor]]:
-        """Main parameters and state by their storage, in an order that does not change."""
+        """Main parameters and state grouped by storage, in a fixed order."""
         own = {p.untyped_storage().data_ptr() for chunk in self._chunks for p in chunk.parameters()}
         found: dict[int, list[Tensor]] = {}
         for tensor in _tensors(self._optimizer):
@@ -63,7 +62,7 @@ class OffloadedState:
 
 
 def _move(tensors: Sequence[Tensor], memory: Tensor) -> None:
-    """Have tensors of one storage lie in other memory, which has its bytes."""
+    """Point all tensors of one storage to `memory`, which holds the same bytes."""
     for tensor in tensors:
         there = torch.empty(0, dtype=tensor.dtype, device=memory.device)
         there.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, built from this package's configuration."""
+"""Build Megatron's DDP wrapper, optimizer and learning-rate schedule from the configuration."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sdpg_megatron.config import OptimizerConfig
 from sdpg_megatron.mcore import gradient_norm
 
 HYPERPARAMETERS = ("betas", "eps", "max_lr", "min_lr")
-"""Keys of a parameter group. The scheduler sets learning rate and weight decay at every step."""
+"""Keys of a parameter group, except learning rate and weight decay, which the scheduler sets at every step."""
 
 
 def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
-    """Give every chunk float32 gradient buffers that are summed over data-parallel ranks."""
+    """Wrap every chunk in Megatron's DDP, with float32 gradient buffers reduced over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.overlap_grad_reduce,
@@ -41,7 +41,7 @@ def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[Distribute
 
 
 def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring every rank the others' shares of the last update, which were left to the next forward pass.
+    """Gather the updated parameter shards now instead of in the next forward pass (`overlap_param_gather`).
 
     Collective over the data-parallel ranks.
     """
@@ -50,7 +50,7 @@ def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> Any:
-    """Adam with decoupled weight decay; state sharded over data-parallel ranks where `config.distributed`."""
+    """Build AdamW; with `config.distributed` its state is sharded over data-parallel ranks."""
     gradient_norm.install()
     dtype = chunks[0].config.params_dtype
     built = mcore_optimizer.get_megatron_optimizer(
@@ -62,7 +62,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             adam_eps=config.eps,
-            clip_grad=config.clip_grad or math.inf,  # with 0 Megatron would not even compute the norm
+            clip_grad=config.clip_grad or math.inf,  # with 0 Megatron does not compute the norm
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
@@ -77,9 +77,9 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
 
 
 def fuse_torch_adam(optimizer: Any) -> None:
-    """Have torch's AdamW, which Megatron takes without apex and Transformer Engine, run as one kernel.
+    """Use the fused kernel of torch's AdamW, which Megatron uses without apex and Transformer Engine.
 
-    Its default makes temporary copies of 4 bytes a parameter. To be called before the first step.
+    The default implementation allocates temporaries of 4 bytes per parameter. Call before the first step.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW | torch.optim.Adam):
@@ -88,12 +88,12 @@ def fuse_torch_adam(optimizer: Any) -> None:
 
 
 def ready_gradients(optimizer: Any) -> float:
-    """Take an optimizer's step but for the update: gradients then are clipped, and `step_with_ready_grads` is due.
+    """Reduce and clip the gradients without updating the weights; call ``optimizer.step_with_ready_grads()`` next.
 
-    Megatron's own step updates the weights whatever it found.
+    Megatron's ``step()`` updates the weights even if the norm is not finite.
 
     Returns:
-        The global norm of the gradients before; NaN where they overflowed.
+        Global gradient norm before clipping; NaN on overflow.
     """
     optimizer.step_with_ready_grads = lambda: True
     try:
@@ -105,7 +105,7 @@ def ready_gradients(optimizer: Any) -> float:
 
 @contextmanager
 def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
-    """Leave the parameter groups' hyperparameters as configured, whatever a state that is loaded meanwhile says."""
+    """Restore the configured hyperparameters on exit, after a state with other values was loaded inside."""
     before = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
     yield
     for group, values in zip(optimizer.param_groups, before, strict=True):
@@ -113,7 +113,7 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 
 
 def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up whose first step already learns (lr / warmup_steps), then `config.schedule` down to `min_lr`."""
+    """Schedule: linear warm-up from lr / warmup_steps at the first step, then `config.schedule` to `min_lr`."""
     warmup = max(config.warmup_steps, 1)
     return OptimizerParamScheduler(
         optimizer,
@@ -128,5 +128,5 @@ def build_scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a checkpoint gives the position alone: the rest may have been changed
+        override_opt_param_scheduler=True,  # from a checkpoint only the position: the configuration may have changed
     )

@@ -1,4 +1,4 @@
-"""Process groups: who this rank is, and with whom it talks."""
+"""Process groups, and this rank's position in them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ParallelState:
-    """This rank's place in the tensor x pipeline x context x data grid, and among the ranks that share experts.
+    """This rank's coordinates, sizes and groups in the tensor x pipeline x context x data grid, and among expert ranks.
 
-    A replica is the ranks that hold one copy of the model between them: tensor x pipeline, times the context- and
-    data-parallel ranks that its experts are spread over.
+    A replica is the set of ranks that together hold one copy of the model: tensor x pipeline, times the context- and
+    data-parallel ranks over which its experts are sharded.
     """
 
     world: int
@@ -50,15 +50,16 @@ class ParallelState:
     expert_tensor: int
     expert_tensor_size: int
     expert_group: ProcessGroup
-    """The ranks of the stage that hold one copy of its experts, those that share an expert next to one another."""
+    """Ranks of the stage that hold one copy of its experts; the ranks that shard an expert are adjacent."""
 
     @property
     def _copy(self) -> int:
-        """Context- and data-parallel ranks, counted together: each has all layers' weights but the experts'."""
+        """Index over context- and data-parallel ranks, which have the same weights except experts."""
         return self.data * self.context_size + self.context
 
     @property
     def _copies_of_replica(self) -> int:
+        """Number of `_copy` indices in a replica."""
         return max(1, self.expert_group.size() // self.tensor_size)
 
     @property
@@ -71,12 +72,12 @@ class ParallelState:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and speaks."""
+        """True on the rank that writes files and logs."""
         return self.rank == 0
 
     @property
     def leads_replica(self) -> bool:
-        """The rank of its replica that receives full weights and generates: first stage, first tensor rank."""
+        """True on the rank of each replica that receives full weights and generates: first stage, tensor rank 0."""
         return self.tensor == 0 and self.pipeline == 0 and self._copy % self._copies_of_replica == 0
 
     @property
@@ -84,36 +85,36 @@ class ParallelState:
         return self.pipeline == self.pipeline_size - 1
 
     def describe(self) -> str:
-        """The grid in words."""
+        """Sizes of the grid, for messages."""
         sizes = {"tensor": self.tensor_size, "pipeline": self.pipeline_size}
         sizes |= {"context": self.context_size, "data": self.data_size}
         return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Barrier over all ranks."""
         if self.world > 1:
             dist.barrier()
 
     def gather_all(self, value: T) -> list[T]:
-        """Every rank's object, in rank order, on every rank."""
+        """Gather an object from every rank, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
 
 def initialize(parallel: ParallelConfig, seed: int, environment: RankEnvironment | None = None) -> ParallelState:
-    """Start (or join) the process group, build Megatron's groups, seed its RNG tracker.
+    """Initialize the process group if needed, build Megatron's groups and seed its RNG tracker.
 
-    Groups of another layout, built earlier in this process, are replaced.
+    Replaces Megatron groups of another layout that were built earlier in this process.
 
     Args:
-        environment: this rank's place in the job; None for what the environment variables say, without which this
-            process is the whole job.
+        environment: this rank's place in the job. None: read from the environment variables; without these the job has
+            one process.
 
     Raises:
-        LaunchError: the variables are faulty, or not all ranks come in `parallel.rendezvous_timeout`.
-        ConfigError: the number of ranks is no multiple of tensor x pipeline x context, or of the ranks that share
-            experts.
+        LaunchError: the variables are invalid, or ranks are missing after `parallel.rendezvous_timeout`.
+        ConfigError: the number of ranks is not a multiple of tensor x pipeline x context, or of expert x
+            expert_tensor x pipeline.
     """
     device.install()
     environment = environment or RankEnvironment.read()
@@ -156,7 +157,7 @@ def _start_process_group(parallel: ParallelConfig, environment: RankEnvironment)
         gpu = _take_gpu(environment.local_rank)
         set_nccl_defaults(os.environ)
     limit = timedelta(seconds=parallel.timeout)
-    # Objects (token lists, metrics) travel over Gloo, tensors over NCCL, each by the device it lives on.
+    # The device chooses the backend: Gloo for pickled objects (token lists, metrics), NCCL for GPU tensors.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if environment.world_size == 1:
         alone: Any = dist.HashStore()  # type: ignore[attr-defined]
@@ -169,23 +170,23 @@ def _start_process_group(parallel: ParallelConfig, environment: RankEnvironment)
         dist.init_process_group(backend, timeout=joining, store=store, rank=rank, world_size=world_size)
     except RuntimeError as error:
         found = f"ranks that cannot connect to each other ({str(error).splitlines()[0]})"
-        fix = "set GLOO_SOCKET_IFNAME to the interface that reaches the other machines, and see whether a rank ended"
+        fix = "set GLOO_SOCKET_IFNAME to the interface that reaches the other machines, and check if a rank ended"
         raise LaunchError("process group", found, "connections between all ranks", fix) from error
     _set_pg_timeout(limit)
     store.set_timeout(limit)
 
 
 def set_nccl_defaults(variables: MutableMapping[str, str]) -> None:
-    """Set the NCCL variables that SGLang sets for its servers, unless the user has set them. Before any NCCL group.
+    """Set the NCCL variables that SGLang sets for its servers, unless they are set. Call before any NCCL group exists.
 
-    The trainer is in one group with the servers when weights are broadcast, and both sides of a group have to agree.
+    When weights are broadcast, the trainer shares a group with the servers, and all members need the same values.
     """
     for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
         variables.setdefault(name, "0")
 
 
 def _take_gpu(local_rank: int) -> str:
-    """Make it this rank's current device; the GPU and its machine, for messages."""
+    """Make GPU `local_rank` the current device. Returns its name and machine, for messages."""
     count = torch.cuda.device_count()
     if local_rank >= count:
         fix = "start fewer ranks on this machine, or make more GPUs visible to them (CUDA_VISIBLE_DEVICES)"
@@ -197,7 +198,7 @@ def _take_gpu(local_rank: int) -> str:
 
 
 def current() -> ParallelState:
-    """This rank's place, read from Megatron's global state once; the rest of the package passes the record on."""
+    """Read this rank's `ParallelState` from Megatron's global state."""
     state = parallel_state
     return ParallelState(
         world=dist.get_world_size(),
@@ -222,7 +223,7 @@ def current() -> ParallelState:
 
 
 def shutdown() -> None:
-    """Leave Megatron's groups and the process group."""
+    """Destroy Megatron's groups and the process group."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Forward-only passes through the same pipeline schedule as training: teacher rows, and log-probs under other weights.
+"""Forward-only passes over the training's pipeline schedule: teacher hidden rows, and log-probs of sampled tokens.
 
 Shapes: T response tokens of a micro-batch, G rows with an open gate, H hidden size.
 """
@@ -31,11 +31,11 @@ def run_schedule(
     forward_only: bool = False,
     collect: bool = False,
 ) -> list[Any]:
-    """Run micro-batches through Megatron's schedule for this layout; on the last stage, one result per micro-batch."""
-    # The interleaved schedule wants whole rounds: micro-batches without response tokens fill the last one.
+    """Run micro-batches through Megatron's schedule. Returns one result per micro-batch on the last stage, else []."""
+    # The interleaved schedule needs full rounds: micro-batches without response tokens pad the last one.
     rounds = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
     fed = [*batches, *[batches[0].emptied()] * (-len(batches) % rounds)]
-    size, length = fed[0].student.tokens_BS.shape  # with pipeline stages each micro-batch tells its own
+    size, length = fed[0].student.tokens_BS.shape  # with pipeline stages, each micro-batch sends its shape
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(fed) for _ in chunks],
@@ -51,27 +51,28 @@ def run_schedule(
 
 @torch.no_grad()
 def teacher_hidden(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -> list[Tensor | None]:
-    """Last hidden states of the teacher at the gated response rows: [G, H] per micro-batch, on the last stage.
+    """Last hidden states of the teacher at response rows with an open gate: [G, H] per micro-batch, on the last stage.
 
-    Only these are kept (H numbers a token instead of V / TP logits); the head turns them into the teacher's
-    distribution, tile by tile. None for micro-batches without an open gate, and on other stages. The pass runs in eval
-    mode, without dropout.
+    Only these are kept: H numbers per token instead of V / TP logits. The head computes the teacher's distribution from
+    them, tile by tile. None for micro-batches without an open gate, and on other stages. The pass runs in eval mode,
+    without dropout.
     """
 
     def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         sequences = next(data).student
         return hidden_states(model, sequences), _Collect(lambda hidden: rows(hidden, sequences))
 
-    distill_enabled = [
-        dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None
-    ]
-    fillers = [batches[0].emptied()] * (_most(len(distill_enabled)) - len(distill_enabled))
-    found = iter(_collect(chunks, forward, [*distill_enabled, *fillers]))
-    return [None if batch.teacher is None else _where_wanted(next(found), batch.teacher) for batch in batches]
+    with_teacher = [dataclasses.replace(batch, student=batch.teacher) for batch in batches if batch.teacher is not None]
+    fillers = [batches[0].emptied()] * (_most(len(with_teacher)) - len(with_teacher))
+    found = iter(_collect(chunks, forward, [*with_teacher, *fillers]))
+    return [None if batch.teacher is None else _to_student_ranks(next(found), batch.teacher) for batch in batches]
 
 
-def _where_wanted(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
-    """A prompt of another length puts a response's tokens on other context-parallel ranks: bring the rows together."""
+def _to_student_ranks(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
+    """Send the teacher's rows to the context-parallel ranks that have the same response tokens for the student.
+
+    The prompts differ in length, so a response token can be on another rank in the teacher's layout.
+    """
     if rows_GH is None or read.route is None:
         return rows_GH
     return exchange(rows_GH, read.route, parallel_state.get_context_parallel_group())
@@ -79,9 +80,9 @@ def _where_wanted(rows_GH: Tensor | None, read: SequenceBatch) -> Tensor | None:
 
 @torch.no_grad()
 def teacher_logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
-    """log q(y_t) of the response tokens under the teacher: [T] per micro-batch, on the last stage, 0 at closed gates.
+    """log q(y_t) of the response tokens under the teacher: [T] per micro-batch, on the last stage; 0 at closed gates.
 
-    `teacher_hidden`, and the head by the output matrix that the model has now. None as there.
+    Runs `teacher_hidden`, then the head with the model's current output matrix. None as for `teacher_hidden`.
     """
 
     def scattered(batch: MicroBatch, hidden_GH: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def teacher_logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch],
 
 @torch.no_grad()
 def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: Head) -> list[Tensor | None]:
-    """log pi(y_t) of the response tokens under the model's present weights: [T] per micro-batch, on the last stage.
+    """log pi(y_t) of the response tokens under the model's current weights: [T] per micro-batch, on the last stage.
 
-    The pass runs in eval mode, without dropout.
+    None on other stages. The pass runs in eval mode, without dropout.
     """
 
     def forward(data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
@@ -113,7 +114,7 @@ def logprobs(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch], head: H
 
 @dataclass(frozen=True, slots=True)
 class _Collect:
-    """A loss function that is asked for data, not for a loss."""
+    """Loss function of a forward-only pass, called by Megatron with ``non_loss_data=True``."""
 
     collect: Callable[[Tensor], Tensor]
 
@@ -124,7 +125,7 @@ class _Collect:
 def _collect(
     chunks: Sequence[nn.Module], forward: Callable[..., Any], batches: Sequence[MicroBatch]
 ) -> list[Tensor | None]:
-    """What the last stage collected, one result per micro-batch; Nones on other stages."""
+    """Run a forward-only pass. Returns one result per micro-batch on the last stage, Nones on other stages."""
     if not batches:
         return []
     with _eval_mode(chunks):
@@ -133,7 +134,7 @@ def _collect(
 
 @contextmanager
 def _eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the chunks in eval mode, so that no dropout is applied; every module's own mode comes back."""
+    """Put the chunks in eval mode, and restore the mode of every module on exit."""
     training = [module for chunk in chunks for module in chunk.modules() if module.training]
     for chunk in chunks:
         chunk.eval()
@@ -145,7 +146,7 @@ def _eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _most(count: int) -> int:
-    """The largest count among the data-parallel ranks that share experts: they have to run as many micro-batches."""
+    """Maximum count over the ranks that share experts, which must run the same number of micro-batches. Collective."""
     group = parallel_state.get_expert_tensor_and_model_parallel_group()
     if group.size() <= parallel_state.get_tensor_model_parallel_world_size():
         return count

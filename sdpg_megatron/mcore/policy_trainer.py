@@ -1,6 +1,7 @@
-"""The trainable model on this rank: passes and optimizer steps over micro-batches, wherever these come from.
+"""The trained model on this rank: passes and optimizer steps over micro-batches.
 
-All ranks of a replica call every method with the same micro-batches, and all replicas with the same number of them.
+All ranks of a replica must call every method with the same micro-batches, and all replicas with the same number of
+them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sdpg_megatron.observe.metrics import Metric, Reduction, merge
 from sdpg_megatron.records import MicroBatch
 
 SKIPPED = "optimizer/skipped"
-"""Metric: optimizer steps that were not taken, as loss or gradient was not finite."""
+"""Metric: number of optimizer steps skipped because loss or gradient was not finite."""
 
 
 class PolicyTrainer:
@@ -54,19 +55,19 @@ class PolicyTrainer:
         self._minibatches = config.optimizer.minibatches
         self._gathers_late = config.optimizer.overlap_param_gather
         self._gathered = not self._gathers_late
-        """Whether the weights are whole, and no pass gathers any: so at a rollout step's end, for others to read."""
-        self._gather()  # they are whole, but Megatron would have the first forward pass do so
+        """True if the weights are complete on this rank and no later pass gathers them (`overlap_param_gather`)."""
+        self._gather()  # the loaded weights are complete, but Megatron would gather them in the first forward pass
         self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.optimizer: Any = build_optimizer(self.chunks, config.optimizer)
         self._offloaded = OffloadedState(self.optimizer, self.chunks)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)
         self.head = Head.build(config, self.arch.vocab_size, ranks.tensor_group, self.chunks)
         required_passes = passes_of_run(objective, config.total_optimizer_steps)
-        # The model that the run starts from: a resumed run reads it from the same folder.
+        # Weights of the model folder. A resumed run reads them from the same folder.
         kept = required_passes.reference or (required_passes.privileged and config.objective.teacher == "initial")
         initial = FrozenWeights(self.chunks) if kept else None
         self._reference = initial if required_passes.reference else None
-        # Log-probs are computed before the first update anyway: nothing of the teacher has to outlive that moment.
+        # With teacher log-probs only, all teacher passes run before the first update: no copy of the weights is needed.
         updates = self._minibatches if required_passes.teacher else 1
         self.teacher = (
             build_teacher(config.objective, self.chunks, initial, updates)
@@ -75,16 +76,17 @@ class PolicyTrainer:
         )
 
     def _gather(self) -> None:
-        """Have whole weights: whoever reads them between mini-batches, but for the training pass, asks for this first.
+        """Gather the weights if `overlap_param_gather` has left them sharded. Collective over data-parallel ranks.
 
-        Forward-only passes, too: they would gather what they need as they go, and some ranks may have none to run.
+        Call before weights are read between mini-batches, except in the training pass. Forward-only passes need it too:
+        they would gather layer by layer, and some ranks may have no micro-batch to run.
         """
         if not self._gathered:
             gather_parameters(self.chunks)
             self._gathered = True
 
     def offload(self) -> None:
-        """Move the optimizer's state to the host and free the gradient buffers, until `onload`."""
+        """Move the optimizer state to the host and free the gradient buffers, until `onload`."""
         cuda = self.device.type == "cuda"
         for chunk in self.chunks:
             chunk.offload_grad_buffers(synchronize=cuda, empty_cache=False)
@@ -93,38 +95,38 @@ class PolicyTrainer:
             torch.cuda.empty_cache()
 
     def onload(self) -> None:
-        """Undo `offload`; the gradients are 0. Nothing where it was not called."""
+        """Undo `offload`, with gradients 0. No-op if not offloaded."""
         cuda = self.device.type == "cuda"
         for chunk in self.chunks:
             chunk.restore_grad_buffers(synchronize=cuda)
         self._offloaded.restore()
 
     def named_weights(self) -> dict[str, Tensor]:
-        """This rank's weight shards under global Megatron names: live storage, not copies."""
+        """This rank's weight shards by global Megatron name: live storage, not copies."""
         assert self._gathered, "weights are read between rollout steps"
         return {name: parameter.data for name, parameter in named_parameters(self.chunks)}
 
     def with_reference(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the reference model's log-probs."""
-        assert self._reference is not None, "an objective that needs the reference has alpha > 0"
+        """Add the reference model's log-probs to the micro-batches."""
+        assert self._reference is not None, "the objective has no reference term"
         self._gather()
         with self._reference.swapped_in(self.chunks):
             found = passes.logprobs(self.chunks, batches, self.head)
         return [dataclasses.replace(b, reference_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the present weights' log-probs, as those that later mini-batches are compared with."""
+        """Add the current weights' log-probs as the old log-probs of later mini-batches."""
         self._gather()
         with self.routing.step(batches) as numbered:
             found = passes.logprobs(self.chunks, numbered, self.head)
         return [dataclasses.replace(b, old_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def begin(self, step: int) -> None:
-        """A rollout step's training begins: to be called once, before its passes and updates."""
+        """Begin training on rollout step `step`. Call once, before its passes and updates."""
         self.teacher.begin(step)
 
     def with_early_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the rows of a teacher that has to read before the step's first update, in host memory; else nothing."""
+        """Add the hidden rows of an early teacher (see `Teacher.early`), in host memory; no-op for other teachers."""
         return self._with_teacher(batches) if self.teacher.early else list(batches)
 
     def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -137,23 +139,23 @@ class PolicyTrainer:
         return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
 
     def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the teacher's log-probs of the sampled tokens at open gates. To be called before a rollout's updates."""
+        """Add the teacher's log-probs of the sampled tokens at open gates. Call before the rollout step's updates."""
         self._gather()
         with self.teacher.reading():
             found = passes.teacher_logprobs(self.chunks, batches, self.head)
         return [dataclasses.replace(b, teacher_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
 
     def update(self, batches: Sequence[MicroBatch], context: StepContext) -> dict[str, Metric]:
-        """Run the passes that the objective still needs, then one optimizer step over the batch.
+        """Run the teacher pass if still needed, then one optimizer step over the batch. Collective over all ranks.
 
-        A step whose loss or gradient is not finite is skipped, on all ranks: weights, optimizer, learning rate and
-        teacher stay as they were. `optimizer/skipped` is then 1, and nothing is reported of the rest but `NONFINITE`.
+        A step with a non-finite loss or gradient is skipped on all ranks: weights, optimizer, learning rate and teacher
+        do not change. `SKIPPED` is then 1, and `NONFINITE` is the only other metric.
 
         Returns:
             The step's metrics, the same on every rank.
 
         Raises:
-            NonFiniteWeightsError: on every rank, where the step made a weight infinite or NaN.
+            NonFiniteWeightsError: on every rank, if the step made a weight infinite or NaN.
         """
         required_passes: RequiredPasses = self.objective.required_passes(context)
         if required_passes.teacher and not self.teacher.early:
@@ -175,11 +177,11 @@ class PolicyTrainer:
         )
         with self.routing.step(batches) as numbered:
             reports = passes.run_schedule(self.chunks, step, numbered)
-        # Of a skipped step, too: Megatron has its next pass, whichever that is, gather weights layer by layer.
+        # Also after a skipped step: Megatron's next pass, of any kind, would gather the weights layer by layer.
         self._gathered = not self._gathers_late
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         grad_norm = ready_gradients(self.optimizer)
-        # Tensor-parallel ranks compute the same numbers: one of them speaks, or sums would count twice.
+        # Tensor-parallel ranks compute the same numbers: only one reports them, or sums would count twice.
         local = merge(read_reports(reports)) if self.ranks.tensor == 0 else {}
         finite, found = zip(
             *self.ranks.gather_all((math.isfinite(grad_norm), {**local, **self.routing.metrics()})), strict=True
@@ -202,7 +204,7 @@ class PolicyTrainer:
         }
 
     def _step(self) -> None:
-        """Have weights, learning rate and teacher follow the gradients, which are ready."""
+        """Update weights, learning rate and teacher from the clipped gradients."""
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         if self.teacher.follows_updates:
@@ -212,10 +214,13 @@ class PolicyTrainer:
     def check_weights(self, when: str) -> None:
         """Check that every weight of the model is finite. Collective over all ranks.
 
-        A weight that is gathered late is looked at by the rank that updates it.
+        With `overlap_param_gather`, each weight is checked by the rank that updates it.
+
+        Args:
+            when: the time of the check, for the error message.
 
         Raises:
-            NonFiniteWeightsError: on every rank, naming the first such tensor; `when` says which weights they are.
+            NonFiniteWeightsError: on every rank, naming the first such tensor.
         """
         found = next(filter(None, self.ranks.gather_all(first_non_finite(self.chunks, self.arch))), None)
         if found is not None:
@@ -223,10 +228,10 @@ class PolicyTrainer:
 
     @property
     def minibatches(self) -> int:
-        """Optimizer steps of a rollout step."""
+        """Optimizer steps per rollout step."""
         return self._minibatches
 
     @property
     def has_learned(self) -> bool:
-        """Whether an optimizer step was ever taken: before, there is no state of the optimizer to save."""
+        """True after the first optimizer step. Before it, there is no optimizer state to save."""
         return bool(self.scheduler.num_steps)

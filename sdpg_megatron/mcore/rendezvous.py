@@ -1,7 +1,8 @@
-"""Rendezvous: all ranks join one store within minutes, and those that do not come are named.
+"""Rendezvous: all ranks join one store within a timeout; errors name the missing or conflicting ranks.
 
-torch's own rendezvous says nothing while it waits, names nobody, and has one timeout with all collectives. Here every
-rank writes an arrival into the store, and rank 0 answers all of them: complete, or what is missing or wrong.
+torch's rendezvous logs nothing while it waits, does not name missing ranks, and shares its timeout with collectives.
+Here every rank writes an arrival to the store. Rank 0 checks the arrivals and publishes one answer: complete, or an
+error.
 """
 
 from __future__ import annotations
@@ -28,54 +29,54 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL = 0.25
-"""Seconds between two looks at the store."""
+"""Seconds between polls of the store."""
 REPORT_AFTER, REPORT_EVERY = 15.0, 60.0
-"""Seconds until a rank that waits says what for, and between two such messages."""
+"""Seconds until a waiting rank logs what it waits for, and between later messages."""
 CONNECT = 20.0
-"""Seconds for one connection, and for the handshake that follows."""
+"""Timeout in seconds of a connection, and of the handshake after it."""
 PACE = 5.0
-"""Seconds between two handshakes: torch writes a page of warnings for each that fails."""
+"""Seconds between handshakes: torch logs a page of warnings for each that fails."""
 PATIENCE = 10.0
-"""Seconds for a process that has the port, and is being ended, to be gone."""
+"""Seconds to wait for an ending process to release the port."""
 SETTLE = 5.0
-"""Seconds beyond a timeout: for torch to notice its own, and for other ranks to read what rank 0 has found."""
+"""Seconds beyond a timeout: for torch's own timeout to trigger, and for other ranks to read rank 0's answer."""
 LISTED = 8
-"""Processes that a message names."""
+"""Maximum number of processes in a message."""
 _calls = itertools.count()
 COUNT, ANSWER, READ = "arrivals", "answer", "read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """One rank, as it presents itself."""
+    """A rank's entry in the store."""
 
     rank: int
     world_size: int
     process: str
     device: str
-    """The GPU that it takes, and on which machine; empty for the CPU."""
+    """GPU of the rank and its machine; empty for the CPU."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.process})"
 
 
 def rendezvous(environment: RankEnvironment, seconds: float, device: str = "") -> Store:
-    """Join the store of a job of several ranks, and wait until all of them have.
+    """Join the store of a job with several ranks, and wait for all of them.
 
     Args:
-        environment: tells where the store is: rank 0's own, or that of torchrun's agent.
-        seconds: until all ranks have to be there.
+        environment: has the address of the store, which rank 0 or torchrun's agent hosts.
+        seconds: timeout for all ranks to arrive.
         device: see `Arrival.device`.
 
     Returns:
-        An empty part of the store, for the process group.
+        An empty prefix of the store, for the process group.
 
     Raises:
-        LaunchError: the store cannot be reached, ranks are missing, or ranks contradict each other; on all that came.
+        LaunchError: on all ranks that arrived: the store cannot be reached, or ranks are missing or in conflict.
     """
     deadline = time.monotonic() + seconds
     whole = _connect(environment, deadline, seconds)
-    # torchrun's agent keeps one store for all attempts, and for all calls of each.
+    # torchrun's agent keeps one store for all attempts, and this function may be called several times per attempt.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"rendezvous/{attempt}/{next(_calls)}", whole)
     own = Arrival(
@@ -89,15 +90,17 @@ def rendezvous(environment: RankEnvironment, seconds: float, device: str = "") -
         call(_RollCall(store, own, deadline, seconds).run, bound)
     except (RuntimeError, TimeoutError) as error:
         found = f"no answer from the store at {_where(environment)} ({_reason(error)})"
-        raise LaunchError("rendezvous", found, "rank 0, until all ranks are there", "see what rank 0 said") from error
+        raise LaunchError(
+            "rendezvous", found, "rank 0 to serve it until all ranks arrived", "see rank 0's log"
+        ) from error
     return PrefixStore("group", store)
 
 
 def call(act: Callable[[], T], seconds: float) -> T:
-    """Call `act` on another thread: calls into torch may exceed their own timeouts.
+    """Call `act` on a daemon thread with a timeout, because torch calls may exceed their own timeouts.
 
     Raises:
-        TimeoutError: it takes longer; the thread goes on, and does not keep the process from ending.
+        TimeoutError: `act` did not return in time. Its thread keeps running, but does not block the process's exit.
     """
     future: Future[T] = Future()
 
@@ -115,7 +118,7 @@ def call(act: Callable[[], T], seconds: float) -> T:
 
 
 def _connect(environment: RankEnvironment, deadline: float, seconds: float) -> TCPStore:
-    """Open the store, or wait for it: names are unknown and ports closed until rank 0's machine is up."""
+    """Open the store, with retries: its host name may not resolve and its port may be closed until rank 0 is up."""
     hosts = environment.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     reporter = _Reporter()
     if hosts:
@@ -123,7 +126,7 @@ def _connect(environment: RankEnvironment, deadline: float, seconds: float) -> T
     while True:
         pause = POLL
         try:
-            # A plain connection first: torch warns at length of each that fails.
+            # A plain connection first, because torch logs long warnings for each failed one.
             address = environment.master_addr, environment.master_port
             if hosts:
                 socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
@@ -134,14 +137,14 @@ def _connect(environment: RankEnvironment, deadline: float, seconds: float) -> T
         except (OSError, RuntimeError) as error:  # OSError: also a timeout
             reason = _reason(error)
         if "Ping failed" in reason or "EADDRINUSE" in reason:
-            raise _taken(environment.master_port, f"another program answers at {_where(environment)}")
+            raise _taken(environment.master_port, f"another program at {_where(environment)}")
         if time.monotonic() + pause > deadline:
             found = f"{_where(environment)} not reached in {seconds:g} s ({reason})"
             fix = (
-                "start rank 0 as well; set MASTER_ADDR and MASTER_PORT alike on all ranks, to an address of its machine"
+                "start rank 0; set the same MASTER_ADDR and MASTER_PORT on all ranks, to an address of rank 0's machine"
             )
-            raise LaunchError("MASTER_ADDR", found, "rank 0, listening there", fix)
-        reporter.say(f"rank {environment.rank} waits for rank 0 at {_where(environment)}: {reason}")
+            raise LaunchError("MASTER_ADDR", found, "rank 0 listening there", fix)
+        reporter.log(f"rank {environment.rank} waits for rank 0 at {_where(environment)}: {reason}")
         time.sleep(pause)
 
 
@@ -152,7 +155,7 @@ def _open(environment: RankEnvironment, *, hosts: bool) -> TCPStore:
 
 
 def _check_port(port: int, deadline: float) -> None:
-    """Raises `LaunchError` where a process of this machine listens on rank 0's port, and goes on doing so."""
+    """Raise `LaunchError` if a process of this machine still listens on rank 0's port at `deadline`."""
     while True:
         try:
             socket.create_server(("", port)).close()
@@ -164,15 +167,15 @@ def _check_port(port: int, deadline: float) -> None:
 
 
 def _taken(port: int, found: str) -> LaunchError:
-    fix = "end what listens there (another run, or a second process with RANK=0), or choose another on all ranks"
-    return LaunchError("MASTER_PORT", found, f"port {port} of rank 0's machine for rank 0 alone", fix)
+    fix = "end the process on it (another run, or a second process with RANK=0), or set another port on all ranks"
+    return LaunchError("MASTER_PORT", found, f"port {port} of rank 0's machine free for rank 0", fix)
 
 
 # --- the roll call
 
 
 class _RollCall:
-    """One rank's part. Arrivals are numbered in the store; rank 0 reads them all and sets one answer."""
+    """A rank's part in the rendezvous. Arrivals are numbered in the store; rank 0 reads all and sets one answer."""
 
     def __init__(self, store: Store, own: Arrival, deadline: float, seconds: float) -> None:
         self._store, self._own = store, own
@@ -181,7 +184,7 @@ class _RollCall:
         self._reporter = _Reporter()
 
     def run(self) -> None:
-        """Raises `LaunchError`."""
+        """Register this rank and wait for rank 0's answer. Raises `LaunchError`."""
         number = self._store.add(COUNT, 1)
         self._store.set(_key(number), json.dumps(asdict(self._own)))
         answer = self._find() if self._own.rank == 0 else self._wait()
@@ -195,7 +198,7 @@ class _RollCall:
             raise _repeated(next(arrival for arrival in accepted if arrival.rank == self._own.rank), self._own)
 
     def _find(self) -> dict[str, Any]:
-        """Rank 0: the answer, which all others get."""
+        """On rank 0: wait until all ranks arrived, one conflicts or the timeout passes; publish the answer."""
         while True:
             self._read()
             error = contradiction(list(self._arrivals.values()))
@@ -204,11 +207,11 @@ class _RollCall:
             if error is not None or not self._missing():
                 answer = {"error": str(error or ""), "accepted": list(self._arrivals)}
                 return _parse(self._store.compare_set(ANSWER, "", json.dumps(answer)))
-            self._reporter.say(f"rank 0 waits for {name_ranks(self._missing())} of {self._own.world_size}")
+            self._reporter.log(f"rank 0 waits for {name_ranks(self._missing())} of {self._own.world_size}")
             time.sleep(POLL)
 
     def _wait(self) -> dict[str, Any]:
-        """Another rank: rank 0's answer."""
+        """On other ranks: wait for rank 0's answer."""
         while not self._store.check([ANSWER]):
             if time.monotonic() > self._deadline + SETTLE:
                 self._read()
@@ -229,11 +232,11 @@ class _RollCall:
         more = f" and {len(there) - LISTED} more" if len(there) > LISTED else ""
         found = f"{', '.join(map(str, there[:LISTED]))}{more} after {self._seconds:g} s"
         expected = f"{name_ranks(self._missing())} of {self._own.world_size} as well"
-        fix = "start them, or see why they ended; parallel.rendezvous_timeout bounds the wait"
+        fix = "start them, or check why they ended; parallel.rendezvous_timeout sets the timeout"
         return LaunchError("rendezvous", found, expected, fix)
 
     def _let_others_read(self) -> None:
-        """The store may end with this process."""
+        """On rank 0: wait until all ranks have read the answer, because the store may end with this process."""
         deadline = time.monotonic() + SETTLE
         while self._own.rank == 0 and time.monotonic() < deadline:
             if self._store.add(READ, 0) >= self._store.add(COUNT, 0):
@@ -242,7 +245,7 @@ class _RollCall:
 
 
 def contradiction(arrivals: Sequence[Arrival]) -> LaunchError | None:
-    """Error for the first two ranks that cannot belong to one job; None if there are none."""
+    """Error for the first two arrivals that cannot belong to one job; None if there are none."""
     seen: dict[int, Arrival] = {}
     devices: dict[str, Arrival] = {}
     for arrival in arrivals:
@@ -264,21 +267,18 @@ def contradiction(arrivals: Sequence[Arrival]) -> LaunchError | None:
 def _repeated(first: Arrival, second: Arrival) -> LaunchError:
     found = f"{first.rank} for {first.process} and for {second.process}"
     fix = "number the ranks from 0; another run may use this MASTER_ADDR and MASTER_PORT"
-    return LaunchError("RANK", found, "a number of its own for each process", fix)
-
-
-# --- small things
+    return LaunchError("RANK", found, "a different number for each process", fix)
 
 
 class _Reporter:
-    """Log what this rank waits for, at intervals."""
+    """Logs a message at most at intervals, beginning after `REPORT_AFTER` seconds."""
 
     def __init__(self) -> None:
         self._due = time.monotonic() + REPORT_AFTER
 
-    def say(self, what: str) -> None:
+    def log(self, message: str) -> None:
         if time.monotonic() > self._due:
-            logger.warning("%s", what)
+            logger.warning("%s", message)
             self._due = time.monotonic() + REPORT_EVERY
 
 
@@ -296,5 +296,5 @@ def _where(environment: RankEnvironment) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line; torch adds its own stack."""
+    """First line of the error's message; torch appends a stack."""
     return (getattr(error, "strerror", None) or str(error).strip() or "timed out").splitlines()[0][:200]

@@ -1,11 +1,11 @@
-"""The routers of a mixture of experts: losses on their choices, and choices that are given.
+"""Routers of a mixture of experts: auxiliary losses, and replay of given routing choices.
 
-A router needs to know of each token which sequence it is of, and which experts it is to go to. What travels is the
-token's number in this rank's step, in the place of Megatron's padding mask: schedules, pipeline stages and
-recomputation bring it to every layer.
+A router needs the sequence of each token and, for replay, its experts. Each token therefore gets a number in this
+rank's step. The numbers are passed to the model instead of Megatron's padding mask, so that schedules, pipeline stages
+and recomputation deliver them to every layer.
 
-Shapes: B sequences of a micro-batch, S padded length, N positions of this rank's step and one that stands for padding,
-T tokens of a router's call, E experts, K of them for a token, L layers, Q sequences.
+Shapes: B sequences of a micro-batch, S padded length, N positions of this rank's step plus one for padding, T tokens of
+a router's call, E experts, K experts per token, L layers, Q sequences of a micro-batch.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from sdpg_megatron.records import MicroBatch, SequenceBatch
 
 @dataclass(frozen=True, slots=True)
 class RouterStep:
-    """One optimizer step, as this rank's routers see it."""
+    """Inputs of this rank's routers for one optimizer step. Index 0 of N is padding."""
 
     sequence_N: Tensor
-    """int64: number of each token's sequence in its micro-batch; 0 for padding, as at token 0."""
+    """int64: index of each token's sequence in its micro-batch; 0 for padding."""
     share_N: Tensor
-    """float32: 1 / tokens of that sequence; 0 for padding."""
+    """float32: 1 / number of tokens of that sequence; 0 for padding."""
     sequences: int
-    """Most sequences of a micro-batch."""
+    """Maximum number of sequences of a micro-batch."""
     aux_scale: float
-    """What the load-balancing loss, summed over tokens, is multiplied by before gradients are divided."""
+    """Factor of the load-balancing loss, summed over tokens, before Megatron divides the gradients."""
     z_scale: float
-    """Likewise, of the z-loss."""
+    """Factor of the z-loss, summed over tokens, before Megatron divides the gradients."""
     experts_NLK: Tensor | None
-    """int16: the experts that each token is sent to, -1 for the router's own choice; None for that everywhere."""
+    """int16: experts of each token, -1 for the router's choice; None: the router's choice everywhere."""
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Megatron's router, with losses that depend neither on the split into micro-batches nor on padding.
+    """Megatron's router with losses that do not depend on micro-batch split or padding, and with replay.
 
-    megatron-core's own are means over a micro-batch, take its sequences for equally long, and are scaled differently by
-    0.16 and 0.19 where gradients are divided by the number of tokens.
+    megatron-core's losses are means over a micro-batch, assume equally long sequences, and are scaled differently by
+    0.16 and 0.19 if gradients are divided by the number of tokens.
     """
 
     step: RouterStep | None = None
     numbers_T: Tensor | None = None
-    """The tokens of the call that is under way, see `RouterStep`."""
+    """Token numbers of the current call, indices into N of `RouterStep`."""
     sums: Tensor | None = None
-    """float32 [2]: load-balancing loss and z-loss of this rank's tokens so far."""
+    """float32 [2]: load-balancing loss and z-loss, summed over this rank's tokens of the step so far."""
     replayed: Tensor | None = None
-    """int64 [2]: tokens that were sent elsewhere than the router's own choice, and all whose experts were given."""
+    """int64 [2]: replayed tokens whose experts differ from the router's choice, and all replayed tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,7 +73,7 @@ class Router(TopKRouter):  # type: ignore[misc]
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Logits [S, B, E] -> probabilities and choices, [T, E]."""
         probs_TE, chosen_TE = super().routing(logits, *args, **kwargs)
-        # Forward-only passes have no losses; under recomputation, only the forward that has a backward counts.
+        # Only forwards with a backward count: not forward-only passes, nor the first forward under recomputation.
         step, numbers_T = self.step, self.numbers_T
         if step is not None and numbers_T is not None and (step.aux_scale or step.z_scale) and torch.is_grad_enabled():
             probs_TE = self._with_losses(probs_TE, chosen_TE, logits.flatten(0, 1).float(), numbers_T, step)
@@ -82,7 +82,7 @@ class Router(TopKRouter):  # type: ignore[misc]
     def _with_losses(
         self, probs_TE: Tensor, chosen_TE: Tensor, logits_TE: Tensor, numbers_T: Tensor, step: RouterStep
     ) -> Tensor:
-        """The same probabilities, whose backward pass adds the losses' gradients."""
+        """Return the same probabilities, with a backward pass that adds the gradients of the losses."""
         real_T = numbers_T > 0
         balance = z = logits_TE.new_zeros(())
         if step.aux_scale:
@@ -95,18 +95,18 @@ class Router(TopKRouter):  # type: ignore[misc]
         return with_losses
 
     def _loads(self, chosen_TE: Tensor, numbers_T: Tensor, step: RouterStep) -> Tensor:
-        """float32 [T, E]: each expert's share of the choices of a token's sequence, times E; 0 for padding."""
+        """float32 [T, E]: share of each expert in the choices of a token's sequence, times E; 0 for padding."""
         sequence_T = step.sequence_N[numbers_T]
         count_QE = torch.zeros(step.sequences, chosen_TE.shape[1], device=chosen_TE.device)
         count_QE.index_add_(0, sequence_T, chosen_TE.float())
-        if self.tp_cp_group.size() > 1:  # sequences are cut over these ranks
+        if self.tp_cp_group.size() > 1:  # sequences are sharded over these ranks
             dist.all_reduce(count_QE, group=self.tp_cp_group)
         scale_T = step.share_N[numbers_T] * (chosen_TE.shape[1] / int(self.topk))
         return count_QE[sequence_T] * scale_T[:, None]
 
 
 class _Replay:
-    """What Megatron asks for a token's experts in the place of its top-k; its own knows no padding."""
+    """Replay object that Megatron calls instead of top-k. Megatron's own class does not support padding."""
 
     layer_number: int | None = None
     """Set by megatron-core 0.19."""
@@ -117,7 +117,7 @@ class _Replay:
     def get_replay_topk(
         self, scores_TE: Tensor, topk: int, groups: int | None, group_topk: int | None, own_topk: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
-        """Scores and numbers of K experts, [T, K]."""
+        """Scores and indices of the K experts of each token, [T, K]."""
         scores_TK, own_TK = own_topk(scores_TE, topk, groups, group_topk)
         step, numbers_T = self._router.step, self._router.numbers_T
         if step is None or step.experts_NLK is None or numbers_T is None:
@@ -132,14 +132,14 @@ class _Replay:
 
 
 def use_own_router(layer: Any) -> None:
-    """Have the layers that a spec describes built with `Router`."""
+    """Replace the router in a layer spec by `Router`."""
     mlp = layer.submodules.mlp
     parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # megatron-core 0.19, or 0.16
     parts.router = Router
 
 
 def deliver_numbers(chunk: nn.Module) -> None:
-    """Have the mixtures of a chunk hand the tokens' numbers to their routers; they would make a mask of them."""
+    """Make the MoE layers of a chunk pass the token numbers to their routers instead of using them as a mask."""
 
     def deliver(mixture: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         numbers_BS = kwargs.pop("padding_mask", None)
@@ -152,7 +152,10 @@ def deliver_numbers(chunk: nn.Module) -> None:
 
 
 def as_padding_mask(gpt: Any, numbers_BS: Tensor | None) -> Tensor | None:
-    """What to pass to a chunk as its padding mask: under sequence parallelism the first one alone cuts it itself."""
+    """Token numbers in the form that a chunk expects of a padding mask.
+
+    Under sequence parallelism only the first chunk shards its mask; the others get the shard.
+    """
     if numbers_BS is None or gpt.pre_process or not gpt.config.sequence_parallel:
         return numbers_BS
     local_SB: Tensor = scatter_to_sequence_parallel_region(numbers_BS.T.contiguous())
@@ -160,19 +163,19 @@ def as_padding_mask(gpt: Any, numbers_BS: Tensor | None) -> Tensor | None:
 
 
 class Routing:
-    """The routers of this rank's chunks, over optimizer steps."""
+    """Controls the routers of this rank's chunks."""
 
     def __init__(self, chunks: Sequence[nn.Module], config: ModelConfig, layers: int) -> None:
-        """`layers`: of the whole model."""
+        """`layers`: number of layers of the whole model."""
         self._routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
         self._aux, self._z, self._layers = config.router_aux_loss, config.router_z_loss, layers
         self._tokens = 0
 
     @contextmanager
     def step(self, batches: Sequence[MicroBatch]) -> Iterator[Sequence[MicroBatch]]:
-        """Prepare the routers for passes over micro-batches, which come back with their tokens numbered.
+        """Prepare the routers for passes over the micro-batches that this yields, with numbered tokens.
 
-        Collective over the data-parallel ranks where there are losses.
+        Collective over the data-parallel ranks if router losses are enabled.
         """
         scale = self._count(batches) if self._aux or self._z else 0.0
         for router in self._routers:
@@ -193,7 +196,10 @@ class Routing:
                 router.step = router.numbers_T = None
 
     def _count(self, batches: Sequence[MicroBatch]) -> float:
-        """Response tokens over all tokens: gradients are divided by the former, losses are means over the latter."""
+        """Ratio of response tokens to all tokens, over all ranks. Collective over data- and context-parallel ranks.
+
+        Megatron divides gradients by the number of response tokens, but router losses are means over all tokens.
+        """
         tokens_here = torch.stack([(_sequence(batch.student) >= 0).sum() for batch in batches]).sum()
         total = torch.stack([torch.full_like(tokens_here, sum(b.num_tokens for b in batches)), tokens_here])
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -202,7 +208,7 @@ class Routing:
         return int(responses) / max(self._tokens, 1)
 
     def metrics(self) -> dict[str, Metric]:
-        """This rank's part of the last step's, means over tokens and layers; to be joined over all ranks."""
+        """This rank's contribution to the last step's metrics, means over tokens and layers. Merge over all ranks."""
         found = [router.sums for router in self._routers if router.sums is not None]
         sums = torch.stack(found).sum(0).tolist() if found else [0.0, 0.0]
         parts = (("train/router_aux_loss", self._aux, sums[0]), ("train/router_z_loss", self._z, sums[1]))
@@ -216,10 +222,10 @@ class Routing:
 
 
 def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tensor, Tensor]:
-    """Number the positions of a step's student sequences from 1; those of padding have 0.
+    """Number the positions of a step's student sequences from 1; padding has 0.
 
     Returns:
-        The micro-batches with numbers, and `RouterStep`'s `sequence_N` and `share_N`.
+        The micro-batches with numbers, and `sequence_N` and `share_N` of `RouterStep`.
     """
     numbered = []
     device = batches[0].labels_T.device
@@ -231,16 +237,15 @@ def number_tokens(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], Tens
         positions_BS = torch.arange(first, first + sequence_BS.numel(), device=device).view_as(sequence_BS)
         first += sequence_BS.numel()
         sequences.append(sequence_BS.flatten().clamp(min=0))
-        shares.append(
-            1 / functional.pad(sizes_Q.float(), (0, 1), value=math.inf)[sequence_BS.flatten()]
-        )  # -1: the last
+        # Padding has sequence -1, which selects the appended infinity: its share is 0.
+        shares.append(1 / functional.pad(sizes_Q.float(), (0, 1), value=math.inf)[sequence_BS.flatten()])
         student = dataclasses.replace(batch.student, numbers_BS=positions_BS.where(sequence_BS >= 0, 0))
         numbered.append(dataclasses.replace(batch, student=student))
     return numbered, torch.cat(sequences), torch.cat(shares)
 
 
 def number_experts(batches: Sequence[MicroBatch]) -> Tensor | None:
-    """int16 [N, L, K]: the experts of each token by its number, see `number_tokens`; None where none are given."""
+    """Experts of each token by its number (see `number_tokens`), int16 [N, L, K]; None if none are given."""
     given = [batch.student.experts_BSLK for batch in batches if batch.student.experts_BSLK is not None]
     if not given:
         return None
@@ -254,5 +259,5 @@ def number_experts(batches: Sequence[MicroBatch]) -> Tensor | None:
 
 
 def _sequence(batch: SequenceBatch) -> Tensor:
-    assert batch.sequence_BS is not None, "routers ask which sequence a token is of"
+    assert batch.sequence_BS is not None, "routers need the sequence of each token"
     return batch.sequence_BS

@@ -1,7 +1,7 @@
-"""Which weights read the privileged context: the student's, at one time or another, or a copy that moves otherwise.
+"""Teachers: the weights that read the privileged context.
 
-A teacher that is not the student of the moment has an output matrix of its own, too: its rows are turned into
-distributions by the matrix that they were made with.
+These are the student's current weights, earlier ones, or a moving average. A teacher with other weights than the
+student's also has another output matrix, with which the head computes the distributions of its rows.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from sdpg_megatron.mcore.transfer import host_copy
 
 
 class Teacher:
-    """`current`: the student's weights at each mini-batch. Base of the others."""
+    """`current`: the student's weights at each mini-batch. Base class of the others."""
 
     kind = "current"
     """Value of `ObjectiveConfig.teacher`."""
     early = False
-    """Its rows are made before a rollout step's first update, those of all mini-batches."""
+    """Its rows for all mini-batches are computed before the first update of a rollout step."""
     follows_updates = False
-    """`updated` reads the weights."""
+    """`updated` reads the weights, which must be gathered first."""
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         self.chunks = chunks
         (last,) = unwrap_model([chunks[-1]])
         self.output: nn.Parameter | None = output_weight(chunks[-1]) if last.post_process else None
-        """The model's output matrix, on the stage that has it."""
+        """The model's output matrix; None on stages without it."""
 
     @property
     def kept(self) -> list[Tensor]:
-        """What a checkpoint has to hold, in host memory and in the order of the parameters; empty for nothing."""
+        """Tensors to save in a checkpoint, in host memory and in the order of the parameters; may be empty."""
         return []
 
     def begin(self, step: int) -> None:
-        """Rollout step `step` begins; its responses are there, its updates are not."""
+        """Called after the rollout of step `step` and before its first update."""
 
     def updated(self) -> None:
-        """The student took an optimizer step."""
+        """Called after each optimizer step of the student."""
 
     def restart(self) -> None:
-        """Copy the student's present weights; a no-op for teachers that keep no moving weights."""
+        """Copy the student's current weights. No-op for teachers without moving weights."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """While this is open, the model computes with the teacher's weights."""
+        """Context in which the model computes with the teacher's weights."""
         return nullcontext()
 
     def matrix(self) -> Tensor | None:
-        """The output matrix, this rank's shard, that belongs to its rows; None for the student's present one."""
+        """This rank's shard of the output matrix for the teacher's rows; None: the student's current matrix."""
         return None
 
 
 class RolloutTeacher(Teacher):
-    """`rollout`: the student's weights before the step's first update, for several mini-batches."""
+    """`rollout`: the student's weights before the rollout step's first update, for several mini-batches per step."""
 
     kind = "rollout"
     early = True
@@ -78,7 +78,7 @@ class RolloutTeacher(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """`initial`: weights in host memory that do not move. Base of those that do."""
+    """`initial`: frozen weights in host memory. Base class of teachers with moving copies."""
 
     kind = "initial"
 
@@ -94,7 +94,7 @@ class FrozenTeacher(Teacher):
 
 
 class PeriodicTeacher(FrozenTeacher):
-    """`every`: the student's weights as they were at the last of every N rollout steps."""
+    """`every`: a copy of the student's weights, renewed at every N-th rollout step."""
 
     kind = "every"
 
@@ -115,7 +115,7 @@ class PeriodicTeacher(FrozenTeacher):
 
 
 class AverageTeacher(FrozenTeacher):
-    """`ema`: an exponential moving average of the student's weights over optimizer steps, kept in float32."""
+    """`ema`: exponential moving average of the student's weights over optimizer steps, in float32."""
 
     kind = "ema"
     follows_updates = True
@@ -138,12 +138,12 @@ class AverageTeacher(FrozenTeacher):
 def build_teacher(
     config: ObjectiveConfig, chunks: Sequence[nn.Module], initial: FrozenWeights | None, minibatches: int
 ) -> Teacher:
-    """The teacher that `config.teacher` names.
+    """Build the teacher of `config.teacher`.
 
     Args:
-        chunks: with the weights that the run starts from.
-        initial: those weights, for "initial".
-        minibatches: optimizer steps per rollout; with one, "rollout" is "current".
+        chunks: hold the initial weights of the run.
+        initial: a copy of those weights, for "initial".
+        minibatches: optimizer steps per rollout step; with 1, "rollout" equals "current".
     """
     match config.teacher:
         case "every":

@@ -1,4 +1,4 @@
-"""Copies between host and device that the host does not wait for."""
+"""Asynchronous copies between host and device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sdpg_megatron.records import MicroBatch
 
 ALIGNMENT = 16
-"""Bytes. Of tensors that share a buffer; a multiple of every element size."""
+"""Alignment in bytes of tensors that share a buffer; a multiple of every element size."""
 
 
 def to_device(batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
@@ -37,14 +37,14 @@ def to_device(batches: Sequence[MicroBatch], device: torch.device) -> list[Micro
 
 
 def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    """The part of a buffer of bytes at `start` that holds a tensor of the type and shape of `like`."""
+    """View of a byte buffer at `start` with the type and shape of `like`."""
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """Copy a tensor to host memory, pinned where it comes from a GPU.
+    """Copy a tensor to host memory, pinned if it comes from a GPU.
 
-    It is there for what the device does next; the host has to wait for the device before it reads the numbers.
+    The copy is asynchronous: later work on the same stream sees it, but the host must synchronize before reading it.
     """
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=True)

@@ -55,13 +55,13 @@ def config_of(model: Path, folder: Path) -> Any:
 def two_steps(model: Path, folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Loss and gradient norm of two steps on the same responses: the trainer's and the plain loop's."""
     from benchmarks.step_plain import PlainLoop, responses_of
-    from benchmarks.step_trainer import StandingLearner
+    from benchmarks.step_trainer import StandingPolicyTrainer
     from sdpg_megatron.mcore.compat.device import training_device
 
     config = config_of(model, folder)
     groups = given_groups(even_lengths(8, 20), 4, vocab=300)
     plain = PlainLoop(config, lambda prompt, text: 0.0, training_device())
-    trainer = StandingLearner(config)
+    trainer = StandingPolicyTrainer(config)
     steps = [trainer.learn(groups, step) for step in (1, 2)]
     ours = [(step["train/loss"], step["optimizer/grad_norm"]) for step in steps]
     return ours, [plain.learn(responses_of(groups)) for _ in steps]

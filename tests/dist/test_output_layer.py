@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (capped_by_the_model, "logits that it changes after its output layer"),
         (scaled_by_the_model, "logits that it changes after its output layer"),
         (capped_by_a_hook, "logits that it changes after its output layer"),
-        (capped_by_the_output_layer, "an output layer with a forward of its own"),
+        (capped_by_the_output_layer, "an output layer with a custom forward"),
         (biased, "an output layer with a bias"),
         (predicting_several_tokens, "mtp_num_layers=1"),
     ],
@@ -123,7 +123,7 @@ def test_logits_that_the_head_does_not_compute_are_refused(
 
 def test_a_patched_output_layer_is_refused(folder: Path, ranks: RankPool) -> None:
     ((said, _),) = ranks.run(refusal, 1, folder, capped_by_a_patch, "float32")
-    assert "an output layer with a forward of its own (ColumnParallelLinear)" in said
+    assert "an output layer with a custom forward (ColumnParallelLinear)" in said
 
 
 def test_a_class_that_changes_no_logits_is_taken(folder: Path, ranks: RankPool) -> None:

@@ -1,4 +1,4 @@
-"""Attention and rotary embedding on a GPU compute what they compute in plain torch, forward and backward."""
+"""Attention, rotary embedding and head norms on a GPU agree with plain torch, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sdpg_megatron.mcore import attention, rotary
+from sdpg_megatron.mcore import attention, layers, rotary
 from sdpg_megatron.mcore.attention import CausalAttention, PackedSequences
 
 pytestmark = pytest.mark.gpu
@@ -60,10 +60,25 @@ def test_the_compiled_rotary_embedding_rotates_as_the_plain_one(dtype: torch.dty
         angles = torch.randn(tokens, 1, 32, generator=generator, device="cuda").repeat(1, 1, 2) * 100
         upstream = torch.randn(hidden.shape, generator=generator, device="cuda").to(dtype)
         pair = rotary.cosines_and_sines(angles, 1.0, dtype)
-        compiled = rotary.rotation(hidden)
-        assert compiled is not rotary.rotate
-        found, expected = compiled(hidden, *pair), rotary.rotate(hidden, *pair)
+        found, expected = rotary.rotate_on_gpu(hidden, *pair), rotary.rotate(hidden, *pair)
         assert (found - expected).norm() < 2**-7 * expected.norm()
         (found,) = torch.autograd.grad(found, hidden, upstream)
         (expected,) = torch.autograd.grad(expected, hidden, upstream)
         assert (found - expected).norm() < 2**-7 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compiled_norm_agrees_with_the_plain_one(dtype: torch.dtype) -> None:
+    """For several numbers of tokens and heads, and for heads that are columns of a wider tensor."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.rand(128, generator=generator, device="cuda").to(dtype).requires_grad_()
+    for tokens, heads in ((300, 8), (300, 2), (5, 8), (1, 2), (1024, 8)):
+        wide = torch.randn(tokens, heads * 200, generator=generator, device="cuda").to(dtype)
+        hidden = wide[:, : heads * 128].view(tokens, 1, heads, 128).requires_grad_()
+        upstream = torch.randn(hidden.shape, generator=generator, device="cuda").to(dtype)
+        results = []
+        for norm in (layers.rms_norm_on_gpu, layers.rms_norm):
+            out = norm(hidden, weight, 1e-6)
+            results.append((out, *torch.autograd.grad(out, (hidden, weight), upstream)))
+        for found, expected in zip(*results, strict=True):
+            assert (found - expected).norm() < 2**-7 * expected.norm()

@@ -46,7 +46,7 @@ def tiles(request: pytest.FixtureRequest) -> Tiles:
     return make_tiles(student_CW, teacher_CW, labels_C)
 
 
-@pytest.mark.parametrize("gap", [None, *WeightedLogRatio])
+@pytest.mark.parametrize("weighted_log_ratio", [None, *WeightedLogRatio])
 def test_measure(kernels: ModuleType, tiles: Tiles, weighted_log_ratio: WeightedLogRatio | None) -> None:
     check_measure(kernels, tiles, weighted_log_ratio)
 

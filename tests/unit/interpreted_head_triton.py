@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 BLOCK = 16
 CUT_OFF = 1.0
 """The interpreter cuts float32 off to bfloat16. A GPU rounds it: `test_head_triton` looks for that instruction."""
-GAPS = [None, *WeightedLogRatio]
+LOG_RATIO_WEIGHTS = [None, *WeightedLogRatio]
 
 CENTRES = {
     "around zero": (0.0, 0.0),
@@ -96,7 +96,7 @@ def fixed(rows: int = 3, columns: int = 37, dtype: torch.dtype = torch.float32) 
     return make_tiles(tiles.student_CW.to(dtype), tiles.teacher_CW.to(dtype), torch.arange(rows) * 18 % max(columns, 1))
 
 
-@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("weighted_log_ratio", LOG_RATIO_WEIGHTS)
 @settings(max_examples=14)
 @given(case=CASES)
 def test_measure(weighted_log_ratio: WeightedLogRatio | None, case: Case) -> None:
@@ -122,7 +122,7 @@ def test_gradient(name: str, case: Case, out: torch.dtype | None) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(0, 37), (3, 0), (0, 0), (1, 1), (2, BLOCK), (1, BLOCK + 1)])
 def test_sizes_at_the_edge(rows: int, columns: int) -> None:
     tiles = fixed(rows, columns)
-    for weighted_log_ratio in GAPS:
+    for weighted_log_ratio in LOG_RATIO_WEIGHTS:
         check_measure(tile_triton, tiles, weighted_log_ratio, block=BLOCK)
     check_mixture(tile_triton, tiles, block=BLOCK)
     check_gradient(tile_triton, tiles, PARTS["reverse KL"], block=BLOCK)
@@ -142,7 +142,7 @@ def test_nothing_is_launched_for_nothing(monkeypatch: pytest.MonkeyPatch, rows: 
 
 def test_float64() -> None:
     tiles = fixed(dtype=torch.float64)
-    for weighted_log_ratio in GAPS:
+    for weighted_log_ratio in LOG_RATIO_WEIGHTS:
         check_measure(tile_triton, tiles, weighted_log_ratio, block=BLOCK)
     check_mixture(tile_triton, tiles, block=BLOCK)
     for parts in PARTS.values():
@@ -161,7 +161,7 @@ def measure_one(student_V: Tensor, teacher_V: Tensor, weighted_log_ratio: Weight
     return expected_8C[:, 0]
 
 
-@pytest.mark.parametrize("gap", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
+@pytest.mark.parametrize("weighted_log_ratio", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
 @pytest.mark.parametrize(("rest", "infinite"), [(0.0, True), (60.0, True), (150.0, False)])
 def test_a_token_of_one_alone_counts_only_beside_the_largest_weights(
     weighted_log_ratio: WeightedLogRatio, rest: float, infinite: bool
@@ -174,7 +174,7 @@ def test_a_token_of_one_alone_counts_only_beside_the_largest_weights(
     assert bool(measure_one(student_V, teacher_V, weighted_log_ratio)[6].isinf()) == infinite
 
 
-@pytest.mark.parametrize("gap", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
+@pytest.mark.parametrize("weighted_log_ratio", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
 def test_columns_barred_by_the_least_number_weigh_nothing(weighted_log_ratio: WeightedLogRatio) -> None:
     student_V, teacher_V = torch.linspace(0, 3, 40), torch.linspace(2, -1, 40)
     for logits_V in (student_V, teacher_V):
@@ -267,7 +267,7 @@ def numbers(name: str, size: int, *, has_teacher: bool = True) -> Tensor:
     return torch.cat((sums_KC, torch.rand(2, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("weighted_log_ratio", LOG_RATIO_WEIGHTS)
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize("size", [0, 1, 200])
 def test_join(weighted_log_ratio: WeightedLogRatio | None, ranks: int, size: int) -> None:

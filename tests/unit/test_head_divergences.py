@@ -167,7 +167,7 @@ def test_the_sampled_tokens_gradient_is_the_kls_in_expectation(way: str) -> None
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, math.nan])
 def test_a_share_outside_its_range_is_refused(beta: float) -> None:
-    with pytest.raises(ValueError, match=f"beta: found {beta}, expected between 0 and 1. Fix: use a KL"):
+    with pytest.raises(ValueError, match=f"beta: found {beta}, expected 0 < beta < 1. Fix: use ForwardKL"):
         JensenShannon(beta)
 
 

@@ -157,7 +157,9 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_triton")
 @pytest.mark.parametrize("way", ["terms", "grad_in_forward", "logits"])
 def test_triton_that_is_asked_for_and_missing_is_an_error(way: str) -> None:
-    with pytest.raises(ImportError, match=r"found no triton, expected it for kernels=triton\. Fix: pip install triton"):
+    with pytest.raises(
+        ImportError, match=r"found triton not installed, expected it for kernels=triton\. Fix: pip install triton"
+    ):
         package(way, make_problem(), kernels="triton")
 
 

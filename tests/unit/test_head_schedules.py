@@ -189,7 +189,7 @@ def test_gradients_made_in_the_forward_pass_are_handed_out_once() -> None:
     problem, leaves = leaves_of(make_problem())
     _, loss = ask("grad_in_forward", problem)
     torch.autograd.grad(loss, leaves, retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"handed out already, .*\. Fix: schedule=recompute"):
+    with pytest.raises(RuntimeError, match=r"found a second backward pass, .*\. Fix: schedule=recompute"):
         torch.autograd.grad(loss, leaves)
 
 

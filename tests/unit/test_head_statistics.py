@@ -12,13 +12,20 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sdpg_megatron.head import tile
-from sdpg_megatron.head.statistics import STUDENT, TAUGHT, StudentSums, TeacherSums, gather, join
+from sdpg_megatron.head.statistics import (
+    NUM_STUDENT_SUMS,
+    NUM_SUMS_WITH_TEACHER,
+    StudentSums,
+    TeacherSums,
+    gather,
+    join,
+)
 from sdpg_megatron.head.tile import WeightedLogRatio
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 CUTS = [[0, 9], [0, 4, 9], [0, 0, 3, 3, 8, 9, 9], [*range(10)]]
 
-gaps = pytest.mark.parametrize("weighted_log_ratio", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
+both_weights = pytest.mark.parametrize("weighted_log_ratio", [WeightedLogRatio.STUDENT, WeightedLogRatio.TEACHER])
 cuts = pytest.mark.parametrize("bounds", CUTS)
 
 
@@ -49,12 +56,12 @@ def random_logits(seed: int = 0, scale: float = 10.0) -> tuple[Tensor, Tensor, T
     return student_CV, teacher_CV, torch.tensor([0, 4, 8])
 
 
-@gaps
+@both_weights
 @cuts
 def test_any_cut_of_the_columns(bounds: list[int], weighted_log_ratio: WeightedLogRatio) -> None:
     student_CV, teacher_CV, labels_C = random_logits()
     found_KC = sums(student_CV, teacher_CV, labels_C, bounds, weighted_log_ratio)
-    assert found_KC.shape == (TAUGHT, 3) and found_KC.dtype == torch.float64
+    assert found_KC.shape == (NUM_SUMS_WITH_TEACHER, 3) and found_KC.dtype == torch.float64
     student, teacher = StudentSums.of(found_KC), TeacherSums.of(found_KC)
     logp_CV, logq_CV = student_CV.log_softmax(1), teacher_CV.log_softmax(1)
     every_C = torch.arange(3)
@@ -74,8 +81,10 @@ def test_any_cut_of_the_columns(bounds: list[int], weighted_log_ratio: WeightedL
 def test_a_student_alone_has_the_same_sums(bounds: list[int]) -> None:
     student_CV, teacher_CV, labels_C = random_logits()
     alone_KC = sums(student_CV, None, labels_C, bounds, WeightedLogRatio.NONE)
-    assert alone_KC.shape == (STUDENT, 3)
-    assert torch.equal(alone_KC, sums(student_CV, teacher_CV, labels_C, bounds, WeightedLogRatio.STUDENT)[:STUDENT])
+    assert alone_KC.shape == (NUM_STUDENT_SUMS, 3)
+    assert torch.equal(
+        alone_KC, sums(student_CV, teacher_CV, labels_C, bounds, WeightedLogRatio.STUDENT)[:NUM_STUDENT_SUMS]
+    )
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -103,7 +112,7 @@ def test_joining_is_the_same_in_any_steps(
         assert_close(found_KC, whole_KC, rtol=1e-11, atol=1e-11)
 
 
-@gaps
+@both_weights
 def test_columns_without_weight_contribute_nothing_whatever_the_other_side_says(
     weighted_log_ratio: WeightedLogRatio,
 ) -> None:
@@ -120,7 +129,7 @@ def test_columns_without_weight_contribute_nothing_whatever_the_other_side_says(
     assert_close(cut_KC, whole_KC, rtol=1e-14, atol=1e-14)
 
 
-@gaps
+@both_weights
 def test_a_weight_that_the_other_side_lacks_makes_the_gap_infinite(weighted_log_ratio: WeightedLogRatio) -> None:
     one_CV = torch.tensor([[0.0, 1.0, -3.0, 2.0]], dtype=torch.float64)
     other_CV = torch.tensor([[1.0, 0.0, -torch.inf, -3.0]], dtype=torch.float64)
@@ -129,8 +138,8 @@ def test_a_weight_that_the_other_side_lacks_makes_the_gap_infinite(weighted_log_
     )
     for bounds in ([0, 4], [0, 2, 4], [0, 2, 3, 4], [0, 0, 1, 2, 3, 4]):
         found_KC = sums(student_CV, teacher_CV, torch.zeros(1, dtype=torch.int64), bounds, weighted_log_ratio)
-        others_KC = torch.cat((found_KC[: TAUGHT - 2], found_KC[TAUGHT - 1 :]))
-        assert found_KC[TAUGHT - 2] == torch.inf and others_KC.isfinite().all()
+        others_KC = torch.cat((found_KC[: NUM_SUMS_WITH_TEACHER - 2], found_KC[NUM_SUMS_WITH_TEACHER - 1 :]))
+        assert found_KC[NUM_SUMS_WITH_TEACHER - 2] == torch.inf and others_KC.isfinite().all()
 
 
 def test_nobody_else_is_asked_without_a_group() -> None:

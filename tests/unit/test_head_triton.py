@@ -114,7 +114,7 @@ def test_measure_compiles_and_reads_each_logit_once(
     from sdpg_megatron.head import tile_triton
 
     constants = {
-        "GAP": (weighted_log_ratio or WeightedLogRatio.NONE).value,
+        "LOG_RATIO_WEIGHT": (weighted_log_ratio or WeightedLogRatio.NONE).value,
         "LOWEST": torch.finfo(torch.float32).min,
         "MASKED": masked,
     }
@@ -134,7 +134,12 @@ def test_measure_compiles_and_reads_each_logit_once(
 def test_mixture_compiles_and_reads_each_logit_once(compiler: Any) -> None:
     from sdpg_megatron.head import tile_triton
 
-    constants = {"LOG_KEEP": -0.7, "LOG_REST": -0.7, "BLOCK": tile_triton.LOOP_BLOCK, "STAGES": tile_triton.STAGES}
+    constants = {
+        "LOG_STUDENT_MIX": -0.7,
+        "LOG_TEACHER_MIX": -0.7,
+        "BLOCK": tile_triton.LOOP_BLOCK,
+        "STAGES": tile_triton.STAGES,
+    }
     found = compiler(tile_triton._measure_mixture_row, constants, num_warps=tile_triton.WARPS)
     assert found.reads == 2 * tile_triton.STAGES * 2 and "cp.async" in found.ptx
     assert not found.spills
@@ -144,7 +149,12 @@ def test_mixture_compiles_and_reads_each_logit_once(compiler: Any) -> None:
 def test_gradient_compiles_and_reads_each_logit_once(compiler: Any, name: str) -> None:
     from sdpg_megatron.head import tile_triton
 
-    constants: dict[str, Any] = {"LOG_KEEP": -0.7, "LOG_REST": -0.7, "MASKED": False, "BLOCK": tile_triton.BLOCK}
+    constants: dict[str, Any] = {
+        "LOG_STUDENT_MIX": -0.7,
+        "LOG_TEACHER_MIX": -0.7,
+        "MASKED": False,
+        "BLOCK": tile_triton.BLOCK,
+    }
     constants |= {f"{part}_C": None for parts in PARTS.values() for part in parts if part not in PARTS[name]}
     has_teacher = {"teacher", "teacher_weight", "mixture"} & set(PARTS[name])
     if not has_teacher:
@@ -163,9 +173,13 @@ def test_functions_of_rows_compile(compiler: Any, form: Form) -> None:
     from sdpg_megatron.head import rows_triton
 
     has_teacher = form is not Form.NONE
-    constants: dict[str, Any] = {"FORM": form.value if has_teacher else None, "KEEP": 0.3, "BLOCK": rows_triton.BLOCK}
+    constants: dict[str, Any] = {
+        "FORM": form.value if has_teacher else None,
+        "STUDENT_MIX": 0.3,
+        "BLOCK": rows_triton.BLOCK,
+    }
     assert not compiler(rows_triton._terms, constants).spills
-    constants |= {"FORM": form.value, "SHARE": 1.7} | ({} if has_teacher else {"divergence_C": None})
+    constants |= {"FORM": form.value, "INV_TEMPERATURE": 1.7} | ({} if has_teacher else {"divergence_C": None})
     assert not compiler(rows_triton._coefficients, constants).spills
 
 
@@ -174,8 +188,8 @@ def test_join_compiles(compiler: Any, weighted_log_ratio: WeightedLogRatio | Non
     from sdpg_megatron.head import rows_triton
 
     constants = {
-        "TAUGHT": weighted_log_ratio is not None,
-        "GAP": (weighted_log_ratio or WeightedLogRatio.NONE).value,
+        "HAS_TEACHER": weighted_log_ratio is not None,
+        "LOG_RATIO_WEIGHT": (weighted_log_ratio or WeightedLogRatio.NONE).value,
         "BLOCK": rows_triton.BLOCK,
     }
     assert not compiler(rows_triton._join, constants).spills

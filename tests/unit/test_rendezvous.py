@@ -151,7 +151,7 @@ def program(port: int) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("answers", "MASTER_PORT: found another program answers at 127.0.0.1 port "),
+        ("answers", "MASTER_PORT: found another program at 127.0.0.1 port "),
         ("closes", "not reached in 0.5 s ("),
         ("is silent", "not reached in 0.5 s (timed out)"),
     ],

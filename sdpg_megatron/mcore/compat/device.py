@@ -1,7 +1,7 @@
-"""Lets megatron-core run where no CUDA device exists, so that every distributed path can be tested on any machine.
+"""Run megatron-core without a CUDA device, so that every distributed path can be tested on any machine.
 
-megatron-core (0.16 to 0.19) names "cuda" in allocations, asks for CUDA RNG states and compares type names. On a machine
-with a GPU only `_define_te_gemm` acts. Each patch can go when megatron-core takes its device from the model instead.
+megatron-core (0.16 to 0.19) allocates on "cuda", reads CUDA RNG states and compares type names. On a machine with a GPU
+only `_define_te_gemm` has an effect. Each patch can be removed when megatron-core takes the device from the model.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ CPU = torch.device("cpu")
 
 
 def training_device() -> torch.device:
-    """The device that parameters and activations live on: this rank's GPU, or the CPU."""
+    """Device of parameters and activations: this rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
 
 
 def has_te() -> bool:
-    """Whether Transformer Engine is here, and a GPU that it needs."""
+    """True if Transformer Engine is installed and a GPU is available."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def has_compiled_kernels() -> bool:
-    """Return True if there is a GPU, and Triton for torch.compile to make its kernels with."""
+    """True if a GPU is available and Triton is installed, which torch.compile needs."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def check_layers(model: ModelConfig) -> None:
-    """Check that Transformer Engine is there where a configuration asks for it. Raises `ConfigError`."""
+    """Raise `ConfigError` if the configuration needs Transformer Engine and it is not available."""
     if model.spec == "te" and not has_te():
         gpu = "no Transformer Engine" if torch.cuda.is_available() else "no GPU"
         fix = "pip install 'transformer-engine[pytorch]' on a machine with a GPU, or set model.spec to auto or local"
         raise ConfigError("model.spec", f"te, and {gpu}", "Transformer Engine and a GPU for it", fix)
 
 
-@functools.cache  # idempotent: entering the mode twice would only cost time, but patches must not stack
+@functools.cache  # patches must not stack
 def install() -> None:
-    """Redirect megatron-core's CUDA requests to the CPU, for the whole process, unless a GPU is present."""
+    """Redirect megatron-core's CUDA requests to the CPU in this process, unless a GPU is present. Idempotent."""
     _define_te_gemm()
     if torch.cuda.is_available():
         return
     mode: Any = _CudaMeansCpu()
-    mode.__enter__()  # and never left: megatron-core may be called from anywhere
+    mode.__enter__()  # never exited: megatron-core may be called from anywhere
     _redirect_cuda_module()
     _redirect_rng_tracker()
     _redirect_experts()
@@ -59,9 +59,9 @@ def install() -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns every "cuda" device argument into the CPU; type names keep saying "torch.cuda".
+    """Replaces every "cuda" device argument by the CPU. Type names still begin with "torch.cuda".
 
-    The distributed optimizer sorts parameters by `param.type() == "torch.cuda.FloatTensor"` and its kin.
+    The distributed optimizer sorts parameters by type names such as "torch.cuda.FloatTensor".
     """
 
     def __torch_function__(
@@ -86,13 +86,12 @@ def _on_cpu(argument: Any) -> Any:
 
 
 def _redirect_cuda_module() -> None:
-    """`torch.cuda` functions that megatron-core calls without asking whether a device exists."""
-
-    cuda: Any = torch.cuda  # these are plain functions of the module: replaced, not subclassed
+    """Replace `torch.cuda` functions that megatron-core calls without checking for a device."""
+    cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
-    # Each stand-in is an object of its own: torch.compile refuses to register one object under two of these names.
+    # Each replacement is a separate object: torch.compile refuses to register one object under two of these names.
     cuda.synchronize = lambda device=None: None
-    cuda.current_stream = _NoStream  # 0.19 asks for it before each gradient reduction; only CUDA graphs use it
+    cuda.current_stream = _NoStream  # 0.19 calls it before each gradient reduction; only CUDA graphs use the result
     cuda.empty_cache = lambda: None
     cuda.Stream = _NoStream
     cuda.stream = contextlib.nullcontext
@@ -102,7 +101,7 @@ def _redirect_cuda_module() -> None:
 
 
 class _NoStream:
-    """Stands for a CUDA stream, and for an event on it: on the CPU all work is done when a call returns."""
+    """Replaces CUDA streams and events. On the CPU all work is complete when a call returns."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -115,19 +114,19 @@ class _NoStream:
 
 
 def _redirect_experts() -> None:
-    """The token dispatcher of a mixture of experts."""
+    """Patch the token dispatcher of a mixture of experts."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
-    token_dispatcher.maybe_move_tensor_to_cpu = on_host  # its own leaves counts as tensors where they are on the CPU
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host  # the original does not convert CPU tensors to numpy
 
 
 def _define_te_gemm() -> None:
-    """Define the router's `te_general_gemm`, with or without a GPU.
+    """Define `te_general_gemm` for the router, with or without a GPU.
 
-    megatron-core 0.16 reads the name in every router pass and defines it only where Transformer Engine is installed.
+    megatron-core 0.16 reads the name in every router pass, but defines it only with Transformer Engine.
     """
     from megatron.core.transformer.moe import moe_utils
 
@@ -136,7 +135,7 @@ def _define_te_gemm() -> None:
 
 
 def _redirect_uneven_collectives() -> None:
-    """Gloo gathers and scatters equal shares alone; ranks that share an expert have their tokens to bring together."""
+    """Emulate gathers and scatters of uneven shards, which Gloo lacks. Ranks that shard an expert use them."""
     from megatron.core.tensor_parallel import mappings
 
     even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -165,7 +164,7 @@ def _redirect_uneven_collectives() -> None:
 
 
 def _redirect_rng_tracker() -> None:
-    """The tracker behind dropout and recompute keeps CPU generator states instead."""
+    """Make the RNG tracker of dropout and recomputation use CPU generator states."""
     from megatron.core.tensor_parallel import random as tracker
 
     tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()

@@ -1,8 +1,8 @@
-"""Checkpoints of the distributed optimizer whose gradients travel in several buckets.
+"""Fix checkpoints of the distributed optimizer with several gradient buckets.
 
-megatron-core (0.16 to 0.19) writes the `fully_reshardable` format from a buffer without the padding between buckets, at
-offsets that count it: parameters and moments behind the first padding are saved shifted, without a word. What is here
-can go when a round trip with small buckets works without it.
+megatron-core (0.16 to 0.19) writes the `fully_reshardable` format from a buffer without the padding between buckets,
+but at offsets that include it: parameters and moments after the first padding are silently saved at shifted positions.
+This module can be removed when a round trip with small buckets works without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @contextmanager
 def kept(optimizer: Any) -> Iterator[None]:
-    """While this is open, an optimizer's gathered state has the padding that Megatron reckons with."""
+    """Context in which an optimizer's gathered state includes the padding between buckets."""
     parts = [
         part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if isinstance(part, DistributedOptimizer)
     ]
@@ -42,7 +42,7 @@ def _gathered(part: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _padded(packed: Tensor, buffer: Any) -> Tensor:
-    """All buckets' numbers one after the other -> each bucket where it lies in the buffer."""
+    """Move the concatenated buckets to their offsets in the buffer."""
     padded = packed.new_zeros(buffer.numel)
     first = 0
     for bucket in buffer.buckets:

@@ -1,8 +1,8 @@
-"""Checkpoints of the distributed optimizer around torch's AdamW, which it uses where neither apex nor TE is installed.
+"""Fix checkpoints of the distributed optimizer with torch's AdamW, which it uses without apex and Transformer Engine.
 
-megatron-core (0.16 to 0.19) saves that combination and cannot read it back: it expects state that torch makes at the
-first step, does not restore the per-parameter step count, and then lets all parameters share one count. What is here
-can go when a round trip through `fully_reshardable` works without it.
+megatron-core (0.16 to 0.19) saves this combination but cannot load it: it expects state that torch creates at the first
+step, does not restore the per-parameter step count, and then makes all parameters share one count. This module can be
+removed when a round trip through `fully_reshardable` works without it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 def make_state(optimizer: Any) -> None:
-    """Let torch allocate its state, so that there is something to read into. Every value in it is replaced."""
+    """Allocate torch's optimizer state with dummy values before a checkpoint is loaded into it."""
     for part in _affected(optimizer):
         if not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
 
 
 def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, with every parameter's own step count restored."""
+    """``optimizer.load_state_dict(state)`` that restores the step count of every parameter."""
     parts = _affected(optimizer)
     for part in parts:
         part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
@@ -34,7 +34,7 @@ def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
             del part._set_main_param_and_optimizer_states
     for part in parts:
         for values in part.optimizer.state.values():
-            values["step"] = values["step"].clone()  # torch counts each in place: shared, it would count them all
+            values["step"] = values["step"].clone()  # torch increments in place, so the tensor must not be shared
 
 
 def _affected(optimizer: Any) -> list[DistributedOptimizer]:
@@ -47,7 +47,7 @@ def _affected(optimizer: Any) -> list[DistributedOptimizer]:
 
 
 def _set_with_step(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-    """The step count was restored with the parameter groups: it stays what it is."""
+    """Set parameter and state, keeping the step count, which is restored with the parameter groups."""
     group, order = part.model_param_group_index_map[model_param]
     main_param = part.optimizer.param_groups[group]["params"][order]
     step = part.optimizer.state[main_param]["step"]
