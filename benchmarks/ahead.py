@@ -42,7 +42,7 @@ if not __package__:  # run as a script: sys.path starts with the script's folder
 from benchmarks.head import machine, write_json
 from benchmarks.publish import SMOLLM2, running_server
 from sdpg_megatron.observe.writers import read_metrics
-from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE
+from sdpg_megatron.rollout.sglang.interpreter import PYTHON_VARIABLE
 from tools.make_addition import split, write
 
 ROOT = Path(__file__).parents[1]

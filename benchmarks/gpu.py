@@ -12,7 +12,7 @@ last lines of the output are a table. The exit code is 1 if a part failed.
                 MFU, peak memory and its estimate by `sdpg-megatron plan`, kernels and host synchronizations of a step
     head        benchmarks/head.py at T 8192, H 2560, V 151936, bfloat16
     sglang      `sdpg-megatron train`, two steps with a colocated server, if an interpreter with sglang is given:
-                seconds of its phases, log-prob difference; checksums if this environment has sglang too
+                seconds of its phases, log-prob difference; its weights verified after every step
     tests       tests/gpu, including Transformer Engine's if it is installed
     run         like sglang, with the embedded engine
     train_1.7b  like train, with recomputed layers

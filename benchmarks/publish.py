@@ -55,8 +55,9 @@ from sdpg_megatron.architecture import Architecture, read_architecture
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
+from sdpg_megatron.rollout.sglang.interpreter import PYTHON_VARIABLE, default_python
 from sdpg_megatron.rollout.sglang.publish import Publisher
-from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess, default_python
+from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess
 from sdpg_megatron.rollout.transports import BroadcastTransport, DiskTransport, SharedMemoryTransport, Transport
 from sdpg_megatron.weights import WeightStream, hf_shapes, weight_map
 

@@ -1,6 +1,6 @@
-"""SDPG in your own training loop: a stock GPTModel, Megatron's schedules, DDP and optimizer, and our forward step.
+"""SDPG in a custom training loop: a stock GPTModel with Megatron's schedules, DDP and optimizer.
 
-Run it anywhere:
+This package provides the forward step and the objective. Runs on GPUs and CPUs:
 
     python examples/plugin.py
     torchrun --nproc-per-node 4 examples/plugin.py --tensor 2 --pipeline 2
@@ -28,7 +28,7 @@ VOCAB, STEPS = 120, 5
 
 
 def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
-    """The model of your loop. Required: `calculate_per_token_loss`, and Megatron's `finalize_model_grads`."""
+    """Model of the custom loop. `calculate_per_token_loss` and Megatron's `finalize_model_grads` are required."""
     config = TransformerConfig(
         num_layers=4,
         hidden_size=64,
@@ -58,7 +58,7 @@ def your_model(tensor: int, pipeline: int) -> DistributedDataParallel:
 
 
 def your_batch() -> MicroBatch:
-    """Two responses of three tokens to one prompt; the first was right, so the teacher distils into it."""
+    """Two responses of three tokens to one prompt. The first was correct and is distilled."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def main() -> None:
             forward_only=False,
         )
         optimizer.step()
-        for report in reports:  # of the last stage
+        for report in reports:  # only on the last pipeline stage
             numbers = {name: metric.read().value for name, metric in report.items()}
             sys.stdout.write(f"step {step}: loss {numbers['train/loss']:+.4f}, KL {numbers['distill/kl']:.4f}\n")
     sdpg.shutdown()

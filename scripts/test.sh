@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Set up and run the tests; arguments go to pytest:
 #
-#   bash scripts/test.sh                          all of them, less those that need SGLang, two at a time
-#   bash scripts/test.sh --sglang                 those, with an SGLang for CPUs (scripts/install_sglang_cpu.sh)
+#   bash scripts/test.sh                          all that need no SGLang, two at a time, without the slow ones
+#   bash scripts/test.sh --all                    with the slow ones (tests/slow.py): once before a release
+#   bash scripts/test.sh --sglang [--all]         those that need SGLang, with one for CPUs (install_sglang_cpu.sh)
 #   bash scripts/test.sh tests/unit -k config     some of them
 #   SDPG_PYTHON=python3.12 bash scripts/test.sh   the same in .venv-312, with the newest megatron-core of Python 3.12
 #   SDPG_CONSTRAINTS=scripts/constraints-lowest.txt bash scripts/test.sh
@@ -11,8 +12,12 @@
 #
 # With SDPG_SGLANG_PYTHON set to an interpreter that has sglang, --sglang uses that one and installs none.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [[ "${1:-}" == --sglang ]]; then
+sglang=false options=()
+while [[ "${1:-}" == --sglang || "${1:-}" == --all ]]; do
+  if [[ "$1" == --sglang ]]; then sglang=true; else options+=(--all); fi
   shift
+done
+if [[ "$sglang" == true ]]; then
   SDPG_SGLANG_PYTHON="${SDPG_SGLANG_PYTHON:-$(SDPG_PYTHON='' bash scripts/install_sglang_cpu.sh)}"
   export SDPG_SGLANG_PYTHON
   if (($# == 0)); then set -- tests/sglang; fi
@@ -21,4 +26,4 @@ elif (($# == 0)); then
   set -- --numprocesses 2 --dist loadscope --no-loadscope-reorder
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest "${options[@]}" "$@"

@@ -1,7 +1,7 @@
-"""Defaults of the section `objective` by method, where they differ from SDPG's.
+"""Defaults of each method that differ from `sdpg`.
 
-A field that the user sets takes precedence. `ObjectiveConfig` merges the defaults in before validation, so that the
-resolved configuration shows them. docs/methods.md has the sources.
+A field set by the user takes precedence. The defaults are merged in before validation, so the resolved configuration
+shows them. docs/methods.md has the sources.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ class SGLangConfig(Section):
     """Total number of server restarts before the run ends with an error."""
     concurrency: int = Field(256, ge=1)
     """Maximum number of groups in flight per server."""
-    transport: Literal["broadcast", "shared", "disk"] = "broadcast"
+    transport: str = "broadcast"
     """Transfer of weights to the servers: a process group of trainer and servers (`broadcast`; NCCL, or Gloo on CPUs),
-    memory shared with servers on the same machine (`shared`), or files in a folder that the servers can read (`disk`).
-    """
+    memory shared with servers on the same machine (`shared`), files in a folder that the servers can read (`disk`), or
+    a class of your own, package.module:Class."""
     bucket_mib: int = Field(256, ge=1, le=1_048_576)
     """Maximum size of a weight bucket in MiB. Two buckets are allocated at a time."""
     address: str | None = None
@@ -84,8 +84,8 @@ class SGLangConfig(Section):
     """Started servers share the trainer's devices. Servers release their memory during training; the trainer moves
     optimizer state and gradients to host memory during generation. Not supported by the `broadcast` transport."""
     verify_every: int = Field(0, ge=0)
-    """Interval, in rollout steps, between comparisons of the servers' weights with the trainer's by checksum. Not
-    supported for a mixture of experts. 0: never."""
+    """Interval, in rollout steps, between verifications of the servers' weights: the weights are published again over
+    random values, and the checksums must not change. 0: never."""
 
 
 class RolloutConfig(Section):

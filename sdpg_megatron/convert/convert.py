@@ -28,8 +28,8 @@ from sdpg_megatron.convert.torch_dist import TorchDist
 from sdpg_megatron.convert.torch_dist_writer import Block, write_torch_dist
 from sdpg_megatron.errors import CheckpointError, ConversionError, fix_of
 from sdpg_megatron.observe.byte_progress import transfer
-from sdpg_megatron.weights.folder import copy_hf_assets, write_config, write_index
-from sdpg_megatron.weights.load import SINGLE_FILE
+from sdpg_megatron.weights.bucket import TensorSpec, in_buckets
+from sdpg_megatron.weights.folder import copy_hf_assets, shard_name, write_config, write_index
 from sdpg_megatron.weights.map import hf_shapes
 
 Moved = Callable[[int], None]
@@ -270,18 +270,10 @@ def _write_files(folder: Path, specs: Specs, tensors: Tensors, shard_bytes: int,
 
 def _files(specs: Specs, shard_bytes: int) -> dict[str, list[str]]:
     """Names of each file's tensors."""
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, (shape, dtype) in specs.items():
-        size = prod(shape) * dtype.itemsize
-        if shards[-1] and held + size > shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)}
+    shards = list(in_buckets((TensorSpec(name, dtype, shape) for name, (shape, dtype) in specs.items()), shard_bytes))
+    return {
+        shard_name(number, len(shards)): [spec.name for spec in shard] for number, shard in enumerate(shards, start=1)
+    }
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""How hard the parts of a loss pull at the logits, against each other."""
+"""Gradient norms of the loss terms in the logits, and their ratio."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POLICY, _DISTILL = "policy/gradient_square", "distill/gradient_square"
 def term_gradients(
     objective: Objective, terms: TokenTerms, context: StepContext, weights_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weighted loss in log-prob (the outcome and reference terms') and in divergence, each [T]."""
+    """Gradients of the weighted loss in log-prob (policy and reference terms) and in divergence, each [T]."""
     divergence_T = torch.zeros_like(terms.logprob_T) if terms.divergence_T is None else terms.divergence_T
     with torch.enable_grad():
         leaves = terms.logprob_T.detach().requires_grad_(), divergence_T.detach().requires_grad_()
@@ -30,7 +30,7 @@ def term_gradients(
 
 
 def gradient_squares(by_logprob_T: Tensor, by_divergence_T: Tensor) -> dict[str, TokenMetric]:
-    """Report squared lengths of each token's two gradients in the logits, for `gradient_ratio`."""
+    """Metrics of each token's two squared gradient norms in the logits, for `gradient_ratio`."""
     return {
         _POLICY: TokenMetric(by_logprob_T, Reduction.SUM),
         _DISTILL: TokenMetric(by_divergence_T, Reduction.SUM),
@@ -38,8 +38,8 @@ def gradient_squares(by_logprob_T: Tensor, by_divergence_T: Tensor) -> dict[str,
 
 
 def gradient_ratio(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """``distill/gradient_ratio``: L2 norm, over all tokens of a step, of the distillation term's gradient in the logits
-    over that of the outcome and reference terms; nothing where it was not measured or the latter is 0."""
+    """``distill/gradient_ratio`` of a step: norm of the distillation term's gradient in the logits over the norm of the
+    policy and reference terms' gradient, over all tokens. Empty if not measured or the latter is 0."""
     if _POLICY not in metrics or not metrics[_POLICY].value:
         return {}
     return {RATIO: Metric(math.sqrt(metrics[_DISTILL].value / metrics[_POLICY].value))}

@@ -109,7 +109,7 @@ def open_writers(run_dir: Path, external: Sequence[MetricsWriter] = ()) -> Metri
     """Open the run's metrics.jsonl and TensorBoard events for appending; `external` writers are written to as well."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    own = [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)]
+    own: list[MetricsWriter] = [JsonlWriter(run_dir / METRICS_FILE), TensorBoardWriter(run_dir / TENSORBOARD_FOLDER)]
     return MultiWriter([*own, *external])
 
 

@@ -1,4 +1,4 @@
-"""What a rollout engine is: it generates with log-probs, takes new weights, and says which weights it used."""
+"""Rollout engine protocol: generation with log-probs, weight updates, weight versions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from sdpg_megatron.records import Routing
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of finished groups, and of all."""
+"""Called with the numbers of finished and of all groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 means greedy; its log-probs are those of temperature 1."""
+    """Sampling parameters. `temperature` 0 is greedy, with the log-probs of temperature 1."""
 
     n: int
     """Responses per prompt."""
@@ -29,37 +29,37 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
-    """The same seed, prompts and weights give the same responses."""
+    """Equal seeds, prompts and weights give equal responses."""
     experts: bool = False
-    """Record which experts of a mixture each token is sent to."""
+    """Record the experts that each token is routed to."""
 
 
 def compact(experts: Any) -> Routing:
-    """An array of expert numbers in the narrowest type that holds them."""
+    """Convert expert numbers to the narrowest type that holds them."""
     narrow: Routing = experts.astype(np.uint8 if experts.size == 0 or experts.max() < 256 else np.int16)
     return narrow
 
 
 Stop = Callable[[], bool]
-"""Whether the caller wants what is under way to end; asked often, from any thread."""
+"""Returns True to end the current generation; called often, from any thread."""
 
 
 def never() -> bool:
-    """A `Stop` of callers that wait for the end."""
+    """A `Stop` that never ends the generation."""
     return False
 
 
 class Abandoned(RolloutError):
-    """The caller wanted the generation to end. What was generated of it is gone; the engine is as it was before."""
+    """The caller stopped the generation. Its output is lost; the engine is unchanged."""
 
     def __init__(self) -> None:
         super().__init__("the generation was abandoned, as the run was asked to stop")
 
 
 class WeightsWanted(RolloutError):
-    """No server has the current weights, though some are there to take them: publish the same version again.
+    """No server has the current weights, but some can take them: publish the same version again.
 
-    The groups that were finished before are kept in `done`, by their prompt's place in the call.
+    `done` has the finished groups by their prompt's index in the call.
     """
 
     def __init__(self, message: str, done: Mapping[int, Group]) -> None:
@@ -68,57 +68,57 @@ class WeightsWanted(RolloutError):
 
 
 class RolloutEngine(Protocol):
-    """A source of completions that follows the trainer's weights."""
+    """Generates completions with the trainer's weights."""
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that the next sample will come from; -1 before the first publish."""
+        """Weight version of the next sample; -1 before the first publish."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
-        """One whole group of `sampling.n` completions for each prompt, in order.
+        """Generate a group of `sampling.n` completions for each prompt, in order.
 
         Raises:
-            Abandoned: soon after `stop` says so.
+            Abandoned: soon after `stop` returns True.
             RolloutError: no weights were published yet, or a group could not be completed.
-            WeightsWanted: the current weights have to be published again, and then the rest asked for.
+            WeightsWanted: publish the current weights again, then request the rest.
         """
         ...
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Replace every weight with the stream's. The engine serves `version` only when the whole stream arrived.
+        """Replace all weights with the stream's. The engine serves `version` only after the whole stream.
 
         Raises:
-            WeightError: a name or shape is unknown to the engine, or a weight of the engine is missing from the
-                stream. The engine then refuses to generate until a later publish succeeds.
+            WeightError: a tensor of the stream is unknown, misshapen, duplicate, or missing. The engine then refuses to
+                generate until a later publish succeeds.
         """
         ...
 
     def close(self) -> None:
-        """Release everything. A closed engine generates nothing; closing twice is harmless."""
+        """Free all resources. May be called twice."""
         ...
 
 
 @runtime_checkable
 class SharedEngine(RolloutEngine, Protocol):
-    """An engine on servers that other processes' engines use too. One process of a run publishes to them."""
+    """An engine on servers shared with other processes' engines. One process of a run publishes to them."""
 
     def follow(self, version: int) -> None:
-        """Another process published a version: take only its responses from now on."""
+        """Accept only responses of a version that another process published."""
         ...
 
     def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Compare the weights of every server that serves `version` with the stream's.
+        """Verify the weights of every server that serves `version` by publishing the stream again.
 
         Raises:
-            WeightError: they differ; names servers and tensors.
+            WeightError: they differ; names servers and parameters.
         """
         ...
 
     def release(self) -> None:
-        """Have the servers give their memory back; they have no weights until `resume` and the next publish."""
+        """Release the servers' memory. They serve nothing until `resume` and the next publish."""
         ...
 
     def resume(self) -> None:
-        """Have the servers take memory for their weights."""
+        """Allocate the servers' memory for weights."""
         ...

@@ -1,7 +1,7 @@
-"""The embedded engine: transformers in this process, fed through the same weight stream as a server.
+"""Embedded engine: transformers in this process, with the same weight stream as servers.
 
 Shapes: B sequences of a batch, U distinct prompts among them, P left-padded prompt length, N generated length,
-V vocabulary.
+V vocabulary, L layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.data.tokenizer import stop_ids
-from sdpg_megatron.errors import NumericsError, RolloutError, WeightError, did_you_mean
+from sdpg_megatron.errors import NumericsError, RolloutError
 from sdpg_megatron.records import Completion, FinishReason, Group, Prompt
-from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, never
-from sdpg_megatron.rollout.experts import ExpertRecorder
+from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, compact, never
 from sdpg_megatron.rollout.transformers_check import check_reading
+from sdpg_megatron.weights.bucket import StreamCheck
 from sdpg_megatron.weights.hf_moe_names import as_saved
+
+if TYPE_CHECKING:
+    from sdpg_megatron.records import Routing
 
 UNCONSTRAINED: Mapping[str, Any] = {
     "num_beams": 1,
@@ -34,27 +38,25 @@ UNCONSTRAINED: Mapping[str, Any] = {
     "min_length": 0,
 }
 UNTRUNCATED: Mapping[str, Any] = {"top_k": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""Generation parameters that leave the model's distribution as it is; the latter only apply where tokens are sampled.
-transformers replaces unset ones by the model's, then by its own defaults (top-k 50)."""
-LISTED = 8
-"""Weights that one error message names."""
+"""Generation parameters that do not change the model's distribution; these apply to sampling only. transformers fills
+unset ones from the model's, then from its defaults (top-k 50)."""
 
 
 class HFEngine:
-    """Generates with transformers. Nothing is served before a whole weight stream was published."""
+    """Generates with transformers, after the first publish."""
 
     def __init__(
         self, model_folder: Path, *, batch_size: int, device: torch.device, dtype: torch.dtype, tokenizer: Any
     ) -> None:
-        """Build the model from its configuration alone; the folder's weights are not read.
+        """Build the model from its configuration without the folder's weights.
 
         Args:
             model_folder: Hugging Face folder with config.json and, for the stop ids, generation_config.json.
-            batch_size: sequences generated at a time.
-            tokenizer: transformers tokenizer; decodes responses.
+            batch_size: sequences per batch.
+            tokenizer: transformers tokenizer for the responses.
 
         Raises:
-            ConfigError: the model names no stop token, or transformers reads another model from its config.json.
+            ConfigError: the model has no stop token, or transformers reads another model from its config.json.
         """
         arch = read_architecture(model_folder)
         check_reading(model_folder, arch)
@@ -65,10 +67,10 @@ class HFEngine:
         self._version = -1
         with device, _Unfilled():  # type: ignore[no-untyped-call]
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=dtype)
-        # generate() fills what is unset from the model's defaults, which may hold top-k or a repetition penalty.
+        # The model's own defaults may have top-k or a repetition penalty.
         model.generation_config = GenerationConfig()
         self._model: Any = model.eval().requires_grad_(False)
-        # Tied weights appear once, as in checkpoints; buffers that checkpoints do not hold stay as built.
+        # As in checkpoints: tied weights once, and without non-persistent buffers.
         saved = model.state_dict().keys()
         tensors = chain(model.named_parameters(), model.named_buffers())
         self._targets: dict[str, Tensor] = {
@@ -85,9 +87,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
-        """See `RolloutEngine`. Sampling is from the softmax at `temperature`, cut by `top_p`, and nothing else.
-
-        `stop` is asked before each token of a batch.
+        """See `RolloutEngine`. Samples from the softmax at `temperature`, cut by `top_p`. `stop` is called per token.
 
         Raises:
             NumericsError: the model's logits are not finite.
@@ -96,7 +96,7 @@ class HFEngine:
         if self._version < 0:
             raise RolloutError("generate: no complete set of weights was published. Fix: publish first")
         n = sampling.n
-        # Prompts of like length share a batch: less padding.
+        # Batch prompts of similar length.
         order = sorted(range(len(prompts) * n), key=lambda i: len(prompts[i // n].student_tokens))
         completions: dict[int, Completion] = {}
         with _seeded(self._device, sampling.seed):
@@ -113,28 +113,15 @@ class HFEngine:
 
     @torch.no_grad()
     def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """See `RolloutEngine`. The stream is read to its end even where it is faulty: its source may be collective."""
+        """See `RolloutEngine`. A faulty stream is read to its end too, as its source may be collective."""
         self._require_open()
         self._version = -1
-        missing = dict.fromkeys(self._targets)
-        faults: list[str] = []
+        check = StreamCheck({name: target.shape for name, target in self._targets.items()})
         for bucket in buckets:
             for name, tensor in bucket:
-                target = self._targets.get(name)
-                if target is None:
-                    faults.append(" ".join(filter(None, (f"{name} is unknown;", did_you_mean(name, self._targets)))))
-                elif name not in missing:
-                    faults.append(f"{name} came twice")
-                else:
-                    del missing[name]
-                    if tensor.shape == target.shape:
-                        target.copy_(tensor)
-                    else:
-                        faults.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
-        faults += [f"{name} is missing" for name in missing]
-        if faults:
-            more = f", and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-            raise WeightError(f"publish of version {version}: {', '.join(faults[:LISTED])}{more}")
+                if check.accept(name, tensor.shape):
+                    self._targets[name].copy_(tensor)
+        check.finish(f"publish of version {version}")
         self._version = version
 
     def close(self) -> None:
@@ -150,7 +137,7 @@ class HFEngine:
     def _complete(
         self, prompts: Sequence[Sequence[int]], copies: Sequence[int], sampling: Sampling, stop: Stop
     ) -> list[Completion]:
-        """B completions, number b of ``prompts[copies[b]]``; U prompts."""
+        """Generate B completions, number b of ``prompts[copies[b]]``, for U prompts."""
         width = max(map(len, prompts))
         pad_id = self._stop_ids[0]
         tokens_UP = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -175,7 +162,7 @@ class HFEngine:
         return [replace(completion, experts=routing) for completion, routing in zip(found, routings, strict=True)]
 
     def _prefill(self, tokens_UP: Tensor, mask_UP: Tensor, copies_B: Tensor) -> Any:
-        """Keys and values of all prompt tokens but the last, for B rows; each of the U prompts is read once."""
+        """KV cache of all prompt tokens but the last, for B rows; each of the U prompts is prefilled once."""
         cache = DynamicCache(config=self._model.config)
         if tokens_UP.shape[1] > 1:
             positions_UP = (mask_UP.cumsum(-1) - 1).clamp(min=0)
@@ -205,8 +192,8 @@ class HFEngine:
         length = next((i for i, token in enumerate(tokens, start=1) if token in self._stop_ids), None)
         finish_reason: FinishReason = "length" if length is None else "stop"
         return Completion(
-            tokens=tuple(tokens[:length]),
-            logprobs=tuple(logprobs[:length]),
+            tokens=np.array(tokens[:length], np.int32),
+            logprobs=np.array(logprobs[:length], np.float32),
             finish_reason=finish_reason,
             weight_version=self._version,
             text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
@@ -214,7 +201,7 @@ class HFEngine:
 
 
 class _Watch:
-    """A logits processor that changes nothing and ends the generation when that is wanted: between two tokens."""
+    """Logits processor that ends the generation between two tokens once `stop` returns True."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
@@ -226,10 +213,10 @@ class _Watch:
 
 
 class _LogprobRecorder:
-    """A logits processor that changes nothing and keeps the log-prob of each chosen token.
+    """Logits processor that records the log-prob of each chosen token.
 
-    transformers calls it before its own temperature and top-p. At each call the token of the step before is known, so
-    one step's [B, V] log-probs are held and no more.
+    transformers calls it before its temperature and top-p. At each call the previous step's token is known, so only one
+    step's [B, V] log-probs are held.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -250,15 +237,15 @@ class _LogprobRecorder:
         return logits_BV
 
     def logprobs(self, tokens_BN: Tensor) -> Tensor:
-        """float32 [B, N], for the tokens that generation ended with."""
+        """Log-probs of the generated tokens, float32 [B, N]."""
         assert self._last_BV is not None
-        # Where transformers looks for the end one step late, it drops that step's token; the last is then recorded.
+        # If transformers detects the end one step late, it drops that step's token; the last is already recorded.
         chosen = [*self._chosen, self._last_BV.gather(1, tokens_BN[:, -1:])]
         return torch.cat(chosen[: tokens_BN.shape[1]], dim=1)
 
 
 class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves new parameters as allocated: filling billions with random numbers takes minutes, and none is served."""
+    """Skips random initialization, which takes minutes for billions of parameters that are overwritten."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -270,7 +257,52 @@ class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside; the global random state is what it was afterwards."""
+    """Seed the global generators inside the context, and restore their state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+class ExpertRecorder:
+    """Context that records the experts chosen by every router, per call, on the device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._per_token = int(model.config.num_experts_per_tok)  # type: ignore[union-attr, arg-type]
+        self._gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+        self._calls: list[list[Tensor]] = [[] for _ in self._gates]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> ExpertRecorder:
+        for gate, calls in zip(self._gates, self._calls, strict=True):
+            self._hooks.append(gate.register_forward_hook(lambda _, __, out, calls=calls: calls.append(self._of(out))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _of(self, output: Any) -> Tensor:
+        """Chosen experts [tokens, K] from a router's output: with choices since transformers 5, logits before."""
+        chosen: Tensor = output[2] if isinstance(output, tuple) else output.float().topk(self._per_token).indices
+        return chosen.to(torch.int16)
+
+    def routings(self, prompts: Sequence[int], copies: Sequence[int], responses: Sequence[int]) -> list[Routing]:
+        """Routing of each sequence's tokens but the last.
+
+        Args:
+            prompts: lengths of the U prompts; all tokens but the last were prefilled in the first call.
+            copies: prompt of each of the B sequences, which were then decoded token by token.
+            responses: response lengths of the B sequences.
+        """
+        width = max(prompts) - 1
+        first = 1 if width else 0
+        read_BNLK = torch.stack([torch.stack(calls[first:], dim=1) for calls in self._calls], dim=2).cpu()
+        prompt_UPLK = read_BNLK[:0, :0]
+        if first:
+            calls_UPK = [calls[0].view(len(prompts), width, -1) for calls in self._calls]
+            prompt_UPLK = torch.stack(calls_UPK, dim=2).cpu()
+        found = []
+        for b, (copy, length) in enumerate(zip(copies, responses, strict=True)):
+            parts = [prompt_UPLK[copy, width - prompts[copy] + 1 :]] if first else []
+            found.append(compact(torch.cat([*parts, read_BNLK[b, :length]]).numpy()))
+        return found

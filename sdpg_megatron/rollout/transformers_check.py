@@ -1,6 +1,6 @@
-"""Check that the installed transformers computes with the settings that config.json has.
+"""Check that the installed transformers computes with the settings of config.json.
 
-Versions differ in the keys that they know: one that does not know a key takes its own default without a word.
+A version that does not know a key silently uses its own default.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sdpg_megatron.errors import ConfigError
 
 
 def check_reading(folder: Path, arch: Architecture) -> None:
-    """Compare what transformers makes of a folder's config.json with the architecture read from it.
+    """Compare transformers' reading of a folder's config.json with the architecture read from it.
 
-    The rotary frequencies are those that a model of that configuration computes with; no model is built.
+    Includes the rotary frequencies of a model with this configuration; no model is built.
 
     Raises:
         ConfigError: they differ, or transformers cannot read the file.
@@ -47,7 +47,7 @@ def check_reading(folder: Path, arch: Architecture) -> None:
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
-    """Rotary angles per position, float64 [head size / 2], with Llama 3's stretching where the architecture has it."""
+    """Rotary angles per position, float64 [head size / 2], with Llama 3's scaling if the architecture has it."""
     exponents_F = torch.arange(0, arch.head_dim, 2, dtype=torch.float64) / arch.head_dim
     plain_F: Tensor = arch.rope_theta**-exponents_F
     if arch.rope_scaling is None:
@@ -59,7 +59,7 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
 
 
 def expected_settings(arch: Architecture) -> dict[str, Any]:
-    """Attributes of a transformers configuration that change what is computed."""
+    """Attributes of a transformers configuration that affect the computation."""
     found: dict[str, Any] = {
         "model_type": arch.family,
         "num_hidden_layers": arch.num_layers,
@@ -78,20 +78,20 @@ def expected_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def _rotary_class(config: Any) -> Any:
-    """The class of rotary embeddings beside the model class of a configuration."""
+    """Rotary embedding class in the module of a configuration's model class."""
     module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
     return next(found for name, found in vars(module).items() if name.endswith("RotaryEmbedding"))
 
 
 def _base(frequencies_F: Tensor) -> float:
-    """The base that plain rotary frequencies follow from."""
+    """Base of plain rotary frequencies."""
     return float(frequencies_F[1] ** -len(frequencies_F)) if len(frequencies_F) > 1 else math.nan
 
 
 def differs(
     folder: Path, what: str, found: object, expected: object, version: str = transformers.__version__
 ) -> ConfigError:
-    """The error where a transformers of that version takes another setting from config.json than the trainer."""
+    """Error for a transformers version that reads a setting differently from the trainer."""
     return ConfigError(
         f"{folder / 'config.json'}: {what}",
         found,

@@ -1,18 +1,20 @@
-"""Weights between Hugging Face tensors and Megatron shards: one map per family, read in both directions."""
+"""Hugging Face tensors to Megatron shards and back: one map per family for both directions."""
 
-from sdpg_megatron.weights.folder import read_folder, write_folder
+from sdpg_megatron.weights.bucket import Bucket, allocate
+from sdpg_megatron.weights.folder import FolderWriter, read_folder, write_folder
 from sdpg_megatron.weights.load import check_values, load_shards, open_weights
 from sdpg_megatron.weights.map import ExpertShare, hf_shapes, weight_map
-from sdpg_megatron.weights.stream import Bucket, WeightStream, new_room
+from sdpg_megatron.weights.stream import WeightStream
 
 __all__ = [
     "Bucket",
     "ExpertShare",
+    "FolderWriter",
     "WeightStream",
+    "allocate",
     "check_values",
     "hf_shapes",
     "load_shards",
-    "new_room",
     "open_weights",
     "read_folder",
     "weight_map",

@@ -1,4 +1,4 @@
-"""Each model family's table: which Hugging Face tensors a Megatron parameter is made of, and how ranks share it."""
+"""Tables of the model families: the Hugging Face tensors of each Megatron parameter, and how ranks shard it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """How tensor-parallel ranks share a parameter."""
+    """Sharding of a parameter over tensor-parallel ranks."""
 
     cut: Callable[[Architecture, Sequence[int], int, int], list[Piece]]
-    """(architecture, length of each source along `dim`, tensor-parallel rank, size) -> that rank's pieces, in order.
-    Over all ranks they cover every source once."""
+    """(architecture, length of each source along `dim`, tensor-parallel rank, size) -> the rank's pieces, in order.
+    Together the ranks cover every source once."""
     dim: int = 0
-    """The dimension that pieces are cut and joined along."""
+    """Dimension along which pieces are split and joined."""
     sharded: bool = True
-    """False where every rank holds the whole."""
+    """False if every rank holds the whole parameter."""
 
 
 def _even(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """An equal share of each source, one after the other."""
+    """An equal share of each source."""
     return [Piece(source, rank * (length // size), length // size) for source, length in enumerate(lengths)]
 
 
 def _by_query_group(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """Group by group: the query heads that share a key-value head, then that key head, then that value head."""
+    """By query group: the query heads that share a key-value head, then the key head, then the value head."""
     groups, share = arch.num_kv_heads, arch.num_kv_heads // size
     return [
         Piece(source, group * (length // groups), length // groups)
@@ -46,7 +46,7 @@ def _by_query_group(arch: Architecture, lengths: Sequence[int], rank: int, size:
 
 
 def _padded_vocabulary(arch: Architecture, lengths: Sequence[int], rank: int, size: int) -> list[Piece]:
-    """An equal share of the padded vocabulary; the padding lies at the end of the last ranks."""
+    """An equal share of the padded vocabulary; the padding is at the end of the last ranks."""
     rows = arch.padded_vocab(size) // size
     start = min(rank * rows, arch.vocab_size)
     length = min(rows, arch.vocab_size - start)
@@ -62,15 +62,15 @@ VOCABULARY = ShardLayout(_padded_vocabulary)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of a family's map. Names in a layer's rules are relative to the layer; {} is an expert's number."""
+    """One entry of a family's map. Names in a layer's rules are relative to the layer; {} is an expert's number."""
 
     megatron: tuple[str, ...]
-    """Spellings of one parameter: the local layer specification's, then Transformer Engine's where it differs."""
+    """Names of one parameter: in the local layer specification, then in Transformer Engine's if it differs."""
     tensors: Mapping[str, tuple[str, ...]]
-    """Hugging Face tensors that it is made of, with the names of their dimensions."""
+    """Its Hugging Face tensors, with the names of their dimensions."""
     layout: ShardLayout
     exported: bool = True
-    """False for a copy of a tensor that another parameter exports."""
+    """False for a copy of another parameter's tensor."""
 
 
 _MODEL = (
@@ -78,7 +78,7 @@ _MODEL = (
     Rule(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, REPLICATED),
 )
 OUTPUT = Rule(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, VOCABULARY)
-# With tied embeddings and several pipeline stages, the last stage has a copy of the embedding under this name.
+# With tied embeddings and several pipeline stages, the last stage holds a copy of the embedding under this name.
 _TIED_OUTPUT = Rule(OUTPUT.megatron, _MODEL[0].tensors, VOCABULARY, exported=False)
 _ATTENTION = (
     Rule(
@@ -112,7 +112,7 @@ def _feed_forward(fc1: tuple[str, ...], fc2: tuple[str, ...], gate: str, up: str
 
 
 def _experts(gate: str, up: str, down: str) -> tuple[Rule, Rule]:
-    # Experts that are modules one by one, and those whose products Transformer Engine groups.
+    # Experts as separate modules, and as grouped GEMMs of Transformer Engine.
     fc1, fc2 = (
         (f"mlp.experts.local_experts.{{}}.{layer}.weight", f"mlp.experts.{layer}.weight{{}}")
         for layer in ("linear_fc1", "linear_fc2")
@@ -164,7 +164,7 @@ _EXPERT_RULES: Mapping[Family, tuple[Rule, ...]] = {
         "block_sparse_moe.experts.{}.w2.weight",
     ),
 }
-"""Once for each expert of a layer."""
+"""Rules of each expert of a layer."""
 
 
 def rules(arch: Architecture) -> Iterable[tuple[str, str, int | None, int | None, Rule]]:
@@ -183,7 +183,7 @@ def rules(arch: Architecture) -> Iterable[tuple[str, str, int | None, int | None
 
 
 def sizes(arch: Architecture) -> dict[str, int]:
-    """Lengths of dimensions by their names."""
+    """Lengths of the named dimensions."""
     return {
         "vocab": arch.vocab_size,
         "hidden": arch.hidden_size,

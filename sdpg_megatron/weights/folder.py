@@ -1,4 +1,4 @@
-"""Weight streams into a Hugging Face folder, which appears whole or not at all, and out of one."""
+"""Weight streams to and from Hugging Face folders; a written folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,53 +15,117 @@ from torch import Tensor
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import WeightError
 from sdpg_megatron.hf_files import HF_ASSETS
-from sdpg_megatron.weights.check import check_finite
-from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_weights
+from sdpg_megatron.weights.bucket import Bucket, TensorSpec, in_buckets
+from sdpg_megatron.weights.load import INDEX_FILE, SINGLE_FILE, check_finite, open_weights
 from sdpg_megatron.weights.map import check_folder, hf_shapes
-from sdpg_megatron.weights.stream import Bucket
 
 
-def write_folder(buckets: Iterable[Bucket], target: Path, *, source_folder: Path, shard_bytes: int = 4 * 2**30) -> None:
-    """Write a model's weights, with everything else from the folder that it came from.
+class FolderWriter:
+    """Writes a model's weights, and all else from the folder that training started from, as a Hugging Face folder.
 
-    The folder is written aside and renamed when it is complete. An earlier model at `target` is replaced; until then it
-    stays as it is, and after an error too.
-
-    Args:
-        buckets: the leader's side of a weight stream; its tensors' type becomes the configuration's.
-        target: the folder to make.
-        source_folder: Hugging Face folder with the model's config.json, tokenizer and templates.
-        shard_bytes: bound of one safetensors file, and of the host memory that this takes beside a bucket.
-
-    Raises:
-        WeightError: `target` holds something that is not a model, or is `source_folder`; or the stream lacks a tensor
-            or has values that are not finite.
-        ConfigError: `source_folder` has no usable config.json.
-        OSError: the disk refused.
+    Files are written to a staging folder beside `target`, which `finish` renames. An earlier model at `target` stays
+    until then, also after an error.
     """
-    _check_target(target, source_folder)
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+
+    def __init__(self, target: Path, *, source_folder: Path, shard_bytes: int = 4 * 2**30) -> None:
+        """
+        Args:
+            target: the folder to make.
+            source_folder: Hugging Face folder with the model's config.json, tokenizer and templates.
+            shard_bytes: bound of one safetensors file, and of the host memory held beside a bucket.
+
+        Raises:
+            WeightError: `target` holds something that is not a model, or is `source_folder`.
+            OSError: the staging folder cannot be made.
+        """
+        _check_target(target, source_folder)
+        self._target, self._source_folder, self._shard_bytes = target, source_folder, shard_bytes
+        self._staging = target.with_name(f".{target.name}.partial")
+        self._shard: dict[str, Tensor] = {}
+        self._held = self._total = self._files = 0
+        self._file_of: dict[str, int] = {}
+        self._dtype = ""
+        self.discard()
+        self._staging.mkdir(parents=True)
+
+    def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take tensors; keeps references to those on the CPU until their file is written.
+
+        Raises:
+            WeightError: a value is not finite.
+            OSError: the disk refused.
+        """
+        for name, tensor in tensors:
+            if self._shard and self._held + tensor.nbytes > self._shard_bytes:
+                self._write_shard()
+            check_finite(tensor, name, "weight stream", "export an earlier checkpoint, whose weights are finite")
+            self._dtype = self._dtype or str(tensor.dtype).removeprefix("torch.")
+            self._shard[name] = tensor.cpu()
+            self._held += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write the rest, config.json with the tensors' type, and the assets; then rename the staging folder.
+
+        Raises:
+            WeightError: a tensor is missing or unknown.
+            ConfigError: `source_folder` has no usable config.json.
+            OSError: the disk refused.
+        """
+        if self._shard:
+            self._write_shard()
+        check_folder(read_architecture(self._source_folder), self._file_of, "weight stream")
+        names = {number: shard_name(number, self._files) for number in range(1, self._files + 1)}
+        for number, name in names.items():
+            (self._staging / str(number)).rename(self._staging / name)
+        if self._files > 1:
+            write_index(self._staging, {name: names[number] for name, number in self._file_of.items()}, self._total)
+        write_config(self._source_folder, self._staging, self._dtype)
+        copy_hf_assets(self._source_folder, self._staging)
+        _replace(self._staging, self._target)
+
+    def discard(self) -> None:
+        """Remove the staging folder, if it is still there."""
+        self._shard = {}
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _write_shard(self) -> None:
+        self._files += 1
+        try:
+            save_file(self._shard, self._staging / str(self._files), metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's wrapper of the system's reason
+            raise OSError(str(error)) from error
+        self._file_of |= dict.fromkeys(self._shard, self._files)
+        self._total += self._held
+        self._shard, self._held = {}, 0
+
+
+def write_folder(
+    buckets: Iterable[Iterable[tuple[str, Tensor]]],
+    target: Path,
+    *,
+    source_folder: Path,
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write the leader's side of a weight stream; see `FolderWriter` for arguments and errors."""
+    writer = FolderWriter(target, source_folder=source_folder, shard_bytes=shard_bytes)
     try:
-        dtype = _write_weights(buckets, aside, source_folder, shard_bytes)
-        write_config(source_folder, aside, dtype)
-        copy_hf_assets(source_folder, aside)
-        _replace(aside, target)
+        for bucket in buckets:
+            writer.add(bucket)
+        writer.finish()
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        writer.discard()
 
 
 def read_folder(
     folder: Path, *, bucket_bytes: int, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Iterator[Bucket]:
-    """A Hugging Face folder's weights as a stream, tied copies left out; one bucket is held at a time.
+    """Read a Hugging Face folder's weights as a stream, without tied copies; one bucket is held at a time.
 
     Args:
         folder: with config.json and safetensors.
         bucket_bytes: bound of a bucket; a larger tensor has one to itself.
-        dtype: type of the tensors; None for that of each in the folder.
-        device: where they are to be; None for the CPU.
+        dtype: type of the tensors; None for each tensor's stored type.
+        device: device of the tensors; None for the CPU.
 
     Raises:
         WeightError: as `open_weights`; or a value is not finite, as stored or in `dtype`.
@@ -69,17 +133,19 @@ def read_folder(
     """
     arch = read_architecture(folder)
     source = open_weights(folder, arch)
-    bucket: list[tuple[str, Tensor]] = []
-    held = 0
-    for name in hf_shapes(arch):
-        tensor = source.read(name, 0, 0, source.shape(name)[0]).to(device=device, dtype=dtype)
-        check_finite(tensor, name, source.file_of(name))
-        if bucket and held + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append((name, tensor))
-        held += tensor.nbytes
-    yield bucket
+    specs = (TensorSpec(name, dtype or source.dtype(name), shape) for name, shape in hf_shapes(arch).items())
+    for group in in_buckets(specs, bucket_bytes):
+        bucket = Bucket(group, device)
+        for name, tensor in bucket:
+            tensor.copy_(source.read(name, 0, 0, len(tensor)))
+            check_finite(tensor, name, source.file_of(name))
+        yield bucket
+        del bucket
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of safetensors file `number`, from 1, of `count`."""
+    return SINGLE_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def _check_target(target: Path, source_folder: Path) -> None:
@@ -93,58 +159,14 @@ def _is_empty(folder: Path) -> bool:
     return next(folder.iterdir(), None) is None
 
 
-def _write_weights(buckets: Iterable[Bucket], folder: Path, source_folder: Path, shard_bytes: int) -> str:
-    """Write the safetensors files, and their index where there are several. Returns the tensors' type."""
-    file_of: dict[str, int] = {}
-    total, dtype, number = 0, "", 0
-    for number, shard in enumerate(_shards(buckets, shard_bytes), start=1):
-        for name, tensor in shard.items():
-            check_finite(tensor, name, "weight stream", "export an earlier checkpoint, whose weights are finite")
-        _save(shard, folder / str(number))
-        file_of.update(dict.fromkeys(shard, number))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        dtype = dtype or str(next(iter(shard.values())).dtype).removeprefix("torch.")
-    check_folder(read_architecture(source_folder), file_of, "weight stream")
-    if number == 1:
-        (folder / "1").rename(folder / SINGLE_FILE)
-        return dtype
-    names = {index: f"model-{index:05}-of-{number:05}.safetensors" for index in range(1, number + 1)}
-    for index, name in names.items():
-        (folder / str(index)).rename(folder / name)
-    write_index(folder, {tensor: names[index] for tensor, index in file_of.items()}, total)
-    return dtype
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library's wrapper of the system's reason
-        raise OSError(str(error)) from error
-
-
 def write_index(folder: Path, file_of: Mapping[str, str], total: int) -> None:
-    """Say which file has each tensor; `total` bytes are in them."""
+    """Write the index of tensors by file; `total` is the bytes of all tensors."""
     weight_map = dict(sorted(file_of.items()))
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(buckets: Iterable[Bucket], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Regroup a stream into files, on the host."""
-    shard: dict[str, Tensor] = {}
-    held = 0
-    for bucket in buckets:
-        for name, tensor in bucket:
-            if shard and held + tensor.nbytes > shard_bytes:
-                yield shard
-                shard, held = {}, 0
-            shard[name] = tensor.cpu()
-            held += tensor.nbytes
-    if shard:
-        yield shard
-
-
 def copy_hf_assets(source_folder: Path, folder: Path) -> None:
-    """Copy what a model has beside weights and config.json: tokenizer, chat template, generation defaults."""
+    """Copy tokenizer, chat template, generation defaults and the other files beside weights and config.json."""
     for name in HF_ASSETS:
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
@@ -163,11 +185,11 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace(aside: Path, target: Path) -> None:
-    """Put the finished folder in place. Renaming cannot replace a folder that has content: that one steps aside."""
+def _replace(staging: Path, target: Path) -> None:
+    """Rename the finished folder. An existing target is renamed first, as a folder with content cannot be replaced."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    aside.rename(target)
+    staging.rename(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,50 +1,38 @@
-"""Weights that transformers keeps joined, as views under the names that they have in checkpoints."""
+"""Expert weights that transformers 5 keeps fused, as views under their checkpoint names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from torch import Tensor
 
-
-class _Names(NamedTuple):
-    """A family's names of a layer's experts in checkpoints."""
-
-    block: str
-    gate: str
-    up: str
-    down: str
-
-
-_FAMILIES: Mapping[str, _Names] = {
-    "qwen3_moe": _Names("mlp", "gate_proj", "up_proj", "down_proj"),
-    "mixtral": _Names("block_sparse_moe", "w1", "w3", "w2"),
+_FAMILIES: Mapping[str, tuple[str, str, str, str]] = {
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
 }
+"""Names in checkpoints: of the block, and of an expert's gate, up and down projections."""
 _BLOCK = re.compile(r"(.*)\.mlp\.(gate\.weight|experts\.gate_up_proj|experts\.down_proj)")
-"""In transformers 5. Version 4 has experts one by one, under the names of checkpoints."""
+"""Names in transformers 5. Version 4 keeps experts apart, under checkpoint names."""
 
 
 def as_saved(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint that a parameter of the model holds.
+    """Yield the checkpoint tensors that a parameter of the model holds.
 
     Args:
-        tensor: all of a layer's experts, [experts, 2 x columns, hidden] of gate and up, or [experts, hidden, columns];
-            or anything else, which is itself.
+        tensor: all experts of a layer, [experts, 2 x columns, hidden] for gate and up, or [experts, hidden, columns]
+            for down; any other tensor is yielded as it is.
     """
-    names, match = _FAMILIES.get(model_type), _BLOCK.fullmatch(name)
-    if names is None or match is None:
+    match = _BLOCK.fullmatch(name)
+    if match is None or model_type not in _FAMILIES:
         yield name, tensor
         return
-    block = f"{match[1]}.{names.block}"
-    match match[2]:
-        case "gate.weight":
-            yield f"{block}.gate.weight", tensor
-        case "experts.gate_up_proj":
-            for expert, pair in enumerate(tensor):
-                for part, half in zip((names.gate, names.up), pair.chunk(2), strict=True):
-                    yield f"{block}.experts.{expert}.{part}.weight", half
-        case _:
-            for expert, down in enumerate(tensor):
-                yield f"{block}.experts.{expert}.{names.down}.weight", down
+    block, gate, up, down = _FAMILIES[model_type]
+    prefix = f"{match[1]}.{block}"
+    if match[2] == "gate.weight":
+        yield f"{prefix}.gate.weight", tensor
+        return
+    for expert, weight in enumerate(tensor):
+        fused = match[2] == "experts.gate_up_proj"
+        for part, view in zip((gate, up), weight.chunk(2), strict=True) if fused else ((down, weight),):
+            yield f"{prefix}.experts.{expert}.{part}.weight", view

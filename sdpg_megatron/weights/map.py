@@ -1,8 +1,8 @@
 """One map per model family between Megatron parameters and Hugging Face tensors.
 
-A rank's shard of a Megatron parameter is a row of *pieces*: slices of Hugging Face tensors, laid end to end along one
-dimension. The pieces are all that is declared. Loading copies them from files into the shard, exporting copies them
-from the shards back into whole tensors, so the two directions cannot disagree.
+A rank's shard of a Megatron parameter is a sequence of *pieces*: slices of Hugging Face tensors, joined along one
+dimension. Loading copies pieces from files into shards, and exporting copies them from shards into whole tensors: both
+directions use the same declaration.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from sdpg_megatron.weights.families import VOCABULARY as VOCABULARY
 Shape = tuple[int, ...]
 
 _NOT_PARAMETERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors of old checkpoints that hold no weights."""
+"""Tensors of old checkpoints that are not weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShare:
-    """A rank's experts of a layer, and its part of each. The defaults are for a rank that holds all of them whole."""
+    """A rank's experts of a layer, and its shard of each. By default the rank holds all experts whole."""
 
     rank: int = 0
     size: int = 1
-    """Expert-parallel: who holds which experts."""
+    """Expert-parallel rank and size."""
     tensor_rank: int = 0
     tensor_size: int = 1
-    """Tensor-parallel within an expert; may differ from that of the other parameters."""
+    """Tensor-parallel rank and size within an expert; they may differ from the other parameters'."""
 
     def owner(self, expert: int, count: int) -> int:
-        """The expert-parallel rank that holds expert `expert` of `count`."""
+        """Expert-parallel rank that holds expert `expert` of `count`."""
         return expert // (count // self.size)
 
 
@@ -43,36 +43,33 @@ WHOLE_EXPERTS = ExpertShare()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A Megatron parameter of one model, under its name with the global numbers of layer and expert."""
+    """A Megatron parameter of one model."""
 
     arch: Architecture
     tensors: Mapping[str, Shape]
-    """The Hugging Face tensors that it is made of, with their shapes."""
+    """Its Hugging Face tensors, with their shapes."""
     layout: ShardLayout
     exported: bool
     layer: int | None
-    """Global layer number; None outside the layers."""
+    """Global layer number; None for parameters outside the layers."""
     expert: int | None = None
-    """Global number of the expert, of which `ExpertShare` says who holds it and how it is cut; None for all else."""
+    """Global expert number, sharded as in `ExpertShare`; None for all other parameters."""
 
     def pieces(self, rank: int, size: int) -> list[Piece]:
-        """What tensor-parallel rank `rank` of `size` holds, in order along `layout.dim`.
-
-        Of an expert's parameter, the tensor-parallel ranks are those within the expert.
-        """
+        """Pieces of tensor-parallel rank `rank` of `size` (for an expert: within it), in order along `layout.dim`."""
         if not self.layout.sharded:
             rank, size = 0, 1
         return self.layout.cut(self.arch, [shape[self.layout.dim] for shape in self.tensors.values()], rank, size)
 
     def local_shape(self, size: int) -> Shape:
-        """Shape of a rank's shard; it is the same on all of `size` tensor-parallel ranks."""
+        """Shape of a shard, the same on all of `size` tensor-parallel ranks."""
         shape = list(next(iter(self.tensors.values())))
         shape[self.layout.dim] = sum(piece.length for piece in self.pieces(0, size))
         return tuple(shape)
 
 
 def weight_map(arch: Architecture) -> dict[str, Parameter]:
-    """Every parameter that a Megatron model of this architecture can have, in canonical order, under all spellings."""
+    """Every parameter of a Megatron model of this architecture under all its names, in canonical order."""
     lengths = sizes(arch)
     parameters: dict[str, Parameter] = {}
     for prefix, hf_prefix, layer, expert, rule in rules(arch):
@@ -86,7 +83,7 @@ def weight_map(arch: Architecture) -> dict[str, Parameter]:
 
 
 def hf_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Name and shape of every tensor of the Hugging Face model, tied copies left out."""
+    """Name and shape of every tensor of the Hugging Face model, without tied copies."""
     return {name: shape for parameter in weight_map(arch).values() for name, shape in parameter.tensors.items()}
 
 
@@ -96,13 +93,14 @@ def check_local(
     tp_size: int,
     experts: ExpertShare = WHOLE_EXPERTS,
 ) -> None:
-    """Check the names and shapes of parameters that one or more ranks own, and that no layer among them lacks one.
+    """Check the names and shapes of the parameters of one or more ranks, and that each of their layers is complete.
 
-    `experts`: those that these ranks hold.
+    Args:
+        experts: the experts that these ranks hold.
 
     Raises:
-        WeightError: a parameter is not in the map, has another shape or is another rank's expert, or a Hugging Face
-            tensor of a layer that is there would not be loaded.
+        WeightError: a parameter is not in the map, has another shape or is another rank's expert, or a layer lacks a
+            parameter for a Hugging Face tensor.
     """
     for name, shape in shapes.items():
         if name not in parameters:
@@ -133,10 +131,10 @@ def _is_held(parameter: Parameter, share: ExpertShare) -> bool:
 
 
 def check_covered(tensors: Iterable[str], parameters: Mapping[str, Parameter], names: Iterable[str]) -> None:
-    """Check that the parameters `names` hold every one of `tensors`.
+    """Check that the parameters `names` hold all of `tensors`.
 
     Raises:
-        WeightError: naming the first one that none of them holds, and the parameter that would.
+        WeightError: naming the first tensor that is in none of them, and its parameter.
     """
     covered = {tensor for name in names for tensor in parameters[name].tensors}
     for tensor in tensors:
@@ -149,15 +147,15 @@ def check_covered(tensors: Iterable[str], parameters: Mapping[str, Parameter], n
 
 
 def check_folder(arch: Architecture, found: Iterable[str], where: str) -> None:
-    """Check that a Hugging Face checkpoint has the model's tensors and no others.
+    """Check that a Hugging Face checkpoint has exactly the model's tensors.
 
     Args:
-        arch: what the model is.
+        arch: the model's architecture.
         found: names of the checkpoint's tensors.
-        where: what to call the checkpoint in an error.
+        where: name of the checkpoint in an error.
 
     Raises:
-        WeightError: naming the first tensor that is missing or not in the map, and the ones most like it.
+        WeightError: naming the first tensor that is missing or not in the map, and similar names.
     """
     expected = hf_shapes(arch)
     names = {name for name in found if not _NOT_PARAMETERS.fullmatch(name)}

@@ -1,4 +1,4 @@
-"""Who holds which part of a model: the ranks that hold one copy of it between them."""
+"""Placement of one model copy's parameters over ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sdpg_megatron.weights.map import ExpertShare, Parameter, Shape
 
 T = TypeVar("T")
 Owned = dict[str, tuple[Shape, torch.dtype]]
-"""Shape and type of a rank's parameters, by their names."""
+"""Shape and type of a rank's parameters, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """This rank's place among the ranks that hold one copy of the model. A group of None has this rank alone.
+    """This rank's place in the ranks of one model copy. A group of None means this rank alone.
 
-    A stage's tensor-parallel group and its expert group begin with the same rank, the stage's first. Where the expert
-    group is the larger one, it has several tensor-parallel groups in it, and the first of these sends.
+    A stage's tensor-parallel group and its expert group have the same first rank. An expert group may span several
+    tensor-parallel groups; only the first of these sends.
     """
 
     tp_group: dist.ProcessGroup | None
@@ -46,8 +46,12 @@ class Replica:
         return 1 if self.expert_group is None else self.expert_group.size()
 
     @property
+    def stage(self) -> int:
+        return 0 if self.pp_group is None else self.pp_group.rank()
+
+    @property
     def is_first(self) -> bool:
-        """Whether the stage's shards meet here."""
+        """True on the rank that gathers the stage's shards."""
         return self.tp_rank == 0 and self.expert_rank == 0
 
     @property
@@ -60,7 +64,7 @@ class Replica:
         return ExpertShare(position // tensor, self.expert_size // tensor, position % tensor, tensor)
 
     def gather_group(self, parameter: Parameter) -> tuple[dist.ProcessGroup | None, int, range]:
-        """(group, this rank in it, ranks in it that hold a parameter's shards, in order); none where not concerned."""
+        """(group, this rank in it, ranks that hold the parameter's shards); no ranks if this one takes no part."""
         if parameter.expert is None:
             concerned = self.expert_rank < self.tp_size
             holders = range(self.tp_size if parameter.layout.sharded else 1)
@@ -71,17 +75,13 @@ class Replica:
         holders = range(first, first + self.expert_tensor)
         return self.expert_group, self.expert_rank, holders if concerned else range(0)
 
-    @property
-    def stage(self) -> int:
-        return 0 if self.pp_group is None else self.pp_group.rank()
-
     def wait(self) -> None:
-        """NCCL only enqueues: without this, a stage that runs ahead of the leader keeps all that it has sent."""
+        """Synchronize. NCCL only enqueues: a stage ahead of the leader would keep all that it has sent."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def gather(self, owned: Owned) -> list[list[Owned]]:
-        """What each rank of the expert group owns, by pipeline stage."""
+        """The parameters of each rank of the expert group, by pipeline stage."""
         stages = _gather(owned, self.pp_group)
         return [list(stage) for stage in zip(*_gather(stages, self.expert_group), strict=True)]
 

@@ -1,8 +1,7 @@
-"""Megatron shards out as named, whole Hugging Face tensors, in buckets of bounded size.
+"""Stream of a model's weights: Megatron shards to whole Hugging Face tensors, in buckets of bounded size.
 
-Parameters travel one at a time in one canonical order: the shards of a parameter meet on the first rank of the pipeline
-stage that owns it, become whole tensors there, and go to the leader, the first rank of stage 0. Every whole tensor
-leaves its stage once.
+Parameters are sent one at a time in canonical order. The first rank of a parameter's pipeline stage gathers its shards,
+joins them into whole tensors, and sends these once to the leader, the first rank of stage 0.
 """
 
 from __future__ import annotations
@@ -17,26 +16,17 @@ from torch import Tensor
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.errors import WeightError
+from sdpg_megatron.weights.bucket import Allocate, Bucket, Scratch, TensorSpec, allocate, in_buckets
 from sdpg_megatron.weights.map import Parameter, check_covered, check_local, hf_shapes, weight_map
 from sdpg_megatron.weights.replica import Replica
 
-Bucket = Sequence[tuple[str, Tensor]]
-"""Full tensors under their Hugging Face names: one piece of a weight stream."""
-
-Tensors = list[tuple[str, Tensor]]
-
-Room = Callable[[int, torch.device], Tensor]
-"""(bytes, device) -> memory, uint8 [at least so many], that nothing else uses meanwhile."""
-
-
-def new_room(nbytes: int, device: torch.device) -> Tensor:
-    """Memory of its own."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+Tensors = list[Tensor]
+"""A parameter's whole Hugging Face tensors, in the order of its map entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A parameter's turn in the stream."""
+    """A parameter of the stream and the pipeline stage that owns it."""
 
     name: str
     parameter: Parameter
@@ -44,22 +34,25 @@ class _Item:
     dtype: torch.dtype
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(name, self.dtype, shape) for name, shape in self.parameter.tensors.items()]
+
+    @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * sum(prod(shape) for shape in self.parameter.tensors.values())
+        return sum(spec.nbytes for spec in self.specs)
 
 
 class WeightStream(Iterator[Bucket]):
-    """Streams the model's weights to the leader, the first rank of pipeline stage 0.
+    """Iterates over the model's weights in buckets on the leader, the first rank of pipeline stage 0.
 
-    Every rank of one model replica iterates to the end, in step: of all tensor-parallel groups that its experts are
-    spread over. The leader's buckets hold the tensors; those of the other ranks are empty, as many of them. The tensors
-    are copies on the parameters' device, which an optimizer step does not change later; those of a bucket lie end to
-    end in one piece of memory. A rank holds one bucket and one parameter at a time, as long as its consumer lets go of
-    a bucket before it asks for the next.
+    Collective: every rank of one model replica, including all tensor-parallel groups of its experts, iterates to the
+    end. The other ranks get the same number of empty buckets. The tensors are copies on the parameters' device: later
+    optimizer steps do not change them. A rank holds one bucket and one parameter at a time if its consumer releases a
+    bucket before it requests the next.
     """
 
-    room: Room
-    """Makes the memory of each of the leader's buckets; whoever takes the buckets may set it before the first."""
+    allocate: Allocate
+    """Allocates the memory of the leader's buckets. A consumer may replace it before the first bucket."""
 
     def __init__(
         self,
@@ -75,62 +68,62 @@ class WeightStream(Iterator[Bucket]):
     ) -> None:
         """
         Args:
-            local_params: the rank's parameters, all model chunks together, under their Megatron names with global
-                numbers of layers and experts.
-            arch: what the model is.
+            local_params: the rank's parameters of all model chunks, under their Megatron names with global layer and
+                expert numbers.
+            arch: the model's architecture.
             tp_group: the tensor-parallel group; None for a single rank.
             pp_group: the pipeline group, in stage order; None for a single stage.
-            expert_group: the ranks of the stage that hold one copy of its experts, those that share an expert next to
-                one another; not looked at for a dense model. None for a single rank.
-            expert_tensor: how many share an expert.
+            expert_group: the stage's ranks of one copy of its experts, ranks of one expert adjacent; ignored for a
+                dense model. None for a single rank.
+            expert_tensor: number of ranks per expert.
             bucket_bytes: bound of a bucket; a larger parameter has a bucket to itself.
-            dtype: type of the tensors; None for each parameter's own.
+            dtype: type of the tensors; None for each parameter's type.
         """
-        self.room = new_room
+        self.allocate = allocate
         self._params, self._arch = local_params, arch
         group = expert_group if arch.experts else None
         device = next(iter(local_params.values())).device
         self._place = Replica(tp_group, pp_group, group, expert_tensor if group else 1, device)
         self._bucket_bytes, self._dtype = bucket_bytes, dtype
-        self._shards, self._joined = _Scratch(), _Scratch()
+        self._shards, self._joined = Scratch(), Scratch()
         self._buckets = self._make()
 
     def __next__(self) -> Bucket:
-        """A bucket of (Hugging Face name, whole tensor); in canonical order, each tensor of the model exactly once.
+        """Next bucket in canonical order; each tensor of the model is in one bucket.
 
         Raises:
-            WeightError: on every rank, before anything is sent: a parameter is not in the map, has the wrong shape,
-                is missing, or is owned by two stages.
+            WeightError: a parameter is not in the map, has the wrong shape, is missing, or is on two stages. Raised on
+                every rank before anything is sent.
         """
         return next(self._buckets)
 
     def _make(self) -> Iterator[Bucket]:
-        for items in _in_buckets(_plan(self._params, self._arch, self._place, self._dtype), self._bucket_bytes):
+        for items in in_buckets(_plan(self._params, self._arch, self._place, self._dtype), self._bucket_bytes):
             yield self._gather(items)
 
     def _gather(self, items: Sequence[_Item]) -> Bucket:
-        """Bring a bucket's whole tensors to the leader; nothing anywhere else."""
+        """Gather a bucket's whole tensors on the leader; return an empty bucket on the other ranks."""
         place = self._place
-        bucket: list[tuple[str, Tensor]] = []
-        wholes = _lay_out(items, self.room, place.device) if place.leads else [None] * len(items)
-        for item, whole in zip(items, wholes, strict=True):
-            self._fetch(item, whole)
-            bucket += whole or []
+        specs = (spec for item in items if place.leads for spec in item.specs)
+        bucket = Bucket(specs, place.device, self.allocate)
+        tensors = dict(bucket)
+        for item in items:
+            self._fetch(item, [tensors[name] for name in item.parameter.tensors] if place.leads else None)
         place.wait()
         return bucket
 
     def _fetch(self, item: _Item, whole: Tensors | None) -> None:
-        """Fill `whole`, the leader's, with one parameter's tensors; elsewhere it is None."""
+        """Gather one parameter's tensors into `whole` on the leader; `whole` is None on the other ranks."""
         place = self._place
         if place.stage == item.stage:
             assembled = self._assemble(item, whole)
             if place.stage:
-                _exchange(dist.isend, ((0, tensor) for _, tensor in assembled), place.pp_group)
+                _exchange(dist.isend, ((0, tensor) for tensor in assembled), place.pp_group)
         elif whole is not None:
-            _exchange(dist.irecv, ((item.stage, tensor) for _, tensor in whole), place.pp_group)
+            _exchange(dist.irecv, ((item.stage, tensor) for tensor in whole), place.pp_group)
 
     def _assemble(self, item: _Item, whole: Tensors | None) -> Tensors:
-        """Join the stage's shards on its first rank, in `whole` if given; nothing on its other ranks."""
+        """Join the stage's shards on its first rank, in `whole` if given; return nothing on its other ranks."""
         place, parameter = self._place, item.parameter
         group, rank, holders = place.gather_group(parameter)
         if not place.is_first:
@@ -138,12 +131,14 @@ class WeightStream(Iterator[Bucket]):
                 local = self._params[item.name].detach()
                 _exchange(dist.isend, [(0, local.to(item.dtype).contiguous())], group)
             return []
-        whole = whole or _lay_out([item], self._joined.room, place.device)[0]
+        if whole is None:
+            tensors = dict(Bucket(item.specs, place.device, self._joined.allocate))
+            whole = [tensors[name] for name in parameter.tensors]
         others = [holder for holder in holders if holder]
         shape = parameter.local_shape(len(holders))
         size = len(others) * prod(shape) * item.dtype.itemsize
-        run = self._shards.room(size, place.device)[:size]
-        shards = dict(zip(others, run.view(item.dtype).view(len(others), *shape), strict=True))
+        memory = self._shards.allocate(size, place.device)[:size]
+        shards = dict(zip(others, memory.view(item.dtype).view(len(others), *shape), strict=True))
         _exchange(dist.irecv, shards.items(), group)
         for number, holder in enumerate(holders):
             shard = shards[holder] if holder else self._params[item.name].detach()
@@ -154,28 +149,16 @@ class WeightStream(Iterator[Bucket]):
 def _exchange(
     operation: Callable[..., object], parts: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup | None
 ) -> None:
-    """Send tensors to these ranks of the group, or receive them; as a batch, for which NCCL needs no group of two."""
+    """Send tensors to these ranks of the group, or receive them, in one batch: NCCL then needs no pairwise groups."""
     batch = [dist.P2POp(operation, tensor, group=group, group_peer=rank) for rank, tensor in parts]
     for work in dist.batch_isend_irecv(batch) if batch else []:
         work.wait()
 
 
-def _in_buckets(plan: Sequence[_Item], bucket_bytes: int) -> Iterator[list[_Item]]:
-    bucket: list[_Item] = []
-    held = 0
-    for item in plan:
-        if held and held + item.nbytes > bucket_bytes:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(item)
-        held += item.nbytes
-    yield bucket
-
-
 def _plan(
     local_params: Mapping[str, Tensor], arch: Architecture, place: Replica, dtype: torch.dtype | None
 ) -> list[_Item]:
-    """Who sends what, in canonical order; the same on every rank. Faults anywhere are raised everywhere."""
+    """Parameters in canonical order with their owners, the same on every rank. A fault on any rank is raised on all."""
     parameters = weight_map(arch)
     stages = place.gather({name: (tuple(local.shape), local.dtype) for name, local in local_params.items()})
     items: dict[str, _Item] = {}
@@ -196,39 +179,10 @@ def _plan(
 
 
 def _put(item: _Item, shard: Tensor, whole: Tensors, rank: int, size: int) -> None:
-    """Copy a tensor-parallel rank's shard into its places."""
+    """Copy a tensor-parallel rank's shard into the whole tensors."""
     dim, start = item.parameter.layout.dim, 0
     for piece in item.parameter.pieces(rank, size):
         if piece.source is not None:
-            target = whole[piece.source][1].narrow(dim, piece.start, piece.length)
+            target = whole[piece.source].narrow(dim, piece.start, piece.length)
             target.copy_(shard.narrow(dim, start, piece.length))
         start += piece.length
-
-
-def _lay_out(items: Sequence[_Item], room: Room, device: torch.device) -> list[Tensors]:
-    """Places for the whole tensors of each item: one run of bytes without gaps, as process groups like to send it.
-
-    Larger elements come first, so that each tensor begins at a multiple of its own.
-    """
-    run = room(sum(item.nbytes for item in items), device)
-    tensors: dict[str, Tensor] = {}
-    end = 0
-    for item in sorted(items, key=lambda item: -item.dtype.itemsize):
-        for name, shape in item.parameter.tensors.items():
-            start, end = end, end + prod(shape) * item.dtype.itemsize
-            tensors[name] = run[start:end].view(item.dtype).view(shape)
-    return [[(name, tensors[name]) for name in item.parameter.tensors] for item in items]
-
-
-class _Scratch:
-    """Memory that is used again and again, for one thing at a time; as large as the largest."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """A `Room`."""
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = new_room(nbytes, device)
-        return self._memory

@@ -115,18 +115,18 @@ def test_round_trip_over_many_tensor_ranks(ranks: RankPool, tmp_path: Path) -> N
     assert all(torch.equal(tensor, saved[name]) for name, tensor in sent)
 
 
-def in_given_room(folder: Path, tp: int, pp: int) -> list[tuple[str, Tensor]]:
+def in_given_memory(folder: Path, tp: int, pp: int) -> list[tuple[str, Tensor]]:
     rank = Rank(folder, tp, pp)
     stream = WeightStream(rank.params, rank.arch, bucket_bytes=50_000, **rank.groups)
     memories = itertools.cycle([torch.full((200_000,), 255, dtype=torch.uint8) for _ in range(2)])
     used: list[int] = []
 
-    def room(nbytes: int, device: torch.device) -> Tensor:
+    def allocate(nbytes: int, device: torch.device) -> Tensor:
         memory = next(memories)
         used.append(memory.data_ptr())
         return memory
 
-    stream.room = room
+    stream.allocate = allocate
     found = []
     for number, bucket in enumerate(stream):
         found += [(name, tensor.clone()) for name, tensor in bucket]
@@ -137,7 +137,7 @@ def in_given_room(folder: Path, tp: int, pp: int) -> list[tuple[str, Tensor]]:
 @pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
 def test_buckets_are_made_where_their_consumer_says(ranks: RankPool, folders: list[Path], tp: int, pp: int) -> None:
     saved = load_file(folders[3] / "model.safetensors")
-    leader, *others = ranks.run(in_given_room, tp * pp, folders[3], tp, pp)
+    leader, *others = ranks.run(in_given_memory, tp * pp, folders[3], tp, pp)
     assert len(leader) == len(saved) and not any(others)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in leader)
 
@@ -212,7 +212,7 @@ def test_keeps_no_bucket_that_it_gave_out(folders: list[Path]) -> None:
     buckets = WeightStream(params, arch, bucket_bytes=50_000)
     for _ in range(5):
         bucket = next(buckets)
-        memory = StorageWeakRef(bucket[0][1].untyped_storage())
+        memory = StorageWeakRef(bucket.memory.untyped_storage())
         assert not memory.expired()
         del bucket
         assert memory.expired()

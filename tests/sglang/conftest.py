@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sdpg_megatron.rollout.sglang.server import PYTHON_VARIABLE, Launch, ServerProcess
+from sdpg_megatron.rollout.sglang.interpreter import PYTHON_VARIABLE
+from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the servers, of which several share two cores
 START_LIMIT = 240.0

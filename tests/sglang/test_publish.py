@@ -332,7 +332,7 @@ def test_a_faulty_stream_is_read_to_its_end_and_frees_the_server(
         case "shape":
             faulty[name] = faulty[name][:-1]
         case "twice":
-            extra.append([(name, faulty[name])])
+            extra.append(Bucket.of([(name, faulty[name])]))
     read: list[str] = []
 
     def watched() -> Iterator[Bucket]:

@@ -163,12 +163,3 @@ def test_everything_is_checked_together(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RolloutError, match=r"does not run \(No such file or directory\)"):
         check_servers(config(python="/no/such/python"), ALONE)
     check_servers(config(python="/no/such/python", urls=["http://127.0.0.1:1"]), ALONE)
-
-
-def test_checksums_of_servers_on_gpus_need_sglangs_hash_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified = config(verify_every=1)
-    check_trainer(verified, "cpu")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_trainer(config(), "cuda")
-    with pytest.raises(RolloutError, match=r"SGLang's own hash.*verify_every to 0"):
-        check_trainer(verified, "cuda")

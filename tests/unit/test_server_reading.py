@@ -10,7 +10,7 @@ import pytest
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.errors import ConfigError, RolloutError
-from sdpg_megatron.rollout.sglang.transformers_check import check_server_reading
+from sdpg_megatron.rollout.sglang.interpreter import check_server_reading
 from tests.tiny import write_tiny_model
 
 OLD = """

@@ -171,7 +171,7 @@ def test_one_number_goes_through_a_new_group(monkeypatch: pytest.MonkeyPatch) ->
     failures, _ = open_sink(monkeypatch, one, two)
     (group,) = Group.made
     assert not failures and [run.numel() for run in group.sent] == [4]  # bytes
-    assert one.received == two.received == [([PROBE], ["float32"], [[1]])]
+    assert one.received == two.received == [([PROBE], ["float32"], [(1,)])]
 
 
 def test_a_server_that_nothing_reaches_is_out_before_weights_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from sdpg_megatron.errors import RolloutError
 from sdpg_megatron.rollout.base import Abandoned, WeightsWanted
-from sdpg_megatron.rollout.sglang.async_tools import unless
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.event_loop import unless
 from sdpg_megatron.rollout.sglang.server_handle import ServerState
 from tests.sglang_fakes import (
     BOUND,

@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sdpg_megatron.errors import RolloutError, ServerError, WeightError
 from sdpg_megatron.rollout.base import Bucket
-from sdpg_megatron.rollout.sglang.client import Timeouts
+from sdpg_megatron.rollout.sglang.client import RankChecksums, Timeouts
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
-from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher
-from sdpg_megatron.rollout.transports import attempt as attempt_module
-from sdpg_megatron.rollout.transports.attempt import AttemptResult, attempt
+from sdpg_megatron.rollout.sglang.publish import UNFINISHED, Publisher, WeightsChangedError, check_unchanged
+from sdpg_megatron.rollout.transports import broadcast
+from sdpg_megatron.rollout.transports.broadcast import AttemptResult, attempt
 
 # Whose fault it was
 
@@ -78,8 +78,8 @@ def judge(scene: Callable[[FakeGroup, FakePeer, FakePeer], tuple[Any, Any, Any]]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt_module, "GRACE", 0.1)
-    monkeypatch.setattr(attempt_module, "SETTLE", 0.3)
+    monkeypatch.setattr(broadcast, "GRACE", 0.1)
+    monkeypatch.setattr(broadcast, "SETTLE", 0.3)
 
 
 REFUSED = ServerError("http://peer", "/receive", "status 400: no session")
@@ -163,7 +163,7 @@ class FakeTransport:
     async def open(self, clients: Any) -> dict[Any, ServerError]:
         return {}
 
-    def room(self, nbytes: int, device: torch.device) -> Tensor:
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
         raise AssertionError("for weight streams only")
 
     def pack(self, bucket: Bucket) -> Any:
@@ -176,7 +176,7 @@ class FakeTransport:
                 raise self.error
             return {}
 
-        kept = list(bucket)
+        kept = [bucket]
         return send
 
     async def finish(self) -> dict[Any, ServerError]:
@@ -194,7 +194,7 @@ SHAPES = {f"w{i}": (10,) for i in range(4)}
 
 def buckets() -> Iterator[Bucket]:
     for name in SHAPES:
-        yield [(name, torch.zeros(10))]
+        yield Bucket.of([(name, torch.zeros(10))])
 
 
 @pytest.fixture
@@ -231,8 +231,8 @@ def test_one_bucket_is_made_while_another_is_sent_and_no_third(thread: LoopThrea
             if index == 2:
                 assert transport.go.is_set(), "a third bucket is made while the first is sent"
             assert sum(not memory.expired() for memory in alive) <= 1
-            bucket = [(name, torch.zeros(10))]
-            alive.append(StorageWeakRef(bucket[0][1].untyped_storage()))
+            bucket = Bucket.of([(name, torch.zeros(10))])
+            alive.append(StorageWeakRef(bucket.memory.untyped_storage()))
             yield bucket
             del bucket
 
@@ -245,12 +245,12 @@ def test_no_bucket_is_made_past_a_faulty_one_while_another_is_sent(thread: LoopT
     transport.go.clear()
 
     def watched() -> Iterator[Bucket]:
-        yield [("w0", torch.zeros(10))]
+        yield Bucket.of([("w0", torch.zeros(10))])
         assert transport.sending.wait(10)
         threading.Timer(0.2, transport.go.set).start()
-        yield [("unknown", torch.zeros(10))]
+        yield Bucket.of([("unknown", torch.zeros(10))])
         assert transport.go.is_set(), "the third is made while the first is sent"
-        yield [("w1", torch.zeros(10))]
+        yield Bucket.of([("w1", torch.zeros(10))])
 
     stream = watched()
     with pytest.raises(WeightError, match="unknown is unknown"):
@@ -314,3 +314,60 @@ def test_an_interrupt_sets_servers_free(thread: LoopThread) -> None:
 def test_without_servers_the_stream_is_read(thread: LoopThread) -> None:
     report = publish(thread, FakeTransport(), buckets())
     assert report.served == () and report.bytes == 160
+
+
+# Verification
+
+
+class FakeServer(FakeClient):
+    """Answers with the checksums of `weights`; the reset removes those that the publish does not write again."""
+
+    def __init__(self, *ranks: dict[str, str], lost: str | None = None) -> None:
+        super().__init__()
+        self.ranks, self.lost = ranks, lost
+
+    async def checksums(self) -> list[RankChecksums]:
+        self.calls.append("checksums")
+        return [RankChecksums(number, dict(by_name)) for number, by_name in enumerate(self.ranks)]
+
+    async def randomize_weights(self) -> None:
+        self.calls.append("randomize_weights")
+        for by_name in self.ranks[1:]:
+            by_name.update({self.lost: "random"} if self.lost else {})
+
+
+def verified(thread: LoopThread, *clients: FakeClient) -> Any:
+    publisher = Publisher(FakeTransport(), SHAPES, thread)  # type: ignore[arg-type]
+    return publisher.publish(clients, "run-1", buckets(), verify=True)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_the_same_again_are_served(thread: LoopThread) -> None:
+    server = FakeServer({"a": "1", "b": "2"}, {"a": "3", "b": "4"})
+    assert verified(thread, server).served == (server,)
+    assert server.calls == [
+        *("pause", "set_version", "checksums", "randomize_weights", "begin_update", "end_update", "checksums"),
+        *("flush_cache", "set_version", "resume", "weight_version"),
+    ]
+
+
+def test_a_weight_that_is_not_the_same_again_is_named_and_not_served(thread: LoopThread) -> None:
+    bad, good = FakeServer({"a": "1", "b": "2"}, {"a": "3", "b": "4"}, lost="b"), FakeServer({"a": "1"})
+    report = verified(thread, bad, good)
+    assert report.served == (good,) and list(report.failures) == [bad]
+    found = report.failures[bad]
+    assert isinstance(found, WeightsChangedError)
+    assert "1 of 2 parameters are not the same" in str(found) and "tensor-parallel ranks [1]: b. Fix: " in str(found)
+    assert bad.version.startswith(UNFINISHED) and bad.calls[-1] == "resume"
+
+
+def test_replicas_may_answer_in_any_order() -> None:
+    one, two = RankChecksums(0, {"a": "1"}), RankChecksums(0, {"a": "2"})
+    check_unchanged("url", [one, two], [two, one])
+    with pytest.raises(WeightsChangedError, match=r"1 of 1 parameters.*ranks \[0\]: a\. "):
+        check_unchanged("url", [one, two], [one, one])
+
+
+@pytest.mark.parametrize("ranks", [[], [RankChecksums(0, {})]])
+def test_a_server_without_checksums_is_not_verified(ranks: list[RankChecksums]) -> None:
+    with pytest.raises(ServerError, match="no checksums"):
+        check_unchanged("url", ranks, ranks)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import math
 import mmap
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,11 @@ import torch
 from torch import Tensor
 
 from sdpg_megatron.errors import RolloutError
-from sdpg_megatron.rollout.base import Bucket
 from sdpg_megatron.rollout.transports import SharedMemoryTransport
-from sdpg_megatron.rollout.transports import shared_buffer as segment_module
-from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer, Private
-from sdpg_megatron.rollout.transports.flat import as_run, copy_to, lay_out
+from sdpg_megatron.rollout.transports import shared_buffer as buffer_module
 from sdpg_megatron.rollout.transports.shared import _handle
-from sdpg_megatron.rollout.transports.shared_buffer import FOLDER, SharedMemoryBuffer, remove_leftovers
+from sdpg_megatron.rollout.transports.shared_buffer import FOLDER, DoubleBuffer, SharedMemoryBuffer, remove_leftovers
+from sdpg_megatron.weights.bucket import Bucket, TensorSpec
 
 # A bucket as one run of bytes
 
@@ -42,39 +41,37 @@ def mixed() -> list[tuple[str, Tensor]]:
     ]
 
 
-def read_back(run: Tensor, spans: Any) -> dict[str, Tensor]:
+def read_back(bucket: Bucket) -> dict[str, Tensor]:
     """As SGLang does it: tensor after tensor, no gaps."""
     found, end = {}, 0
-    for span in spans:
-        size = span.shape.numel() * span.dtype.itemsize
-        assert end % span.dtype.itemsize == 0
-        found[span.name] = run[end : end + size].view(span.dtype).reshape(span.shape)
+    for spec in bucket.specs:
+        size = math.prod(spec.shape) * spec.dtype.itemsize
+        assert end == spec.start and end % spec.dtype.itemsize == 0
+        found[spec.name] = bucket.memory[end : end + size].view(spec.dtype).reshape(spec.shape)
         end += size
-    assert end == run.numel()
+        assert end == spec.end
+    assert end == bucket.memory.numel()
     return found
 
 
-@pytest.mark.parametrize("pack", [as_run, lambda bucket: copy_to(torch.empty(1000, dtype=torch.uint8), bucket)])
-def test_a_bucket_of_mixed_types_reads_back(pack: Callable[[Bucket], Any]) -> None:
-    flat = pack(mixed())
-    found = read_back(flat.run, flat.spans)
-    for name, tensor in mixed():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+def test_a_bucket_of_mixed_types_reads_back() -> None:
+    bucket = Bucket.of(mixed())
+    assert [name for name, _ in bucket] == ["b", "d", "a", "c"], "larger elements first, else in the given order"
+    for found in (read_back(bucket), dict(bucket)):
+        for name, tensor in mixed():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-def test_a_bucket_that_is_one_run_already_is_not_copied() -> None:
-    memory = torch.arange(100, dtype=torch.uint8)
-    bucket = [("a", memory[8:16].view(torch.float32)), ("b", memory[16:40].view(torch.float32).view(2, 3))]
-    assert as_run(bucket).run.data_ptr() == memory.data_ptr() + 8
-    assert as_run(bucket).run.numel() == 32
-    apart = [("a", memory[8:16].view(torch.float32)), ("b", memory[20:40].view(torch.float32))]
-    assert as_run(apart).run.data_ptr() != memory.data_ptr() + 8
-    assert torch.equal(as_run(apart).run, torch.cat([memory[8:16], memory[20:40]]))
+def test_a_bucket_is_made_in_given_memory() -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    bucket = Bucket([TensorSpec("w", torch.float32, (2, 3))], allocate=lambda nbytes, device: memory)
+    assert bucket.memory.data_ptr() == memory.data_ptr() and bucket.memory.numel() == 24
+    dict(bucket)["w"].fill_(1)
+    assert memory.view(torch.float32).tolist() == [1.0] * 6 + [0.0] * 19
 
 
-def test_order_is_kept_among_equals() -> None:
-    bucket = [(name, torch.zeros(3)) for name in "bca"]
-    assert [span.name for span, _ in lay_out(bucket)] == ["b", "c", "a"]
+def test_a_bucket_may_be_empty() -> None:
+    assert not Bucket(()) and list(Bucket.of([])) == [] and Bucket(()).memory.numel() == 0
 
 
 # Shared memory
@@ -89,10 +86,17 @@ for handle in sys.stdin.read().split():
 HOLDER = """
 import sys
 from sdpg_megatron.rollout.transports.shared_buffer import SharedMemoryBuffer
-segment = SharedMemoryBuffer(1000)
-print(segment._file, flush=True)
+buffer = SharedMemoryBuffer(1000)
+print(buffer._file, flush=True)
 sys.stdin.read()
 """
+
+
+def in_buffer(buffer: SharedMemoryBuffer) -> tuple[Tensor, Sequence[TensorSpec]]:
+    """One tensor in a shared buffer, of sum 10."""
+    bucket = Bucket([TensorSpec("w", torch.float32, (5,))], allocate=lambda nbytes, device: buffer.memory)
+    dict(bucket)["w"].copy_(torch.arange(5.0))
+    return bucket.memory, bucket.specs
 
 
 def shm_managers() -> list[psutil.Process]:
@@ -103,10 +107,10 @@ def shm_managers() -> list[psutil.Process]:
 def test_other_processes_read_a_segment_and_nothing_stays() -> None:
     before, managers = torch.multiprocessing.get_sharing_strategy(), shm_managers()
     shared_buffer = SharedMemoryBuffer(100)
-    flat = copy_to(shared_buffer.memory, [("w", torch.arange(5.0))])
+    memory, specs = in_buffer(shared_buffer)
     for reader in range(2):
         # Each ends with the memory still open, as one that is killed: what it leaves behind must not trouble the next.
-        handle = _handle(flat, shared_buffer, reader)
+        handle = _handle(memory, specs, shared_buffer, reader)
         command = [sys.executable, "-c", READER]
         found = subprocess.run(command, input=f"{handle} {handle}", capture_output=True, text=True, timeout=120)
         assert found.stdout == "w 10.0\nw 10.0\n", found.stderr
@@ -119,7 +123,7 @@ def test_other_processes_read_a_segment_and_nothing_stays() -> None:
 
 
 def test_memory_that_is_not_there_is_an_error_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
+    monkeypatch.setattr(buffer_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     with pytest.raises(RolloutError, match="has no room for a bucket of"):
         SharedMemoryBuffer(1 << 50)
     assert not list(FOLDER.glob(f"{prefix}*"))
@@ -144,35 +148,29 @@ def test_segments_of_the_dead_go_and_those_of_the_living_stay() -> None:
 
 
 def test_buffers_are_used_by_turns_and_again_in_the_next_round() -> None:
-    made: list[int] = []
-
-    def make(size: int) -> Private:
-        made.append(size)
-        return Private(size)
-
-    turns = DoubleBuffer(make)
+    turns = DoubleBuffer()
     for _ in range(2):
         turns.restart()
         first, second, third = (turns.take(size) for size in (100, 30, 80))
         assert first is third and first is not second
-    assert made == [100, 30]
+        assert [first.size, second.size] == [100, 30]
     turns.restart()
     turns.take(100)
     assert turns.take(50).size == 50, "one that is too small is replaced"
-    assert made == [100, 30, 50]
     assert turns.holding(first.memory[10:20]) is first
-    assert turns.holding(second.memory) is turns.holding(torch.zeros(3)) is None
+    assert turns.holding(torch.zeros(3)) is None
+    turns.release()
+    assert first.memory.numel() == 0
 
 
-def test_a_segments_bucket_is_not_copied_to_be_shared() -> None:
+def test_a_bucket_in_shared_memory_is_not_copied() -> None:
     transport = SharedMemoryTransport()
-    memory = transport.room(40, torch.device("cpu"))
-    bucket = [("w", memory[:40].view(torch.float32))]
-    flat, shared_buffer = transport.pack(bucket).args  # type: ignore[attr-defined]
-    assert flat.run.data_ptr() == memory.data_ptr() and shared_buffer.memory.data_ptr() == memory.data_ptr()
-    flat, shared_buffer = transport.pack([("w", torch.arange(10.0))]).args  # type: ignore[attr-defined]
-    assert shared_buffer.memory.data_ptr() != memory.data_ptr(), "the bucket before it may be on its way still"
-    assert flat.run.view(torch.float32).tolist() == list(range(10))
+    made = Bucket([TensorSpec("w", torch.float32, (10,))], allocate=transport.allocate)
+    memory, _, buffer = transport.pack(made).args  # type: ignore[attr-defined]
+    assert memory.data_ptr() == made.memory.data_ptr() == buffer.memory.data_ptr()
+    memory, _, buffer = transport.pack(Bucket.of([("w", torch.arange(10.0))])).args  # type: ignore[attr-defined]
+    assert buffer.memory.data_ptr() != made.memory.data_ptr(), "the previous bucket may not be sent yet"
+    assert memory.view(torch.float32).tolist() == list(range(10))
     asyncio.run(transport.dispose())
 
 
@@ -185,13 +183,13 @@ def test_without_room_to_share_a_bucket_is_made_all_the_same(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(segment_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
+    monkeypatch.setattr(buffer_module, "PREFIX", prefix := f"sdpg-test-{os.getpid()}-")
     transport = SharedMemoryTransport()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, refuse)
-        memory = transport.room(40, torch.device("cpu"))
+        bucket = Bucket([TensorSpec("w", torch.float32, (10,))], allocate=transport.allocate)
         with pytest.raises(RolloutError, match="has no room for a bucket of"):
-            transport.pack([("w", memory[:40].view(torch.float32))])
+            transport.pack(bucket)
     assert not list(FOLDER.glob(f"{prefix}*"))
 
 
@@ -229,7 +227,7 @@ def test_handles_name_only_what_a_server_lets_a_pickle_name() -> None:
 
     shared_buffer = SharedMemoryBuffer(100)
     try:
-        handle = _handle(copy_to(shared_buffer.memory, [("w", torch.arange(5.0))]), shared_buffer, 0)
+        handle = _handle(*in_buffer(shared_buffer), shared_buffer, 0)
         Listing(io.BytesIO(base64.b64decode(handle))).load()
     finally:
         shared_buffer.release()

@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def buckets(source: Path, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Iterator[Bucket]:
     for name, tensor in load_file(source / "model.safetensors").items():
-        yield [(name, (tensor * scale).to(dtype))]
+        yield Bucket.of([(name, (tensor * scale).to(dtype))])
 
 
 def fail_half_way(source: Path) -> Iterator[Bucket]:

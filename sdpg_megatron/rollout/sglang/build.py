@@ -1,4 +1,4 @@
-"""From a configuration to the parts of an engine: processes, pool, the way that weights go."""
+"""Build an engine's parts from a configuration: processes, pool, transport."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import torch
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
+from sdpg_megatron.rollout.sglang.interpreter import default_python
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.requirements import ServerRequirements
-from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess, default_python
+from sdpg_megatron.rollout.sglang.server import Launch, ServerProcess
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.rollout.transports import BroadcastTransport, DiskTransport, SharedMemoryTransport, Transport
 
 CONTROL_SECONDS = 60.0
-"""Bound of calls to a server that answer when something small is done."""
+"""Time limit of short calls to a server."""
 PUBLISH_FOLDER = "published"
-"""In the run's folder: where the disk transport writes."""
+"""Folder of the disk transport, in the run's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What the servers serve, and for whom."""
+    """The model on the servers and the run's requirements."""
 
     folder: Path
-    """Hugging Face folder. Servers start with its weights; no response comes from them before the first publish."""
+    """Hugging Face folder. Servers start with its weights, but serve only after the first publish."""
     tokenizer: Any
     """transformers tokenizer; decodes responses."""
     stop_ids: tuple[int, ...]
@@ -43,19 +45,19 @@ class ServedModel:
     response_tokens: int
     """Longest response."""
     experts: bool = False
-    """Servers that are started say which experts of a mixture each token was sent to."""
+    """Started servers return the experts that each token was routed to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What servers ask for; read from the environment, and written nowhere."""
+    """API keys of the servers, read from the environment and never written."""
 
     api: str | None = field(repr=False)
     admin: str | None = field(repr=False)
 
     @classmethod
     def read(cls, config: SGLangConfig) -> Keys:
-        """Raises `ConfigError` where a variable that is named is not set."""
+        """Raises `ConfigError` if a configured variable is not set."""
         return cls(
             _secret("api_key_variable", config.api_key_variable),
             _secret("admin_key_variable", config.admin_key_variable),
@@ -75,14 +77,14 @@ def _secret(name: str, variable: str | None) -> str | None:
 def make_processes(
     config: SGLangConfig, model: ServedModel, keys: Keys, *, run_dir: Path, seed: int, name: str = "sglang"
 ) -> list[ServerProcess]:
-    """The servers that this run starts, not yet started.
+    """Make the run's own servers without starting them.
 
     Args:
-        seed: unlike that of servers which the run has on other machines.
-        name: their logs' names begin with it.
+        seed: different from the seeds on the run's other machines.
+        name: prefix of their logs.
 
     Raises:
-        RolloutError: `host` is none of this machine's addresses, or there is no port.
+        RolloutError: `host` is not an address of this machine, or there is no port.
     """
     common = Launch(
         model=model.folder,
@@ -108,7 +110,7 @@ def make_processes(
                 common,
                 log=run_dir / "logs" / f"{name}-{number}.log",
                 port=port,
-                seed=(seed + number) % 2**32,  # for NumPy; servers that share one would draw the same responses
+                seed=(seed + number) % 2**32,  # 32 bits for NumPy; equal seeds would give equal responses
                 base_gpu=first + number * config.tensor * config.data,
             )
         )
@@ -117,10 +119,10 @@ def make_processes(
 
 
 def first_gpu(config: SGLangConfig, environment: RankEnvironment) -> int:
-    """Device number of the first started server.
+    """Device number of the first started server, after the trainer's ranks by default.
 
     Raises:
-        ConfigError: it follows the trainer's ranks on this machine, and their number is unknown.
+        ConfigError: the number of the trainer's ranks on this machine is unknown.
     """
     if config.first_gpu is not None:
         return config.first_gpu
@@ -136,7 +138,7 @@ def first_gpu(config: SGLangConfig, environment: RankEnvironment) -> int:
 async def make_pool(
     config: SGLangConfig, model: ServedModel, keys: Keys, processes: Sequence[ServerProcess], *, publishes: bool
 ) -> Pool:
-    """A pool of these processes, or of the servers at `config.urls`; in the event loop that it is to live in."""
+    """Make a pool of these processes, or of the servers at `config.urls`; run in the pool's event loop."""
     wanted = ServerRequirements(
         architecture=read_architecture(model.folder),
         prompt_tokens=model.prompt_tokens,
@@ -152,10 +154,10 @@ async def make_pool(
 
 
 async def make_router(config: SGLangConfig, keys: Keys) -> Client | None:
-    """The router that is configured; in the event loop that it is to live in.
+    """Make a client of the configured router, if any; run in its event loop.
 
     Raises:
-        RolloutError: it does not answer.
+        RolloutError: the router does not answer.
     """
     if config.router is None:
         return None
@@ -180,7 +182,7 @@ def _make_client(url: str, config: SGLangConfig, keys: Keys, process: ServerProc
 def make_transport(config: SGLangConfig, model: ServedModel, *, run_dir: Path, nonce: str) -> Transport:
     match config.transport:
         case "broadcast":
-            # With its number: the transport works in other threads, whose current device is the first.
+            # With its index: the transport's threads have another current device.
             on_gpu = model.device == "cuda"
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             return BroadcastTransport(nonce=nonce, device=device, address=config.address, seconds=config.update_timeout)
@@ -189,3 +191,16 @@ def make_transport(config: SGLangConfig, model: ServedModel, *, run_dir: Path, n
         case "disk":
             folder = config.folder or run_dir / PUBLISH_FOLDER
             return DiskTransport(folder=folder, source_folder=model.folder, shard_bytes=config.bucket_mib << 20)
+        case external:
+            return _external_transport(external, config, model.folder, run_dir)
+
+
+def _external_transport(spec: str, config: SGLangConfig, source_folder: Path, run_dir: Path) -> Transport:
+    """Build a transport of the user's, as ``Class(config, source_folder, run_dir)``. Raises `ConfigError`."""
+    kind = load_object("rollout.sglang.transport", spec)
+    needed = ("in_session", "open", "allocate", "pack", "finish", "close", "dispose")
+    if missing := [name for name in needed if not hasattr(kind, name)]:
+        expected = f"a class with the members of sdpg_megatron.Transport (it lacks {', '.join(missing)})"
+        raise ConfigError("rollout.sglang.transport", spec, expected, "add them")
+    transport: Transport = kind(config, source_folder, run_dir)
+    return transport

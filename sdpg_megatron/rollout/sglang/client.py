@@ -1,8 +1,6 @@
-"""One SGLang server over HTTP: tokens in, tokens and log-probs out, and the calls that replace its weights.
+"""HTTP client of one SGLang server: generation, weight updates, memory.
 
-Every method is a coroutine, has a timeout, and is one request. Nothing here tries again: what may be repeated, and
-where, only the pool and the publishing session know.
-
+Every method is a coroutine that sends one request with a timeout. Retries are up to the pool and the publish session.
 Source of the endpoints: sglang.srt.entrypoints.http_server of SGLang 0.5.23.
 """
 
@@ -22,9 +20,9 @@ from sdpg_megatron.rollout.base import Sampling
 
 UNLIMITED = aiohttp.ClientTimeout(total=None)
 QUOTED = 300
-"""Characters of a server's answer that an error repeats."""
+"""Characters of a server's answer quoted in an error."""
 REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
-"""SGLang's finish types; everything else counts as aborted."""
+"""SGLang's finish types; all others count as aborted."""
 UNCONSTRAINED: Mapping[str, object] = {
     "top_k": -1,
     "min_p": 0.0,
@@ -39,8 +37,8 @@ UNCONSTRAINED: Mapping[str, object] = {
     "ebnf": None,
     "logit_bias": None,
 }
-"""Sampling parameters that leave the model's distribution as it is. Every request states them, so that no default of
-the server applies. Source: sglang.srt.sampling.sampling_params of SGLang 0.5.23."""
+"""Sampling parameters that do not change the model's distribution. Every request has them, so that no default of the
+server applies. Source: sglang.srt.sampling.sampling_params of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +46,9 @@ class Timeouts:
     """Seconds."""
 
     control: float = 60.0
-    """For a call that answers when something small is done."""
+    """For short calls."""
     update: float = 600.0
-    """For a call that moves weights."""
+    """For calls that move weights."""
     generate: float = 3600.0
     """For a whole response."""
     health: float = 30.0
@@ -58,28 +56,27 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedSample:
-    """One response as the server gave it."""
+    """One response of a server."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     versions: frozenset[str]
-    """Of the weights that made its tokens; more than one where they changed in between."""
+    """Weight versions of its tokens; several if the weights changed in between."""
     experts: bytes | None = None
-    """int32 numbers of the experts of all tokens but the last, layer by layer; None where they are not given."""
+    """int32 expert numbers of all tokens but the last, layer by layer; None if not returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankChecksums:
-    """Checksums of one of the server's ranks, by its own parameter names."""
+    """Checksums of one rank's parameters, by the server's parameter names."""
 
     tensor_rank: int
-    tensor_size: int
     by_name: Mapping[str, str]
 
 
 class Client:
-    """A server at one URL. Made and used in one event loop, closed at the end."""
+    """A server at one URL; used in one event loop only."""
 
     def __init__(
         self,
@@ -93,16 +90,15 @@ class Client:
         """
         Args:
             url: scheme, host and port.
-            api_key: for generation, and for all else where `admin_key` is None.
+            api_key: for generation; also for all other calls if `admin_key` is None.
             admin_key: for calls that change the server.
-            starts: how often this run has started the server; None where somebody else starts it.
+            starts: number of times that this run has started the server; None for a server at `urls`.
         """
         self.url = url.rstrip("/")
         self.timeouts = timeouts or Timeouts()
         self._starts = starts
         self._keys = {False: api_key, True: admin_key or api_key}
-        # No bound on connections: whoever sends requests bounds them. No proxy, which trust_env would take from the
-        # environment: these are the run's own hosts.
+        # Callers bound the number of requests. trust_env would use a proxy for the run's own hosts.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
         self._paths: frozenset[str] | None = None
 
@@ -114,12 +110,12 @@ class Client:
     async def generate(
         self, tokens: Sequence[int], sampling: Sampling, stop_ids: Sequence[int]
     ) -> list[GeneratedSample]:
-        """`sampling.n` responses to one prompt, which the server reads once.
+        """Generate `sampling.n` responses to one prompt, which the server prefills once.
 
-        Log-probs are of the softmax at `sampling.temperature` (1 where that is 0), before top-p.
+        Log-probs are of the softmax at `sampling.temperature` (1 for greedy), before top-p.
 
         Raises:
-            ServerError: see `_call`; also where the answer is not what was asked for.
+            ServerError: see `_call`; or the answer does not fit the request.
         """
         params: dict[str, Any] = {
             **UNCONSTRAINED,
@@ -160,10 +156,10 @@ class Client:
             raise ServerError(self.url, "/generate", "log-probs of other tokens than the response's")
         return sample
 
-    # --- what the server is
+    # --- information
 
     async def alive(self) -> bool:
-        """Whether it answers that it is well, and in time."""
+        """True if the server reports in time that it is healthy."""
         try:
             await self._call("GET", "/health", timeout=self.timeouts.health)
         except ServerError:
@@ -175,14 +171,13 @@ class Client:
         return await self._ask("/model_info")
 
     async def server_info(self) -> Mapping[str, Any]:
-        """Its arguments, for example ``tp_size``, ``dp_size``, ``context_length``."""
+        """The server's arguments, for example ``tp_size``, ``dp_size``, ``context_length``."""
         return await self._ask("/server_info")
 
     def start_of(self, info: Mapping[str, Any]) -> object:
-        """Equal in two answers of `server_info` only if the server was not restarted between them.
+        """Value that is equal for two answers of `server_info` only without a restart between them.
 
-        SGLang 0.5.23 says when it was started, and 0.5.15 does not: where this run did not start it, no two of its
-        answers are equal.
+        SGLang 0.5.15 has no start time. For such a server that this run did not start, no two values are equal.
         """
         if (told := info.get("startup_time")) is not None:
             return told
@@ -198,7 +193,7 @@ class Client:
         return str((await self.model_info()).get("weight_version"))
 
     async def offers(self, path: str) -> bool:
-        """Whether the server has an endpoint; read from /openapi.json once."""
+        """True if the server has an endpoint, read once from /openapi.json."""
         if self._paths is None:
             self._paths = frozenset((await self._call("GET", "/openapi.json"))["paths"])
         return path in self._paths
@@ -206,24 +201,24 @@ class Client:
     # --- weights
 
     async def pause(self) -> None:
-        """End all running requests, as aborted, and hold new ones back until `resume`."""
+        """Abort all running requests, and hold new ones until `resume`."""
         await self._admin("/pause_generation", {"mode": "abort"})
 
     async def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         await self._admin("/continue_generation", {})
 
     async def flush_cache(self, wait: float = 0.0) -> None:
-        """Forget the keys and values of all prompts.
+        """Clear the KV cache.
 
         Args:
-            wait: seconds that the server may take to become idle; one that is not is an error.
+            wait: seconds for the server to become idle; it is an error if it does not.
         """
         query = f"?timeout={wait:g}" if wait else ""
         await self._admin(f"/flush_cache{query}", None, timeout=self.timeouts.control + wait)
 
     async def begin_update(self) -> None:
-        """Open a session of weight updates; nothing on servers that know no sessions."""
+        """Open a session of weight updates, if the server has sessions."""
         if await self.offers("/begin_weight_update"):
             await self._admin("/begin_weight_update", {})
 
@@ -233,13 +228,13 @@ class Client:
             await self._admin("/end_weight_update", {}, timeout=self.timeouts.update)
 
     async def set_version(self, version: str) -> None:
-        """What samples will say from now on of the weights that they come from."""
+        """Set the weight version of later samples."""
         await self._admin("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def join_group(
         self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
     ) -> None:
-        """Have the server's ranks join a process group, from `rank_offset` on. Returns once all members are there."""
+        """Have the server's ranks join a process group, from `rank_offset` on; returns when all members have joined."""
         body = {
             "master_address": address,
             "master_port": port,
@@ -259,7 +254,7 @@ class Client:
         """Take tensors from one broadcast of their bytes, laid end to end, by rank 0 of a process group.
 
         Args:
-            dtypes: as torch names them, without "torch.".
+            dtypes: torch's names, without "torch.".
         """
         body = {
             "names": list(names),
@@ -272,45 +267,46 @@ class Client:
         await self._admin("/update_weights_from_distributed", body, timeout=self.timeouts.update)
 
     async def take(self, handles: Sequence[str], load_format: str | None = None) -> None:
-        """Read tensors from memory that the sender shares with it.
+        """Read tensors from shared memory.
 
         Args:
-            handles: for each of the server's tensor-parallel ranks a base64 pickle of (name, tensor) pairs.
+            handles: a base64 pickle for each of the server's tensor-parallel ranks.
         """
         body = {"serialized_named_tensors": list(handles), "load_format": load_format, "flush_cache": False}
         await self._admin("/update_weights_from_tensor", body, timeout=self.timeouts.update)
 
     async def load(self, folder: str) -> None:
-        """Read a Hugging Face folder that the server can see."""
+        """Load a Hugging Face folder that is visible to the server."""
         body = {"model_path": folder, "flush_cache": False}
         await self._admin("/update_weights_from_disk", body, timeout=self.timeouts.update)
 
     async def checksums(self) -> list[RankChecksums]:
-        """Of every parameter, for every rank of the server."""
+        """Checksums of every parameter of every rank."""
         found = await self._admin("/weights_checker", {"action": "checksum"}, timeout=self.timeouts.update)
         try:
-            places = [_place(rank["parallelism_info"]) for rank in found["ranks"]]
-            return [
-                RankChecksums(place["tp_rank"], place["tp_size"], rank["checksums"])
-                for place, rank in zip(places, found["ranks"], strict=True)
-            ]
+            return [RankChecksums(_place(rank)["tp_rank"], rank["checksums"]) for rank in found["ranks"]]
         except (KeyError, TypeError, IndexError) as error:
             raise ServerError(self.url, "/weights_checker", f"an answer that cannot be read ({error!r})") from error
+
+    async def randomize_weights(self) -> None:
+        """Overwrite every parameter of the model with random values."""
+        body = {"action": "reset_tensors", "selector": "target"}
+        await self._admin("/weights_checker", body, timeout=self.timeouts.update)
 
     # --- memory
 
     async def release_memory(self, tags: Sequence[str]) -> None:
-        """Give back the memory of "weights", "kv_cache", "cuda_graph"; the server must be idle."""
+        """Release the memory of "weights", "kv_cache", "cuda_graph". The server must be idle."""
         await self._admin("/release_memory_occupation", {"tags": list(tags)}, timeout=self.timeouts.update)
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        """Take memory again; what was in it is gone."""
+        """Allocate memory again; its content is lost."""
         await self._admin("/resume_memory_occupation", {"tags": list(tags)}, timeout=self.timeouts.update)
 
     # --- requests
 
     async def _admin(self, path: str, body: object, *, timeout: float | None = None) -> Any:
-        """Change the server. Besides what `_call` refuses, an answer that says it did not work is an error."""
+        """Send a request that changes the server. Raises `ServerError` as `_call`, or if the answer reports failure."""
         found = await self._call("POST", path, body, timeout=timeout, admin=True)
         if isinstance(found, dict) and found.get("success") is False:
             raise ServerError(self.url, path, str(found.get("message"))[:QUOTED])
@@ -319,16 +315,16 @@ class Client:
     async def _call(
         self, method: str, path: str, body: object = None, *, timeout: float | None = None, admin: bool = False
     ) -> Any:
-        """One request; the answer's JSON, or its text where it is none.
+        """Send one request; return the answer's JSON, or its text if it has none.
 
         Raises:
-            ServerError: no connection, no answer in time, or an answer of status 400 or more. `retryable` unless the
-                server says that the request itself is at fault.
+            ServerError: no connection, no answer in time, or a status of 400 or more. `retryable` unless the status
+                blames the request.
         """
         seconds = self.timeouts.control if timeout is None else timeout
         headers = {"Authorization": f"Bearer {key}"} if (key := self._keys[admin]) else {}
         try:
-            # aiohttp's own limit swallows a cancellation that comes when it is reached (3.14).
+            # aiohttp's timeout swallows a cancellation that arrives when it expires (3.14).
             async with (
                 asyncio.timeout(seconds),
                 self._session.request(method, self.url + path, json=body, headers=headers, timeout=UNLIMITED) as answer,
@@ -340,11 +336,12 @@ class Client:
                 return await (answer.json() if answer.content_type == "application/json" else answer.text())
         except TimeoutError as error:
             raise ServerError(self.url, path, f"no answer within {seconds:g} s", retryable=True) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # the last: what is said to be JSON and is not
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: invalid JSON
             raise ServerError(self.url, path, f"{type(error).__name__}: {error}", retryable=True) from error
 
 
-def _place(info: Any) -> Mapping[str, Any]:
-    """A rank's place, which SGLang 0.5.15 states once, and later ones for each model: a draft model comes last."""
+def _place(rank: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A rank's coordinates: one mapping in SGLang 0.5.15, later one per model with a draft model last."""
+    info = rank["parallelism_info"]
     place: Mapping[str, Any] = info if isinstance(info, dict) else info[0]
     return place

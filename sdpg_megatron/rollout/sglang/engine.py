@@ -1,4 +1,4 @@
-"""The rollout engine on SGLang servers: a synchronous face on a pool, with one thread behind it that talks to them."""
+"""Rollout engine on SGLang servers: a synchronous interface to a pool, with one thread for all communication."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from pathlib import Path
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.errors import ConfigError, RolloutError, ServerError
+from sdpg_megatron.errors import ConfigError, RolloutError, ServerError, WeightError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
-from sdpg_megatron.rollout.sglang import checksum, memory
-from sdpg_megatron.rollout.sglang.async_tools import unless
+from sdpg_megatron.rollout.sglang import memory
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_transport
-from sdpg_megatron.rollout.sglang.checksum import Served
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.sglang.event_loop import LoopThread
+from sdpg_megatron.rollout.sglang.event_loop import LoopThread, unless
 from sdpg_megatron.rollout.sglang.groups import GroupSource
-from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport
+from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport, WeightsChangedError
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.weights import hf_shapes
 
@@ -33,8 +31,8 @@ logger = logging.getLogger(__name__)
 class SGLangEngine:
     """A `RolloutEngine` on one or more servers.
 
-    Responses differ from run to run whatever `Sampling.seed` says: SGLang seeds requests only in its deterministic
-    mode, and there all responses of a group would be the same.
+    `Sampling.seed` has no effect: SGLang seeds requests only in its deterministic mode, in which all responses of a
+    group would be equal.
     """
 
     def __init__(
@@ -52,13 +50,13 @@ class SGLangEngine:
 
         Args:
             run_dir: servers log to logs/sglang-<i>.log in it.
-            nonce: marks this run's weight versions, so that a server that served another run is not taken for current.
-            publishes: False in all processes but one of a run: there the engine attaches to the one's `urls` and is
-                told by `follow` what was published.
-            on_progress: called with the finished groups and all, from another thread, while `generate` runs.
+            nonce: prefix of this run's weight versions, distinct from other runs on the same servers.
+            publishes: True in one process of a run. The other engines attach to its `urls`, and `follow` tells them the
+                version.
+            on_progress: called from another thread with the numbers of finished and all groups during `generate`.
 
         Raises:
-            RolloutError: a server does not start, does not answer in time, or is not what the run needs.
+            RolloutError: a server does not start, does not answer in time, or does not fit the run.
             ConfigError: a key's environment variable is not set.
         """
         if not publishes and not config.urls:
@@ -91,16 +89,16 @@ class SGLangEngine:
 
     @property
     def weight_version(self) -> int:
-        """See `RolloutEngine`; -1 also after a failed publish, and when the servers' memory was released."""
+        """See `RolloutEngine`; -1 also after a failed publish, and after `release`."""
         return self._version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Stop = never) -> list[Group]:
-        """See `RolloutEngine`. What a server fails to complete is asked for again, elsewhere where that is possible.
+        """See `RolloutEngine`. Failed requests are retried, on another server if possible.
 
-        Where `stop` says so, all requests are cancelled: a server ends what nobody waits for any more.
+        If `stop` returns True, all requests are cancelled, and the servers abort them.
 
         Raises:
-            RolloutError: also where `attempts` publishes in a row did not help.
+            RolloutError: also if `attempts` publishes in a row did not help.
         """
         thread = self._open()
         if self._version < 0:
@@ -123,25 +121,30 @@ class SGLangEngine:
         return groups
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """See `RolloutEngine`. A server that fails is left out until a later publish; where all fail, `generate` asks
-        for another one.
+        """See `RolloutEngine`. A server that fails is left out until a later publish; if all fail, `generate` raises
+        `WeightsWanted`.
 
         Raises:
             WeightError: see `RolloutEngine`.
             RolloutError: `attempts` publishes in a row reached none of the servers.
         """
+        self._publish(version, buckets, verify=False)
+
+    def _publish(self, version: int, buckets: Iterable[Bucket], *, verify: bool) -> PublishReport:
         thread, wire = self._open(), self._wire(version)
         assert self._publisher is not None, "this process follows another's engine"
         self._version = -1
-        handles = thread.run(self._targets(wire))
+        handles = thread.run(self._targets(wire, current=verify))
         clients = [handle.client for handle in handles]
-        report = self._publisher.publish(clients, wire, buckets, prepare=partial(memory.take_rest, self._pool))
+        prepare = partial(memory.take_rest, self._pool)
+        report = self._publisher.publish(clients, wire, buckets, prepare=prepare, verify=verify)
         thread.run(self._settle(handles, report))
         self._count_fruitless(report)
         self._version = version
+        return report
 
     def close(self) -> None:
-        """See `RolloutEngine`. Servers that this engine started end; others go on."""
+        """See `RolloutEngine`. Stops the servers that this engine started."""
         thread, self._thread = self._thread, None
         self._version = -1
         if thread is not None:
@@ -162,60 +165,58 @@ class SGLangEngine:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Where the servers are, for the engines of other processes to attach to."""
+        """URLs of the servers, for the engines of other processes."""
         return tuple(handle.url for handle in self._pool.handles)
 
     def follow(self, version: int) -> None:
-        """Another process's engine publishes a version, and is done before the next `generate` here: ask for that."""
+        """Use a version that another process publishes before the next `generate` here."""
         self._open().run(self._expect(self._wire(version)))
         self._version = version
 
     def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Compare the weights of every server that serves `version` with the stream's, which is read to its end.
+        """Publish `version` again to every server that serves it, over random values, and compare checksums.
 
-        Servers that do not answer are left out: they get the weights once more before they serve again.
+        The stream is read to its end. A server that fails otherwise waits for the next publish.
 
         Raises:
-            WeightError: they differ; names servers and tensors.
-            RolloutError: `version` is not the current one, or the weights cannot be compared.
+            WeightError: a server's weights are not as before; names servers and parameters.
+            RolloutError: `version` is not the current one, or as `publish`.
         """
         stream = iter(buckets)
-        try:
-            if version != self._version:
-                raise RolloutError(f"verify: version {version} is not the current one. Fix: publish it first")
-            servers = self._open().run(self._served())
-        except Exception:
+        if version != self._version:
             deque(stream, maxlen=0)  # its source is collective
-            raise
-        if not servers:
-            logger.warning("no server's weights were compared: none serves version %d", version)
-        for found in checksum.verify(self._architecture, servers, stream):
-            if found.not_compared:
-                logger.warning("%s has parameters that the trainer does not know: %s", found.url, found.not_compared)
+            raise RolloutError(f"verify: version {version} is not the current one. Fix: publish it first")
+        report = self._publish(version, stream, verify=True)
+        if changed := [error for error in report.failures.values() if isinstance(error, WeightsChangedError)]:
+            raise WeightError("\n".join(map(str, changed)))
+        if not report.served:
+            logger.warning("no server's weights were verified: none serves version %d", version)
 
     def release(self) -> None:
-        """Have the servers give their memory back. They have no weights until `resume` and the next publish.
+        """Release the servers' memory. They serve nothing until `resume` and the next publish.
 
-        Nothing may be asked of them meanwhile. Only the publishing engine does it.
+        Called on the publishing engine, without requests in flight.
         """
         thread = self._open()
         self._version = -1
         thread.run(memory.release(self._pool))
 
     def resume(self) -> None:
-        """Have the servers take memory for their weights; that for keys and values they take when weights are there."""
+        """Allocate the servers' memory for weights; `publish` allocates the KV cache."""
         self._open().run(memory.resume(self._pool))
 
     # --- in the loop
 
     async def _expect(self, wire: str | None) -> list[ServerHandle]:
-        """The servers that are to get this version."""
+        """Set the current version; return the servers to publish it to."""
         self._pool.expect(wire)
         return self._pool.targets()
 
-    async def _targets(self, wire: str) -> list[ServerHandle]:
+    async def _targets(self, wire: str, *, current: bool) -> list[ServerHandle]:
+        """The servers to publish to: those that serve the current version, or all."""
+        ready = self._pool.ready()
         self._pool.expect(wire)
-        return await self._pool.reachable()
+        return ready if current else await self._pool.reachable()
 
     async def _settle(self, handles: Sequence[ServerHandle], report: PublishReport) -> None:
         for handle in handles:
@@ -225,23 +226,12 @@ class SGLangEngine:
         await asyncio.gather(*(self._judge(handle, report.failures[handle.client]) for handle in failed))
 
     async def _judge(self, handle: ServerHandle, error: ServerError) -> None:
-        """A server that did not get the weights waits for the next publish, if it is well."""
+        """Keep a server that did not get the weights for the next publish, if it is healthy."""
         logger.warning("%s did not get the weights: %s", handle.url, error)
         if handle.released or handle.ended or not await handle.client.alive():
             self._pool.mark_lost(handle, str(error))
 
-    async def _served(self) -> list[Served]:
-        found = await asyncio.gather(*(self._ask(handle) for handle in self._pool.ready()))
-        return [served for served in found if served is not None]
-
-    async def _ask(self, handle: ServerHandle) -> Served | None:
-        try:
-            return await checksum.ask(handle.client)
-        except ServerError as error:
-            self._pool.report(handle, error)
-            return None
-
-    # --- small things
+    # --- helpers
 
     def _open(self) -> LoopThread:
         if self._thread is None:
@@ -252,13 +242,13 @@ class SGLangEngine:
         return f"{self._nonce}-{version}"
 
     def _count_vain(self, wanted: WeightsWanted) -> None:
-        """Raises `RolloutError` where publishes do not help: each is followed by the wish for another, and no group."""
+        """Raises `RolloutError` if `attempts` publishes in a row led to `WeightsWanted` without a finished group."""
         self._vain = 0 if wanted.done else self._vain + 1
         if self._vain >= self._config.attempts:
             raise RolloutError(f"no group was finished between {self._vain} publishes; the last: {wanted}") from wanted
 
     def _count_fruitless(self, report: PublishReport) -> None:
-        """Raises `RolloutError` where servers never take the weights, though they answer."""
+        """Raises `RolloutError` if `attempts` publishes in a row reached no server."""
         self._fruitless = 0 if report.served else self._fruitless + 1
         if self._fruitless >= self._config.attempts:
             reasons = "\n".join(f"{client.url}: {error}" for client, error in report.failures.items())

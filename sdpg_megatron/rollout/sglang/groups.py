@@ -1,4 +1,4 @@
-"""Whole groups of responses from a pool of servers: each is asked for until it is complete and of one version."""
+"""Groups of responses from a pool of servers: each is requested until it is complete and of the current version."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.records import Completion, Group, Prompt
 from sdpg_megatron.rollout.base import OnProgress, Sampling, WeightsWanted, compact
-from sdpg_megatron.rollout.sglang.async_tools import together
 from sdpg_megatron.rollout.sglang.client import Client, GeneratedSample
+from sdpg_megatron.rollout.sglang.event_loop import together
 from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
     from sdpg_megatron.records import Routing
 
 BACKOFF, BACKOFF_LIMIT = 0.5, 10.0
-"""Seconds before the second attempt; each further one waits twice as long, up to the limit."""
+"""Seconds before the second attempt, doubled for each further one up to the limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSource:
-    """Asks a pool for groups."""
+    """Requests groups from a pool."""
 
     pool: Pool
     stop_ids: Sequence[int]
     tokenizer: Any
     attempts: int
-    """Times that a group is asked for."""
+    """Maximum requests per group."""
     concurrency: int
-    """Groups asked for at a time."""
+    """Groups in flight."""
     layers: int = 0
-    """Of the model, where its experts are recorded."""
+    """Number of the model's layers, if experts are recorded."""
     router: Client | None = None
-    """Asked instead of the servers; it hands each request to one of them."""
+    """Gets all requests, and forwards each to one of the servers."""
 
     async def collect(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, on_progress: OnProgress | None = None
     ) -> list[Group]:
-        """One group for each prompt, in order.
+        """Generate one group per prompt, in order.
 
         Args:
-            version: the current one, for the records.
-            on_progress: called in the event loop's thread; it must be quick.
+            version: the current version, for the records.
+            on_progress: called in the event loop's thread; must be fast.
 
         Raises:
-            WeightsWanted: no server has the current weights; it holds the groups that were finished.
+            WeightsWanted: no server has the current weights; holds the finished groups.
             RolloutError: a group could not be completed.
         """
         done: dict[int, Group] = {}
@@ -72,7 +72,7 @@ class GroupSource:
         return [done[place] for place in range(len(prompts))]
 
     async def _group(self, prompt: Prompt, sampling: Sampling, version: int) -> Group:
-        """Ask for one group until it is whole, each time of the server that has least to do."""
+        """Request one group until it is complete, each time from the least loaded server."""
         last: ServerError | None = None
         for attempt in range(self.attempts):
             if attempt:
@@ -90,10 +90,10 @@ class GroupSource:
         raise RolloutError(f"prompt {prompt.uid}: no whole group in {self.attempts} attempts; the last: {last}")
 
     async def _ask(self, handle: ServerHandle, prompt: Prompt, sampling: Sampling) -> list[GeneratedSample]:
-        """A whole group of the current version.
+        """Request a group once.
 
         Raises:
-            ServerError: the request failed, or what came is not that.
+            ServerError: the request failed, or the group is incomplete or of another version.
         """
         asked, client = ((handle,), handle.client) if self.router is None else (self.pool.ready(), self.router)
         try:
@@ -121,10 +121,10 @@ class GroupSource:
         return samples
 
     async def _review(self, outdated: ServerError) -> None:
-        """A router does not say which server answered, and may give it the next request too: find out who it was.
+        """Check all servers' versions, as a router's answer does not name the server.
 
         Raises:
-            WeightsWanted: a server of the pool has other weights than the current ones.
+            WeightsWanted: a server has other weights than the current ones.
             RolloutError: all have the current ones.
         """
         await self.pool.review()
@@ -135,7 +135,7 @@ class GroupSource:
             raise RolloutError(f"{outdated}, which no server of the run has. {fix}")
 
     def _check_end(self, client: Client, sample: GeneratedSample, sampling: Sampling) -> None:
-        """A response ends with a stop token, or has its full length: anything else would train on a cut response."""
+        """Check that a response ends with a stop token or has its full length: a cut one must not be trained on."""
         if sample.finish_reason == "length" and len(sample.tokens) != sampling.max_tokens:
             found = f"a response cut at {len(sample.tokens)} of {sampling.max_tokens} tokens: its context is too small"
             raise ServerError(client.url, "/generate", found)
@@ -145,7 +145,7 @@ class GroupSource:
             raise ServerError(client.url, "/generate", f"{found}. {fix}")
 
     def _check_experts(self, client: Client, prompt: Prompt, sample: GeneratedSample) -> None:
-        """Each token but the last was sent to as many experts of each layer."""
+        """Check that all tokens but the last have the same number of experts in each layer."""
         tokens = len(prompt.student_tokens) + len(sample.tokens) - 1
         if sample.experts is None:
             fix = "Fix: start the server with --enable-return-routed-experts, or turn rollout.replay_routing off"
@@ -160,8 +160,8 @@ class GroupSource:
         if sample.experts is not None:
             experts = compact(np.frombuffer(sample.experts, "<i4").reshape(tokens, self.layers, -1))
         return Completion(
-            tokens=sample.tokens,
-            logprobs=sample.logprobs,
+            tokens=np.array(sample.tokens, np.int32),
+            logprobs=np.array(sample.logprobs, np.float32),
             finish_reason=sample.finish_reason,
             weight_version=version,
             text=self.tokenizer.decode(sample.tokens, skip_special_tokens=True),
@@ -170,6 +170,6 @@ class GroupSource:
 
 
 def _backoff(attempt: int) -> float:
-    """Seconds; between half and all of the doubling bound, so that groups that failed together come back apart."""
+    """Random delay in seconds between half and all of the doubling bound, to spread the retries."""
     bound = min(BACKOFF * 2.0 ** (attempt - 1), BACKOFF_LIMIT)
     return random.SystemRandom().uniform(bound / 2, bound)

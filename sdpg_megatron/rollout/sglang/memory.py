@@ -1,11 +1,11 @@
-"""Servers that share the trainer's devices: they give their memory back while it trains, and take it again afterwards.
+"""Memory of servers that share the trainer's devices: released for training, allocated again for the rollout.
 
-    release: pause, wait until idle, give back all            the trainer moves in, trains, moves out
-    resume:  take the memory of the weights                   its content is gone
-    publish: weights arrive; then take the rest               keys and values of prompts are made anew
+    release: pause, wait until idle, release all             the trainer loads its state, trains, offloads it
+    resume:  allocate the weights' memory                     without content
+    publish: send the weights, then allocate the rest         the KV cache is empty
 
-SGLang's scheduler ends itself where it is told to give memory back while anything runs, or to take what it has: a
-server stays paused without memory, and what it has given back is kept with its `Member`.
+SGLang's scheduler exits if memory is released while requests run, or allocated twice. A server without memory therefore
+stays paused, and its `ServerHandle` records the released parts.
 Source: sglang.srt.managers.scheduler_components.weight_updater of SGLang 0.5.23.
 """
 
@@ -20,13 +20,13 @@ from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 
 WEIGHTS = "weights"
 MEMORY = frozenset({WEIGHTS, "kv_cache", "cuda_graph"})
-"""SGLang's names for what a server can give back."""
+"""SGLang's tags of releasable memory."""
 IDLE_SECONDS = 30.0
-"""In which a paused server has finished what it was doing."""
+"""Time for a paused server to become idle."""
 
 
 async def release(pool: Pool) -> None:
-    """Have every server give its memory back. One that cannot is lost, and not started again before `resume`."""
+    """Release the memory of every server. A server that fails is lost, and restarted only after `resume`."""
     pool.hold_starts(True)
     await pool.settled()
     pool.expect(None)
@@ -45,7 +45,7 @@ async def _give_back(pool: Pool, handle: ServerHandle) -> None:
 
 
 async def resume(pool: Pool) -> None:
-    """Have servers take the memory of their weights; lost ones may be started again."""
+    """Allocate the weights' memory on the servers, and allow restarts of lost ones."""
     pool.hold_starts(False)
     await asyncio.gather(*(_take_weights(pool, handle) for handle in pool.targets() if WEIGHTS in handle.released))
 
@@ -59,7 +59,7 @@ async def _take_weights(pool: Pool, handle: ServerHandle) -> None:
 
 
 async def take_rest(pool: Pool, client: Client) -> None:
-    """The server's weights are in place: have it take the rest. Raises `ServerError`."""
+    """Allocate the rest of a server's memory once its weights are in place. Raises `ServerError`."""
     for handle in pool.handles:
         if handle.client is client and handle.released:
             await client.resume_memory(sorted(handle.released))

@@ -1,15 +1,15 @@
-"""The servers of a run: which of them are well and have the current weights, and which one gets the next request.
+"""The servers of a run: their health, weight versions and load.
 
-Every server has a keeper, a task that waits until the server answers, watches it, and brings it back when it is lost.
-Health is looked at only while responses are generated: SGLang answers such a look by generating a token, which a server
-that is paused for new weights, or has given its memory back, must not do.
+A monitor task per server waits until the server answers, watches it, and restarts or awaits it when it is lost. Health
+is checked only during generation: SGLang's health check generates a token, which a server that is paused for new
+weights or has released its memory must not do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ import aiohttp
 from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.base import WeightsWanted
-from sdpg_megatron.rollout.sglang.async_tools import Threads, nap, together
 from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.rollout.sglang.event_loop import Threads, nap, together
 from sdpg_megatron.rollout.sglang.server import ServerProcess
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, ServerState
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL = 0.25
-"""Seconds between looks at what costs nothing: whether a process is there, whether a server answers yet."""
+"""Seconds between cheap checks: is a process alive, does a server answer yet."""
 
 
 class Pool:
-    """Lives in one event loop; none of its methods may be called from another thread."""
+    """Belongs to one event loop; no method may be called from another thread."""
 
     def __init__(
         self,
@@ -43,18 +43,18 @@ class Pool:
     ) -> None:
         """
         Args:
-            publishes: whether this pool's owner publishes weights. Otherwise a server becomes READY when it says that
-                it has the current version.
-            check: raises RolloutError where a server is not what the run needs; called whenever one has come up.
+            publishes: True if the pool's owner publishes weights. Otherwise a server becomes READY when it reports the
+                current version.
+            check: raises RolloutError if a server does not fit the run; called whenever a server has come up.
         """
         self.handles = tuple(handles)
         self.version: str | None = None
-        """The current version on the wire; None before the first publish, and while one is under way."""
+        """Current version as servers name it; None before the first publish and during one."""
         self._config = config
         self._publishes = publishes
         self._check = check
         self._restarts_left = config.restarts
-        self._keepers: list[asyncio.Task[None]] = []
+        self._monitors: list[asyncio.Task[None]] = []
         self._threads = Threads()
         self._changed = asyncio.Event()
         self._generating = asyncio.Event()
@@ -64,31 +64,33 @@ class Pool:
     # --- life
 
     async def start(self) -> None:
-        """Start the servers that are this run's own, and wait until all answer.
+        """Start the run's own servers, and wait until all servers answer.
 
         Raises:
-            RolloutError: one ends, is not what was wanted, or does not answer within `start_timeout`.
+            RolloutError: one ends, does not fit the run, or does not answer within `start_timeout`.
         """
-        own = [handle.process for handle in self.handles if handle.process is not None]
-        await asyncio.gather(*(self._threads.run(process.start) for process in own))
+        await self._each_process(lambda process: process.start())
         await together(self._come_up(handle) for handle in self.handles)
-        self._keepers = [asyncio.create_task(self._keep(handle)) for handle in self.handles]
-        for monitor in self._keepers:
+        self._monitors = [asyncio.create_task(self._keep(handle)) for handle in self.handles]
+        for monitor in self._monitors:
             monitor.add_done_callback(lambda _: self._pulse())
 
     async def close(self) -> None:
-        """Stop the servers that are this run's own; leave the others as they are."""
-        for monitor in self._keepers:
+        """Stop the run's own servers and disconnect from the others."""
+        for monitor in self._monitors:
             monitor.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await self._threads.join()  # one that starts a server must be done before that server is stopped
-        own = [handle.process for handle in self.handles if handle.process is not None]
-        await asyncio.gather(*(self._threads.run(process.stop) for process in own))
+        await asyncio.gather(*self._monitors, return_exceptions=True)
+        await self._threads.join()  # a start must be complete before its server is stopped
+        await self._each_process(lambda process: process.stop())
         await asyncio.gather(*(handle.client.close() for handle in self.handles))
+
+    async def _each_process(self, act: Callable[[ServerProcess], None]) -> None:
+        own = [handle.process for handle in self.handles if handle.process is not None]
+        await asyncio.gather(*(self._threads.run(lambda process=process: act(process)) for process in own))
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While entered, health is looked at, and servers that others started are asked whether they are back."""
+        """While entered, health is checked, and lost servers at `urls` are polled."""
         self._generating.set()
         for handle in self.handles:
             handle.wake.set()
@@ -98,20 +100,20 @@ class Pool:
             self._generating.clear()
 
     def hold_starts(self, hold: bool) -> None:
-        """Start no server anew while the trainer has the memory that it would take."""
+        """Restart no server while the trainer uses its memory."""
         if hold:
             self._may_start.clear()
         else:
             self._may_start.set()
 
     async def settled(self) -> None:
-        """Wait until no server is on its way up."""
+        """Wait until no server is starting."""
         while any(handle.state is ServerState.STARTING for handle in self.handles):
             self._raise_faults()
             await self._changed.wait()
 
     async def ended(self) -> None:
-        """Wait until lost servers that are this run's own have ended, and hold no memory."""
+        """Wait until lost servers of this run have ended and hold no memory."""
         while any(m.state is ServerState.LOST and m.process is not None and not m.ended for m in self.handles):
             self._raise_faults()
             await asyncio.sleep(POLL)
@@ -124,17 +126,19 @@ class Pool:
 
     def ready(self) -> list[ServerHandle]:
         """Servers with the current weights."""
-        return [handle for handle in self.handles if handle.state is ServerState.READY]
+        return self._in_state(ServerState.READY)
+
+    def _in_state(self, state: ServerState) -> list[ServerHandle]:
+        return [handle for handle in self.handles if handle.state is state]
 
     def expect(self, version: str | None) -> None:
-        """From now on no server is READY, until it is admitted with this version."""
+        """Set the current version. Servers are READY again once admitted with it."""
         self.version = version
-        for handle in self.handles:
-            if handle.state is ServerState.READY:
-                self._move(handle, ServerState.WAITING)
+        for handle in self.ready():
+            self._move(handle, ServerState.WAITING)
 
     def admit(self, handle: ServerHandle, version: str) -> None:
-        """The server has a version of the weights; where that is the current one, it may serve."""
+        """Make a waiting server READY if it has the current version."""
         if handle.state is ServerState.WAITING and version == self.version:
             handle.suspect = False
             self._move(handle, ServerState.READY)
@@ -146,31 +150,32 @@ class Pool:
             self._move(handle, ServerState.WAITING)
 
     async def review(self) -> None:
-        """Ask all servers that should have the current weights whether they do."""
-        await asyncio.gather(*(self._review(handle) for handle in self.ready()))
-
-    async def _review(self, handle: ServerHandle) -> None:
-        try:
-            if await handle.client.weight_version() != self.version:
-                self.outdated(handle)
-        except ServerError as error:
-            self.report(handle, error)
+        """Ask all READY servers for their version."""
+        await self._inquire(self.ready())
 
     async def refresh(self) -> None:
-        """Admit the servers that say they have the current version, where another process publishes."""
+        """Admit the servers that report the current version, if another process publishes."""
         if not self._publishes:
-            await asyncio.gather(
-                *(self._inquire(handle) for handle in self.handles if handle.state is ServerState.WAITING)
-            )
+            await self._inquire(self._in_state(ServerState.WAITING))
 
-    async def _inquire(self, handle: ServerHandle) -> None:
-        try:
-            self.admit(handle, await handle.client.weight_version())
-        except ServerError as error:
-            self.report(handle, error)
+    async def _inquire(self, handles: Iterable[ServerHandle]) -> None:
+        """Ask servers for their version, and update their state."""
+
+        async def ask(handle: ServerHandle) -> None:
+            try:
+                version = await handle.client.weight_version()
+            except ServerError as error:
+                self.report(handle, error)
+                return
+            if version == self.version:
+                self.admit(handle, version)
+            else:
+                self.outdated(handle)
+
+        await asyncio.gather(*(ask(handle) for handle in handles))
 
     async def reachable(self) -> list[ServerHandle]:
-        """`targets`; where there is none, but some server may come back, as soon as there is one.
+        """Return `targets`; if there is none, wait for the first of the servers that may come back.
 
         Raises:
             RolloutError: none came within `start_timeout`.
@@ -184,11 +189,11 @@ class Pool:
     # --- requests
 
     async def acquire(self) -> ServerHandle:
-        """The least loaded server that may take one more group; the caller gives it back with `release`.
+        """Take the least loaded server that may get one more group; the caller returns it with `release`.
 
         Raises:
-            WeightsWanted: none has the current weights, and some are there to take them.
-            RolloutError: none is there, and none came within `start_timeout`.
+            WeightsWanted: no server has the current weights, and some can take them.
+            RolloutError: no server is left, or none came back within `start_timeout`.
         """
         deadline: float | None = None
         while True:
@@ -214,10 +219,10 @@ class Pool:
         self._pulse()
 
     async def run(self, handles: Sequence[ServerHandle], work: Coroutine[Any, Any, T]) -> T:
-        """Await a request that one of these servers has; when any of them is lost, the request is cancelled at once.
+        """Await a request to one of these servers; cancel it as soon as any of them is lost.
 
         Raises:
-            ServerError: the request's own, or a retryable one where a server was lost.
+            ServerError: of the request; retryable if a server was lost.
         """
         task = asyncio.ensure_future(work)
         for handle in handles:
@@ -236,7 +241,7 @@ class Pool:
                 handle.requests.discard(task)
 
     def report(self, handle: ServerHandle, error: ServerError) -> None:
-        """A request failed. The server gets no other before it has shown that it is well."""
+        """Record a failed request. The server gets no other until it passes a health check."""
         if not handle.answers:
             return
         if handle.ended:
@@ -248,7 +253,7 @@ class Pool:
             handle.wake.set()
 
     def mark_lost(self, handle: ServerHandle, reason: str) -> None:
-        """Give a server up: its running requests end now, and its keeper brings it back."""
+        """Cancel a server's requests; its monitor brings it back."""
         if not handle.answers:
             return
         logger.warning("%s is lost: %s", handle.url, reason)
@@ -257,22 +262,19 @@ class Pool:
             task.cancel()
 
     def describe(self) -> str:
-        """Each server's state, with why it was lost."""
+        """State of each server, with the reason of its loss."""
         return "\n".join(
             f"{m.url}: {m.state.value} {m.reason if m.state is ServerState.LOST else ''}" for m in self.handles
         )
 
-    # --- keepers
+    # --- monitors
 
     async def _keep(self, handle: ServerHandle) -> None:
         while not handle.given_up:
-            if handle.state is ServerState.LOST:
-                await self._bring_back(handle)
-            else:
-                await self._watch(handle)
+            await (self._bring_back(handle) if handle.state is ServerState.LOST else self._watch(handle))
 
     async def _watch(self, handle: ServerHandle) -> None:
-        """Look after a server until it is lost."""
+        """Watch a server until it is lost."""
         now = asyncio.get_running_loop().time
         misses, due = 0, now() + self._config.health_interval
         while handle.answers:
@@ -282,13 +284,13 @@ class Pool:
             elif not self._generating.is_set():
                 misses, due = 0, now() + self._config.health_interval
             elif now() >= due or (woken and handle.suspect):
-                misses = 0 if await self._look(handle) else misses + 1
+                misses = 0 if await self._healthy(handle) else misses + 1
                 if misses >= self._config.health_misses:
                     self.mark_lost(handle, f"no answer to {misses} looks at its health")
                 due = now() + self._config.health_interval
 
-    async def _look(self, handle: ServerHandle) -> bool:
-        """Whether a server is well, which ends all doubt about it."""
+    async def _healthy(self, handle: ServerHandle) -> bool:
+        """Check a server's health. A healthy server is no longer suspect."""
         well = await handle.client.alive()
         if not self._generating.is_set():
             return True
@@ -296,7 +298,7 @@ class Pool:
             handle.suspect = False
             self._pulse()
             if handle.state is ServerState.WAITING and not self._publishes:
-                await self._inquire(handle)
+                await self._inquire([handle])
         return well
 
     async def _bring_back(self, handle: ServerHandle) -> None:
@@ -311,7 +313,7 @@ class Pool:
                 await asyncio.sleep(POLL)
 
     async def _restart(self, handle: ServerHandle, process: ServerProcess) -> None:
-        await self._threads.run(lambda: process.stop(grace=0))  # dead or stuck: there is nothing to wait for
+        await self._threads.run(lambda: process.stop(grace=0))  # it is dead or stuck
         if not self._restarts_left:
             handle.given_up = True
             raise RolloutError(f"{handle.reason}; no restarts are left (rollout.sglang.restarts)\n{handle.log_tail()}")
@@ -321,10 +323,10 @@ class Pool:
         await self._threads.run(process.start)
 
     async def _come_up(self, handle: ServerHandle) -> None:
-        """Wait until a server answers and is what the run needs; it is WAITING then, or READY.
+        """Wait until a server answers and fits the run; it is WAITING or READY then.
 
         Raises:
-            RolloutError: it ended, is something else, or did not answer within `start_timeout`.
+            RolloutError: it ended, does not fit, or did not answer within `start_timeout`.
         """
         seconds = self._config.start_timeout
         try:
@@ -342,17 +344,16 @@ class Pool:
         handle.suspect = False
         self._move(handle, ServerState.WAITING)
         if version is not None:
-            self.admit(handle, version)  # before anyone sees that it waits
+            self.admit(handle, version)  # before another task sees it WAITING
 
     async def _answers(self, handle: ServerHandle) -> bool:
-        """Whether a server is there and well. Raises `RolloutError` where it is the wrong one."""
-        if self._keepers and not self._publishes:
-            await self._generating.wait()  # in between, the publisher may have paused it, or have its memory
+        """True if a healthy server answers. Raises `RolloutError` if it does not fit the run."""
+        if self._monitors and not self._publishes:
+            await self._generating.wait()  # otherwise the publisher may have paused it, or use its memory
         try:
             await self._check(handle.client)
             if self._publishes and handle.process is None:
-                # A run that was killed while it published has left it paused.
-                await handle.client.resume()
+                await handle.client.resume()  # a run that was killed during a publish left it paused
         except ServerError as error:
             if not error.retryable:
                 raise
@@ -372,13 +373,13 @@ class Pool:
         self._pulse()
 
     def _raise_faults(self) -> None:
-        """A keeper ends with an error only where this code is at fault; nobody else would ever hear of it."""
-        for monitor in self._keepers:
+        """Raise a monitor's error, which is always a bug of this module."""
+        for monitor in self._monitors:
             if monitor.done() and not monitor.cancelled() and (error := monitor.exception()):
                 raise error
 
     def _pulse(self) -> None:
-        """Wake everyone who waits for a change."""
+        """Wake all tasks that wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Checks of this machine before servers are started on it, or attached to. Nothing is started."""
+"""Checks of this machine before a run starts servers or attaches to them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from sdpg_megatron.config import RunConfig, SGLangConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.build import Keys, first_gpu
-from sdpg_megatron.rollout.sglang.checksum import hash_on
-from sdpg_megatron.rollout.sglang.nccl import check_nccl, own_version
-from sdpg_megatron.rollout.sglang.server import check_interpreter, default_python, hold_free_port, hold_port
-from sdpg_megatron.rollout.sglang.transformers_check import check_server_reading
+from sdpg_megatron.rollout.sglang.interpreter import (
+    check_interpreter,
+    check_nccl,
+    check_server_reading,
+    default_python,
+    own_version,
+)
+from sdpg_megatron.rollout.sglang.server import hold_free_port, hold_port
 
 
 def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
-    """Check all that a run with servers needs of this machine, which is that of its first rank.
+    """Check the requirements of a run with servers on the machine of its first rank.
 
-    Takes seconds: the interpreter for the servers imports transformers. GPUs are not counted where the number of ranks
-    on this machine is unknown.
+    Takes seconds, as the servers' interpreter imports transformers. GPUs are not counted if the number of ranks on this
+    machine is unknown.
 
     Raises:
         ConfigError: a key's variable is not set, a host cannot be resolved, there are too few GPUs, weights could not
@@ -44,8 +48,7 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
 
 
 def check_python(sglang: SGLangConfig, folder: Path) -> None:
-    """Check that the interpreter for started servers has sglang, that its transformers reads a model's config.json, and
-    that its NCCL is the trainer's where weights are broadcast over it.
+    """Check the interpreter of started servers: sglang, transformers, and for broadcasts NCCL.
 
     Raises:
         ConfigError: it reads another model than the trainer, or has another NCCL.
@@ -61,25 +64,22 @@ def check_python(sglang: SGLangConfig, folder: Path) -> None:
 
 
 def check_trainer(config: RunConfig, kind: str) -> None:
-    """Check what the servers ask of the trainer: to leave them its GPUs' memory, and to know SGLang's hash.
+    """Check that the trainer can leave its GPUs' memory to colocated servers.
 
     Args:
-        kind: "cuda" or "cpu", where the trainer runs.
+        kind: the trainer's device, "cuda" or "cpu".
 
     Raises:
-        ConfigError: servers are colocated, and the trainer cannot leave the memory.
-        RolloutError: weights are to be compared by checksum, and the hash of servers on GPUs is not installed here.
+        ConfigError: it cannot.
     """
     sglang = config.rollout.sglang
     if sglang.colocated and kind == "cuda" and config.model.dtype == "float32":
-        # The optimizer's parameters are then the model's own, which have to stay for the next publish.
+        # The optimizer's parameters are then the model's, which the next publish needs.
         raise ConfigError("model.dtype", "float32", "bfloat16 where servers are colocated on GPUs", "use bfloat16")
-    if sglang.verify_every:
-        hash_on(kind)
 
 
 def check_hosts(sglang: SGLangConfig) -> None:
-    """Resolve every host that the configuration names. Raises `ConfigError`."""
+    """Resolve every configured host. Raises `ConfigError`."""
     urls = [("urls", url) for url in sglang.urls] + [("router", sglang.router or "")]
     hosts = [(field, urlsplit(url).hostname) for field, url in urls] + [("address", sglang.address)]
     for field, host in hosts:
@@ -95,7 +95,7 @@ def check_hosts(sglang: SGLangConfig) -> None:
 
 
 def check_ports(sglang: SGLangConfig) -> None:
-    """Bind every port that started servers are to have, or any free one. Raises `RolloutError`."""
+    """Bind every port of started servers, or any free one. Raises `RolloutError`."""
     if not sglang.ports:
         hold_free_port(sglang.host).close()
     for port in sglang.ports:
@@ -103,11 +103,11 @@ def check_ports(sglang: SGLangConfig) -> None:
 
 
 def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | None = None) -> None:
-    """Compare the GPUs that started servers take with those of this machine. Nothing on a machine without any.
+    """Check that this machine has enough GPUs for the started servers, unless it has none.
 
     Args:
-        gpus: that this process sees.
-        environment: tells how many ranks of the trainer are on this machine; None for this process's own.
+        gpus: number of GPUs visible to this process.
+        environment: source of the number of trainer ranks on this machine; None for this process's.
 
     Raises:
         ConfigError: there are too few.
@@ -127,12 +127,12 @@ def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment 
 
 
 def check_group(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | None = None) -> None:
-    """Check that no started server has the GPU of the rank that broadcasts weights, which is the machine's first.
+    """Check that no started server shares the machine's first GPU with the rank that broadcasts weights.
 
-    NCCL has no two ranks of a group on one GPU ("Duplicate GPU detected"). The arguments are those of `check_devices`.
+    NCCL refuses two ranks of a group on one GPU ("Duplicate GPU detected"). For the arguments see `check_devices`.
 
     Raises:
-        ConfigError: one has.
+        ConfigError: one does.
     """
     if sglang.urls or not gpus or sglang.transport != "broadcast":
         return

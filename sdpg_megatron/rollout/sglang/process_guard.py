@@ -1,12 +1,11 @@
-"""Runs one command, copies what it prints to its own output without secrets, and ends it with all that it started.
+"""Runs one command, copies its output without secrets, and ends it with all its descendants.
 
-It ends the command when it is told to, and when its parent is gone: also when that was killed and could say nothing.
-A program by itself, run by path and with the standard library alone, in a session of its own:
+It ends the command on request, or when the parent is gone, even if killed. Run by path, with the standard library only:
 
-    python -I guard.py <job
+    python -I process_guard.py <job
 
-Standard input is one line of JSON (see `Job`), then, to end the command, one line with the seconds that it gets to end
-by itself. The end of the input means that the parent is gone. Linux only: it adopts orphans (prctl) and reads /proc.
+Standard input is one line of JSON (see `Job`), then, to end the command, one line with its grace period in seconds. End
+of input means that the parent is gone. Linux only: it adopts orphans (prctl) and reads /proc.
 """
 
 from __future__ import annotations
@@ -26,31 +25,31 @@ from pathlib import Path
 from typing import IO, NoReturn, TypedDict
 
 LOOK = 0.2
-"""Seconds between looks at the command and the parent."""
+"""Seconds between checks of the command and the parent."""
 ORPHAN_GRACE = 5.0
-"""Seconds that the command gets to end by itself when the parent is gone."""
+"""Grace period when the parent is gone, in seconds."""
 SETTLE = 2.0
-"""Seconds for what the command started to end by itself after it: the helpers of Python and torch that remove shared
-memory and semaphores do that when all others are gone."""
+"""Seconds for the command's descendants to end by themselves: helpers of Python and torch remove shared memory and
+semaphores once all other processes are gone."""
 KILL_LIMIT = 10.0
-"""Seconds until killed processes are gone; one that hangs in a device's driver may stay longer, and is left."""
+"""Seconds for killed processes to end; one that hangs in a device driver is left behind."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class Job(TypedDict):
-    """What to run."""
+    """Command to run."""
 
     command: list[str]
     parent: int
-    """Process id of who started the guard."""
+    """Process id of the guard's parent."""
     input: str
     """The command's standard input."""
     secrets: list[str]
-    """What must not appear in the output."""
+    """Strings to remove from the output."""
 
 
 def main() -> int:
-    """Run the job from standard input; the command's exit status, 128 + the signal where a signal ended it."""
+    """Run the job; return the command's exit status, or 128 + the signal that ended it."""
     signal.signal(signal.SIGTERM, _exit)
     _adopt_orphans()
     with open(0, "rb", buffering=0, closefd=False) as orders:
@@ -80,9 +79,9 @@ def _exit(_signal: int, _frame: object) -> NoReturn:
 
 
 def _wait(child: subprocess.Popen[bytes], orders: IO[bytes], parent: int) -> float:
-    """Until the command ends, the order to end it comes, or the parent is gone; the seconds of grace.
+    """Wait until the command ends, a stop request arrives, or the parent is gone; return the grace period.
 
-    A forked child of the parent may hold the other end of the input open, so the parent is looked at, too.
+    The parent's process is checked too, as a forked child of it may hold the input's other end open.
     """
     while child.poll() is None:
         if os.getppid() != parent:
@@ -94,9 +93,9 @@ def _wait(child: subprocess.Popen[bytes], orders: IO[bytes], parent: int) -> flo
 
 
 def _end(child: subprocess.Popen[bytes], grace: float) -> int:
-    """End the command and whatever is left of all that it started; its exit code as in subprocess.
+    """End the command and its descendants; return its exit code as subprocess does.
 
-    SIGTERM goes to the command alone: it knows in which order its processes end.
+    SIGTERM goes to the command alone, which ends its processes in the right order.
     """
     if child.poll() is None and grace > 0:
         child.terminate()
@@ -112,11 +111,11 @@ def _end(child: subprocess.Popen[bytes], grace: float) -> int:
 
 
 def _until_no_children(number: signal.Signals, limit: float) -> None:
-    """Send a signal to all children again and again until none is left, or the time is up."""
+    """Send a signal to all children repeatedly until none is left or the time is up."""
     deadline = time.monotonic() + limit
     while (left := children()) and time.monotonic() < deadline:
         for pid in left:
-            os.kill(pid, number)  # the children of one that ends become this process's: the next round finds them
+            os.kill(pid, number)  # orphans become children of this process, and get it in the next round
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -124,34 +123,34 @@ def _until_no_children(number: signal.Signals, limit: float) -> None:
 
 
 def children() -> list[int]:
-    """Processes whose parent is this one, adopted orphans among them."""
+    """Child processes, including adopted orphans."""
     own, found = str(os.getpid()).encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            # "pid (name) state parent ...", where the name may hold anything
+            # "pid (name) state parent ...", with any characters in the name
             if (folder / "stat").read_bytes().rpartition(b")")[2].split()[1] == own:
                 found.append(int(folder.name))
     return found
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none gets out of sight."""
+    """Become the parent of descendants whose parent ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def spellings(secrets: Sequence[str]) -> list[bytes]:
-    """The secrets as a log may show them: as they are, as a Python literal and as JSON; longest first."""
+    """The secrets as text, Python literals and JSON; longest first."""
     forms = {form for key in secrets if key for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1])}
     return sorted((form.encode() for form in forms), key=len, reverse=True)
 
 
 def copy(source: IO[bytes], target: int, secrets: Sequence[bytes]) -> None:
-    """Copy line by line to a file descriptor, secrets replaced by ***, until the source ends."""
+    """Copy lines to a file descriptor, with secrets replaced by ***, until the source ends."""
     for line in source:
         for secret in secrets:
             line = line.replace(secret, b"***")
-        # A full disk costs the log, not the command: that would hang if nobody read what it prints.
+        # On a full disk keep reading: the command would block on a full pipe.
         with contextlib.suppress(OSError):
             os.write(target, line)
 

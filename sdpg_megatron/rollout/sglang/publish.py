@@ -1,35 +1,34 @@
-"""New weights into running servers: one session over all of them, at whose end each has all the weights or is not used.
+"""Publish weights to running servers in one session; a server that misses any part leaves rotation.
 
     pause  ->  version "unfinished"  ->  begin  ->  bucket, bucket, ...  ->  end  ->  flush cache  ->  version
-           ->  resume  ->  the server itself says the version
+           ->  resume  ->  the server confirms the version
 
-A server that fails takes no further part; the others go on. From the moment when a server may hold weights of two
-versions until it has all of the new ones it goes by a version that nobody asks for, so that no sample of such weights
-can pass for one of a real version, whatever fails in between.
+A server that fails drops out; the others continue. While a server's weights may be mixed, it reports a version that no
+request accepts, so no sample of mixed weights is used, whatever fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sdpg_megatron.errors import ServerError, WeightError, did_you_mean
-from sdpg_megatron.rollout.sglang.client import Client
+from sdpg_megatron.errors import ServerError
+from sdpg_megatron.rollout.sglang.client import Client, RankChecksums
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.transports.base import Failures, Send, Transport
 from sdpg_megatron.weights import Bucket, WeightStream
+from sdpg_megatron.weights.bucket import StreamCheck, listed
 
 UNFINISHED = "unfinished"
-"""What a server's version begins with while its weights are not of one version."""
+"""Prefix of a server's version while its weights may be mixed."""
 FLUSH_SECONDS = 10.0
-"""In which a paused server has finished what it was doing."""
-LISTED = 8
-"""Weights that one error message names."""
+"""Time for a paused server to become idle."""
 
 Prepare = Callable[[Client], Awaitable[None]]
 Step = Callable[[Client], Coroutine[Any, Any, None]]
@@ -37,17 +36,17 @@ Step = Callable[[Client], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What came of a session."""
+    """Result of a session."""
 
     version: str
     served: Sequence[Client]
-    """Servers that have the weights, and say so."""
+    """Servers that have the weights and confirmed the version."""
     failures: Failures
-    """The others. Those that answer were resumed, with weights that belong to no version."""
+    """The other servers. Those that answer were resumed, with an unfinished version."""
     bytes: int
     seconds: Mapping[str, float]
-    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" their way
-    into the servers, "wait" the part of the sending in which nothing else was done."""
+    """By phase: "control" before and after the buckets, "gather" making them, "convert" packing them, "send" sending
+    and loading them, "wait" the part of "send" that overlaps with nothing."""
 
 
 class Publisher:
@@ -56,37 +55,45 @@ class Publisher:
     def __init__(self, transport: Transport, shapes: Mapping[str, Sequence[int]], thread: LoopThread) -> None:
         """
         Args:
-            transport: the way that buckets go.
-            shapes: of every tensor that a stream must have.
-            thread: where the clients live.
+            transport: sends the buckets.
+            shapes: shapes of all tensors of a stream.
+            thread: event loop of the clients.
         """
-        self._sink, self._shapes, self._thread = transport, shapes, thread
+        self._transport, self._shapes, self._thread = transport, shapes, thread
 
     def publish(
-        self, clients: Sequence[Client], version: str, buckets: Iterable[Bucket], *, prepare: Prepare | None = None
+        self,
+        clients: Sequence[Client],
+        version: str,
+        buckets: Iterable[Bucket],
+        *,
+        prepare: Prepare | None = None,
+        verify: bool = False,
     ) -> PublishReport:
-        """Give all these servers the stream's weights. A bucket is made while the one before it is sent.
+        """Publish a stream to these servers. A bucket is made while the previous one is sent.
 
-        The stream is read to its end, in the calling thread, whatever fails: its source may be collective. Afterwards
+        The stream is read to its end in the calling thread, whatever fails, as its source may be collective. Afterwards
         no server that answers is paused or in a session of updates.
 
         Args:
-            clients: may be none: then the stream is read and checked alone.
-            version: as servers are to call the weights.
+            clients: may be empty; the stream is then read and checked only.
+            version: the servers' name of the weights.
             prepare: awaited for each server when its weights are in place, before it takes requests again.
+            verify: the servers have these weights already. Each overwrites them with random values first, and must end
+                with equal checksums; otherwise it fails with `WeightsChangedError`.
 
         Raises:
-            WeightError: a tensor of the stream is unknown, of another shape, there twice, or missing. Nobody serves it.
-            RolloutError: this machine lacks what sending needs.
+            WeightError: a tensor of the stream is unknown, misshapen, duplicate, or missing. No server serves it.
+            RolloutError: this machine lacks resources for sending.
         """
-        session = _Session(self._sink, clients, version, prepare)
+        session = _Session(self._transport, clients, version, prepare, verify)
         if isinstance(buckets, WeightStream):
-            buckets.room = self._sink.room
-        stream = _Checked(buckets, self._shapes, session.clock)
+            buckets.allocate = self._transport.allocate
+        stream = _CheckedStream(buckets, self._shapes, session.clock)
         try:
             self._thread.run(session.open())
             self._send_all(session, stream)
-            stream.check_complete(version)
+            stream.check.finish(f"publish of version {version}")
             self._thread.run(session.finish())
         except Exception:
             for _ in stream:
@@ -97,11 +104,11 @@ class Publisher:
         return session.report(stream.bytes)
 
     def close(self) -> None:
-        """Give back what is kept from session to session."""
-        self._thread.run(self._sink.dispose())
+        """Free the resources that are kept between sessions."""
+        self._thread.run(self._transport.dispose())
 
-    def _send_all(self, session: _Session, stream: _Checked) -> None:
-        """At most two buckets are held: the one being sent, in the transport's form, and the one being made."""
+    def _send_all(self, session: _Session, stream: _CheckedStream) -> None:
+        """Send all buckets, holding at most two: the one being sent and the one being made."""
         sending: Future[None] | None = None
         try:
             while (bucket := next(stream, None)) is not None:
@@ -109,14 +116,14 @@ class Publisher:
                 sending = None
                 if bucket and session.live:
                     with session.clock.phase("convert"):
-                        send = self._sink.pack(bucket)
+                        send = self._transport.pack(bucket)
                     sending = self._thread.submit(session.send(send))
                     del send
                 del bucket
             _wait(sending, session.clock)
         except Exception:
             if sending is not None:
-                sending.exception()  # only to wait: the session must not end under it
+                sending.exception()  # wait: the session must not end before it
             raise
         except BaseException:
             if sending is not None:
@@ -131,12 +138,16 @@ def _wait(sending: Future[None] | None, clock: _Clock) -> None:
 
 
 class _Session:
-    """What happens to the servers; in the event loop."""
+    """The servers' side of a publish; runs in the event loop."""
 
-    def __init__(self, transport: Transport, clients: Sequence[Client], version: str, prepare: Prepare | None) -> None:
+    def __init__(
+        self, transport: Transport, clients: Sequence[Client], version: str, prepare: Prepare | None, verify: bool
+    ) -> None:
         self.clock = _Clock()
         self.live = list(clients)
-        self._sink, self._version, self._prepare = transport, version, prepare
+        self._transport, self._version, self._prepare = transport, version, prepare
+        self._verify = verify
+        self._checksums: dict[Client, Sequence[RankChecksums]] = {}
         self._failures: dict[Client, ServerError] = {}
         self._paused: set[Client] = set()
         self._begun: set[Client] = set()
@@ -144,7 +155,7 @@ class _Session:
     async def open(self) -> None:
         with self.clock.phase("control"):
             await self._each(self._start)
-            self._drop(await self._sink.open(tuple(self.live)))
+            self._drop(await self._transport.open(tuple(self.live)))
 
     async def send(self, send: Send) -> None:
         with self.clock.phase("send"):
@@ -152,14 +163,14 @@ class _Session:
 
     async def finish(self) -> None:
         with self.clock.phase("send"):
-            self._drop(await self._sink.finish())
+            self._drop(await self._transport.finish())
         with self.clock.phase("control"):
             await self._each(self._serve)
 
     async def close(self) -> None:
-        """Let go of everything. A server that is still paused failed, or the session did: it may go on."""
+        """Close the transport, and resume servers that are still paused after a failure."""
         try:
-            await self._sink.close()
+            await self._transport.close()
         finally:
             await asyncio.gather(*(self._restore(client) for client in self._paused))
 
@@ -176,8 +187,11 @@ class _Session:
         self._paused.add(client)
         await client.pause()
         await client.set_version(f"{UNFINISHED}-{self._version}")
-        # A publisher that was killed may have left its session open; a second one is refused.
-        if not self._sink.in_session:
+        if self._verify:
+            self._checksums[client] = await client.checksums()
+            await client.randomize_weights()
+        # SGLang refuses a second session; a publisher that was killed may have left one open.
+        if not self._transport.in_session:
             await _tolerate_refusal(client.end_update())
             return
         self._begun.add(client)
@@ -193,6 +207,8 @@ class _Session:
         if client in self._begun:
             await client.end_update()
             self._begun.discard(client)
+        if self._verify:
+            check_unchanged(client.url, self._checksums[client], await client.checksums())
         if self._prepare is not None:
             await self._prepare(client)
         await client.flush_cache(FLUSH_SECONDS)
@@ -211,7 +227,7 @@ class _Session:
                 await client.resume()
 
     async def _each(self, step: Step) -> None:
-        """Take all live servers through a step; those that fail drop out."""
+        """Run a step on all live servers; those that fail drop out."""
         clients = tuple(self.live)
         found = await asyncio.gather(*(step(client) for client in clients), return_exceptions=True)
         for client, error in zip(clients, found, strict=True):
@@ -233,47 +249,56 @@ async def _tolerate_refusal(call: Coroutine[Any, Any, None]) -> None:
             raise
 
 
-class _Checked(Iterator[Bucket]):
-    """A stream's buckets, as long as they are what the model needs; what follows a fault is read, and left out."""
+class WeightsChangedError(ServerError):
+    """A server's weights differ after the same version was published again."""
+
+
+def check_unchanged(url: str, before: Sequence[RankChecksums], after: Sequence[RankChecksums]) -> None:
+    """Compare the checksums of a server's ranks before and after a publish; replicas may answer in any order.
+
+    Raises:
+        WeightsChangedError: they differ; names parameters, under the server's names, and tensor-parallel ranks.
+        ServerError: no rank answered.
+    """
+    first, second = (
+        Counter((name, rank.tensor_rank, value) for rank in ranks for name, value in rank.by_name.items())
+        for ranks in (before, after)
+    )
+    if not first or not second:
+        raise ServerError(url, "/weights_checker", "no checksums")
+    if changed := dict.fromkeys([*(first - second), *(second - first)]):
+        names = list(dict.fromkeys(name for name, _, _ in changed))
+        ranks = sorted({rank for _, rank, _ in changed})
+        found = (
+            f"{len(names)} of {len({name for name, _, _ in first})} parameters are not the same after the version was "
+            f"published again, on tensor-parallel ranks {ranks}: {listed(names)}. Fix: see the server's log; where it "
+            "persists, choose another rollout.sglang.transport, or set rollout.sglang.verify_every to 0"
+        )
+        raise WeightsChangedError(url, "", found)
+
+
+class _CheckedStream(Iterator[Bucket]):
+    """Buckets of a weight stream. After a fault in the stream, the remaining buckets are read and come out empty."""
 
     def __init__(self, buckets: Iterable[Bucket], shapes: Mapping[str, Sequence[int]], clock: _Clock) -> None:
         self.bytes = 0
-        self._source = iter(buckets)
-        self._shapes, self._clock = shapes, clock
-        self._missing = dict.fromkeys(shapes)
-        self._faults: list[str] = []
+        self.check = StreamCheck(shapes)
+        self._source, self._clock = iter(buckets), clock
 
     def __next__(self) -> Bucket:
-        """An empty one in place of what is left out: the one after it may need the memory of one still on its way."""
         with self._clock.phase("gather"):
             bucket = next(self._source)
-        self._faults += filter(None, (self._fault(name, tensor.shape) for name, tensor in bucket))
-        if self._faults:
-            return ()
-        self.bytes += sum(tensor.nbytes for _, tensor in bucket)
+        for spec in bucket.specs:
+            self.check.accept(spec.name, spec.shape)
+        if self.check.faults:
+            # The caller must still wait for the previous bucket: the next one may be made in its memory.
+            return Bucket(())
+        self.bytes += bucket.memory.nbytes
         return bucket
-
-    def check_complete(self, version: str) -> None:
-        """Raises `WeightError` unless every tensor came once, in its shape, and nothing else did."""
-        faults = self._faults + [f"{name} is missing" for name in self._missing]
-        if faults:
-            more = f", and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-            raise WeightError(f"publish of version {version}: {', '.join(faults[:LISTED])}{more}")
-
-    def _fault(self, name: str, shape: Sequence[int]) -> str | None:
-        expected = self._shapes.get(name)
-        if expected is None:
-            return " ".join(filter(None, (f"{name} is unknown;", did_you_mean(name, self._shapes))))
-        if name not in self._missing:
-            return f"{name} came twice"
-        del self._missing[name]
-        if tuple(shape) != tuple(expected):
-            return f"{name} is {tuple(shape)}, expected {tuple(expected)}"
-        return None
 
 
 class _Clock:
-    """Seconds by phase. No two threads may be in the same phase."""
+    """Seconds by phase. Only one thread at a time may be in a phase."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("control", "gather", "convert", "send", "wait"), 0.0)

@@ -1,10 +1,8 @@
-"""Prints what the installed transformers makes of a config.json, as one line of JSON.
+"""Prints the settings that the installed transformers reads from a config.json, as one line of JSON.
 
-Run by path, by the interpreter that has sglang; everything else imports nothing from here:
+SGLang takes a model's settings from this object. Run by path, by the servers' interpreter, without this package:
 
     python -I read_config.py FOLDER ATTRIBUTE...
-
-SGLang takes a model's settings from this object.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ def main(folder: str, *names: str) -> None:
     if int(transformers.__version__.partition(".")[0]) >= 5:
         rotary = config.rope_parameters
         base = rotary["rope_theta"]
-    else:  # which keeps keys that it does not know, as it does not use them
+    else:  # keeps unknown keys such as `rope_parameters`, but does not use them
         base, rotary = config.rope_theta, config.rope_scaling or {}
     found |= {"rotary base": base, "rotary scaling factor": rotary.get("factor")}
     sys.stdout.write(json.dumps({"version": transformers.__version__, "settings": found}) + "\n")

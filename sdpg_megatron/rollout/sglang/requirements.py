@@ -1,4 +1,4 @@
-"""Whether a server is what the run needs: the model that is trained, room for its responses, plain sampling."""
+"""Check that a server fits the run: its model, context length and sampling."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.rollout.sglang.client import Client
 
 RESERVED = 4
-"""A prompt and its response may have this many tokens more than the ``max_req_input_len`` that a server states.
+"""Tokens of prompt and response beyond a server's ``max_req_input_len``.
 
-It states the smaller of its context and its cache of keys and values, less 6, and lets both together have that size
-less 2; a response that would go beyond is cut without a word.
+That is the smaller of context and KV cache, less 6; prompt and response together may have 2 less. SGLang silently cuts
+longer responses.
 Source: sglang.srt.managers.tp_worker and scheduler (init_req_max_new_tokens) of SGLang 0.5.23.
 """
 
@@ -25,22 +25,21 @@ NEUTRAL_SAMPLING: Mapping[str, object] = {
     "watermark_default_enabled": False,
     "watermark_enforce_all": False,
 }
-"""Server arguments that change the sampled distribution where they have another value. Source: sglang.srt.arg_groups
-of SGLang 0.5.23."""
+"""Server arguments whose other values change the sampling. Source: sglang.srt.arg_groups of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRequirements:
-    """What every server of a run has to be."""
+    """Requirements on every server of a run."""
 
     architecture: Architecture
     prompt_tokens: int
     response_tokens: int
     memory_saver: bool
-    """It must be able to give its memory back."""
+    """The server must be able to release its memory."""
 
     async def check(self, client: Client) -> None:
-        """Raises `RolloutError` naming what does not fit, or `ServerError` where the server does not say."""
+        """Raises `RolloutError` naming the mismatch, or `ServerError` if the server does not answer."""
         model, server = await client.model_info(), await client.server_info()
         for found in (self._model(model, server), self._room(server), _sampling(model, server), self._memory(server)):
             if found is not None:
@@ -52,7 +51,7 @@ class ServerRequirements:
         if family != self.architecture.family:
             return f"it serves a {family} model ({path}); the run trains a {self.architecture.family}. {fix}"
         if not (path / "config.json").exists():
-            return None  # On another machine: shapes show when weights are published.
+            return None  # on another machine: the first publish shows wrong shapes
         try:
             served = read_architecture(path)
         except ConfigError as error:
@@ -63,7 +62,7 @@ class ServerRequirements:
 
     def _room(self, server: Mapping[str, Any]) -> str | None:
         if (input_limit := server.get("max_req_input_len")) is None:
-            return None  # Another version of SGLang. Responses that were cut are found out one by one.
+            return None  # another version of SGLang: cut responses are found one by one
         wanted, room = self.prompt_tokens + self.response_tokens, input_limit + RESERVED
         if wanted <= room and self.prompt_tokens < input_limit:
             return None
@@ -82,7 +81,7 @@ class ServerRequirements:
 
 def _sampling(model: Mapping[str, Any], server: Mapping[str, Any]) -> str | None:
     if server.get("enable_deterministic_inference"):
-        # Its random numbers are a function of seed and position, which all responses of a group share.
+        # Random numbers depend on seed and position only, which all responses of a group share.
         return "all responses of a group would be the same. Fix: start it without --enable-deterministic-inference"
     for info in (model, server):
         if preferred := info.get("preferred_sampling_params"):

@@ -1,9 +1,9 @@
-"""One SGLang server as a process of this machine: start it, see what it says, and leave nothing of it behind.
+"""Start and stop one SGLang server on this machine.
 
     this process --(pipe: job, then the order to stop)--> process_guard.py --> serve.py, the server --> its ranks
 
-All but this process form one session and process group, the guard's. The guard ends the rest when this process says so
-or is gone, takes API keys out of what the server prints, and exits when the server does.
+The guard, the server and its ranks form one session and process group. The guard ends the others on request or when
+this process is gone, removes API keys from the server's output, and exits with the server.
 """
 
 from __future__ import annotations
@@ -23,80 +23,75 @@ from typing import Literal
 
 from sdpg_megatron.errors import RolloutError, fix_of, reason_of
 from sdpg_megatron.rollout.sglang import process_guard, serve
+from sdpg_megatron.rollout.sglang.interpreter import check_interpreter
 
-PYTHON_VARIABLE = "SDPG_SGLANG_PYTHON"
 PORTS = range(20000, 30000)
-"""Free ports are taken from here: below those that Linux gives to outgoing connections. A server listens only when its
-model is loaded, and such a connection could take its port until then."""
+"""Range of free ports, below those that Linux gives to outgoing connections: a server listens only once its model is
+loaded, and an outgoing connection could take its port until then."""
 TRIES = 64
 MARGIN = 2 * process_guard.KILL_LIMIT + 5
-"""Seconds that the guard gets beyond the server's grace."""
+"""Seconds for the guard beyond the server's grace period."""
 TAIL_BYTES = 64 * 1024
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_")
-"""Beginnings of what torchrun tells its ranks. The server's ranks are a job of their own: with
-TORCHELASTIC_USE_AGENT_STORE, torch would have them wait for a store that nobody serves."""
+"""Prefixes of torchrun's variables. With TORCHELASTIC_USE_AGENT_STORE, the server's ranks would wait for a store that
+does not exist."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Of the trainer's allocator. SGLang's memory saver refuses expandable segments."""
+"""Variables of the trainer's allocator. SGLang's memory saver refuses expandable segments."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")
 NO_PROXY = "no_proxy", "NO_PROXY"
-"""Both spellings: programs differ in which they read, and in which of the two wins."""
+"""Programs differ in the spelling that they read or prefer."""
 LOOPBACK = "localhost", "127.0.0.1", "::1"
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""For glibc: a bucket of weights is received into memory that the one before it had. Blocks of that size would be fresh
-memory otherwise, which is several times as slow to fill. The price: a server keeps the most that it ever held."""
+"""For glibc: receive each bucket into the memory of the previous one, as new memory is several times slower to fill. A
+server then keeps its peak memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How to start one server."""
+    """Settings of one server."""
 
     model: Path
     """Hugging Face folder."""
     log: Path
-    """What the server prints is appended here, without the keys."""
+    """The server's output is appended here, without the keys."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int | None = None
-    """None for a free one."""
+    """None for a free port."""
     tensor: int = 1
     data: int = 1
     dtype: str
-    """As SGLang names it: float32, bfloat16, float16."""
+    """SGLang's name: float32, bfloat16, float16."""
     device: Literal["cpu", "cuda"]
     mem_fraction: float | None = None
-    """Share of the device's memory for weights and keys and values; None for SGLang's choice."""
+    """Share of the device's memory for weights and KV cache; None for SGLang's choice."""
     base_gpu: int = 0
     """Device number of its first rank (CUDA only)."""
     memory_saver: bool = False
-    """Let the server give its memory back on request (CUDA only)."""
+    """Allow the server to release its memory on request (CUDA only)."""
     experts: bool = False
-    """Let the server say which experts of a mixture each token was sent to."""
+    """Return the experts that each token was routed to."""
     seed: int = 0
     python: str
-    """Interpreter that has sglang."""
+    """Interpreter with sglang."""
     arguments: tuple[str, ...] = ()
-    """More arguments of sglang.launch_server; they win over those made from the fields above."""
+    """More arguments of sglang.launch_server; they override those from the fields above."""
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
 
 
-def default_python() -> str:
-    """``$SDPG_SGLANG_PYTHON``, or this process's interpreter."""
-    return os.environ.get(PYTHON_VARIABLE) or sys.executable
-
-
 class ServerProcess:
-    """At most one running server. Not for use by several threads at a time."""
+    """At most one running server. Not thread-safe."""
 
     def __init__(self, launch: Launch) -> None:
-        """Choose a port; start nothing.
+        """Reserve a port.
 
         Raises:
-            RolloutError: `launch.host` is no address of this machine, or has no free port.
+            RolloutError: `launch.host` is not an address of this machine, or has no free port.
         """
         self.launch = launch
         self.starts = 0
-        """How often it was started."""
+        """Number of starts."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
         if launch.port is None:
@@ -107,11 +102,11 @@ class ServerProcess:
         self.url = f"http://{_reachable(launch.host)}:{self.port}"
 
     def start(self) -> None:
-        """Start the server, and return without waiting until it answers. A stopped one may be started again.
+        """Start the server without waiting for it to answer. A stopped server may be started again.
 
         Raises:
             RolloutError: the interpreter does not run or has no sglang, the port is taken, or the log cannot be
-                written. Nothing is running then.
+                written. Nothing is left running.
         """
         if self.alive():
             raise RolloutError(f"{self.url}: the server is running already. Fix: stop it first")
@@ -137,7 +132,7 @@ class ServerProcess:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,  # Ctrl-C at the terminal is for the trainer, which then stops the server
+                    start_new_session=True,  # Ctrl-C goes to the trainer alone, which then stops the server
                     env=environment(self.launch, os.environ),
                 )
         except OSError as error:
@@ -150,15 +145,15 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the guard, which is the number of the server's session and process group; None when stopped."""
+        """Process id of the guard and of the server's session and process group; None when stopped."""
         return None if self._guard is None else self._guard.pid
 
     def alive(self) -> bool:
-        """Whether the server's process is there; it may not answer yet, or no more."""
+        """True if the process is running, whether or not it answers."""
         return self._guard is not None and self._guard.poll() is None
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the log; of a progress bar, what it showed last."""
+        """Last lines of the log, with the last state of each progress bar."""
         try:
             with self.launch.log.open("rb") as log:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
@@ -168,10 +163,10 @@ class ServerProcess:
         return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.splitlines()[-lines:])
 
     def stop(self, grace: float = 10.0) -> None:
-        """End the server and every process that it started; nothing where none is running.
+        """End the server and all its child processes, if any.
 
         Args:
-            grace: seconds that the server gets to end by itself; 0 to kill it at once.
+            grace: seconds for the server to end by itself; 0 to kill it at once.
         """
         self._end(grace)
         if self._held is not None:
@@ -201,7 +196,7 @@ def command(launch: Launch, port: int) -> list[str]:
         arguments["--mem-fraction-static"] = str(launch.mem_fraction)
     if launch.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-        # A server that has nothing to do would otherwise keep a core busy, which here is one of the trainer's.
+        # An idle server would otherwise keep a core of the trainer busy.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     else:
         arguments["--base-gpu-id"] = str(launch.base_gpu)
@@ -211,10 +206,10 @@ def command(launch: Launch, port: int) -> list[str]:
 
 
 def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` for a server: without torchrun's and the trainer's variables, without those that hold one of the keys, and
-    with no proxy for the run's own hosts: a server that starts asks itself whether it is well, and sends its API key.
+    """Environment of a server: `base` without torchrun's and the trainer's variables, and without values that are keys.
 
-    A server of another interpreter does not get `PYTHONPATH`, which has the trainer's packages.
+    No proxy is used for the run's own hosts, as a starting server sends its API key in a health check to itself.
+    Another interpreter does not get `PYTHONPATH`, which has the trainer's packages.
     """
     secrets = _secrets(launch)
     dropped = (*RANK_VARIABLES, *ALLOCATOR_VARIABLES, *(("PYTHONPATH",) if launch.python != sys.executable else ()))
@@ -235,15 +230,15 @@ def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def _no_proxy(base: Mapping[str, str], hosts: Sequence[str]) -> str:
-    """The user's list, which may be in either spelling, with the loopback and `hosts`."""
+    """Add the loopback and `hosts` to the user's list, which may be in either spelling."""
     listed = [entry.strip() for name in NO_PROXY for entry in base.get(name, "").split(",")]
     if "*" in listed:
-        return "*"  # taken for a wildcard only where it stands alone
+        return "*"  # a wildcard only if it stands alone
     return ",".join(dict.fromkeys(entry for entry in (*listed, *LOOPBACK, *hosts) if entry))
 
 
 def _share_cores(ranks: int) -> str:
-    """Cores for each rank, as SGLang reads them; by itself it allows no more CPU ranks than the machine has sockets."""
+    """Cores of each rank in SGLang's format. By default SGLang allows at most one CPU rank per socket."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)
@@ -258,24 +253,6 @@ def _key_arguments(launch: Launch) -> dict[str, str]:
     return {name: key for name, key in keys.items() if key}
 
 
-def check_interpreter(python: str) -> None:
-    """Raise `RolloutError` unless it runs and has sglang. Reads its packages' records: an import would take seconds."""
-    fix = (
-        "Fix: install sglang there, or name an interpreter that has it in rollout.sglang.python or "
-        f"${PYTHON_VARIABLE}. scripts/install_sglang_cpu.sh makes one for machines without a GPU"
-    )
-    code = "import importlib.metadata as m; m.version('sglang')"
-    try:
-        found = subprocess.run([python, "-I", "-c", code], capture_output=True, encoding="utf-8", timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RolloutError(
-            f"{python}: the interpreter for SGLang servers does not run ({reason_of(error)}). {fix}"
-        ) from error
-    if found.returncode != 0:
-        reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RolloutError(f"{python}: the interpreter for SGLang servers has no sglang ({reason}). {fix}")
-
-
 # --- ports
 
 
@@ -288,13 +265,13 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[object, 
 
 
 def _bind(host: str, port: int, *, alone: bool) -> socket.socket:
-    """A socket that keeps a port from others, but not from the server.
+    """Reserve a port that the server can still bind.
 
-    Linux lets a second socket bind to a port where both say SO_REUSEADDR and none listens. Servers say it; an outgoing
-    connection, or a bind to port 0, does not get the port.
+    Linux lets a second socket bind to a port if both set SO_REUSEADDR and none listens. Servers set it; outgoing
+    connections and binds to port 0 do not get the port.
 
     Args:
-        alone: fail where anybody else has the port, even another socket of this kind, or a closed connection.
+        alone: fail if the port is in use in any way, also by another reservation or a closed connection.
     """
     family, address = _address(host, port)
     held = socket.socket(family, socket.SOCK_STREAM)
@@ -309,7 +286,7 @@ def _bind(host: str, port: int, *, alone: bool) -> socket.socket:
 
 
 def hold_port(host: str, port: int) -> socket.socket:
-    """A socket that keeps the port until it is closed. Raises `RolloutError`."""
+    """Reserve a port until the socket is closed. Raises `RolloutError`."""
     try:
         return _bind(host, port, alone=False)
     except OSError as error:
@@ -320,9 +297,9 @@ def hold_port(host: str, port: int) -> socket.socket:
 
 
 def hold_free_port(host: str) -> socket.socket:
-    """A socket that keeps one of `PORTS` until it is closed. Raises `RolloutError`."""
+    """Reserve one of `PORTS` until the socket is closed. Raises `RolloutError`."""
     error: OSError | None = None
-    # Not from the global generator: the trainer's seed would give every run on the machine the same ports.
+    # The global generator's seed would give every run on the machine the same ports.
     for port in random.SystemRandom().sample(PORTS, TRIES):
         try:
             return _bind(host, port, alone=True)
@@ -335,7 +312,7 @@ def hold_free_port(host: str) -> socket.socket:
 
 
 def _reachable(host: str) -> str:
-    """`host` for a URL; loopback where it means every address."""
+    """`host` for a URL; the loopback for a wildcard address."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
@@ -344,7 +321,7 @@ def _reachable(host: str) -> str:
 
 
 def _tell(process: subprocess.Popen[bytes], line: str) -> None:
-    """Send the guard a line; nothing where it is gone."""
+    """Send the guard a line, unless it is gone."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(line.encode() + b"\n")
@@ -352,14 +329,14 @@ def _tell(process: subprocess.Popen[bytes], line: str) -> None:
 
 
 def end(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a guard and all of its process group, also where the guard hangs or was killed."""
+    """End a guard and its process group, also if the guard hangs or was killed."""
     if process.poll() is None:
         _tell(process, str(grace))
         _signal_group(process, signal.SIGCONT)  # the guard itself may have been stopped
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace + MARGIN)
     if process.returncode is None or process.returncode < 0:
-        # It hangs, or was killed and could end nothing. The group still has its number while it has members.
+        # It hangs, or was killed and could end nothing. The group keeps its number while it has members.
         _signal_group(process, signal.SIGKILL)
         process.wait()
     if process.stdin is not None:

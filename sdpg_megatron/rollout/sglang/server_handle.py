@@ -1,4 +1,4 @@
-"""One server as the pool sees it."""
+"""The pool's record of one server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.server import ServerProcess
 
 LINE = 400
-"""Characters of a line of a server's log that an error shows: SGLang prints all its arguments in one."""
+"""Characters of a log line quoted in an error: SGLang prints all its arguments in one line."""
 
 
 class ServerState(Enum):
@@ -20,33 +20,33 @@ class ServerState(Enum):
     WAITING = "waiting for weights"
     """It answers, and does not have the current weights."""
     READY = "ready"
-    """It has the current weights. Only such a server gets requests."""
+    """It has the current weights. Only READY servers get requests."""
     LOST = "lost"
     """Dead, stuck or misbehaving."""
 
 
 @dataclass(eq=False, slots=True)
 class ServerHandle:
-    """A server, what the pool knows of it, and what runs there."""
+    """A server, its state, and its requests."""
 
     url: str
     client: Client
     process: ServerProcess | None = None
-    """None for a server that someone else started."""
+    """None for a server at `urls`."""
     state: ServerState = ServerState.STARTING
     reason: str = ""
-    """Why it was lost last."""
+    """Reason of the last loss."""
     given_up: bool = False
-    """Lost for good: there are no restarts left."""
+    """Lost, without restarts left."""
     running: int = 0
-    """Groups asked of it and not yet answered."""
+    """Unanswered groups."""
     suspect: bool = False
-    """A request failed there; it gets no other before it has answered a look at its health."""
+    """A request failed; the server gets no other until it passes a health check."""
     released: frozenset[str] = frozenset()
-    """What it has given back of its memory, by SGLang's tags."""
+    """SGLang's tags of its released memory."""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    """Has its keeper look at once."""
+    """Triggers a check by its monitor."""
 
     @property
     def answers(self) -> bool:
@@ -54,10 +54,10 @@ class ServerHandle:
 
     @property
     def ended(self) -> bool:
-        """Whether the run started its process, and that is gone."""
+        """True if this run started its process and the process is gone."""
         return self.process is not None and not self.process.alive()
 
     def log_tail(self) -> str:
-        """The last lines of its log, none of them too long; nothing for a server that someone else started."""
+        """Last lines of its log, shortened; empty for a server at `urls`."""
         lines = [] if self.process is None else self.process.log_tail().splitlines()
         return "\n".join(line[:LINE] for line in lines)

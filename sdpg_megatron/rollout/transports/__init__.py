@@ -1,4 +1,4 @@
-"""Ways for a weight stream to reach servers: a process group, shared memory, a folder."""
+"""Transports of weights to servers: a process group, shared memory, a folder."""
 
 from sdpg_megatron.rollout.transports.base import Failures, Transport
 from sdpg_megatron.rollout.transports.broadcast import BroadcastTransport

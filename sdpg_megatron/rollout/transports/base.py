@@ -1,9 +1,9 @@
-"""What a transport is: one way for buckets of weights to reach servers."""
+"""Transport protocol: one way to send buckets of weights to servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from sdpg_megatron.errors import ServerError
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.weights import Bucket
+
+T = TypeVar("T")
 
 Failures = Mapping[Client, ServerError]
 """Servers that do not get the weights, with the reason."""
@@ -20,42 +22,57 @@ Send = Callable[[], Coroutine[Any, Any, Failures]]
 
 
 class Transport(Protocol):
-    """Used for one session after the other. A server that failed gets nothing more in its session.
+    """Serves one publish session at a time. A server that failed gets nothing more in its session.
 
-    All but `room` and `pack` runs in the event loop.
+    All methods but `allocate` and `pack` run in the event loop.
     """
 
     in_session: ClassVar[bool]
-    """Whether servers take what it sends only between `Client.begin_update` and `end_update`."""
+    """True if servers accept its weights only between `Client.begin_update` and `end_update`."""
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """Get ready to send to these servers, which are paused and, for `in_session`, begun."""
+        """Prepare to send to these servers, which are paused and, for `in_session`, begun."""
         ...
 
-    def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """Memory in which the next bucket is made, uint8 [at least nbytes], of a kind that `pack` need not copy.
-        Called in the same thread as `pack`; it may be used until the bucket was sent. To make a bucket is collective,
-        so this is not the place to fail: what lacks here is said by `pack`.
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
+        """Allocate the next bucket's memory, uint8 [at least nbytes]; it is in use until the bucket was sent.
+
+        Called in the thread of `pack`. Buckets are made by collectives, so this must not fail: `pack` raises instead.
         """
         ...
 
     def pack(self, bucket: Bucket) -> Send:
-        """Bring a bucket into the form that it travels in. Called in the thread that makes the buckets, never before
-        the previous bucket was sent. What it returns holds the bucket, or a copy; not both.
+        """Prepare a bucket for sending. Called in the thread that makes the buckets, after the previous one was sent.
+
+        The result holds the bucket or a copy, not both.
 
         Raises:
-            RolloutError: this machine lacks room for it.
+            RolloutError: this machine lacks memory for it.
         """
         ...
 
     async def finish(self) -> Failures:
-        """All buckets were sent: see to it that servers have them in place."""
+        """Complete the transfer after the last bucket; on return the servers have the weights in place."""
         ...
 
     async def close(self) -> None:
-        """The session is over, well or not: keep nothing that only a session needs."""
+        """End the session, successful or not, and free its resources."""
         ...
 
     async def dispose(self) -> None:
-        """There will be no other session."""
+        """Free everything; no other session follows."""
         ...
+
+
+def split(clients: Iterable[Client], results: Iterable[T | BaseException]) -> tuple[dict[Client, T], Failures]:
+    """Sort gathered results into values and failures by server. Raises any error that is not a `ServerError`."""
+    values: dict[Client, T] = {}
+    failures: dict[Client, ServerError] = {}
+    for client, result in zip(clients, results, strict=True):
+        if isinstance(result, ServerError):
+            failures[client] = result
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            values[client] = result
+    return values, failures

@@ -1,7 +1,7 @@
-"""Weights in memory that servers on this machine share with this process: on CPUs a file of /dev/shm, on GPUs CUDA IPC.
+"""Weights in memory shared with servers on this machine: on CPUs a file of /dev/shm, on GPUs CUDA IPC.
 
-SGLang reads a base64 pickle for each of its ranks, by an unpickler that knows few globals: torch's own functions that
-open shared memory, and `types.SimpleNamespace`, which here describes where tensors lie.
+SGLang reads a base64 pickle for each of its ranks with an unpickler that allows few globals: torch's functions that
+open shared memory, and `types.SimpleNamespace`, which describes the tensors here.
 Source: sglang.srt.utils.common.SafeUnpickler, sglang.srt.utils.patch_torch and
 sglang.srt.model_executor.model_runner_components.weight_updater of SGLang 0.5.23.
 """
@@ -14,7 +14,7 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -27,139 +27,121 @@ from torch.multiprocessing import reductions
 
 from sdpg_megatron.errors import RolloutError, ServerError
 from sdpg_megatron.rollout.sglang.client import Client
-from sdpg_megatron.rollout.transports.base import Failures, Send
-from sdpg_megatron.rollout.transports.double_buffer import DoubleBuffer
-from sdpg_megatron.rollout.transports.flat import Flat, as_run, copy_to, find_run, size_of
-from sdpg_megatron.rollout.transports.shared_buffer import SharedMemoryBuffer, remove_leftovers
-from sdpg_megatron.weights import Bucket, new_room
+from sdpg_megatron.rollout.transports.base import Failures, Send, split
+from sdpg_megatron.rollout.transports.shared_buffer import DoubleBuffer, SharedMemoryBuffer, remove_leftovers
+from sdpg_megatron.weights import Bucket, allocate
+from sdpg_megatron.weights.bucket import TensorSpec
 
 DEVICE_ARGUMENT = 6
-"""Place of the storage's device among the arguments of torch's `rebuild_cuda_tensor`."""
+"""Index of the storage's device in the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class SharedMemoryTransport:
-    """A bucket lies in memory that all servers read at the same time."""
+    """Shares each bucket's memory with all servers, which read it at the same time."""
 
     in_session: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._numbers = count()
-        self._readers: dict[Client, list[int]] = {}
-        """Of each server's ranks: numbers that no reader of an earlier session had."""
-        self._segments = DoubleBuffer(SharedMemoryBuffer)
+        self._readers: dict[Client, Sequence[int]] = {}
+        """Reader numbers of each server's ranks, unused in earlier sessions."""
+        self._buffers = DoubleBuffer()
 
     async def open(self, clients: Sequence[Client]) -> Failures:
-        """See `Transport`. A server elsewhere would end itself when it finds no such memory: it is refused here."""
+        """See `Transport`. A server on another machine is refused, as it would exit when it finds no such memory."""
         remove_leftovers()
-        self._segments.restart()
+        self._buffers.restart()
         found = await asyncio.gather(*(_ranks(client) for client in clients), return_exceptions=True)
-        failures: dict[Client, ServerError] = {}
-        self._readers = {}
-        for client, ranks in zip(clients, found, strict=True):
-            if isinstance(ranks, int):
-                self._readers[client] = [next(self._numbers) for _ in range(ranks)]
-            elif isinstance(ranks, ServerError):
-                failures[client] = ranks
-            else:
-                raise ranks
+        ranks, failures = split(clients, found)
+        self._readers = {client: list(islice(self._numbers, size)) for client, size in ranks.items()}
         return failures
 
-    def room(self, nbytes: int, device: torch.device) -> Tensor:
-        """See `Transport`. Where there is no room to share, `pack` says so: the making of a bucket is collective."""
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
+        """See `Transport`. If /dev/shm is full, the bucket is made in other memory and `pack` raises."""
         if device.type != "cuda":
             with suppress(RolloutError):
-                return self._segments.take(nbytes).memory
-        return new_room(nbytes, device)
+                return self._buffers.take(nbytes).memory
+        return allocate(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Transport`. The servers read the bucket where it is, on a GPU or in a segment; otherwise a copy."""
-        if bucket[0][1].is_cuda:
-            flat = as_run(bucket)
-            torch.cuda.current_stream(flat.run.device).synchronize()
-            return partial(self._send, flat, None)
-        found = find_run(bucket)
-        shared_buffer = self._segments.holding(found.run) if found else None
-        if found is None or shared_buffer is None:
-            shared_buffer = self._segments.take(size_of(bucket))
-            found = copy_to(shared_buffer.memory, bucket)
-        return partial(self._send, found, shared_buffer)
+        """See `Transport`. Servers read GPU memory and this transport's buffers in place; other memory is copied."""
+        memory, buffer = bucket.memory, None
+        if memory.is_cuda:
+            torch.cuda.current_stream(memory.device).synchronize()
+        elif (buffer := self._buffers.holding(memory)) is None:
+            buffer = self._buffers.take(memory.nbytes)
+            memory = buffer.memory[: memory.nbytes].copy_(memory)
+        return partial(self._send, memory, bucket.specs, buffer)
 
     async def finish(self) -> Failures:
         """See `Transport`."""
         return {}
 
     async def close(self) -> None:
-        """See `Transport`. The segments stay, for the next session."""
-        self._segments.each(SharedMemoryBuffer.close_to_readers)
+        """See `Transport`. The buffers are kept for the next session."""
+        for buffer in self._buffers.buffers.values():
+            buffer.close_to_readers()
         self._readers = {}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()  # of the buckets: a colocated server takes its memory back now
+            torch.cuda.empty_cache()  # of the buckets: a colocated server now takes its memory back
 
     async def dispose(self) -> None:
         """See `Transport`."""
-        self._segments.release()
+        self._buffers.release()
 
-    async def _send(self, flat: Flat, shared_buffer: SharedMemoryBuffer | None) -> Failures:
-        handles = {
-            client: [_handle(flat, shared_buffer, reader) for reader in readers]
+    async def _send(self, memory: Tensor, specs: Sequence[TensorSpec], buffer: SharedMemoryBuffer | None) -> Failures:
+        calls = (
+            client.take([_handle(memory, specs, buffer, reader) for reader in readers], "flattened_bucket")
             for client, readers in self._readers.items()
-        }
-        found = await asyncio.gather(
-            *(client.take(texts, "flattened_bucket") for client, texts in handles.items()), return_exceptions=True
         )
-        failures: dict[Client, ServerError] = {}
-        for client, error in zip(handles, found, strict=True):
-            if isinstance(error, ServerError):
-                failures[client] = error
-                del self._readers[client]
-            elif error is not None:
-                raise error
+        failures = split(list(self._readers), await asyncio.gather(*calls, return_exceptions=True))[1]
+        self._readers = {client: readers for client, readers in self._readers.items() if client not in failures}
         return failures
 
 
 class _Pickler(ForkingPickler):
-    """Pickles a segment's storage by name, whatever `torch.multiprocessing`'s sharing strategy is."""
+    """Pickles a buffer's storage by name, independent of `torch.multiprocessing`'s sharing strategy."""
 
-    def __init__(self, file: io.BytesIO, shared_buffer: SharedMemoryBuffer | None, reader: int) -> None:
+    def __init__(self, file: io.BytesIO, buffer: SharedMemoryBuffer | None, reader: int) -> None:
         super().__init__(file)
-        self._segment, self._reader = shared_buffer, reader
+        self._buffer, self._reader = buffer, reader
 
     def reducer_override(self, found: Any) -> Any:
-        if isinstance(found, torch.UntypedStorage) and self._segment is not None:
-            return self._segment.reduced(self._reader)
+        if isinstance(found, torch.UntypedStorage) and self._buffer is not None:
+            return self._buffer.reduced(self._reader)
         if isinstance(found, Tensor) and found.is_cuda:
             rebuild, arguments = reductions.reduce_tensor(found)  # type: ignore[no-untyped-call]
-            # Processes may number devices differently; SGLang takes their names as well.
+            # Device numbers may differ between processes; SGLang also accepts UUIDs.
             name = str(torch.cuda.get_device_properties(found.device).uuid)
             return rebuild, (*arguments[:DEVICE_ARGUMENT], name, *arguments[DEVICE_ARGUMENT + 1 :])
         return NotImplemented
 
 
-def _handle(flat: Flat, shared_buffer: SharedMemoryBuffer | None, reader: int) -> str:
-    """What lets one process, reader number `reader`, read the bytes once: base64."""
-    spans = [
+def _handle(memory: Tensor, specs: Sequence[TensorSpec], buffer: SharedMemoryBuffer | None, reader: int) -> str:
+    """Base64 pickle that lets one process, reader number `reader`, read the bytes once."""
+    metadata = [
         SimpleNamespace(
-            name=span.name,
-            shape=span.shape,
-            dtype=span.dtype,
-            start_idx=span.start,
-            end_idx=span.end,
-            numel=span.end - span.start,
+            name=spec.name,
+            shape=torch.Size(spec.shape),
+            dtype=spec.dtype,
+            start_idx=spec.start,
+            end_idx=spec.end,
+            numel=spec.nbytes,
         )
-        for span in flat.spans
+        for spec in specs
     ]
-    content: Mapping[str, object] = {"flattened_tensor": flat.run, "metadata": spans}
+    content: Mapping[str, object] = {"flattened_tensor": memory, "metadata": metadata}
     file = io.BytesIO()
-    _Pickler(file, shared_buffer, reader).dump(content)
+    _Pickler(file, buffer, reader).dump(content)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 async def _ranks(client: Client) -> int:
-    """Tensor-parallel ranks of a server on this machine.
+    """Number of tensor-parallel ranks of a server on this machine.
 
     Raises:
-        ServerError: it is elsewhere, does not answer, or SGLang cannot update it in this way.
+        ServerError: it is on another machine, does not answer, or SGLang does not support shared memory for it.
     """
     if not await _is_here(client.url):
         raise ServerError(client.url, "", "is on another machine and shares no memory. Fix: use another transport")
@@ -170,7 +152,7 @@ async def _ranks(client: Client) -> int:
 
 
 async def _is_here(url: str) -> bool:
-    """Whether the host is this machine."""
+    """True if the host is this machine."""
     host = urlsplit(url).hostname or "localhost"
     own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
     try:

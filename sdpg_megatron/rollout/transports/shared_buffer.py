@@ -1,10 +1,9 @@
-"""Memory that other processes of this machine open by name, through torch's own way of opening a storage by its file.
+"""Shared memory that other processes of this machine open by name, through torch's rebuild of a storage by file name.
 
-torch would make such memory itself, but by way of a helper process (torch_shm_manager) that lives as long as any reader
-does, and with it the trainer's standard output stays open. The file is therefore made here; readers bring helpers of
-their own. It is laid out as torch's readers expect: a counter of readers, the last of whom removes the file, and from
-byte 64 on the content. The counter starts so high that no reader ever is the last. A reader's helper also removes what
-the reader had open when it died: every reader gets a name of its own, a link to the file.
+torch can allocate such memory, but through a helper process (torch_shm_manager) that lives as long as any reader and
+keeps the trainer's standard output open. Here the file is made directly, in the layout that torch's readers expect: a
+reference count, and the content from byte 64 on. The count starts so high that no reader is the last, who would remove
+the file. A reader's helper removes the reader's files when it dies: each reader has its own hard link.
 Source: RefcountedMapAllocator in ATen/MapAllocator.cpp and libshm/manager.cpp of torch 2.13.
 """
 
@@ -35,7 +34,7 @@ class SharedMemoryBuffer:
     """`memory`, uint8 [size], until `release`."""
 
     def __init__(self, size: int) -> None:
-        """Raises `RolloutError` where there is not so much: a write beyond what is there would end this process."""
+        """Raises `RolloutError` if /dev/shm is too small: a write beyond its end would kill this process."""
         self.size = size
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._links: set[Path] = set()
@@ -51,7 +50,7 @@ class SharedMemoryBuffer:
             ) from error
 
     def _map(self) -> Tensor:
-        # The lock says that the file is in use; the kernel gives it back when this process ends, however that happens.
+        # The lock marks the file as in use. The kernel drops it when this process ends in any way.
         self._descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         os.posix_fallocate(self._descriptor, 0, HEADER + self.size)
@@ -60,7 +59,7 @@ class SharedMemoryBuffer:
         return torch.frombuffer(content, dtype=torch.uint8, offset=HEADER)
 
     def reduced(self, reader: int) -> tuple[Any, tuple[Any, ...]]:
-        """How a pickle for reader number `reader` says it: what is called, and with what, to get `memory`'s storage."""
+        """Pickle form of the storage for reader number `reader`: a function and its arguments."""
         link = self._file.with_name(f"{self._file.name}-{reader}")
         with suppress(FileExistsError):
             link.hardlink_to(self._file)
@@ -69,13 +68,13 @@ class SharedMemoryBuffer:
         return reductions.rebuild_storage_filename, (torch.UntypedStorage, no_manager, name, self.size)
 
     def close_to_readers(self) -> None:
-        """No reader so far can open it any more; those that have it open keep it."""
+        """Remove the readers' links. Readers that have the memory open keep it."""
         for link in self._links:
             link.unlink(missing_ok=True)
         self._links.clear()
 
     def release(self) -> None:
-        """Nobody can open it any more; the memory goes when the last who has it open lets go."""
+        """Remove the file. The memory is freed when the last process that has it open closes it."""
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.close_to_readers()
         self._file.unlink(missing_ok=True)
@@ -84,8 +83,44 @@ class SharedMemoryBuffer:
             self._descriptor = -1
 
 
+class DoubleBuffer:
+    """Two alternating buffers: one bucket is made while the previous one is read.
+
+    They are kept between publishes, as new memory is several times slower to fill. A buffer that is too small is
+    replaced.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, SharedMemoryBuffer] = {}
+        self._turn = 0
+
+    def restart(self) -> None:
+        """Begin with the first buffer again, whose size fits the first bucket."""
+        self._turn = 0
+
+    def take(self, nbytes: int) -> SharedMemoryBuffer:
+        """Return the buffer that was not taken last. Raises `RolloutError` as `SharedMemoryBuffer`."""
+        turn, self._turn = self._turn, 1 - self._turn
+        if turn not in self.buffers or self.buffers[turn].size < nbytes:
+            if turn in self.buffers:
+                self.buffers.pop(turn).release()
+            self.buffers[turn] = SharedMemoryBuffer(nbytes)
+        return self.buffers[turn]
+
+    def holding(self, tensor: Tensor) -> SharedMemoryBuffer | None:
+        """Return the buffer whose memory a tensor views."""
+        place = tensor.untyped_storage().data_ptr()
+        held = (buffer for buffer in self.buffers.values() if buffer.memory.untyped_storage().data_ptr() == place)
+        return next(held, None)
+
+    def release(self) -> None:
+        """Free both buffers."""
+        while self.buffers:
+            self.buffers.popitem()[1].release()
+
+
 def remove_leftovers() -> None:
-    """Free segments of processes that were killed: files that nobody has locked."""
+    """Remove the buffers of processes that were killed: files without a lock."""
     for file in FOLDER.glob(f"{PREFIX}*"):
         with suppress(OSError):
             descriptor = os.open(file, os.O_RDWR)

@@ -1,7 +1,7 @@
-"""The process group that carries weights: rank 0 is this process, the others are ranks of servers.
+"""Process group for weights: rank 0 is this process, the others are ranks of servers.
 
-It stands beside `torch.distributed`'s default group, which it neither needs nor changes. Everything that may wait for
-another process runs in a thread and ends after a bounded time.
+It is independent of `torch.distributed`'s default group. Everything that may wait for another process runs in a thread
+with a time limit.
 """
 
 from __future__ import annotations
@@ -25,28 +25,27 @@ from torch.distributed import distributed_c10d as c10d
 
 T = TypeVar("T")
 BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
-"""Set while an NCCL group is made: whoever waits for a broadcast then gets its errors. By default, a watchdog thread of
-the group finds them and ends the process; with TORCH_NCCL_ASYNC_ERROR_HANDLING=0, the default group's monitor does
-so minutes later. With this variable, the group has no such thread.
+"""Set while an NCCL group is made, so that waiting for a broadcast raises its errors. By default the group's watchdog
+thread ends the process; with TORCH_NCCL_ASYNC_ERROR_HANDLING=0, the default group's monitor does so minutes later. With
+this variable the group has no watchdog.
 Source: ProcessGroupNCCL.cpp of torch 2.11: its constructor, Watchdog::runLoop and HeartbeatMonitor::runLoop."""
 MARGIN = 30.0
-"""Seconds that NCCL gets beyond a caller's bound: the caller aborts the group first, and knows whose fault it was."""
+"""Seconds of NCCL's timeout beyond the caller's: the caller aborts the group first, and assigns the fault."""
 
 
 class WeightGroup:
-    """Rank 0's side of a group. Joined once, used for many broadcasts, destroyed once."""
+    """Rank 0's side of a group: joined once, used for many broadcasts, destroyed once."""
 
     def __init__(self, name: str, *, address: str, size: int, backend: Literal["gloo", "nccl"]) -> None:
-        """Open the meeting point, at a free port.
+        """Open the rendezvous store at a free port.
 
         Args:
-            name: unlike that of any other group in this process, or in its servers.
-            address: this machine's, as the servers reach it.
-            size: ranks, this one included.
+            name: unique among the groups of this process and of its servers.
+            address: this machine's address for the servers.
+            size: number of ranks, including this one.
         """
         self.name, self.address, self.size, self.backend = name, address, size, backend
-        # The meeting point and this rank's own connection to it are two objects, so that closing the former ends all
-        # waiting in the latter, and in the servers.
+        # Closing the rendezvous store ends all waiting on this rank's connection to it, and in the servers.
         meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         self.port: int = meeting.port
         self._meeting: Store | None = meeting
@@ -54,15 +53,15 @@ class WeightGroup:
 
     @property
     def joined(self) -> bool:
-        """Whether it can be used."""
+        """True after `join` and before `destroy`."""
         return self._group is not None
 
     async def join(self, seconds: float) -> None:
-        """Meet the other ranks. Raises whatever torch raises where they do not come in time."""
+        """Rendezvous with the other ranks. Raises torch's error if they do not join in time."""
         self._group = await in_thread(lambda: self._join(timedelta(seconds=seconds)))
 
     def _join(self, limit: timedelta) -> dist.ProcessGroup:
-        """As SGLang's side does it: sglang.srt.utils.common.init_custom_process_group of SGLang 0.5.23."""
+        """Source: sglang.srt.utils.common.init_custom_process_group of SGLang 0.5.23."""
         store = TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=limit)
         nccl = self.backend == "nccl"
         with variables(**({BLOCKING_WAIT: "1"} if nccl else {})):
@@ -80,7 +79,7 @@ class WeightGroup:
         return group
 
     async def broadcast(self, run: Tensor, seconds: float) -> None:
-        """Send to all other ranks; on return it was sent. Raises whatever torch raises where that fails."""
+        """Broadcast from this rank and wait for completion. Raises torch's errors."""
         group = self._group
         assert group is not None, "not joined"
 
@@ -101,24 +100,24 @@ class WeightGroup:
         await in_thread(send)
 
     async def interrupt(self) -> None:
-        """End whatever waits here, where the backend can: NCCL can, Gloo cannot."""
+        """End this process's waiting in the group; NCCL only, as Gloo cannot."""
         self._meeting = None
         if self._group is not None and self.backend == "nccl":
             await in_thread(self._group.abort)
 
     def destroy(self) -> None:
-        """Close all connections, which ends the other ranks' waiting. No broadcast may be under way."""
+        """Close all connections, which ends the other ranks' waiting. No broadcast may be running."""
         group, self._group, self._meeting = self._group, None, None
         if group is not None:
             if self.backend == "nccl":
-                group.abort()  # to destroy alone is to wait for the other ranks, which may be gone
-            with suppress(ValueError):  # `torch.distributed` was shut down as a whole before
+                group.abort()  # destroying alone would wait for the other ranks, which may be gone
+            with suppress(ValueError):  # `torch.distributed` was shut down before
                 dist.destroy_process_group(group)
 
 
 @contextmanager
 def variables(**values: str) -> Iterator[None]:
-    """Environment variables that have these values for a while."""
+    """Set environment variables inside the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -132,7 +131,7 @@ def variables(**values: str) -> Iterator[None]:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Run what may block in a thread that does not keep the process alive; where the caller is cancelled it goes on."""
+    """Run a blocking call in a daemon thread. It continues if the caller is cancelled."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -146,7 +145,7 @@ async def in_thread(work: Callable[[], T]) -> T:
             how: Callable[[Any], None] = future.set_result
         except Exception as error:
             outcome, how = error, future.set_exception
-        with suppress(RuntimeError):  # the loop was closed meanwhile
+        with suppress(RuntimeError):  # the loop was closed
             loop.call_soon_threadsafe(settle, how, outcome)
 
     threading.Thread(target=run, name="weight-group", daemon=True).start()
@@ -154,11 +153,11 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 def address_towards(urls: Sequence[str]) -> str:
-    """This machine's address as those servers reach it: the loopback where all of them are on it."""
+    """This machine's address for the servers; the loopback if all of them are on this machine."""
     hosts = [urlsplit(url).hostname or "localhost" for url in urls]
     for host in hosts:
         with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # a datagram socket sends nothing here; it only learns the route
+            probe.connect((host, 9))  # sends nothing; selects the route
             found: str = probe.getsockname()[0]
         if not ipaddress.ip_address(found.partition("%")[0]).is_loopback:
             return found
