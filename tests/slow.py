@@ -8,4 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-SLOW: Mapping[str, str] = {}
+SLOW: Mapping[str, str] = {
+    "tests/e2e/test_fuzz.py::*": "300 whole calls; tests/unit/test_fuzz_readers.py draws inputs for each reader",
+    "tests/e2e/test_crash.py::test_so_does_one_of_two_ranks*": "one rank is killed at the same moments in every run",
+    "tests/e2e/test_crash.py::test_ranks_do_not_outlive*": "waits for torchrun; unit/test_run_lock has the mechanism",
+    "tests/e2e/test_full_disk.py::test_refused_again_and_again*": "each refusal has its own test in unit/test_full_disk",
+    "tests/e2e/test_examples.py::*tp2_pp2*": "the example's layouts are those of tests/dist; one rank runs every time",
+    "tests/e2e/test_gpu_rehearsal.py::test_every_part_runs": "a benchmark; before every call on a GPU",
+    "tests/e2e/test_two_machines.py::*": "network namespaces; unit/test_launch has the rendezvous and its failures",
+    "tests/dist/test_benchmark_step.py::test_the_script*": "a benchmark",
+    "tests/unit/test_benchmark_head.py::test_the_script_writes*": "a benchmark",
+    "tests/dist/test_checkpoint.py::test_another_layout_goes_on_to_rounding?cp2-dp2?": "cp2 from tp2_pp2 runs",
+    "tests/dist/test_checkpoint.py::test_another_layout_goes_on_to_rounding?dp2_overlap-dp2?": "to dp2_overlap runs",
+    "tests/dist/test_checkpoint.py::test_another_layout_goes_on_to_rounding?vpp2-one?": "one to tp2_pp2 runs",
+    "tests/dist/test_checkpoint.py::test_another_layout_goes_on_to_rounding?tp2-pp2?": "one to tp2_pp2 runs",
+    "tests/dist/test_checkpoint.py::test_another_layout_goes_on_to_rounding?dp2-tp2?": "tp2 to dp2_overlap runs",
+    "tests/dist/test_head.py::test_shards_agree_with_the_dense_twin?21-4?": "seed 24 runs with 2 and 4 shards",
+    "tests/dist/test_head.py::test_shards_agree_with_the_dense_twin?5-4?": "seed 24 runs with 2 and 4 shards",
+}

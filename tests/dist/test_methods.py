@@ -264,7 +264,7 @@ def package(case: Case, schedule: str) -> tuple[Tensor, Tensor, Tensor]:
                 teacher_logprob_T=terms.teacher_logprob_T,
                 old_logprob_T=question.old_logprob_T[at_C],
                 reference_logprob_T=question.reference_logprob_T[at_C] if required_passes.reference else None,
-                advantage_T=question.advantage_T[at_C] * required_passes.outcome,
+                advantage_T=question.advantage_T[at_C] * required_passes.policy_loss,
                 gate_T=question.gate_T[at_C],
             ),
             CONTEXT,

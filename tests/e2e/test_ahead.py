@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdpg_megatron.checkpoint.prefetched_rollouts import DRAWN
+from sdpg_megatron.checkpoint.prefetched_rollouts import PREFETCHED
 from sdpg_megatron.checkpoint.state import checkpoint_name
 from tests.e2e.runs import contents, metrics, train, weights, write_run
 from tests.e2e.stopping_at import VARIABLE
@@ -55,7 +55,7 @@ def test_a_run_that_is_stopped_while_both_are_under_way_goes_on_bit_for_bit(
     stopped = train(config, *AHEAD, program="tests.e2e.stopping_at")
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert f"stopped after step {newest}" in stopped.stdout
-    assert (run / "checkpoints" / checkpoint_name(newest) / DRAWN).exists()
+    assert (run / "checkpoints" / checkpoint_name(newest) / PREFETCHED).exists()
     done = train(config, *AHEAD)
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(whole / "run")
