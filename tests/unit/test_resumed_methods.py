@@ -8,24 +8,23 @@ import pytest
 
 from sdpg_megatron.checkpoint.changes import config_changes
 from sdpg_megatron.config.load import parse
-from sdpg_megatron.config.method_defaults import Method
 
 NEW = ("advantage_deviation", "credit_ratio", "distill_loss", "strip_peer_thinking")
 
 
-def resolved(name: Method, **objective: Any) -> dict[str, Any]:
+def resolved(name: str, **objective: Any) -> dict[str, Any]:
     tree = {"run_dir": "x", "steps": 10, "model": {"path": "m"}, "data": {}, "objective": {"name": name, **objective}}
     return parse(tree).model_dump(mode="json")
 
 
-def started_before(name: Method, **objective: Any) -> dict[str, Any]:
+def started_before(name: str, **objective: Any) -> dict[str, Any]:
     """The configuration that a checkpoint has from when none of the new fields was there."""
     old = resolved(name, **objective)
     return {**old, "objective": {field: value for field, value in old["objective"].items() if field not in NEW}}
 
 
 @pytest.mark.parametrize("name", ["sdpg", "rpg", "grpo", "dapo", "opsd", "opcd"])
-def test_a_method_without_new_behavior_continues(name: Method) -> None:
+def test_a_method_without_new_behavior_continues(name: str) -> None:
     assert config_changes(started_before(name), resolved(name)) == []
 
 
@@ -50,3 +49,15 @@ def test_sdpo_does_not_continue_with_other_prompts_or_advantages() -> None:
         "objective.peer_reward": (1.0, 0.5),
         "objective.strip_peer_thinking": (False, True),
     }
+
+
+def test_a_run_of_version_0_1_continues() -> None:
+    """Its checkpoints have a field that is renamed, and one that is gone."""
+    new = resolved("sdpg")
+    servers = dict(new["rollout"]["sglang"])
+    servers["sink"] = servers.pop("transport")
+    old = {**new, "rollout": {**new["rollout"], "sglang": servers}, "objective": {**new["objective"], "contrast": 0.0}}
+    del old["writers"]
+    assert config_changes(old, new) == []
+    old["objective"]["contrast"] = 0.5
+    assert [change.field for change in config_changes(old, new)] == ["objective.contrast"]
