@@ -120,7 +120,7 @@ def hang(handle: ServerHandle) -> None:
         process.send_signal(signal.SIGSTOP)
 
 
-def wait_for(handle: ServerHandle, state: State) -> None:
+def wait_for(handle: ServerHandle, state: ServerState) -> None:
     deadline = time.monotonic() + START_LIMIT
     while handle.state is not state:
         assert time.monotonic() < deadline, f"{handle.state} after {START_LIMIT:g} s: {handle.reason}"
