@@ -46,7 +46,7 @@ forwarded() {
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts wait, but not the child
   wait "$child" || code=$?
   trap - TERM INT HUP
-  if [[ -n "$caught" ]] && ((code == 0)); then code=75; fi # the command ended before the signal; the next ones must not start
+  if [[ -n "$caught" ]] && ((code == 0)); then code=75; fi # it ended first; do not go on
   return "$code"
 }
 
@@ -103,8 +103,8 @@ prepare() {
   fi
 }
 
-# train_and_evaluate RUN CONFIG GPU SERVERS TENSOR key=value ...: train in the folder RUN if the model fits the GPUs. RUN
-# then has the trained model in two formats: RUN/model (Hugging Face) and RUN/megatron (Megatron-LM). Disaggregated
+# train_and_evaluate RUN CONFIG GPU SERVERS TENSOR key=value ...: train in the folder RUN if the model fits the GPUs.
+# RUN then has the trained model in two formats: RUN/model (Hugging Face) and RUN/megatron (Megatron-LM). Disaggregated
 # servers, SERVERS of TENSOR GPUs each, use GPUs of the machine; with ROLLOUT_NODES each of those has SERVERS_PER_NODE.
 train_and_evaluate() {
   local run=$1 config=$2 gpu=$3 servers=$4 tensor=$5 ranks=${RANKS_PER_NODE:-8} nodes=${NNODES:-1} apart=() served=()
