@@ -125,7 +125,6 @@ class HFEngine:
         self._version = version
 
     def close(self) -> None:
-        """See `RolloutEngine`."""
         self._model = None
         self._targets = {}
         self._version = -1

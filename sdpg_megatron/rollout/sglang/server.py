@@ -117,8 +117,8 @@ class ServerProcess:
         job: process_guard.Job = {
             "command": command(self.launch, self.port),
             "parent": os.getpid(),
-            "input": json.dumps(_key_arguments(self.launch)),
-            "secrets": _secrets(self.launch),
+            "input": json.dumps(_keys(self.launch)),
+            "secrets": list(_keys(self.launch).values()),
         }
         self._guard = self._start_guard(job)
         self.starts += 1
@@ -211,7 +211,7 @@ def environment(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     No proxy is used for the run's own hosts, as a starting server sends its API key in a health check to itself.
     Another interpreter does not get `PYTHONPATH`, which has the trainer's packages.
     """
-    secrets = _secrets(launch)
+    secrets = _keys(launch).values()
     dropped = (*RANK_VARIABLES, *ALLOCATOR_VARIABLES, *(("PYTHONPATH",) if launch.python != sys.executable else ()))
     found = {
         name: value
@@ -244,11 +244,7 @@ def _share_cores(ranks: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-def _secrets(launch: Launch) -> list[str]:
-    return [key for key in (launch.api_key, launch.admin_key) if key]
-
-
-def _key_arguments(launch: Launch) -> dict[str, str]:
+def _keys(launch: Launch) -> dict[str, str]:
     keys = {"--api-key": launch.api_key, "--admin-api-key": launch.admin_key}
     return {name: key for name, key in keys.items() if key}
 

@@ -87,7 +87,6 @@ class BroadcastTransport:
         return allocate(nbytes, device) if device.type == "cuda" else next(self._turns).allocate(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Transport`."""
         memory = bucket.memory if self._nccl else bucket.memory.cpu()
         if memory.is_cuda:
             # Another thread enqueues the broadcast, on its own stream.
@@ -95,14 +94,12 @@ class BroadcastTransport:
         return partial(self._send, memory, bucket.specs)
 
     async def finish(self) -> Failures:
-        """See `Transport`."""
         return {}
 
     async def close(self) -> None:
         """See `Transport`. The group is kept."""
 
     async def dispose(self) -> None:
-        """See `Transport`."""
         await self._dissolve()
 
     async def _send(self, memory: Tensor, specs: Sequence[TensorSpec]) -> Failures:

@@ -55,7 +55,6 @@ class DiskTransport:
         return allocate(nbytes, device)
 
     def pack(self, bucket: Bucket) -> Send:
-        """See `Transport`."""
         return partial(self._send, bucket)
 
     async def finish(self) -> Failures:
@@ -66,7 +65,6 @@ class DiskTransport:
         return split(self._clients, await asyncio.gather(*loads, return_exceptions=True))[1]
 
     async def close(self) -> None:
-        """See `Transport`."""
         await self._threads.join()
         self._writer = None
         await asyncio.to_thread(self._clear)

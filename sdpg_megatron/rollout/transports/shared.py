@@ -74,7 +74,6 @@ class SharedMemoryTransport:
         return partial(self._send, memory, bucket.specs, buffer)
 
     async def finish(self) -> Failures:
-        """See `Transport`."""
         return {}
 
     async def close(self) -> None:
@@ -87,7 +86,6 @@ class SharedMemoryTransport:
             torch.cuda.empty_cache()  # of the buckets: a colocated server now takes its memory back
 
     async def dispose(self) -> None:
-        """See `Transport`."""
         self._buffers.release()
 
     async def _send(self, memory: Tensor, specs: Sequence[TensorSpec], buffer: SharedMemoryBuffer | None) -> Failures:
