@@ -3,9 +3,9 @@
 #
 #   bash examples/recipes/one-gpu.sh 0.6b                              or 1.7b
 #   bash examples/recipes/one-gpu.sh 1.7b rollout.max_response_tokens=14336    16k tokens with the prompt
-#   PLAN_ONLY=1 bash examples/recipes/one-gpu.sh 1.7b                  what it needs
+#   PLAN_ONLY=1 bash examples/recipes/one-gpu.sh 1.7b                  requirements only
 #
-# Needs one H100 (80 GB). Not run on GPUs yet. common.sh has the other choices; what follows the size is key=value.
+# Needs one H100 (80 GB). Not run on GPUs yet. common.sh has further options; arguments after the size are key=value.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in

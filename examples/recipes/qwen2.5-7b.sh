@@ -3,9 +3,9 @@
 #
 #   bash examples/recipes/qwen2.5-7b.sh
 #   PLACE=disaggregated bash examples/recipes/qwen2.5-7b.sh              4 GPUs train, 4 generate
-#   PLAN_ONLY=1 bash examples/recipes/qwen2.5-7b.sh                      what it needs
+#   PLAN_ONLY=1 bash examples/recipes/qwen2.5-7b.sh                      requirements only
 #
-# Needs 8 H100 (80 GB). Not run on GPUs yet. common.sh has the other choices; arguments are key=value.
+# Needs 8 H100 (80 GB). Not run on GPUs yet. common.sh has further options; arguments are key=value.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 prepare Qwen/Qwen2.5-7B-Instruct

@@ -3,9 +3,9 @@
 #
 #   bash examples/recipes/qwen3-1.7b.sh sdpg-urkl                        or sdpg-ufkl, grpo, rlsd, opcd, dapo, opsd
 #   PLACE=disaggregated bash examples/recipes/qwen3-1.7b.sh grpo         4 GPUs train, 4 generate
-#   PLAN_ONLY=1 bash examples/recipes/qwen3-1.7b.sh sdpg-urkl            what it needs
+#   PLAN_ONLY=1 bash examples/recipes/qwen3-1.7b.sh sdpg-urkl            requirements only
 #
-# Needs 8 H100 (80 GB). Not run on GPUs yet. common.sh has the other choices; what follows the method is key=value.
+# Needs 8 H100 (80 GB). Not run on GPUs yet. common.sh has further options; arguments after the method are key=value.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 method=${1:?expected $PAPER_METHODS}

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Qwen3-30B-A3B, a mixture of experts, learns mathematics with SDPG: data, training, evaluation, conversion.
 #
-#   bash examples/recipes/qwen3-30b-a3b.sh                                                   8 H200, which take turns
+#   bash examples/recipes/qwen3-30b-a3b.sh                                                   8 H200, colocated
 #
-#   Three machines of 8 H100: two train, the third generates. On each, with its number as NODE_RANK:
+#   Three machines of 8 H100: two train, the third generates. On each, with its index as NODE_RANK:
 #   NNODES=3 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash examples/recipes/qwen3-30b-a3b.sh three
 #
-#   PLAN_ONLY=1 bash examples/recipes/qwen3-30b-a3b.sh                                       what it needs
+#   PLAN_ONLY=1 bash examples/recipes/qwen3-30b-a3b.sh                                       requirements only
 #
-# Not run on GPUs yet. common.sh has the other choices; further arguments are key=value. To look at the result with
+# Not run on GPUs yet. common.sh has further options; further arguments are key=value. To use the result with
 # Megatron-LM's tools: python -m sdpg_megatron convert runs/qwen3-30b-a3b/model converted --to megatron
 if [[ "${1:-}" == three ]]; then
   shift
