@@ -4,8 +4,8 @@
 
 Two ranks over Gloo with one thread each hold half of the responses; prompts have 512 tokens, half of the responses are
 right, and the teacher reads those. After the gather, the first rank builds the micro-batches of all responses alone, as
-one data-parallel rank of one does. Copying them to a device is not included. Each figure is the median over the
-rounds, in seconds.
+one data-parallel rank of one does. Copying them to a device is not included. Each figure is that of the best round, in
+seconds.
 
 `tuples` is the same work on Python objects, one for each token, log-prob and gate.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -88,9 +87,9 @@ class Timer:
         self.rounds[step].append(time.perf_counter() - start)
         return found
 
-    def medians(self) -> dict[str, float]:
+    def best(self) -> dict[str, float]:
         """Of all rounds but the first."""
-        found = {step: statistics.median(seconds[1:]) for step, seconds in self.rounds.items()}
+        found = {step: min(seconds[1:]) for step, seconds in self.rounds.items()}
         return {**found, "total": sum(found.values())}
 
 
@@ -102,7 +101,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def measure(rank: int, setting: Setting) -> dict[str, dict[str, float]]:
-    """Medians of each step, for arrays and for tuples."""
+    """Seconds of each step, for arrays and for tuples."""
     groups, limit, config = make_groups(setting), Limit(1, setting.micro_batch_tokens), ObjectiveConfig()
     arrays = [group.group.completions for group in groups[rank::RANKS]]
     tuples = [[as_tuples(completion) for completion in completions] for completions in arrays]
@@ -118,7 +117,7 @@ def measure(rank: int, setting: Setting) -> dict[str, dict[str, float]]:
             build(timers[0], samples, limit, lambda part: collate(part, PackingLayout()))
             build(timers[1], timers[1]("samples", lambda: tuple_samples(scored)), limit, tuple_collate)
     dist.barrier()
-    return {name: t.medians() for name, t in zip(("arrays", "tuples"), timers, strict=True)} if rank == 0 else {}
+    return {name: t.best() for name, t in zip(("arrays", "tuples"), timers, strict=True)} if rank == 0 else {}
 
 
 def build(timer: Timer, samples: list[Any], limit: Limit, collate_part: Callable[[list[Any]], Any]) -> None:

@@ -108,7 +108,8 @@ def _arrange(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[Seq
         tokens_P[start:end] = sequence.response
         sequence_P[first:end] = number
         positions.append(start - 1 + np.flatnonzero(sequence.predicted))
-    row_T, rank_T, here = _concatenate(positions, np.int64), None, slice(None)
+    row_T, rank_T = _concatenate(positions, np.int64), None
+    here: Tensor | slice = slice(None)
     if layout.context_size > 1:
         rank_P, place_P = shards(spans, layout.context_size)
         row_T, rank_T, here = place_P[row_T], rank_P[row_T], rank_P == layout.context

@@ -51,7 +51,7 @@ def check_run(
     yield from start.describe(config)
     if start.checkpoint is not None and start.state is not None:
         _check_checkpoint(start.checkpoint, start.state, config.checkpoint, config.run_dir)
-    check_values(config.model.path, inputs.arch)  # a run checks what each rank loads
+    check_values(config.model.path, inputs.arch)  # a run checks only the weights that each rank loads
     if environment.is_main:
         yield from _check_generation(config, inputs.prompts[0], ranks, environment)
         yield from map(str, walk(config, ranks))

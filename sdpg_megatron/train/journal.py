@@ -49,7 +49,7 @@ def _on_main_rank(method: Callable[Concatenate[Journal, P], None]) -> Callable[C
     """Call a method on the main rank alone; every rank raises its `SdpgError`."""
 
     @wraps(method)
-    def call(journal: Journal, *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(journal: Journal, /, *args: P.args, **kwargs: P.kwargs) -> None:
         on_main(journal.ranks, partial(method, journal, *args, **kwargs))
 
     return call

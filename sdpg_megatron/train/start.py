@@ -58,11 +58,11 @@ class Start:
 
     @property
     def generates_anew(self) -> bool:
-        """True if prefetched responses have to be generated again."""
+        """True if prefetched responses must be generated again."""
         return changes_generation(self.changes)
 
     def describe(self, config: RunConfig) -> list[str]:
-        """Lines for the user; the first says where the run begins."""
+        """Lines for the user; the first states the run's starting point."""
         if self.state is None:
             return ["a new run"]
         if self.done:
@@ -108,7 +108,7 @@ def find_start(config: RunConfig, request: BranchRequest | None, model: Callable
 
 def _check_same_branch(run_dir: Path, request: BranchRequest, pinned: BranchStart | None, *, started: bool) -> None:
     """Raise `ConfigError` if the folder has another run than the requested branch."""
-    fix = f"set run_dir to a new folder, or leave {OPTION} out to continue what is there"
+    fix = f"set run_dir to a new folder, or leave {OPTION} out to continue the run there"
     if pinned is not None:
         if not request.matches(pinned.point) or request.new_reference != pinned.new_reference:
             there = f"{pinned.point}{' with a new reference' if pinned.new_reference else ''}"
@@ -122,7 +122,7 @@ def _continued(config: RunConfig, path: Path, state: RunState, model: str, data:
     check_same_model(state, model)
     run, how = config.run_dir, f"{OPTION} {config.run_dir}@{state.step} and a new run_dir"
     if refused := [change for change in changes if change.kind == "data order"]:
-        fix = f"restore what cannot change, or branch with {how}"
+        fix = f"restore these settings, or branch with {how}"
         raise refused_changes(refused, [change for change in changes if change not in refused], fix)
     check_optimizer_state(state, changes)
     if data != state.data:
@@ -134,7 +134,7 @@ def _continued(config: RunConfig, path: Path, state: RunState, model: str, data:
         raise ConfigError("steps", config.steps, expected, fix)
     done = state.step == config.steps and read_summary(run) is not None
     if done and (learned := [change for change in changes if change.kind != "free"]):
-        fix = f"restore them; or raise steps, now {config.steps}, to go on with the change; or branch with {how}"
+        fix = f"restore them; or raise steps, now {config.steps}, to continue with the change; or branch with {how}"
         raise refused_changes(learned, [change for change in changes if change.kind == "free"], fix)
     recorded = (*state.changes, *(change.recorded(state.step) for change in changes))
     return Start(path, state, tuple(changes), recorded, state.branches, done=done)
@@ -153,7 +153,7 @@ def _branched(config: RunConfig, branch: BranchStart, model: str, data: str) -> 
     changes = config_changes(state.config, config.model_dump(mode="json"))
     check_optimizer_state(state, changes)
     if config.steps <= point.step:
-        fix = "raise it: a branch goes on counting"
+        fix = "raise it: a branch continues the step count"
         raise ConfigError("steps", config.steps, f"more than the {point.step} steps that {point} has done", fix)
     digests = (Change("prompts", state.data, data), Change("reference", state.model, model))
     moved = [change.recorded(point.step) for change in (*changes, *digests) if change.old != change.new]

@@ -133,7 +133,7 @@ def test_all_that_differs_is_shown_at_once(tmp_path: Path) -> None:
         "data.shuffle: found False, expected True, as the run was started",
         "  seed: found 1, expected 0, as the run was started",
         "  may change: parallel.tensor: 1 -> 2; steps: 8 -> 9",
-        f"  Fix: restore what cannot change, or branch with --branch-from {tmp_path / 'run'}@3 and a new run_dir",
+        f"  Fix: restore these settings, or branch with --branch-from {tmp_path / 'run'}@3 and a new run_dir",
     ]
     assert caught.value.field == "data.shuffle"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
