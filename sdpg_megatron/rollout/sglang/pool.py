@@ -64,11 +64,8 @@ class Pool:
     # --- life
 
     async def start(self) -> None:
-        """Start the run's own servers, and wait until all servers answer.
-
-        Raises:
-            RolloutError: one ends, does not fit the run, or does not answer within `start_timeout`.
-        """
+        """Start the run's own servers, and wait until all servers answer. Raises `RolloutError` if one ends, does not
+        fit the run, or does not answer within `start_timeout`."""
         await self._each_process(lambda process: process.start())
         await together(self._come_up(handle) for handle in self.handles)
         self._monitors = [asyncio.create_task(self._keep(handle)) for handle in self.handles]
@@ -175,11 +172,8 @@ class Pool:
         await asyncio.gather(*(ask(handle) for handle in handles))
 
     async def reachable(self) -> list[ServerHandle]:
-        """Return `targets`; if there is none, wait for the first of the servers that may come back.
-
-        Raises:
-            RolloutError: none came within `start_timeout`.
-        """
+        """Return `targets`; if there is none, wait for the first of the servers that may come back. Raises
+        `RolloutError` if none comes within `start_timeout`."""
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout
         while not self.targets() and not all(handle.given_up for handle in self.handles):
             self._raise_faults()
@@ -219,11 +213,8 @@ class Pool:
         self._pulse()
 
     async def run(self, handles: Sequence[ServerHandle], work: Coroutine[Any, Any, T]) -> T:
-        """Await a request to one of these servers; cancel it as soon as any of them is lost.
-
-        Raises:
-            ServerError: of the request; retryable if a server was lost.
-        """
+        """Await a request to one of these servers; cancel it as soon as any of them is lost. Raises the request's
+        `ServerError`, or a retryable one if a server was lost."""
         task = asyncio.ensure_future(work)
         for handle in handles:
             handle.requests.add(task)
@@ -323,11 +314,8 @@ class Pool:
         await self._threads.run(process.start)
 
     async def _come_up(self, handle: ServerHandle) -> None:
-        """Wait until a server answers and fits the run; it is WAITING or READY then.
-
-        Raises:
-            RolloutError: it ended, does not fit, or did not answer within `start_timeout`.
-        """
+        """Wait until a server answers and fits the run; it is WAITING or READY then. Raises `RolloutError` if it ends,
+        does not fit, or does not answer within `start_timeout`."""
         seconds = self._config.start_timeout
         try:
             async with asyncio.timeout(seconds):

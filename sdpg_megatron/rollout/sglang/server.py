@@ -84,11 +84,8 @@ class ServerProcess:
     """At most one running server. Not thread-safe."""
 
     def __init__(self, launch: Launch) -> None:
-        """Reserve a port.
-
-        Raises:
-            RolloutError: `launch.host` is not an address of this machine, or has no free port.
-        """
+        """Reserve a port. Raises `RolloutError` if `launch.host` is not an address of this machine, or has no free
+        port."""
         self.launch = launch
         self.starts = 0
         """Number of starts."""

@@ -197,11 +197,8 @@ def _with_nccl(error: ServerError) -> ServerError:
 
 
 async def _endpoint(client: Client) -> ServerEndpoint:
-    """Ask a server for its endpoint.
-
-    Raises:
-        ServerError: it does not answer, or SGLang does not support broadcasts to it.
-    """
+    """Ask a server for its endpoint. Raises `ServerError` if it does not answer, or if SGLang does not support
+    broadcasts to it."""
     info = await client.server_info()
     if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
         raise ServerError(client.url, "", "SGLang broadcasts to no data-parallel replicas. Fix: use the disk transport")
