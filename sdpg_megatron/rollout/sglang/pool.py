@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -83,7 +84,7 @@ class Pool:
 
     async def _each_process(self, act: Callable[[ServerProcess], None]) -> None:
         own = [handle.process for handle in self.handles if handle.process is not None]
-        await asyncio.gather(*(self._threads.run(lambda process=process: act(process)) for process in own))
+        await asyncio.gather(*(self._threads.run(partial(act, process)) for process in own))
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -146,7 +146,7 @@ class ServerProcess:
         return None if self._guard is None else self._guard.pid
 
     def alive(self) -> bool:
-        """True if the process is running, whether or not it answers."""
+        """True if the process is running, even if it does not answer."""
         return self._guard is not None and self._guard.poll() is None
 
     def log_tail(self, lines: int = 20) -> str:
