@@ -52,9 +52,9 @@ PARTS = (
     Part("machine", 1.5, ("gpu", "torch", "matmul_tflops", "device_gb_s", "to_host_gb_s")),
     Part("train", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
     Part("head", 2.5, ("tflops_8THV", "peak_bytes", "best_other", "naive", "matmul_floor")),
-    Part("sglang", 4.0, ("seconds", "logprob_diff_mean")),
+    Part("sglang", 4.0, ("seconds", "logprob_diff_mean", "greedy_equal", "device_peak_gib")),
     Part("tests", 3.0, ("passed", "failed", "skipped")),
-    Part("run", 2.0, ("seconds", "logprob_diff_mean")),
+    Part("run", 2.0, ("seconds", "logprob_diff_mean", "device_peak_gib")),
     Part("train_1.7b", 2.5, ("tokens_per_second", "mfu", "seconds", "peak_gib", "planned_gib", "kernels", "waits")),
 )
 NAMES = [part.name for part in PARTS]

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -205,7 +206,8 @@ def write_model(size: str, folder: Path, options: Options) -> Path:
 def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path:
     """Write the YAML file of a run of two steps."""
     questions = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(64)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
+    for name, rows in (("train", questions[8:]), ("eval", questions[:8])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     prompts, group, length = (2, 2, 4) if options.rehearse else (8, 8, 128)
     tokens = 256 if options.rehearse else 16_384
     ramps = {"beta_warmup_steps": 0, "beta_decay_steps": 0}
@@ -216,7 +218,12 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
             "path": str(write_model(size, folder / "model", options)),
             "dtype": "float32" if options.rehearse else "bfloat16",
         },
-        "data": {"train": [str(folder / "train.jsonl")], "max_prompt_tokens": 256},
+        "data": {
+            "train": [str(folder / "train.jsonl")],
+            "eval": [str(folder / "eval.jsonl")],
+            "max_prompt_tokens": 256,
+        },
+        "eval": {"samples": 1},
         "reward": {"verifier": "number"},
         "rollout": {
             "prompts_per_step": prompts,
@@ -228,7 +235,7 @@ def write_run(size: str, folder: Path, options: Options, **rollout: Any) -> Path
         "objective": {"beta": 1e-3, "gate": False, **ramps},
         # student and teacher together; the teacher's prompts are slightly longer
         "optimizer": {"warmup_steps": 0, "micro_batch_tokens": 2 * tokens + tokens // 8},
-        "checkpoint": {"export": False, "every": 0},
+        "checkpoint": {"every": 0},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -326,41 +333,97 @@ def plan(path: Path, overrides: Sequence[str]) -> float:
     return float(max(stage.total(name) - stage.parts(name)["context"] for name in ("passes", "update"))) / 2**30
 
 
-def run(options: Options, *overrides: str) -> dict[str, Any]:
-    """Run `sdpg-megatron train` and return the metrics of its last step. On failure, print the logs of its servers."""
-    with tempfile.TemporaryDirectory() as scratch:
+def run(options: Options, *overrides: str, compare: bool = False) -> dict[str, Any]:
+    """Run `sdpg-megatron train` and return the metrics of its last step. On failure, print the logs of its servers.
+
+    Args:
+        compare: also compare the last evaluation's greedy responses with those of the embedded engine.
+    """
+    with tempfile.TemporaryDirectory() as scratch, peak_memory(options) as peak:
         path = write_run("0.6b", Path(scratch), options)
         done = subprocess.run([sys.executable, "-m", "sdpg_megatron", "train", str(path), *overrides], cwd=ROOT)
-        steps = Path(scratch) / "run" / "metrics.jsonl"
-        lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
+        run_dir = Path(scratch) / "run"
+        metrics = run_dir / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         if done.returncode:
-            for log in sorted(steps.parent.glob("logs/*.log")):
+            for log in sorted(run_dir.glob("logs/*.log")):
                 sys.stderr.write(f"{log.name}:\n{log.read_text(encoding='utf-8', errors='replace')[-8000:]}\n")
         found: dict[str, float] = json.loads(lines[-1]) if lines else {}
+        greedy = compare_greedy(path, run_dir) if compare and not done.returncode else {}
     return {
         "steps": len(lines),
         "seconds": {name.removeprefix("time/"): value for name, value in found.items() if name.startswith("time/")},
         "logprob_diff_mean": found.get("rollout/logprob_diff_mean"),
+        **greedy,
+        **peak,
         "metrics": found,
         **({"error": f"sdpg-megatron train: exit code {done.returncode}"} if done.returncode else {}),
     }
 
 
+@contextmanager
+def peak_memory(options: Options) -> Iterator[dict[str, float]]:
+    """Yield a dictionary that has the device's peak memory of all processes, in GiB, at the end. Empty on a CPU."""
+    found: dict[str, float] = {}
+    if options.rehearse:
+        yield found
+        return
+    used, done = [0], threading.Event()
+
+    def poll() -> None:
+        while not done.wait(0.1):
+            free, total = torch.cuda.mem_get_info()
+            used.append(total - free)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found["device_peak_gib"] = max(used) / 2**30
+
+
+def compare_greedy(path: Path, run_dir: Path) -> dict[str, float]:
+    """Compare greedy responses of the run's last evaluation, from its engine, with transformers' on the same weights.
+
+    Returns:
+        Share of equal responses.
+    """
+    out = run_dir.with_name("greedy")
+    command = [sys.executable, "-m", "sdpg_megatron", "eval", str(run_dir / "model"), "--out", str(out)]
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    files, rollout = config["data"]["eval"], config["rollout"]
+    overrides = [f"data.eval={json.dumps(files)}", "eval.samples=1", f"model.dtype={config['model']['dtype']}"]
+    overrides += [f"eval.max_response_tokens={rollout['max_response_tokens']}", "reward.verifier=number"]
+    subprocess.run([*command, *overrides], cwd=ROOT, check=True)
+    last = max(run_dir.glob("eval/step_*"))
+    served, embedded = (greedy_responses(folder) for folder in (last, out))
+    return {"greedy_equal": statistics.fmean(served[uid] == text for uid, text in embedded.items())}
+
+
+def greedy_responses(folder: Path) -> dict[str, str]:
+    """Greedy response of each problem in an evaluation's folder."""
+    lines = (line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines())
+    problems = [json.loads(line) for line in lines]
+    return {problem["uid"]: problem["greedy"]["responses"][0] for problem in problems}
+
+
 def sglang(options: Options) -> dict[str, Any]:
     """`run` with a server, colocated on a GPU, where its memory is released and restored.
 
-    Its weights are verified after every step.
+    Its weights are verified after every step, and its greedy responses compared with transformers'.
     """
     if options.sglang_python is None and options.sglang is None:
         return {"left_out": "no interpreter with sglang: --sglang-python, or --sglang with a folder of packages"}
     with tempfile.TemporaryDirectory() as folder:
         python = options.sglang_python or write_interpreter(Path(folder) / "python", options.sglang)
         served = ["rollout.engine=sglang", f"rollout.sglang.python={python}", "rollout.sglang.mem_fraction=0.3"]
-        if options.rehearse:
-            return run(options, *served)
-        served += ["rollout.sglang.colocated=true", "rollout.sglang.transport=shared"]
-        served.append(f"rollout.sglang.arguments={json.dumps(SERVER_ARGUMENTS)}")
-        return {**run(options, *served, "rollout.sglang.verify_every=1"), "checked": True}
+        served += ["rollout.sglang.transport=shared", "rollout.sglang.verify_every=1"]
+        if not options.rehearse:
+            served += ["rollout.sglang.colocated=true", f"rollout.sglang.arguments={json.dumps(SERVER_ARGUMENTS)}"]
+        return {**run(options, *served, compare=True), "checked": True}
 
 
 def write_interpreter(path: Path, packages: Path | None) -> Path:

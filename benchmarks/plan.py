@@ -79,10 +79,8 @@ def plan_of(config: RunConfig) -> StageMemory:
     """Estimate for a CPU. As in `groups_of`, half of the responses have a teacher."""
     load = Load.of(config, 1)
     read = SIZE // 2 * GROUPS
-    distill_enabled = dataclasses.replace(load, distill_enabled=read * RESPONSE, teacher=read * (PROMPT + RESPONSE))
-    return stage_memory(
-        read_architecture(config.model.path), config, Grid.of(config.parallel), distill_enabled, 0, None
-    )
+    load = dataclasses.replace(load, teacher_rows=read * RESPONSE, teacher=read * (PROMPT + RESPONSE))
+    return stage_memory(read_architecture(config.model.path), config, Grid.of(config.parallel), load, 0, None)
 
 
 def groups_of(vocab: int) -> list[ScoredGroup]:

@@ -7,6 +7,8 @@ import random
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from sdpg_megatron.objectives.advantages import group_advantages
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 
@@ -44,8 +46,9 @@ def given_groups(lengths: Sequence[int], group_size: int, vocab: int, seed: int 
     for number, first in enumerate(range(0, len(lengths), group_size)):
         student = tokens(PROMPT_TOKENS)
         prompt = Prompt(f"given:{number}", student, tokens(HINT_TOKENS) + student, "")
-        responses = [tokens(length) for length in lengths[first : first + group_size]]
-        completions = tuple(Completion(r, (-math.log(vocab),) * len(r), "length", 0, "") for r in responses)
+        responses = [np.array(tokens(length), np.int32) for length in lengths[first : first + group_size]]
+        logprobs = [np.full(len(response), -math.log(vocab), np.float32) for response in responses]
+        completions = tuple(Completion(*arrays, "length", 0, "") for arrays in zip(responses, logprobs, strict=True))
         rewards = _rewards([len(response) for response in responses])
         groups.append(ScoredGroup(Group(prompt, completions), rewards, group_advantages(rewards)))
     return groups

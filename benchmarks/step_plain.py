@@ -189,7 +189,7 @@ def _picked(logp_TV: Tensor, labels_T: Tensor) -> Tensor:
 def responses_of(groups: Sequence[ScoredGroup]) -> list[Response]:
     """Convert groups that are already sampled and scored."""
     return [
-        Response(scored.group.prompt.student_tokens, scored.group.prompt.teacher_tokens, c.tokens, advantage)
-        for scored in groups
-        for c, advantage in zip(scored.group.completions, scored.advantages, strict=True)
+        Response(prompt.student_tokens, prompt.teacher_tokens, tuple(completion.tokens.tolist()), advantage)
+        for prompt, completions, advantages in ((s.group.prompt, s.group.completions, s.advantages) for s in groups)
+        for completion, advantage in zip(completions, advantages, strict=True)
     ]

@@ -37,7 +37,7 @@ class StandingPolicyTrainer:
         """Passes and update of one optimizer step. `changes`: fields of the section `model`, for this step only."""
         model = self.config.model.model_copy(update=changes)
         updater = PolicyUpdater(self.config.model_copy(update={"model": model}), self.inputs, self.policy_trainer)
-        return values(updater.learn(step, updater.prepare(step, groups)))
+        return values(updater.update(step, updater.prepare(step, groups)))
 
 
 class StandingTrainer(StandingPolicyTrainer):

@@ -52,5 +52,7 @@ from sdpg_megatron.records import MicroBatch as MicroBatch
 from sdpg_megatron.records import Prompt as Prompt
 from sdpg_megatron.records import ScoredGroup as ScoredGroup
 from sdpg_megatron.records import SequenceBatch as SequenceBatch
+from sdpg_megatron.rollout.transports.base import Transport as Transport
+from sdpg_megatron.weights import Bucket as Bucket
 
 __version__: str

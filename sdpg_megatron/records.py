@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # verifier processes import this module; importing torch woul
     import torch
     from torch import Tensor
 
+    TokenIds = np.ndarray[tuple[int], np.dtype[np.int32]]
+    LogProbs = np.ndarray[tuple[int], np.dtype[np.float32]]
     Routing = np.ndarray[tuple[int, int, int], np.dtype[np.integer[Any]]]
     """Selected experts of each token, [tokens, layers, experts per token]."""
     TensorFunction = Callable[[Tensor], Tensor]
@@ -55,20 +57,28 @@ class Prompt:
         return answer_text(self.answer)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled response."""
+    """One sampled response of N tokens."""
 
-    tokens: tuple[int, ...]
-    """Response tokens, including the stop token if `finish_reason` is "stop"."""
-    logprobs: tuple[float, ...]
+    tokens: TokenIds
+    """Response tokens [N], including the stop token if `finish_reason` is "stop"."""
+    logprobs: LogProbs
     """Log-probability (natural) of each token under the rollout weights, at the sampling temperature, before top-p."""
     finish_reason: FinishReason
     weight_version: int
     text: str
     """Decoded response without special tokens, for verifiers."""
-    experts: Routing | None = field(default=None, compare=False, repr=False)
+    experts: Routing | None = field(default=None, repr=False)
     """Selected experts of all prompt and response tokens except the last; None if not recorded."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare all fields but `experts`; arrays are equal if their bytes are."""
+        return isinstance(other, Completion) and self._content() == other._content()
+
+    def _content(self) -> tuple[object, ...]:
+        arrays = self.tokens.tobytes(), self.logprobs.tobytes()
+        return *arrays, self.finish_reason, self.weight_version, self.text
 
 
 @dataclass(frozen=True, slots=True)

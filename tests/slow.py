@@ -1,7 +1,7 @@
 """Tests that run with ``--all`` only, and why the others suffice for every change.
 
-Each pattern (of node ids, as `fnmatch` reads them) has a reason. ``bash scripts/test.sh --all`` runs everything, and is to
-pass before a release.
+Each pattern (of node ids, as `fnmatch` reads them) has a reason. ``bash scripts/test.sh --all`` runs everything, and
+must pass before a release.
 """
 
 from __future__ import annotations

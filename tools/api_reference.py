@@ -24,7 +24,7 @@ GROUPS = {
     "Objectives": "objectives",
     "Megatron": "mcore",
     "Records": "records",
-    "Configuration, errors, writers": "",
+    "Configuration, errors, writers, transports": "",
 }
 """Headings, and the room of the names below each; "" for all others."""
 

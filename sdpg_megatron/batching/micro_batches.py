@@ -1,4 +1,4 @@
-"""Which data-parallel rank computes a sample, and in which micro-batch."""
+"""Assign samples to data-parallel ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sdpg_megatron.config import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a micro-batch may hold."""
+    """Size limit of a micro-batch."""
 
     sequences: int
     tokens: int | None = None
-    """All that is processed for its samples, on all context-parallel ranks, the teacher's tokens included; in the place
-    of `sequences`. A sample with more has a micro-batch of its own."""
+    """Student and teacher tokens with padding, over all context-parallel ranks; replaces `sequences` if set. A larger
+    sample gets a micro-batch alone."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Limit:
@@ -25,17 +25,19 @@ class Limit:
 
 
 def plan(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) -> list[list[list[Sample]]]:
-    """Share a step out: for each data-parallel rank its micro-batches, all with the same number of them.
+    """Assign a step's samples: for each data-parallel rank its micro-batches, the same number on every rank.
 
     Args:
-        limit: of each micro-batch.
-        alike: put samples of like length into one micro-batch, which costs less where they are padded; without a bound
-            on tokens. Otherwise micro-batches cost about the same.
+        alike: group samples of similar length, which saves padding; only without a limit on tokens. Otherwise
+            micro-batches cost about the same.
     """
     if limit.tokens is None:
         shares = balance(samples, ranks, room=-(-len(samples) // ranks))
         count = -(-max(1, *map(len, shares)) // limit.sequences)
-        return [_alike(share, count) if alike else _even(share, count) for share in shares]
+        return [
+            _alike(share, count) if alike else balance(share, count, room=-(-len(share) // count) or 1)
+            for share in shares
+        ]
     shares = balance(samples, ranks)
     count = max(1, *(-(-sum(sample.cost for sample in share) // limit.tokens) for share in shares))
     while True:
@@ -46,10 +48,10 @@ def plan(samples: Sequence[Sample], ranks: int, limit: Limit, *, alike: bool) ->
 
 
 def balance(samples: Sequence[Sample], parts: int, *, room: int | None = None) -> list[list[Sample]]:
-    """Deal samples to `parts`: the costliest first, each to the part of least cost that has room left.
+    """Distribute samples over `parts`: the costliest first, each to the part of least cost that has room left.
 
     Args:
-        room: samples of a part at most; None for any number.
+        room: maximum number of samples in a part; None for no limit.
     """
     dealt: list[list[Sample]] = [[] for _ in range(parts)]
     costs = [(0, part) for part in range(parts)]
@@ -62,13 +64,9 @@ def balance(samples: Sequence[Sample], parts: int, *, room: int | None = None) -
 
 
 def _alike(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    # Not by cost: a response that the teacher reads, too, would meet others of twice its length.
+    # Not by cost: the teacher's tokens would put a response next to others of twice its length.
     ordered = sorted(samples, key=lambda sample: len(sample.student_prompt) + len(sample.response))
     return [ordered[len(ordered) * i // parts : len(ordered) * (i + 1) // parts] for i in range(parts)]
-
-
-def _even(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    return balance(samples, parts, room=-(-len(samples) // parts) or 1)
 
 
 def _fits(samples: Sequence[Sample], tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""A successful response to the same question as the teacher's context (SDPO, arXiv 2601.20802)."""
+"""Peer context: the teacher's prompt shows a successful response to the same question (SDPO, arXiv 2601.20802)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 def without_thinking(text: str) -> str:
-    """A response without ``<think>...</think>``, also where the chat template had opened the tag before it."""
+    """Remove ``<think>...</think>`` from a response, also if the chat template opened the tag."""
     return _THOUGHT.sub("", text).rpartition("</think>")[2].lstrip()
 
 
@@ -26,15 +26,14 @@ def with_peers(
     *,
     strip_thinking: bool = False,
 ) -> list[ScoredGroup]:
-    """The same groups with teacher prompts that carry, for each response, the first successful other one.
+    """Add teacher prompts that show, for each response, the first other successful response of its group.
 
-    A response is without a teacher prompt where no other one is successful, or where the prompt would be too long.
+    A response gets no teacher prompt if no other response is successful, or if the prompt is too long.
 
     Args:
-        least_reward: of a successful response.
-        longest: tokens of a teacher prompt, at most.
-        strip_thinking: remove the thoughts of the response that the prompt carries. One with nothing else is passed
-            over.
+        least_reward: lowest reward of a successful response.
+        longest: maximum tokens of a teacher prompt.
+        strip_thinking: remove thinking from the response shown. A response of thinking alone is skipped.
     """
 
     def shown(completion: Completion) -> str:
@@ -51,9 +50,9 @@ def with_peers(
 
 
 def _with_peers(scored: ScoredGroup, texts: Sequence[str], renderer: Renderer, longest: int) -> ScoredGroup:
-    """`texts`: what a teacher prompt carries of each response, empty where it was no success."""
+    """`texts`: the text to show of each response, empty if it is not successful."""
     completions = scored.group.completions
-    # The first serves all others, the second the first.
+    # The first success is shown to all others, the second to the first.
     successes = [number for number, text in enumerate(texts) if text][:2]
     prompts = {number: renderer.with_peer(scored.group.prompt, texts[number]) for number in successes}
     chosen = (next((other for other in successes if other != number), None) for number in range(len(completions)))
@@ -63,7 +62,7 @@ def _with_peers(scored: ScoredGroup, texts: Sequence[str], renderer: Renderer, l
 
 
 def describe_contexts(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
-    """How many responses have nothing for the teacher to read, where that does not come from the data."""
+    """Count the responses without a teacher prompt; no metric if the teacher's context is from the data."""
     prompts = [prompt for scored in groups for prompt in scored.teacher_prompts or ()]
     if not prompts:
         return {}

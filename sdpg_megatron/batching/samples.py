@@ -1,4 +1,4 @@
-"""From scored groups to training sequences, with gates and weights over the whole step."""
+"""Turn scored groups into training sequences, with gates and weights over the whole step."""
 
 from __future__ import annotations
 
@@ -7,47 +7,51 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives.advantages import sequence_weights
 from sdpg_megatron.records import ScoredGroup
 
 if TYPE_CHECKING:
-    from sdpg_megatron.records import Routing
+    from sdpg_megatron.records import LogProbs, Routing, TokenIds
+
+    Gates = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One response as a training sequence."""
+    """One response of N tokens as a training sequence."""
 
-    student_prompt: tuple[int, ...]
-    teacher_prompt: tuple[int, ...]
-    """Empty where there is none; then every gate is closed."""
-    response: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    student_prompt: TokenIds
+    teacher_prompt: TokenIds
+    """Empty if there is none; all gates are then closed."""
+    response: TokenIds
+    logprobs: LogProbs
     advantage: float
-    gates: tuple[bool, ...]
-    """At which response tokens the teacher counts."""
+    gates: Gates
+    """[N]: True at response tokens with a distillation term."""
     weight: float
-    """Loss weight of each of its tokens."""
-    experts: Routing | None = field(default=None, compare=False, repr=False)
-    """Of every token of the student's prompt and the response but the last; None for the router's choice."""
+    """Loss weight of each response token."""
+    experts: Routing | None = field(default=None, repr=False)
+    """Experts of all tokens of the student sequence but the last; None for the router's choice."""
     unit: int = 1
-    """Of what the sequences' lengths are made multiples, see `Layout.unit`."""
+    """Sequence lengths are padded to a multiple of this; see `PackingLayout.unit`."""
 
-    @cached_property  # plans ask for it and for the cost again and again
+    @cached_property  # planning reads it and the cost many times
     def gate(self) -> bool:
-        """It needs the teacher."""
-        return any(self.gates)
+        """True if any gate is open: the teacher then reads the response."""
+        return bool(self.gates.any())
 
     @cached_property
     def cost(self) -> int:
-        """Tokens that the step has to process for it, in whole `unit`s: the teacher's count where the gate is open."""
-        prompts = (self.student_prompt, *((self.teacher_prompt,) if self.gate else ()))
-        return sum(-(-(len(prompt) + len(self.response)) // self.unit) * self.unit for prompt in prompts if prompt)
+        """Tokens to process, padding to `unit` included: the student sequence, and the teacher's if a gate is open."""
+        prompts = (self.student_prompt, self.teacher_prompt) if self.gate else (self.student_prompt,)
+        return sum(-(-(len(prompt) + len(self.response)) // self.unit) * self.unit for prompt in prompts)
 
 
-def nobody(advantage: float) -> bool:
-    """`make_samples`' `taught` for a step without a teacher."""
+def distill_nothing(advantage: float) -> bool:
+    """`distill_enabled` of `make_samples` for a step without a teacher."""
     return False
 
 
@@ -62,11 +66,19 @@ def make_samples(
     """Flatten groups, with gates and aggregation weights over the whole step.
 
     Args:
-        taught: `Objective.taught`, or `nobody`.
-        outcome: the loss reads advantages; otherwise the samples have none.
-        stop_ids: tokens that the teacher may be kept from, see `ObjectiveConfig.distill_stop_tokens`.
+        distill_enabled: `Objective.distill_enabled`, or `distill_nothing`.
+        outcome: True if the loss reads advantages; otherwise they are set to 0.
+        stop_ids: tokens without a distillation term unless `ObjectiveConfig.distill_stop_tokens`.
     """
-    undistilled = frozenset[int]() if config.distill_stop_tokens else frozenset(stop_ids)
+    arrays: dict[int, TokenIds] = {}
+
+    def array(prompt: tuple[int, ...]) -> TokenIds:
+        """Convert a prompt once, as the responses of a group share it."""
+        if id(prompt) not in arrays:
+            arrays[id(prompt)] = np.array(prompt, np.int32)
+        return arrays[id(prompt)]
+
+    undistilled = [] if config.distill_stop_tokens else list(stop_ids)
     lengths = [len(c.tokens) for scored in groups for c in scored.group.completions]
     group_ids = [number for number, scored in enumerate(groups) for _ in scored.group.completions]
     weights = iter(sequence_weights(lengths, group_ids, config.aggregation))
@@ -74,15 +86,16 @@ def make_samples(
     for scored in groups:
         for number, (completion, advantage) in enumerate(zip(scored.group.completions, scored.advantages, strict=True)):
             teacher_prompt = scored.teacher_prompt(number)
-            read = teacher_prompt is not None and distill_enabled(advantage)
+            distilled = teacher_prompt is not None and distill_enabled(advantage)
+            gates = ~np.isin(completion.tokens, undistilled) if distilled else np.zeros(len(completion.tokens), bool)
             samples.append(
                 Sample(
-                    student_prompt=scored.group.prompt.student_tokens,
-                    teacher_prompt=teacher_prompt or (),
+                    student_prompt=array(scored.group.prompt.student_tokens),
+                    teacher_prompt=array(teacher_prompt or ()),
                     response=completion.tokens,
                     logprobs=completion.logprobs,
                     advantage=advantage if outcome else 0.0,
-                    gates=tuple(read and token not in undistilled for token in completion.tokens),
+                    gates=gates,
                     weight=next(weights),
                     experts=completion.experts,
                 )
@@ -91,9 +104,9 @@ def make_samples(
 
 
 def with_gradient(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that the outcome or the distillation term learns from.
+    """Keep the samples with a gradient from the policy or the distillation term.
 
-    Their weights shrink by their share of the tokens: the sum is divided by the number of tokens that are left.
+    Weights are multiplied by the kept share of the tokens, since the loss is divided by the number of kept tokens.
     """
     kept = [sample for sample in samples if sample.gate or sample.advantage]
     share = sum(len(s.response) for s in kept) / max(1, sum(len(s.response) for s in samples))

@@ -1,4 +1,4 @@
-"""From samples to the micro-batches of one optimizer step, cut over data- and context-parallel ranks.
+"""Build the micro-batches of one optimizer step, sharded over data- and context-parallel ranks.
 
 Every rank holds all samples and computes the same plan, so denominators are global without a collective.
 """
@@ -22,14 +22,14 @@ from sdpg_megatron.records import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimizer step's data: this rank's micro-batches, and what is known over all ranks."""
+    """Data of one optimizer step: this rank's micro-batches, and totals over all ranks."""
 
     micro_batches: list[MicroBatch]
     distill_scale: float
-    """Weight of all response tokens over that of the gated ones; 1 where there is none to average over."""
+    """Weight of all response tokens divided by the weight of the gated ones; 1 if no gate is open."""
 
     def with_micro_batches(self, micro_batches: list[MicroBatch]) -> StepBatch:
-        """The same step after a pass has added to its micro-batches."""
+        """Replace the micro-batches, after a pass has added tensors."""
         return replace(self, micro_batches=micro_batches)
 
 
@@ -41,31 +41,30 @@ def build_step(
     layout: PackingLayout,
     device: torch.device,
 ) -> StepBatch:
-    """Plan one optimizer step and build this data-parallel rank's part of it.
+    """Plan one optimizer step and build this rank's micro-batches, the same number on all data-parallel ranks.
 
     Args:
-        samples: the whole step's, the same on every rank.
-        regularized: the loss has a term for every token. Otherwise samples without advantage and with a closed gate
-            give no gradient, and are left out.
-        limit: of a micro-batch.
-        layout: of the tensors, and this rank's place. All data-parallel ranks get the same number of micro-batches.
-        device: where the tensors go.
+        samples: all samples of the step, the same on every rank.
+        regularized: True if the loss has a term for every token. Otherwise samples without an advantage and with
+            closed gates give no gradient and are dropped.
     """
+    weight = sum(sample.weight * len(sample.response) for sample in samples)
+    gated_weight = sum(sample.weight * int(sample.gates.sum()) for sample in samples)
     kept = [replace(sample, unit=layout.unit) for sample in (samples if regularized else with_gradient(samples))]
     parts = plan(kept, layout.data_size, limit, alike=not layout.packed)[layout.data]
     return StepBatch(
         micro_batches=to_device([collate(part, layout) for part in parts], device),
-        distill_scale=_weight(samples) / gated if (gated := _gated_weight(samples)) else 1.0,
+        distill_scale=weight / gated_weight if gated_weight else 1.0,
     )
 
 
 def with_corrections(
     batches: Sequence[MicroBatch], config: ObjectiveConfig, group: ProcessGroup | None = None
 ) -> list[MicroBatch]:
-    """Add what each token's loss is multiplied by, to micro-batches that have the sampling weights' log-probs.
+    """Add importance weights that correct for the rollout engine's log-probs to micro-batches with old log-probs.
 
-    Those of a pipeline stage that has no log-probs stay as they are: it computes no loss. Where responses are spread
-    over context-parallel ranks, `group` is theirs, and all of them call this.
+    Micro-batches without old log-probs are unchanged: their pipeline stage computes no loss. Under context parallelism
+    `group` is the context-parallel group, and all its ranks call this.
     """
 
     def corrected(batch: MicroBatch) -> MicroBatch:
@@ -82,11 +81,3 @@ def with_corrections(
         return replace(batch, corrections_T=weights_T)
 
     return [corrected(batch) for batch in batches]
-
-
-def _weight(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight * len(sample.response) for sample in samples)
-
-
-def _gated_weight(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight * sum(sample.gates) for sample in samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def write_prefetched(path: Path, prefetched: PrefetchedRollouts) -> None:
         "rewards": np.array([reward for scored in prefetched.groups for reward in scored.rewards], np.float64),
         "versions": np.array([completion.weight_version for completion in completions], np.int64),
         "lengths": np.array([len(completion.tokens) for completion in completions], np.int64),
-        "tokens": np.array(list(chain.from_iterable(c.tokens for c in completions)), np.int64),
-        "logprobs": np.array(list(chain.from_iterable(c.logprobs for c in completions)), np.float64),
+        "tokens": np.concatenate([np.empty(0, np.int32), *(c.tokens for c in completions)]),
+        "logprobs": np.concatenate([np.empty(0, np.float32), *(c.logprobs for c in completions)]),
     }
     experts = [completion.experts for completion in completions if completion.experts is not None]
     if experts:
@@ -86,13 +86,17 @@ def read_prefetched(path: Path, prompts: PromptSource) -> PrefetchedRollouts:
 
 
 def _completions(arrays: dict[str, Any], words: Sequence[tuple[Any, str]]) -> Iterator[Completion]:
-    tokens, logprobs = arrays["tokens"].tolist(), arrays["logprobs"].tolist()
+    tokens, logprobs = arrays["tokens"], arrays["logprobs"]
+    if tokens.dtype.kind != "i" or logprobs.dtype.kind != "f":
+        raise ValueError(f"tokens of type {tokens.dtype} and log-probs of type {logprobs.dtype}")
+    # Earlier versions wrote int64 and float64.
+    tokens, logprobs = tokens.astype(np.int32, copy=False), logprobs.astype(np.float32, copy=False)
     routed = _spans(arrays["routed"].tolist()) if "routed" in arrays else [(0, 0)] * len(words)
     for (reason, text), (start, end), version, (first, last) in zip(
         words, _spans(arrays["lengths"].tolist()), arrays["versions"].tolist(), routed, strict=True
     ):
         experts = arrays["experts"][first:last] if last > first else None
-        yield Completion(tuple(tokens[start:end]), tuple(logprobs[start:end]), reason, version, text, experts)
+        yield Completion(tokens[start:end], logprobs[start:end], reason, version, text, experts)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

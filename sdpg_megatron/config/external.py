@@ -1,4 +1,4 @@
-"""Functions and classes of the user's, named as ``module:name`` in a configuration."""
+"""Load custom functions and classes, named as ``module:name`` in a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_external(name: str) -> bool:
 
 
 def load_object(field: str, spec: str, *, extras: Mapping[str, str] = NO_EXTRAS) -> Callable[..., Any]:
-    """Import the callable ``module:name``. The module may also be in the working directory.
+    """Import the callable ``module:name``. Modules are also searched in the working directory.
 
     Args:
         field: configuration field, for errors.

@@ -17,10 +17,10 @@ class ObjectiveConfig(Section):
     """Training method and loss. The defaults are for `sdpg`; `method_defaults.DEFAULTS` has the other methods."""
 
     name: str = "sdpg"
-    """Training method: sdpg, rpg, grpo, dapo, rlsd, opsd, opcd, sdpo, or the class of an objective of your own as
-    package.module:Class (docs/methods.md)."""
+    """Training method: `sdpg`, `rpg`, `grpo`, `dapo`, `rlsd`, `opsd`, `opcd`, `sdpo`, or the class of a custom
+    objective as `package.module:Class`. It selects the defaults of other fields. docs/methods.md has the formulas."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Parameters of an objective of your own, as its class declares them."""
+    """Parameters of a custom objective, as declared by its class. Must be empty for the methods of this package."""
     advantage_deviation: Deviation = "population"
     """Divisor of the centered rewards of a group of G: the standard deviation with divisor G (`population`) or G - 1
     (`sample`), or none."""

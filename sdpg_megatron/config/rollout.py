@@ -69,10 +69,10 @@ class SGLangConfig(Section):
     """Total number of server restarts before the run ends with an error."""
     concurrency: int = Field(256, ge=1)
     """Maximum number of groups in flight per server."""
-    transport: Literal["broadcast", "shared", "disk"] = "broadcast"
+    transport: str = "broadcast"
     """Transfer of weights to the servers: a process group of trainer and servers (`broadcast`; NCCL, or Gloo on CPUs),
-    memory shared with servers on the same machine (`shared`), or files in a folder that the servers can read (`disk`).
-    """
+    memory shared with servers on the same machine (`shared`), files in a folder that the servers can read (`disk`), or
+    a class of your own, package.module:Class."""
     bucket_mib: int = Field(256, ge=1, le=1_048_576)
     """Maximum size of a weight bucket in MiB. Two buckets are allocated at a time."""
     address: str | None = None

@@ -41,8 +41,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     writers: tuple[str, ...] = ()
-    """Metrics writers of your own, as package.module:Class, beside metrics.jsonl and TensorBoard; docs/training.md has
-    the interface."""
+    """Custom metrics writers, each as `package.module:Class`, in addition to metrics.jsonl and TensorBoard.
+    docs/training.md has the interface."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.config.external import is_external
+from sdpg_megatron.errors import ConfigError, did_you_mean
+
+TRANSPORTS = ("broadcast", "shared", "disk")
+"""Transports of this package."""
 
 SAMPLING_ARGUMENTS = (
     "--preferred-sampling-params", "--sampling-defaults", "--enable-deterministic-inference", "--enable-watermark",
@@ -116,6 +120,10 @@ def _shown(name: str, match: str) -> str:
 
 
 def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    if sglang.transport not in TRANSPORTS and not is_external(sglang.transport):
+        expected = f"{', '.join(map(repr, TRANSPORTS))}, or package.module:Class"
+        fix = did_you_mean(sglang.transport, TRANSPORTS) or "choose one of these"
+        yield ConfigError("rollout.sglang.transport", sglang.transport, expected, fix)
     if sglang.router and not (sglang.urls or sglang.ports):
         fix = "name the servers in rollout.sglang.urls, or the ports of started servers in rollout.sglang.ports"
         yield ConfigError("rollout.sglang.router", sglang.router, "null where servers choose their own ports", fix)
@@ -130,7 +138,7 @@ def _combination_faults(sglang: SGLangConfig) -> Iterator[ConfigError]:
     if sglang.ports and (len(sglang.ports) != sglang.servers or len(set(sglang.ports)) != sglang.servers):
         expected = f"{sglang.servers} different ones, one for each server"
         yield ConfigError("rollout.sglang.ports", sglang.ports, expected, "name all or none")
-    if sglang.transport != "disk" and sglang.data > 1 and not sglang.urls:
+    if sglang.transport in TRANSPORTS and sglang.transport != "disk" and sglang.data > 1 and not sglang.urls:
         yield ConfigError(
             "rollout.sglang.transport",
             sglang.transport,

@@ -77,7 +77,7 @@ class Machine:
         self._ranks: TorchrunProcess | None = None
         self._liveness: Liveness | None = None
         self._signals = 0
-        self._asked = False
+        self._stop_requested = False
         self._stopped: signal.Signals | None = None
         if node_config.servers and self._config.rollout.sglang.urls:
             urls = list(self._config.rollout.sglang.urls)
@@ -170,12 +170,12 @@ class Machine:
                 return code
             if abort_reason := liveness.abort_reason():
                 why, code = abort_reason
-                _say(f"{why}. Ending this machine's ranks; the same command continues from the newest checkpoint")
+                _log(f"{why}. Ending this machine's ranks; the same command continues from the newest checkpoint")
                 return code
             # Slurm signals all launchers: a second signal would end the ranks while they save.
-            if liveness.stop_signal is not None and not self._asked and self._ranks is not None:
-                self._ask(liveness.stop_signal, "another machine's signal", self._ranks)
-            self._servers.look()
+            if liveness.stop_signal is not None and not self._stop_requested and self._ranks is not None:
+                self._request_stop(liveness.stop_signal, "another machine's signal", self._ranks)
+            self._servers.restart_ended()
             await asyncio.sleep(POLL_SECONDS)
 
     def _port(self) -> int:
@@ -192,17 +192,17 @@ class Machine:
             task.cancel()
         elif self._ranks is None:
             if self._signals == 1:
-                _say(f"{number.name} is forwarded to machine 0; the ranks save, and the same command continues")
+                _log(f"{number.name} is forwarded to machine 0; the ranks save, and the same command continues")
                 self._liveness.stop(number)
         elif self._signals > 1:
-            _say(f"ending the ranks after a second {number.name}")
+            _log(f"ending the ranks after a second {number.name}")
             self._ranks.signal(number)
-        elif not self._asked:  # not yet asked by another machine
-            self._ask(number, number.name, self._ranks)
+        elif not self._stop_requested:  # not yet asked by another machine
+            self._request_stop(number, number.name, self._ranks)
 
-    def _ask(self, number: int, source: str, ranks: TorchrunProcess) -> None:
-        _say(f"{source} is forwarded to the ranks; they save, and the same command continues")
-        self._asked = True
+    def _request_stop(self, number: int, source: str, ranks: TorchrunProcess) -> None:
+        _log(f"{source} is forwarded to the ranks; they save, and the same command continues")
+        self._stop_requested = True
         ranks.signal(number)
 
     def _clean_up(self) -> None:
@@ -211,7 +211,7 @@ class Machine:
         self._servers.close()
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(f"launch: {text}\n")
 
 

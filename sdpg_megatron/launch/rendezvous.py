@@ -112,13 +112,13 @@ async def _host(
         await _gather(node_info, seconds, arrivals, node_infos, connections, stack)
         if difference := disagreement(list(node_infos.values())):
             raise difference
-        _put(mark)
+        _write_mark(mark)
         for connection in connections.values():
             connection.send(mark=mark.name)
         own_address = connections[min(connections)].own_address if connections else address
         urls = [*servers(own_address)]
         for node, connection in sorted(connections.items()):
-            urls += await _answer(node_infos[node], connection)
+            urls += await _receive_urls(node_infos[node], connection)
         trainers = tuple(node for node in sorted(node_infos) if node_infos[node].ranks)
         names = {node: str(node_infos[node]) for node in sorted(node_infos)}
         plan = LaunchPlan(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", names, trainers, tuple(urls))
@@ -199,29 +199,25 @@ async def _gather(
     deadline = time.monotonic() + seconds
     while len(node_infos) < node_info.nodes:
         try:
-            guest, connection = await asyncio.wait_for(arrivals.get(), deadline - time.monotonic())
+            peer, connection = await asyncio.wait_for(arrivals.get(), deadline - time.monotonic())
         except TimeoutError:
-            _drop_gone(node_infos, connections)
+            _drop_closed(node_infos, connections)
             there = ", ".join(map(str, node_infos.values()))
             missing = ", ".join(str(node) for node in range(node_info.nodes) if node not in node_infos)
             fix = "start the same command there with their NODE_RANK; let them reach MASTER_PORT and the port after it"
             raise LaunchError(f"after {seconds:g} s", there, f"machines {missing} as well", fix) from None
         stack.push_async_callback(connection.close)
-        _drop_gone(node_infos, connections)
-        if (
-            (taken := node_infos.get(guest.node))
-            or not 0 < guest.node < node_info.nodes
-            or guest.nodes != node_info.nodes
-        ):
-            found = f"{guest} of {guest.nodes}" + (f" beside {taken}" if taken else "")
+        _drop_closed(node_infos, connections)
+        if (taken := node_infos.get(peer.node)) or not 0 < peer.node < node_info.nodes or peer.nodes != node_info.nodes:
+            found = f"{peer} of {peer.nodes}" + (f" beside {taken}" if taken else "")
             fix = "give every machine its own NODE_RANK from 0 on, and the same NNODES"
             error = LaunchError("NODE_RANK", found, f"{node_info.nodes} machines, each with another number", fix)
             connection.send(refused=str(error))
             raise error
-        node_infos[guest.node], connections[guest.node] = guest, connection
+        node_infos[peer.node], connections[peer.node] = peer, connection
 
 
-def _drop_gone(node_infos: dict[int, NodeInfo], connections: dict[int, Connection]) -> None:
+def _drop_closed(node_infos: dict[int, NodeInfo], connections: dict[int, Connection]) -> None:
     """Remove machines that have disconnected: they may be restarted and connect again."""
     for node in [node for node, connection in connections.items() if connection.closed]:
         del node_infos[node], connections[node]
@@ -247,7 +243,7 @@ def disagreement(node_infos: Sequence[NodeInfo]) -> LaunchError | None:
     return None
 
 
-def _put(mark: Path) -> None:
+def _write_mark(mark: Path) -> None:
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
@@ -256,17 +252,17 @@ def _put(mark: Path) -> None:
         raise LaunchError("run_dir", found, "a folder that can be written", "choose another, or mount it") from error
 
 
-async def _answer(node_info: NodeInfo, connection: Connection) -> list[str]:
+async def _receive_urls(node_info: NodeInfo, connection: Connection) -> list[str]:
     """URLs of a machine's servers."""
     try:
         answer = await connection.receive(ANSWER_SECONDS)
     except TimeoutError:
-        answer = {"trouble": f"no answer in {ANSWER_SECONDS:g} s"}
+        answer = {"error": f"no answer in {ANSWER_SECONDS:g} s"}
     if answer is None:
-        answer = {"trouble": "its launcher has ended"}
-    if "trouble" in answer:
-        raise LaunchError(str(node_info), answer["trouble"], "a working launcher", "see the errors of that machine")
-    if not answer["sees"]:
+        answer = {"error": "its launcher has ended"}
+    if "error" in answer:
+        raise LaunchError(str(node_info), answer["error"], "a working launcher", "see the errors of that machine")
+    if not answer["shares_run_dir"]:
         found = f"a folder of {node_info} alone: it does not have the file that machine 0 has written there"
         fix = "use a run_dir on a disk that all machines with ranks share"
         raise LaunchError("run_dir", found, "one folder for all machines", fix)
@@ -286,25 +282,25 @@ async def _join(
     seconds: float,
     stack: AsyncExitStack,
 ) -> tuple[LaunchPlan, dict[int, Connection], str]:
-    connection = await _reach(address, port + 1, seconds)
+    connection = await _connect(address, port + 1, seconds)
     stack.push_async_callback(connection.close)
     connection.send(**asdict(node_info))
     reply = await _receive(connection, seconds + VISIBLE_SECONDS)
     # Servers only write logs there, so a machine without ranks may have another folder.
-    sees = not node_info.ranks or await _sees(run_dir / reply["mark"])
+    shares_run_dir = not node_info.ranks or await _wait_for_mark(run_dir / reply["mark"])
     try:
-        urls = list(servers(connection.own_address)) if sees else []
+        urls = list(servers(connection.own_address)) if shares_run_dir else []
     except Exception as error:
-        connection.send(trouble=str(error))
+        connection.send(error=str(error))
         raise
-    connection.send(sees=sees, urls=urls)
+    connection.send(shares_run_dir=shares_run_dir, urls=urls)
     found = (await _receive(connection, ANSWER_SECONDS * node_info.nodes))["plan"]
     machines = {int(node): name for node, name in found["machines"].items()}
     plan = LaunchPlan(found["run"], machines, tuple(found["trainers"]), tuple(found["urls"]))
     return plan, {0: connection}, connection.own_address
 
 
-async def _reach(address: str, port: int, seconds: float) -> Connection:
+async def _connect(address: str, port: int, seconds: float) -> Connection:
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -337,7 +333,7 @@ async def _receive(connection: Connection, seconds: float) -> dict[str, Any]:
     return reply
 
 
-async def _sees(mark: Path) -> bool:
+async def _wait_for_mark(mark: Path) -> bool:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not mark.exists():
         if time.monotonic() > deadline:

@@ -39,7 +39,7 @@ class Servers:
         for process in self._processes:
             process.start()
 
-    def look(self) -> None:
+    def restart_ended(self) -> None:
         """Restart servers that have ended.
 
         Raises:

@@ -122,7 +122,7 @@ class ForwardStep:
     teacher_matrix_VH: Tensor | None = None
     """This rank's shard of the teacher's output matrix; None: the model's output matrix."""
     context_group: ProcessGroup | None = None
-    """Context-parallel ranks, for objectives that combine tokens of a response; None for one rank."""
+    """Context-parallel group, for objectives that combine tokens of a response; None for one rank."""
     measure_gradient_ratio: bool = False
     """Also report the squared gradient norms of the loss terms, at the cost of a few more matrix products."""
 

@@ -64,7 +64,11 @@ class Head:
         *,
         whole: bool = False,
     ) -> tuple[Tensor, HeadTerms]:
-        """Loss summed over rows, and the detached terms. See `sdpg_megatron.head.head_loss`."""
+        """Loss summed over rows, and the detached terms. See `sdpg_megatron.head.head_loss`.
+
+        Args:
+            whole: call `loss` once for all rows instead of once per chunk (schedule "recompute").
+        """
         weight_VH = output_weight(model)
         (gpt,) = unwrap_model([model])
         schedule = "recompute" if whole else self.options.schedule

@@ -22,7 +22,7 @@ import psutil
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.process import streams
-from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rewards.base import Extracting, Verifier
 from sdpg_megatron.rewards.conventions import RETURNED, RewardTypeError, as_reward
 from sdpg_megatron.rewards.load import FIELD, find_verifier, load_verifier
@@ -135,7 +135,9 @@ class VerifierPool:
             ConfigError: a worker process could not load the verifier.
         """
         extract = extract and self._extracts
-        outcomes = list(self._threads.map(partial(self._verify, extract=extract), groups))
+        prompts = [group.prompt for group in groups]
+        responses = [[completion.text for completion in group.completions] for group in groups]
+        outcomes = list(self._threads.map(partial(self._verify, extract=extract), prompts, responses))
         self._report(groups, outcomes)
         return [self._rewards(group, extract) for group in outcomes]
 
@@ -163,14 +165,13 @@ class VerifierPool:
         return check.reward is not None and check.reward > max(0.0, self._failure_reward)
 
     def _check(self, prompt: Prompt, response: str) -> VerifierCheck:
-        sample = Completion((), (), "stop", 0, response)
-        (outcome,) = self._verify(Group(prompt, (sample,)), extract=self._extracts)
+        (outcome,) = self._verify(prompt, [response], extract=self._extracts)
         if isinstance(outcome, VerifierResult):
-            return VerifierCheck(self._spec, prompt.uid, sample.text, outcome.reward, None)
+            return VerifierCheck(self._spec, prompt.uid, response, outcome.reward, None)
         if outcome.wrong_type:
             found = f"{self._spec}, which {outcome.text.partition(', not ')[0]}"
             raise ConfigError(FIELD, found, f"a verifier that returns {RETURNED}", "correct what it returns")
-        return VerifierCheck(self._spec, prompt.uid, sample.text, None, outcome.text)
+        return VerifierCheck(self._spec, prompt.uid, response, None, outcome.text)
 
     def close(self) -> None:
         """End the processes. May be called twice."""
@@ -190,10 +191,10 @@ class VerifierPool:
             errors=errors if failures else (),
         )
 
-    def _verify(self, group: Group, extract: bool) -> list[Outcome]:
+    def _verify(self, prompt: Prompt, responses: Sequence[str], extract: bool) -> list[Outcome]:
         worker = self._idle.get()
         try:
-            return worker.verify(group.prompt, [completion.text for completion in group.completions], extract)
+            return worker.verify(prompt, responses, extract)
         finally:
             self._idle.put(worker)
 

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,8 +191,8 @@ class HFEngine:
         length = next((i for i, token in enumerate(tokens, start=1) if token in self._stop_ids), None)
         finish_reason: FinishReason = "length" if length is None else "stop"
         return Completion(
-            tokens=tuple(tokens[:length]),
-            logprobs=tuple(logprobs[:length]),
+            tokens=np.array(tokens[:length], np.int32),
+            logprobs=np.array(logprobs[:length], np.float32),
             finish_reason=finish_reason,
             weight_version=self._version,
             text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),

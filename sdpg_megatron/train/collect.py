@@ -1,4 +1,4 @@
-"""The groups that a step learns from: asked for round by round, scored, shaped, selected."""
+"""Collect the groups that a step trains on: generate in rounds, score, shape rewards, select."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Collector:
-    """Gets groups for steps. Every rank calls every method, and gets the same."""
+    """Collects the groups of each step. Every rank calls every method and gets the same groups."""
 
     def __init__(
         self, config: RunConfig, prompts: PromptSource, rollouts: Rollouts, objective: Objective, ranks: ParallelState
@@ -34,62 +34,62 @@ class Collector:
         self._shaping = Shaping.build(config.reward, config.rollout.max_response_tokens)
         self._advantages = objective.advantages
         self._filter_chain = GroupFilterChain(config.selection, ranks)
-        self._begun: Sequence[int] = ()
+        self._pending: Sequence[int] = ()
 
     def begin(self, step: int, cursor: Cursor) -> None:
-        """Have the first round of the step after `step` generated from now on, from the weights that are published."""
+        """Start generating the first round of the step after `step` in the background, with the published weights."""
         wanted = self._config.rollout.prompts_per_step
-        self._begun = cursor.take(math.ceil(wanted * self._config.selection.oversample))
-        self._rollouts.begin([self._prompts[i] for i in self._begun], self._sampling(step, 0))
+        self._pending = cursor.take(math.ceil(wanted * self._config.selection.oversample))
+        self._rollouts.begin([self._prompts[i] for i in self._pending], self._sampling(step, 0))
 
     def cancel(self) -> None:
-        """Give up the round that was begun, if one was."""
+        """Abandon the pending round, if any."""
         self._rollouts.cancel()
 
     def finish(self) -> PrefetchedRollouts:
-        """The round that was begun, when it is done."""
-        return PrefetchedRollouts(tuple(self._begun), tuple(self._rollouts.finish()))
+        """Wait for the pending round."""
+        return PrefetchedRollouts(tuple(self._pending), tuple(self._rollouts.finish()))
 
     def collect(self, step: int, cursor: Cursor, prefetched: PrefetchedRollouts | None = None) -> Selection:
-        """The groups of the step after `step`; `cursor` moves on by the prompts that this takes.
+        """Collect the groups of the step after `step`; `cursor` advances by the prompts taken.
 
         Args:
-            prefetched: its first round, if there is one already, or the prompts of it.
+            prefetched: first round, generated already, or only its prompts.
 
         Raises:
-            Abandoned: the run is to stop.
+            Abandoned: the run was asked to stop.
             VerifierError: more verifier calls failed than `reward.failure_limit` allows; on every rank.
         """
-        asked: list[ScoredGroup] = []
+        generated: list[ScoredGroup] = []
 
-        def ask(count: int, number: int) -> list[ScoredGroup]:
+        def generate(count: int, number: int) -> list[ScoredGroup]:
             if number == 0 and prefetched is not None and prefetched.groups:
                 groups = list(prefetched.groups)
             else:
                 indices = prefetched.indices if number == 0 and prefetched is not None else cursor.take(count)
                 groups = self._rollouts.run([self._prompts[i] for i in indices], self._sampling(step, number))
-            asked.extend(groups)
-            check_failures(f"step {step + 1}", asked, self._config.reward.failure_limit)
+            generated.extend(groups)
+            check_failures(f"step {step + 1}", generated, self._config.reward.failure_limit)
             return with_shaping(groups, self._shaping, self._advantages)
 
         wanted = self._config.rollout.prompts_per_step
-        selection = select(ask, wanted, self._filter_chain, self._config.selection)
+        selection = select(generate, wanted, self._filter_chain, self._config.selection)
         if len(selection.kept) < wanted and self._ranks.is_main:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.items() if count)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in selection.dropped.items() if count)
             logger.warning(
-                "step %d: %d of %d groups kept after %d prompts in %d rounds, left out: %s",
-                *(step, len(selection.kept), wanted, len(selection.asked), selection.rounds, reasons),
+                "step %d: %d of %d groups kept after %d prompts in %d rounds, dropped: %s",
+                *(step, len(selection.kept), wanted, len(selection.generated), selection.rounds, reasons),
             )
         return selection
 
     def describe(self, step: int, selection: Selection) -> dict[str, Metric]:
-        """Metrics of what was asked for and of what was kept, for the step after `step`."""
+        """Metrics of the generated and the kept groups, for the step after `step`."""
         chosen = selection.metrics() if self._filter_chain.active else {}
-        late = describe_staleness(step, selection.asked) if self._config.rollout.ahead else {}
-        return {**describe(selection.asked, self._shaping), **chosen, **late}
+        staleness = describe_staleness(step, selection.generated) if self._config.rollout.ahead else {}
+        return {**describe(selection.generated, self._shaping), **chosen, **staleness}
 
     def _sampling(self, step: int, number: int) -> Sampling:
-        """How round `number` of the step samples."""
+        """Sampling parameters of a round of the step."""
         rollout = self._config.rollout
         purpose = f"rollout/{step}/{number}" if number else f"rollout/{step}"
         return Sampling(
@@ -102,6 +102,6 @@ class Collector:
 
 
 def describe_staleness(step: int, groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
-    """How many steps older than those after `step` the weights are that responses were sampled from."""
-    late = [step - completion.weight_version for scored in groups for completion in scored.group.completions]
-    return {"rollout/staleness": Metric(sum(late) / len(late), weight=len(late))}
+    """Mean number of steps from the weights that responses were sampled from to the weights after `step`."""
+    steps = [step - completion.weight_version for scored in groups for completion in scored.group.completions]
+    return {"rollout/staleness": Metric(sum(steps) / len(steps), weight=len(steps))}

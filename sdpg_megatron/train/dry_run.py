@@ -1,6 +1,6 @@
-"""Dry runs of ``train`` and ``eval``: every check that can be made before the first step. Nothing is written.
+"""Dry runs of ``train`` and ``eval``: all checks that need no training step. Nothing is written.
 
-The configuration, the model's description and the data have been read when these functions are called.
+The caller has read the configuration, the model's description and the data.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ def check_run(
     ranks: int,
     environment: RankEnvironment,
 ) -> Iterator[str]:
-    """Check what `inputs` leaves open of a run; yields lines for the user as the checks pass.
+    """Check a run beyond reading its inputs; yield lines for the user as the checks pass.
 
-    Weights and the checkpoint that the run continues from are read as a whole. The main rank alone makes the checks of
-    its machine that a run makes there: it calls the verifier once, looks at what servers need, and builds the model on
-    the meta device.
+    The weights and the checkpoint that the run continues from are read completely. The main rank alone calls the
+    verifier once, checks the requirements of servers, and builds the model on the meta device.
 
     Args:
-        ranks: of the run.
+        ranks: number of ranks of the run.
 
     Raises:
-        SdpgError: as a run's start.
+        SdpgError: as at a run's start.
     """
     check_unlocked(config.run_dir)
     start = find_start(config, branch_from, lambda: fingerprint(config.model.path), inputs.prompts.digest)
@@ -65,17 +64,17 @@ def check_evaluation(
     folder: Path,
     environment: RankEnvironment,
 ) -> Iterator[str]:
-    """Check what reading the model's description and the data leaves open of an evaluation into `folder`.
+    """Check an evaluation into `folder` beyond reading its inputs.
 
     Raises:
-        SdpgError: as an evaluation's start.
+        SdpgError: as at an evaluation's start.
     """
     from sdpg_megatron.train.eval_command import for_evaluation
 
     check_writable(folder)
     model, checkpoint = eval_target.config.model.path, eval_target.checkpoint
     if checkpoint is not None:
-        model = checkpoint / EXPORT_FOLDER  # where an evaluation puts its weights
+        model = checkpoint / EXPORT_FOLDER  # an evaluation exports its weights to this folder
         state = RunState.read(checkpoint / MANIFEST)
         check_same_model(state, fingerprint(eval_target.config.model.path))
         _check_checkpoint(checkpoint, state, eval_target.config.checkpoint, eval_target.config.run_dir)
@@ -90,14 +89,14 @@ def check_evaluation(
 
 
 def _check_checkpoint(path: Path, state: RunState, config: CheckpointConfig, run_dir: Path) -> None:
-    """Raises `CheckpointError` where a file is missing or not what the manifest says."""
+    """Raise `CheckpointError` if a file is missing or does not match the manifest."""
     damage = find_damage(path, state.files, digests=config.verify == "digests")
     if damage is not None:
         raise explain_damage(damage, path, run_dir / CHECKPOINT_FOLDER)
 
 
 def _check_generation(config: RunConfig, prompt: Prompt, ranks: int, environment: RankEnvironment) -> Iterator[str]:
-    """The verifier and the servers."""
+    """Check the verifier and the servers."""
     yield str(check_verifier(config.reward, prompt))
     if config.rollout.engine == "sglang":
         from sdpg_megatron.rollout.sglang.preflight import check_servers, check_trainer
@@ -107,7 +106,7 @@ def _check_generation(config: RunConfig, prompt: Prompt, ranks: int, environment
 
 
 def _on_one_machine(environment: RankEnvironment, ranks: int) -> RankEnvironment:
-    """The environment as a launcher would set it, where there is none and this machine has a GPU for every rank."""
+    """Complete the environment of a process without a launcher, if this machine has a GPU for every rank."""
     if environment.local_world_size is not None:
         return environment
     local = ranks if ranks <= torch.cuda.device_count() else None

@@ -1,4 +1,4 @@
-"""The rollout engine of this rank, and the verifiers beside it."""
+"""Start the rollout engine and the verifiers of this rank."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from sdpg_megatron.config import RunConfig
-from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore.compat import device
+from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.rewards.pool import VerifierPool
 from sdpg_megatron.rollout.base import OnProgress, RolloutEngine, Stop, never
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def start_rollouts(
     config: RunConfig, inputs: ModelInputs, ranks: ParallelState, on_progress: OnProgress, stop: Stop = never
 ) -> Rollouts:
-    """Start what the configuration names. Every rank calls it; where servers cannot be started, all of them raise.
+    """Start the configured engine. Every rank calls it; all raise if servers cannot be started.
 
     Args:
-        on_progress: told by the first rank's servers, from another thread, of finished groups and all.
-        stop: whether this rank wants a generation to end.
+        on_progress: called on the main rank, from another thread, as servers finish groups.
+        stop: returns True once this rank wants a generation to end.
     """
     served = config.rollout.engine == "sglang"
     engine = _served(config, inputs, ranks, on_progress) if served else _embedded(config, inputs, ranks)
@@ -51,45 +51,35 @@ def _embedded(config: RunConfig, inputs: ModelInputs, ranks: ParallelState) -> R
 def _served(
     config: RunConfig, inputs: ModelInputs, ranks: ParallelState, on_progress: OnProgress
 ) -> RolloutEngine | None:
-    """The first rank starts the servers, or attaches to those that are configured; the other leaders follow it."""
+    """Start or attach to the servers on the main rank; the other replicas' leaders attach to the same servers."""
     from sdpg_megatron.rollout.sglang.engine import SGLangEngine
     from sdpg_megatron.rollout.sglang.preflight import check_devices, check_group, check_python, check_trainer
 
     kind: Literal["cuda", "cpu"] = "cuda" if device.training_device().type == "cuda" else "cpu"
     check_trainer(config, kind)
     model = served_model(config, inputs, kind)
-    nonce = secrets.token_hex(4)
     engine: SGLangEngine | None = None
-    answer: tuple[tuple[str, ...], str] | SdpgError | None = None
-    if ranks.is_main:
-        try:
-            check_devices(config.rollout.sglang, torch.cuda.device_count())
-            check_group(config.rollout.sglang, torch.cuda.device_count())
-            check_python(config.rollout.sglang, config.model.path)
-            engine = SGLangEngine(
-                config.rollout.sglang,
-                model,
-                run_dir=config.run_dir,
-                nonce=nonce,
-                seed=config.seed,
-                on_progress=on_progress,
-            )
-            answer = engine.urls, nonce
-        except SdpgError as error:
-            answer = error
-    shared = ranks.gather_all(answer)[0]
-    if isinstance(shared, SdpgError):
-        raise shared
-    assert shared is not None
+
+    def start() -> tuple[tuple[str, ...], str]:
+        nonlocal engine
+        check_devices(config.rollout.sglang, torch.cuda.device_count())
+        check_group(config.rollout.sglang, torch.cuda.device_count())
+        check_python(config.rollout.sglang, config.model.path)
+        nonce = secrets.token_hex(4)
+        engine = SGLangEngine(
+            config.rollout.sglang, model, run_dir=config.run_dir, nonce=nonce, seed=config.seed, on_progress=on_progress
+        )
+        return engine.urls, nonce
+
+    urls, nonce = on_main(ranks, start)
     if ranks.leads_replica and not ranks.is_main:
-        urls, nonce = shared
         attached = config.rollout.sglang.model_copy(update={"urls": urls})
         engine = SGLangEngine(attached, model, run_dir=config.run_dir, nonce=nonce, publishes=False)
     return engine
 
 
 def served_model(config: RunConfig, inputs: ModelInputs, kind: Literal["cuda", "cpu"]) -> ServedModel:
-    """What servers are told of the run's model."""
+    """Description of the run's model for the servers."""
     from sdpg_megatron.rollout.sglang.build import ServedModel
 
     rollout = config.rollout

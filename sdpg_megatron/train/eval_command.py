@@ -1,4 +1,4 @@
-"""``sdpg-megatron eval``: a model's responses to held-out prompts, over all ranks, into a folder of results."""
+"""``sdpg-megatron eval``: evaluate a model on held-out prompts over all ranks, into a folder of results."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Prompt]]:
-    """The held-out prompts by data file, or by reasoning-gym task.
+    """Load the held-out prompts by data file, or by reasoning-gym task.
 
     Raises:
         ConfigError: no data file is named, or no problems of the tasks are held out.
-        DataError: a row cannot be used, or a file has none with a prompt that is short enough.
+        DataError: a row cannot be used, or all prompts of a file are too long.
     """
     if config.data.reasoning_gym.tasks:
         _, held_out = load_all_prompts(config.data, inputs.tokenizer, config.seed)
@@ -67,53 +67,46 @@ def load_prompts(config: RunConfig, inputs: ModelInputs) -> dict[str, list[Promp
     paths = find_files(config.data.eval)
     if len(files) < len(paths):
         for path in paths:
-            PromptDataset.load(
-                config.data, [path], inputs.tokenizer, distill_enabled=False
-            )  # says which one is empty, and why
+            PromptDataset.load(config.data, [path], inputs.tokenizer, distill_enabled=False)  # raises for an empty one
     return files
 
 
 def evaluate_target(
     eval_target: EvalTarget, inputs: ModelInputs, files: Mapping[str, list[Prompt]], folder: Path
 ) -> dict[str, Scores] | None:
-    """Evaluate a model, or go on with its evaluation, into `folder`. Every rank calls it once.
+    """Start or continue the evaluation of a model into `folder`. Every rank calls it once.
 
-    Each rank is a replica of its own, whatever layout the model was trained under.
+    Each rank is one replica, independent of the layout in training.
 
     Returns:
-        The scores by data file on the main rank, None on the others.
+        Scores by data file on the main rank, None on the others.
 
     Raises:
-        SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
+        SdpgError: an error that the user can correct; see `sdpg_megatron.errors`.
     """
     parallel_config = eval_target.config.parallel
     alone = ParallelConfig(timeout=parallel_config.timeout, rendezvous_timeout=parallel_config.rendezvous_timeout)
     with ExitStack() as stack:
         stack.callback(parallel.shutdown)
         ranks = parallel.initialize(alone, eval_target.config.seed)
-        eval_target = ranks.gather_all(eval_target)[0]  # a run that goes on may have shown ranks different checkpoints
+        eval_target = ranks.gather_all(eval_target)[0]  # ranks may see different checkpoints of an active run
         model = eval_target.config.model.path
         if eval_target.checkpoint is not None:
             model = export_checkpoint(eval_target.config, inputs.arch, eval_target.checkpoint)
             ranks = parallel.initialize(alone, eval_target.config.seed)
         config = for_evaluation(eval_target.config, model, folder)
-        results = _agree(ranks, config, files, eval_target.name)
+        request = Request.of(config, files, model=eval_target.name, fingerprint=fingerprint(config.model.path))
+        results = on_main(ranks, lambda: Results.start_or_continue(config.run_dir, request))
         missing = ranks.gather_all(results.missing)[0]
         if missing:
             _fill(config, inputs, ranks, {name: files[name] for name in missing}, results)
         return results.finish() if ranks.is_main else None
 
 
-def _agree(ranks: ParallelState, config: RunConfig, files: Mapping[str, list[Prompt]], name: str) -> Results:
-    """The folder, begun by the main rank; where it cannot, every rank says why."""
-    request = Request.of(config, files, model=name, fingerprint=fingerprint(config.model.path))
-    return on_main(ranks, lambda: Results.start_or_continue(config.run_dir, request))
-
-
 def _fill(
     config: RunConfig, inputs: ModelInputs, ranks: ParallelState, files: Mapping[str, list[Prompt]], results: Results
 ) -> None:
-    """Evaluate on data files, each kept when it is done."""
+    """Evaluate on data files, writing the results of each when it is done."""
     served = config.rollout.engine == "sglang"
     dtype = getattr(torch, config.rollout.sglang.dtype or config.model.dtype) if served else None
     bucket_bytes = config.rollout.sglang.bucket_mib << 20
@@ -138,9 +131,9 @@ def _fill(
 
 
 def for_evaluation(config: RunConfig, model: Path, folder: Path) -> RunConfig:
-    """Return the configuration with the weights at `model` and everything written to `folder`.
+    """Return the configuration with the weights at `model` and all files written to `folder`.
 
-    Servers that are started have the devices to themselves: nothing is trained beside them.
+    Servers get the devices for themselves, as nothing is trained.
     """
     sglang = config.rollout.sglang
     if not sglang.urls:

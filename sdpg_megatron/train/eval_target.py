@@ -1,4 +1,4 @@
-"""What ``sdpg-megatron eval`` is pointed at: settings, and where the weights are."""
+"""Target of ``sdpg-megatron eval``: settings and the location of the weights."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 
 @dataclass(frozen=True, slots=True)
 class EvalTarget:
-    """A model to evaluate, under a configuration that allows responses no longer than an evaluation's."""
+    """Model to evaluate, with a configuration limited to the evaluation's response length."""
 
     name: str
-    """For people."""
+    """Name for display."""
     config: RunConfig
-    """`model.path` has the weights, unless a checkpoint has them: then it is what the run was started from."""
+    """`model.path` is the folder of the weights; with a checkpoint, the model that the run started from."""
     checkpoint: Path | None = None
 
 
 def find_eval_target(target: Path, step: int | None, overrides: Sequence[str]) -> EvalTarget:
-    """The model and settings that the command line names.
+    """Find the model and settings that the command line names.
 
     Args:
-        target: a run's YAML file, for the model that it starts from; a run's folder, for what it has trained; or a
+        target: a run's YAML file, for the model that it starts from; a run's folder, for its trained model; or a
             Hugging Face folder.
-        step: of a run's training; None for a folder's newest, and for a file's model.
+        step: training step of the run; None for the newest of a folder, or the model of a file.
         overrides: ``section.field=value`` items.
 
     Raises:
-        ConfigError: `target` is nothing of these, the run has no such step, or the configuration is faulty.
+        ConfigError: `target` is none of these, the run has no such step, or the configuration is faulty.
     """
     eval_target = _find(target, step, overrides)
-    limits = {"max_response_tokens": response_limit(eval_target.config)}  # no model need be longer
+    limits = {"max_response_tokens": response_limit(eval_target.config)}  # the model need not support more
     rollout = eval_target.config.rollout.model_copy(update=limits)
     return replace(eval_target, config=eval_target.config.model_copy(update={"rollout": rollout}))
 
@@ -65,7 +65,7 @@ def _find(target: Path, step: int | None, overrides: Sequence[str]) -> EvalTarge
 
 
 def _bare(model: Path, overrides: Sequence[str]) -> RunConfig:
-    """Defaults, for a model that no run is known of; what only training reads is filled in."""
+    """Default configuration of a model without a run, with values for required fields that only training reads."""
     tree: dict[str, Any] = {
         "run_dir": ".",
         "steps": 1,
@@ -79,7 +79,7 @@ def _bare(model: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _of_run(config: RunConfig, step: int | None) -> EvalTarget:
-    """The run's model after `step` steps, or the newest."""
+    """Target of the run's model after `step` steps, or the newest."""
     if step == 0:
         return EvalTarget(f"{config.run_dir}, before training", config)
     summary, exported = read_summary(config.run_dir), config.run_dir / EXPORT_FOLDER

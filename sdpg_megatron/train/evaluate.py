@@ -1,4 +1,4 @@
-"""Held-out prompts to problems' results, over all replicas: in training and for ``sdpg-megatron eval`` alike."""
+"""Evaluate held-out prompts over all replicas, in training and for ``sdpg-megatron eval``."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from sdpg_megatron.train.rollouts import Rollouts
 from sdpg_megatron.train.seeds import draw_seed
 
 NAMES = {"pass@1": "sampled_accuracy", "greedy": "greedy_accuracy"}
-"""Metrics that do not go by their quantity's own name."""
+"""Names of metrics that differ from their quantity's name."""
 
 
 def evaluate(
     config: RunConfig, rollouts: Rollouts, prompts: Sequence[Prompt], data_rank: int, name: str = ""
 ) -> list[Problem]:
-    """Sampled responses and the greedy one to each prompt of a data file, always the same draws.
+    """Score sampled responses, always from the same seed, and the greedy one to each prompt of a data file.
 
-    Every rank calls it; the same list, in the order of the prompts, on every rank.
+    Every rank calls it and gets the same list, in the order of the prompts.
 
     Args:
-        name: the data file's, for errors.
+        name: data file, for errors.
 
     Raises:
         VerifierError: more verifier calls failed than `reward.failure_limit` allows; on every rank.
     """
-    asked, length = config.eval, response_limit(config)
+    eval_config, length = config.eval, response_limit(config)
     seed = draw_seed(config.seed, "eval", data_rank)
-    sampling = Sampling(asked.samples, length, asked.temperature, asked.top_p, seed)
+    sampling = Sampling(eval_config.samples, length, eval_config.temperature, eval_config.top_p, seed)
     sampled = rollouts.run(prompts, sampling, extract=True)
     limit, where = config.reward.failure_limit, f"evaluation on {name}" if name else "evaluation"
     check_failures(where, sampled, limit)
     greedy = rollouts.run(prompts, Sampling(1, length, 0.0), extract=True)
     check_failures(where, [*sampled, *greedy], limit)
-    return [Problem.of(*pair, responses=asked.responses) for pair in zip(sampled, greedy, strict=True)]
+    return [Problem.of(*pair, responses=eval_config.responses) for pair in zip(sampled, greedy, strict=True)]
 
 
 def metrics(config: RunConfig, files: Mapping[str, Sequence[Problem]]) -> dict[str, Metric]:
-    """``eval/...`` over all problems; where there are several data files, ``eval/<file>/...`` over those of each."""
+    """Metrics ``eval/...`` over all problems, and ``eval/<file>/...`` for each of several data files."""
     everything = {"eval": list(chain.from_iterable(files.values()))}
     parts = {f"eval/{name}": problems for name, problems in files.items()} if len(files) > 1 else {}
     ks = config.eval.k or draw_sizes(config.eval.samples)

@@ -1,4 +1,4 @@
-"""The learner's weights on their way out: as a stream, and as a Hugging Face folder, also from a checkpoint."""
+"""Export the trainer's weights: as a stream, or as a Hugging Face folder, also from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdpg_megatron.weights import WeightStream, write_folder
 
 
 def stream_weights(config: RunConfig, policy_trainer: PolicyTrainer, dtype: torch.dtype | None = None) -> WeightStream:
-    """This replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
+    """Stream this replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
     return WeightStream(
         policy_trainer.named_weights(),
         policy_trainer.arch,
@@ -37,12 +37,10 @@ def stream_weights(config: RunConfig, policy_trainer: PolicyTrainer, dtype: torc
 
 
 def export_weights(config: RunConfig, policy_trainer: PolicyTrainer, target: Path) -> None:
-    """Write the weights, with all else from the model that training started from, as a Hugging Face folder.
-
-    Every rank calls it.
+    """Write the weights as a Hugging Face folder, with all other files from the initial model. Every rank calls it.
 
     Raises:
-        WriteError: the disk refused; on every rank.
+        WriteError: a file cannot be written; on every rank.
         SdpgError: as `write_folder`, on every rank.
     """
     ranks = policy_trainer.ranks
@@ -53,7 +51,7 @@ def export_weights(config: RunConfig, policy_trainer: PolicyTrainer, target: Pat
             with writing(target):
                 write_folder(buckets, target, source_folder=config.model.path)
         except SdpgError:
-            deque(buckets, maxlen=0)  # its source is collective
+            deque(buckets, maxlen=0)  # drain it, as its source is collective
             raise
 
     if not ranks.is_main:
@@ -62,13 +60,12 @@ def export_weights(config: RunConfig, policy_trainer: PolicyTrainer, target: Pat
 
 
 def export_checkpoint(config: RunConfig, arch: Architecture, checkpoint: Path) -> Path:
-    """The weights of a checkpoint as a Hugging Face folder beside them, made where it is not there yet.
+    """Export a checkpoint's weights to a Hugging Face folder in it, unless it exists; return the folder.
 
-    Every rank calls it, after `parallel.initialize`. Where it has to be made, the groups are those of `config.parallel`
-    afterwards.
+    Every rank calls it, after `parallel.initialize`. An export leaves the process groups of `config.parallel`.
 
     Raises:
-        ConfigError: `model.path` is not what the run was started from, or ranks do not make up `config.parallel`.
+        ConfigError: `model.path` is not the run's initial model, or the number of ranks does not fit `config.parallel`.
         CheckpointError: the checkpoint is damaged.
     """
     target = checkpoint / EXPORT_FOLDER

@@ -27,9 +27,9 @@ FILES = {
     CURVE_FILE: "reward, accuracy, KL and entropy over the steps",
     ROLLOUT_FOLDER: "responses of each step",
     EVAL_FOLDER: "each evaluation, problem by problem",
-    "checkpoints": "what a run continues from",
+    "checkpoints": "complete training states, to continue from",
 }
-"""What a run's folder has, by name."""
+"""Contents of a run's folder, by name."""
 SCRIPT = "sdpg-megatron"
 CPU_SERVER = "--device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch"
 
@@ -37,9 +37,9 @@ CPU_SERVER = "--device cpu --dtype float32 --attention-backend torch_native --sa
 def describe_run(config: RunConfig, summary: Summary) -> str:
     """Return the report of a finished run, several lines."""
     run_dir = config.run_dir
-    found = {name: what for name, what in FILES.items() if (run_dir / name).exists()}
+    found = {name: text for name, text in FILES.items() if (run_dir / name).exists()}
     width = max(map(len, found), default=0) + 2
-    files = [f"  {name + '/' * (run_dir / name).is_dir():<{width}}{what}" for name, what in found.items()]
+    files = [f"  {name + '/' * (run_dir / name).is_dir():<{width}}{text}" for name, text in found.items()]
     commands = [f"  {command}" for command in _commands(config)]
     return "\n".join([_numbers(summary), f"{run_dir}:", *files, "next:", *commands])
 

@@ -1,4 +1,4 @@
-"""The evaluations of a run: the model of the moment on the held-out prompts."""
+"""Evaluate a run's current model on the held-out prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdpg_megatron.train.rollouts import Rollouts
 
 
 class HeldOut:
-    """The held-out prompts, if there are any. Every rank calls every method, and gets the same."""
+    """Held-out prompts, if any. Every rank calls every method and gets the same results."""
 
     def __init__(
         self,
@@ -31,26 +31,26 @@ class HeldOut:
         return bool(self._files)
 
     def measure(self, step: int) -> dict[str, float] | None:
-        """Generate and score responses, and keep them as those after `step`; their numbers.
+        """Generate, score and record responses after `step`; return their metrics.
 
-        None where the run was asked to stop before all responses were there: then nothing is kept.
+        None, with nothing recorded, if the run was asked to stop before all responses were generated.
         """
         if not self:
             return {}
         config = self._config
         try:
             problems = {
-                name: evaluate(config, self._rollouts, asked, self._ranks.replica, name)
-                for name, asked in self._files.items()
+                name: evaluate(config, self._rollouts, prompts, self._ranks.replica, name)
+                for name, prompts in self._files.items()
             }
         except Abandoned:
             return None
-        self._journal.keep_evaluation(step, self._files, problems)
+        self._journal.write_evaluation(step, self._files, problems)
         return values(metrics(config, problems))
 
 
 def evaluations_after(step: int, config: RunConfig) -> int:
-    """Number of evaluations that are due after later steps than `step`."""
+    """Number of evaluations still due after `step`."""
     steps, every = config.steps, config.eval.every
     if step >= steps:
         return 0

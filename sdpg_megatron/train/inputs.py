@@ -1,4 +1,4 @@
-"""Everything that a run reads besides weights. All but the prompts is checked before any process group starts."""
+"""Read the inputs of a run besides weights. All but the prompts is checked before any process group starts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from sdpg_megatron.architecture import (
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.dataset import PromptDataset
 from sdpg_megatron.data.source import PromptSource, load_prompts
+from sdpg_megatron.data.tokenizer import check_stops, load_tokenizer, stop_ids
 from sdpg_megatron.errors import DataError
+from sdpg_megatron.hf_files import check_files
 from sdpg_megatron.mcore.compat.device import check_layers
 from sdpg_megatron.observe.reading_progress import RowProgress
 from sdpg_megatron.observe.writers import find_writer
 from sdpg_megatron.rewards.filters import load_filters
 from sdpg_megatron.rewards.load import compares_text, find_verifier, is_custom
-from sdpg_megatron.train.model_folder import read_model
+from sdpg_megatron.rollout.transformers_check import check_reading
 from sdpg_megatron.train.run_dir import check_run_dir
 from sdpg_megatron.train.shared_prompts import Prompts, share_prompts
+from sdpg_megatron.weights import open_weights
 
 if TYPE_CHECKING:  # a dry run reads its inputs without Megatron, which takes seconds to import
     from sdpg_megatron.mcore.parallel import ParallelState
@@ -37,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """What is read of a model, besides weights."""
+    """Inputs from a model's folder, besides weights."""
 
     arch: Architecture
     tokenizer: Any
@@ -47,7 +50,7 @@ class ModelInputs:
 
 @dataclass(frozen=True, slots=True)
 class Inputs(ModelInputs):
-    """What a run reads, besides weights."""
+    """Inputs of a run, besides weights."""
 
     prompts: PromptSource
     held_out: PromptDataset | None
@@ -57,9 +60,9 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Para
     """Read the model's description, tokenizer and data, and check that they and the verifier fit the configuration.
 
     Args:
-        model: what `load_run_model` has returned; None to call it.
-        ranks: of the run, every one of which calls this: data files are then read once on each machine. None for a
-            process alone.
+        model: result of `load_run_model`; None to call it.
+        ranks: ranks of the run, all of which call this: data files are then read once on each machine. None for a
+            single process.
 
     Raises:
         ConfigError: as `load_run_model`; an unknown context template.
@@ -96,28 +99,29 @@ def load_inputs(config: RunConfig, model: ModelInputs | None = None, ranks: Para
 
 
 def check_answers(verifier: str, sources: Sequence[PromptSource | None]) -> None:
-    """Refuse answers that are dicts or lists where the verifier compares text. Raises `DataError`."""
+    """Reject answers that are dicts or lists if the verifier compares text. Raises `DataError`."""
     for source in sources:
         if compares_text(verifier) and isinstance(source, PromptDataset) and source.structured:
             expected = f"text or a number with reward.verifier {verifier}"
-            fix = "write it as text, or use a verifier of your own (module:function)"
+            fix = "write it as text, or use a custom verifier (module:function)"
             raise DataError(source.structured, "an answer that is a dict or list", expected, fix)
 
 
 def warn_of(source: PromptSource | None) -> None:
-    """Log what a user should know about the rows."""
+    """Log warnings about the rows."""
     if isinstance(source, PromptDataset):
         for warning in source.warnings:
             logger.warning("%s", warning)
 
 
 def load_run_model(config: RunConfig) -> ModelInputs:
-    """Read the model's description and tokenizer, and check all of a run's configuration against them.
+    """Read the model's description and tokenizer, and check the run's configuration against them.
 
     Raises:
-        ConfigError: the model cannot be cut or is too short for the prompts and responses; no tokenizer, chat
-            template or stop token; an unknown verifier or group filter; a run folder that cannot be written.
-        WeightError: the weights are missing or damaged, or another model's.
+        ConfigError: the model cannot be sharded as configured, or is too short for the prompts and responses; no
+            tokenizer, chat template or stop token; an unknown verifier or group filter; a run folder that cannot be
+            written.
+        WeightError: the weights are missing, damaged, or of another model.
     """
     model = load_model_inputs(config)
     check_parallel(model.arch, config.parallel)
@@ -132,17 +136,26 @@ def load_run_model(config: RunConfig) -> ModelInputs:
 def load_model_inputs(config: RunConfig) -> ModelInputs:
     """Read the model's description and tokenizer, and check that they and the verifier fit the configuration.
 
-    Needs no process group.
+    Reads all of the model's folder but the values of the weights. Needs no process group.
 
     Raises:
-        ConfigError: as `load_inputs`, but for the layout and the data.
-        WeightError: as `read_model`.
+        ConfigError: as `load_inputs`, without the layout and the data; a file is damaged; a token has no row in the
+            embedding; tokenizer, chat template and stop tokens do not fit each other; the embedded engine's
+            transformers reads another model from config.json.
+        WeightError: a weight file is missing, damaged, or does not match config.json.
     """
-    arch = read_architecture(config.model.path)
+    folder = config.model.path
+    arch = read_architecture(folder)
     check_lengths(arch, config)
     check_model(arch, config.model, replay_routing=config.rollout.replay_routing)
     if config.rollout.engine == "sglang" and not config.rollout.sglang.urls:
         check_served(arch, config.rollout.sglang)
     find_verifier(config.reward.verifier)
-    tokenizer, stops = read_model(config, arch)
+    check_files(folder)
+    open_weights(folder, arch)
+    stops = stop_ids(folder, arch.vocab_size)
+    tokenizer = load_tokenizer(folder, arch.vocab_size)
+    check_stops(tokenizer, stops, config.data.template_options)
+    if config.rollout.engine == "hf":
+        check_reading(folder, arch)
     return ModelInputs(arch=arch, tokenizer=tokenizer, stop_ids=stops)

@@ -1,12 +1,14 @@
-"""What a run writes down as it goes, beside its checkpoints: configuration, metrics, prompts, responses."""
+"""Records of a run besides its checkpoints: configuration, metrics, prompts, responses, evaluations."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec
 
 from sdpg_megatron.checkpoint.branch import BranchStart
 from sdpg_megatron.checkpoint.state import CONFIG_FILE, RecordedChange
@@ -38,72 +40,53 @@ from sdpg_megatron.train.selection import Selection
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 PromptFiles = Mapping[str, Sequence[Prompt]]
 ProblemFiles = Mapping[str, Sequence[Problem]]
 
 
-class Journal:
-    """The records of a run. Every rank calls every method; the main rank writes.
+def _on_main_rank(method: Callable[Concatenate[Journal, P], None]) -> Callable[Concatenate[Journal, P], None]:
+    """Call a method on the main rank alone; every rank raises its `SdpgError`."""
 
-    Where the disk refuses, all of them but `close` raise `WriteError`, on every rank.
+    @wraps(method)
+    def call(journal: Journal, *args: P.args, **kwargs: P.kwargs) -> None:
+        on_main(journal.ranks, partial(method, journal, *args, **kwargs))
+
+    return call
+
+
+class Journal:
+    """Records of a run. Every rank calls every method; the main rank writes.
+
+    All methods but `close` raise `WriteError` on every rank if a file cannot be written.
     """
 
     def __init__(
         self, config: RunConfig, ranks: ParallelState, progress: Progress, step: int, *, evaluated: bool
     ) -> None:
-        """Go on after `step`; `evaluated`: with the evaluation that was due after it. Later records are removed."""
-        self._ranks = ranks
-        self._files: _Files  # on the main rank alone
+        """Continue after `step`, removing later records.
 
-        def begin() -> None:
-            self._files = _Files(config, progress, step, evaluated)
-
-        on_main(ranks, begin)
-
-    def keep_start(self, branch: BranchStart | None, changes: Sequence[RecordedChange]) -> None:
-        """Write down where a branch starts, the resolved configuration and all changes of it.
-
-        A run that was finished is so no longer.
+        Args:
+            evaluated: True to keep the records of the evaluation after `step`.
         """
-        on_main(self._ranks, lambda: self._files.keep_start(branch, changes))
+        self.ranks, self._config, self._progress = ranks, config, progress
+        self._open(step, evaluated)
 
-    def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
-        """Write down which prompts a step has learned from."""
-        on_main(self._ranks, lambda: self._files.keep_prompts(step, prompts))
-
-    def keep_rollouts(self, step: int, selection: Selection) -> None:
-        """Write down responses that a step generated; see `RolloutLogConfig`."""
-        on_main(self._ranks, lambda: self._files.keep_rollouts(step, selection))
-
-    def keep_evaluation(self, step: int, asked: PromptFiles, problems: ProblemFiles) -> None:
-        """Write down each problem's results after `step`, by data file."""
-        on_main(self._ranks, lambda: self._files.keep_evaluation(step, asked, problems))
-
-    def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write down and show what was measured after `step`, with the alarms that it raises."""
-        on_main(self._ranks, lambda: self._files.report(step, numbers))
-
-    def close(self) -> None:
-        if self._ranks.is_main:
-            self._files.close()
-
-
-class _Files:
-    """The main rank's side."""
-
-    def __init__(self, config: RunConfig, progress: Progress, step: int, evaluated: bool) -> None:
-        run_dir = config.run_dir
-        self._config, self._progress = config, progress
+    @_on_main_rank
+    def _open(self, step: int, evaluated: bool) -> None:
+        run_dir = self._config.run_dir
         truncate_records(run_dir, step, evaluated=evaluated)
         truncate_folders(run_dir / EVAL_FOLDER, step, evaluated=evaluated)
-        self._metrics = open_writers(run_dir, [open_external(spec, config) for spec in config.writers])
+        self._metrics = open_writers(run_dir, [open_external(spec, self._config) for spec in self._config.writers])
         self._prompts = JsonlWriter(run_dir / PROMPTS_FILE)
-        self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, config.rollout_log)
+        self._rollouts = RolloutLog(run_dir / ROLLOUT_FOLDER, self._config.rollout_log)
         records = read_metrics(run_dir / METRICS_FILE)
-        self._alarms = Alarms(config.alarms, records)
-        progress.recall(records)
+        self._alarms = Alarms(self._config.alarms, records)
+        self._progress.recall(records)
 
-    def keep_start(self, branch: BranchStart | None, changes: Sequence[RecordedChange]) -> None:
+    @_on_main_rank
+    def write_start(self, branch: BranchStart | None, changes: Sequence[RecordedChange]) -> None:
+        """Write the branch point, the resolved configuration and all its changes; unmark a finished run."""
         run_dir = self._config.run_dir
         if branch is not None:
             branch.write(run_dir)
@@ -113,22 +96,30 @@ class _Files:
         with writing(run_dir / SUMMARY_FILE):
             (run_dir / SUMMARY_FILE).unlink(missing_ok=True)
 
-    def keep_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
+    @_on_main_rank
+    def write_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
+        """Write the names of the prompts that a step trained on."""
         self._prompts.append(step, {"prompts": [prompt.uid for prompt in prompts]})
 
-    def keep_rollouts(self, step: int, selection: Selection) -> None:
-        self._rollouts.write(step, selection.asked, selection.kept)
+    @_on_main_rank
+    def write_rollouts(self, step: int, selection: Selection) -> None:
+        """Write responses that a step generated; see `RolloutLogConfig`."""
+        self._rollouts.write(step, selection.generated, selection.kept)
 
-    def keep_evaluation(self, step: int, asked: PromptFiles, problems: ProblemFiles) -> None:
+    @_on_main_rank
+    def write_evaluation(self, step: int, prompts: PromptFiles, problems: ProblemFiles) -> None:
+        """Write each problem's results after `step`, by data file."""
         config = self._config
-        request = Request.of(config, asked, model=f"{config.run_dir}, step {step}", fingerprint=None)
+        request = Request.of(config, prompts, model=f"{config.run_dir}, step {step}", fingerprint=None)
         results = Results.start(config.run_dir / EVAL_FOLDER / f"step_{step:08d}", request)
         for name, found in problems.items():
             results.write(name, found)
         results.finish()
         limit_responses(config.run_dir / EVAL_FOLDER, config.rollout_log.max_mib << 20)
 
+    @_on_main_rank
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write and show the metrics after `step`, with the alarms that they raise."""
         found = self._alarms.update(step, numbers)
         self._metrics.write(step, {**numbers, **found.metrics})
         self._progress.step(step, numbers)
@@ -136,6 +127,7 @@ class _Files:
             logger.warning("step %d: %s", step, warning)
 
     def close(self) -> None:
-        with ExitStack() as stack:
-            for file in (self._metrics, self._prompts):
-                stack.callback(file.close)
+        if self.ranks.is_main:
+            with ExitStack() as stack:
+                for file in (self._metrics, self._prompts):
+                    stack.callback(file.close)

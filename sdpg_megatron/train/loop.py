@@ -1,4 +1,4 @@
-"""The training loop: publish, prompts, rollout, score, batch, passes, update; then eval, checkpoint and report."""
+"""Training loop: publish, rollout, score, batch, passes, update; then evaluate, checkpoint and report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from sdpg_megatron.train.update import PolicyUpdater
 
 
 class RunOutcome(Enum):
-    """How a call of `train` ended."""
+    """Outcome of a call of `train`."""
 
     FINISHED = "finished"
     ALREADY_DONE = "already done"
@@ -56,16 +56,16 @@ class RunOutcome(Enum):
 
 
 def train(config: RunConfig, branch_from: BranchRequest | None = None) -> RunOutcome:
-    """Run, or continue, the run that `config` describes. Every rank calls it once.
+    """Start or continue a run. Every rank calls it once.
+
+    A rank that fails leaves the others waiting in a collective: start several ranks with a launcher that ends them all,
+    as torchrun does. Without one, their watchdogs end them.
 
     Args:
         branch_from: start from this checkpoint of another run, unless the run already has a checkpoint.
 
-    A rank that fails leaves the others in a collective: start several with a launcher that ends them all, as torchrun
-    does. Where there is none, their watchdogs end them.
-
     Raises:
-        SdpgError: whatever a user can put right; see `sdpg_megatron.errors`.
+        SdpgError: an error that the user can correct; see `sdpg_megatron.errors`.
     """
     with Interrupt() as interrupt, Watchdog(config.watchdog) as watchdog, ExitStack() as stack:
         model = load_run_model(config)
@@ -89,14 +89,14 @@ def train(config: RunConfig, branch_from: BranchRequest | None = None) -> RunOut
             policy_trainer.check_weights(f"checkpoint of step {start.state.step}")
         state = TrainState.of(start, config, inputs.prompts)
         if any(ranks.gather_all(interrupt.requested)):
-            return RunOutcome.INTERRUPTED  # all that there is has been read from the disk
+            return RunOutcome.INTERRUPTED  # nothing new to save
         trainer = Trainer(config, inputs, policy_trainer, store, state, fingerprint, interrupt, watchdog, stack)
         trainer.announce(start)
         return trainer.run()
 
 
 def _claim(run_dir: Path, ranks: ParallelState, stack: ExitStack) -> None:
-    """Claim the run's folder, and log to it; where another run has it, every rank says so."""
+    """Lock the run's folder and log to it. Every rank raises if another run holds the lock."""
 
     def claim() -> None:
         stack.callback(RunLock(run_dir).close)
@@ -107,7 +107,7 @@ def _claim(run_dir: Path, ranks: ParallelState, stack: ExitStack) -> None:
 
 
 class Trainer:
-    """A run on this rank, from where it stands to its end."""
+    """The rest of a run, on this rank."""
 
     def __init__(
         self,
@@ -123,8 +123,8 @@ class Trainer:
     ) -> None:
         """
         Args:
-            state: training state, which the policy trainer's weights belong to.
-            stack: gets what has to be closed when the run ends, however it ends.
+            state: training state at the policy trainer's weights.
+            stack: closes the run's resources.
         """
         self.config, self.inputs, self.policy_trainer, self.store = config, inputs, policy_trainer, store
         self.ranks, self.state, self.fingerprint = policy_trainer.ranks, state, fingerprint
@@ -155,8 +155,8 @@ class Trainer:
         self.held_out = HeldOut(config, inputs.held_out, rollouts, self.journal, self.ranks)
 
     def announce(self, start: Start) -> None:
-        """Keep the resolved configuration and its changes, and say where the run starts."""
-        self.journal.keep_start(start.branch, self.state.changes)
+        """Record the resolved configuration and its changes, and print where the run starts."""
+        self.journal.write_start(start.branch, self.state.changes)
         first, *more = start.describe(self.config)
         r = self.ranks
         self.progress.message(
@@ -167,10 +167,10 @@ class Trainer:
             self.progress.message(line)
 
     def run(self) -> RunOutcome:
-        """Train up to the configured step, then write what a finished run leaves behind."""
+        """Train up to the configured step, then write the model, the curve and the summary."""
         config, state = self.config, self.state
         evaluated: Mapping[str, float] | None = None
-        with self._completing():
+        with self._complete_checkpoint():
             if not state.evaluated and (self.held_out or state.measured):
                 evaluated = self._evaluate()
                 if evaluated is None:
@@ -183,11 +183,11 @@ class Trainer:
                     return self._stop("before")
                 self.store.advance()
                 due = bool(self.held_out) and self._due(config.eval.every)
-                stop = state.step < config.steps and self._asked_to_stop()
+                stop = state.step < config.steps and self._stop_requested()
                 evaluated = self._evaluate() if due and not stop else None
                 state.evaluated = not due or evaluated is not None
                 state.measured = {} if state.evaluated else values(metrics)
-                if state.evaluated:  # otherwise all of it is told when the run goes on, and makes the evaluation
+                if state.evaluated:  # otherwise the continued run reports the step with its evaluation
                     self.journal.report(state.step, {**values(metrics), **(evaluated or {})})
                 if stop or not state.evaluated:
                     return self._stop("after")
@@ -203,26 +203,29 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.state.step == self.config.steps or (every > 0 and self.state.step % every == 0)
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank was: they stop together."""
+    def _stop_requested(self) -> bool:
+        """True if any rank was asked to stop; all ranks stop together."""
         return any(self.ranks.gather_all(self.interrupt.requested))
 
     def _stop(self, where: str) -> RunOutcome:
-        """Leave a checkpoint of the last whole step, `where`: before or after the one that was under way.
+        """Save a checkpoint of the last complete step and end.
 
-        See `_save` for when there is nothing to save.
+        Args:
+            where: "before" if work begun after that step is lost, otherwise "after".
         """
         if self.state.saved != self.state.step:
             self._save()
         self.store.finish()
-        told = f"stopped after step {self.state.step}" + (", what came next was abandoned" if where == "before" else "")
-        self.progress.message(f"{told}; the same command continues")
+        lost = ", the work since was discarded" if where == "before" else ""
+        self.progress.message(f"stopped after step {self.state.step}{lost}; the same command continues")
         return RunOutcome.INTERRUPTED
 
     def _train_step(self) -> dict[str, Metric] | None:
-        """One rollout and the optimizer steps on it.
+        """Run one rollout and the optimizer steps on it.
 
-        None where the run was asked to stop before the first of these: then nothing has changed.
+        Returns:
+            The step's metrics; None, with nothing changed, if the run was asked to stop before the first optimizer
+            step.
         """
         started, state = time.perf_counter(), self.state
         cursor = Cursor.from_state(state.cursor.state(), self.inputs.prompts.size)
@@ -230,31 +233,31 @@ class Trainer:
         selection: Selection | None = None
         with self.phases("rollout"), suppress(Abandoned):
             selection = self.collector.collect(state.step, cursor, state.prefetched)
-        if selection is None or self._asked_to_stop():
+        if selection is None or self._stop_requested():
             return None
         groups = self.updater.with_context(selection.kept)
         ahead = self.config.rollout.ahead > 0 and state.step + 1 < self.config.steps
         if ahead:
             self.collector.begin(state.step + 1, cursor)
-        self.serving.make_room()
+        self.serving.free_devices()
         with self.phases("prepare"):
             batches = self.updater.prepare(state.step, groups)
-        if self._asked_to_stop():
+        if self._stop_requested():
             self.collector.cancel()
             return None
         with self.phases("update"):
-            updates = self.updater.learn(state.step, batches)
+            updates = self.updater.update(state.step, batches)
         described = self.collector.describe(state.step, selection)
         state.skipped, state.cursor = self.updater.skipped, cursor
         state.step += 1
-        self.journal.keep_prompts(state.step, [scored.group.prompt for scored in groups])
-        self.journal.keep_rollouts(state.step, selection)
+        self.journal.write_prompts(state.step, [scored.group.prompt for scored in groups])
+        self.journal.write_rollouts(state.step, selection)
         self.serving.trained(state.step)
-        with self.phases("rollout"):  # the rest of it: these responses are of weights that no checkpoint has
+        with self.phases("rollout"):  # wait for it: no later checkpoint has the weights of these responses
             state.prefetched = self.collector.finish() if ahead else None
         seconds = time.perf_counter() - started
         state.seconds += seconds
-        tokens = sum(len(c.tokens) for scored in selection.asked for c in scored.group.completions)
+        tokens = sum(len(c.tokens) for scored in selection.generated for c in scored.group.completions)
         return {
             **described,
             **describe_contexts(groups),
@@ -265,8 +268,8 @@ class Trainer:
         }
 
     @contextmanager
-    def _completing(self) -> Iterator[None]:
-        """What all ranks raise, and not for a checkpoint, waits until the one that is being written is whole."""
+    def _complete_checkpoint(self) -> Iterator[None]:
+        """Complete the checkpoint being written before an error that all ranks raise ends the run."""
         try:
             yield
         except (NumericsError, VerifierError, WriteError):
@@ -275,7 +278,7 @@ class Trainer:
             raise
 
     def _evaluate(self) -> dict[str, float] | None:
-        """See `HeldOut.measure`. With ``time/eval``: seconds of the evaluation and of publishing for it."""
+        """Evaluate as `HeldOut.measure`; ``time/eval`` includes publishing."""
         if not self.held_out:
             return {}
         self.serving.publish(self.state.step)
@@ -286,8 +289,10 @@ class Trainer:
         return {**found, EVAL_SECONDS: sum(metric.value for metric in self.phases.take().values())}
 
     def _save(self) -> None:
-        """Nothing before the first optimizer step that was taken: the optimizer has no state, the weights are the
-        model's, and a call that begins anew comes to the same place."""
+        """Save a checkpoint.
+
+        Before the first optimizer step there is nothing to save: a new call reaches the same state.
+        """
         if not self.policy_trainer.has_learned:
             return
         with self.phases("checkpoint"):
@@ -299,7 +304,7 @@ class Trainer:
         self.state.saved = self.state.step
 
     def _finish(self, evaluated: Mapping[str, float]) -> None:
-        """Export the model, draw the curve, write the summary: in this order, as the summary marks a finished run."""
+        """Export the model, plot the curve, and write the summary last, as it marks a finished run."""
         config = self.config
         if config.checkpoint.export:
             export_weights(config, self.policy_trainer, config.run_dir / EXPORT_FOLDER)
@@ -326,7 +331,7 @@ class Trainer:
 
 
 def done_message(config: RunConfig) -> str:
-    """What to tell the user about a run that was finished before."""
+    """Message for a run that is finished already."""
     summary = read_summary(config.run_dir)
     assert summary is not None
     done = f"{config.run_dir}: done already. More steps continue it: steps=N. A new run needs another run_dir."

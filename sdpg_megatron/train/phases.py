@@ -1,4 +1,4 @@
-"""The parts of a step: shown while they last, timed and watched."""
+"""Phases of a step: shown, timed and watched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdpg_megatron.runtime.watchdog import Watchdog
 
 
 class Phases:
-    """Seconds of each part, by its name."""
+    """Seconds spent in each phase."""
 
     def __init__(self, progress: Progress, watchdog: Watchdog) -> None:
         self._progress, self._watchdog = progress, watchdog
@@ -20,7 +20,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """While entered, the part is shown, and its time counts; the watchdog has to know its name."""
+        """Show and time a phase of `Watchdog` while entered."""
         self._progress.phase(name)
         started = time.perf_counter()
         with self._watchdog.phase(name):
@@ -28,7 +28,7 @@ class Phases:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def take(self) -> dict[str, Metric]:
-        """Metrics of all parts since the last call."""
+        """Metrics of all phases since the last call."""
         found = {f"time/{name}": Metric(spent) for name, spent in self._seconds.items()}
         self._seconds.clear()
         return found

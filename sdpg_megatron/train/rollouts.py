@@ -1,4 +1,4 @@
-"""Prompts in, scored groups out, over all replicas: each replica's leader generates and scores its own share."""
+"""Generate and score groups over all replicas: each replica's leader processes its share of the prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sdpg_megatron.runtime.background import BackgroundCall
 logger = logging.getLogger(__name__)
 
 Weights = Callable[[], Iterable[Bucket]]
-"""A new stream of a replica's weights; every rank of the replica iterates it to its end."""
+"""Returns a new stream of a replica's weights, which every rank of the replica iterates to its end."""
 
 Advantages = Callable[[Sequence[float]], Sequence[float]]
 """Advantage estimator: shaped rewards of one group to its advantages; see `Objective.advantages`."""
@@ -38,22 +38,22 @@ _Scored = tuple[tuple[Completion, ...], GroupRewards]
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """What was asked for."""
+class _Request:
+    """Arguments of one generation."""
 
     prompts: Sequence[Prompt]
     share: Sequence[Prompt]
-    """What this rank generates for."""
+    """Prompts of this rank."""
     sampling: Sampling
     extract: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """How far this rank's share of a call is."""
+    """Progress of this rank's share of a request."""
 
     done: Mapping[int, _Scored]
-    """By the prompt's place in the share."""
+    """Scored groups by the prompt's index in the share."""
     abandoned: Abandoned | None = None
 
 
@@ -71,8 +71,8 @@ class Rollouts:
     ) -> None:
         """
         Args:
-            shared: the engines are `SharedEngine`s, all on the same servers; the first replica's publishes.
-            stop: whether this rank wants a generation to end.
+            shared: True if the engines are `SharedEngine`s on the same servers; the first replica's publishes.
+            stop: returns True once this rank wants a generation to end.
         """
         assert (engine is not None) == (verifiers is not None) == ranks.leads_replica
         self._ranks = ranks
@@ -80,60 +80,62 @@ class Rollouts:
         self._verifiers = verifiers
         self._shared, self._stop = shared, stop
         self._published: tuple[int, Weights] | None = None
-        self._begun: tuple[_Call, BackgroundCall[_Attempt]] | None = None
+        self._pending: tuple[_Request, BackgroundCall[_Attempt]] | None = None
 
     def publish(self, version: int, weights: Weights) -> None:
-        """Bring the weights to the engines.
+        """Publish the weights to the engines.
 
-        Where each replica has an engine of its own, each streams its weights. Servers that are shared need them once:
-        the first replica's.
+        Each replica streams its weights to its engine; shared servers get the first replica's only.
         """
         self._published = version, weights
         if self._streams:
             if self._engine is not None:
                 self._engine.publish(version, weights())
             else:
-                _drive(weights())
+                _drain(weights())
         if self._shared:
-            self._ranks.barrier()  # nobody asks the servers for what they do not have yet
+            self._ranks.barrier()  # no rank requests this version before the servers have it
             if isinstance(self._engine, SharedEngine) and not self._streams:
                 self._engine.follow(version)
 
     def verify(self, version: int, weights: Weights) -> None:
-        """Compare what shared servers have with what the trainer has; see `SharedEngine`."""
+        """Compare the weights of shared servers with the trainer's; see `SharedEngine`."""
         if self._shared and self._streams:
             if isinstance(self._engine, SharedEngine):
                 self._engine.verify(version, weights())
             else:
-                _drive(weights())
+                _drain(weights())
 
     def release(self) -> None:
-        """Have the servers give their memory to the trainer."""
+        """Free the servers' memory for the trainer."""
         if self._streams and isinstance(self._engine, SharedEngine):
             self._engine.release()
         self._ranks.barrier()
 
     def resume(self) -> None:
-        """The servers may take their memory again; the next thing that they need are weights."""
-        self._ranks.barrier()  # all ranks have made room
+        """Let the servers allocate their memory again; they then need weights."""
+        self._ranks.barrier()  # all ranks have freed theirs
         if self._streams and isinstance(self._engine, SharedEngine):
             self._engine.resume()
 
     @property
     def _streams(self) -> bool:
-        """Whether this rank's replica hands out weights."""
+        """True if this rank's replica streams weights."""
         return not self._shared or self._ranks.replica == 0
 
     def trained(self, version: int) -> None:
-        """The weights that `publish` was told of are those of `version` now: servers that ask for weights get these."""
+        """Set the version of the weights that `publish` was given, after a training step has changed them.
+
+        Servers that ask for weights during generation get these.
+        """
         if self._published is not None:
             self._published = version, self._published[1]
 
     def check_verifier(self, prompt: Prompt) -> None:
-        """Have each leader's verifier score a sample; see `VerifierPool.check`.
+        """Score a sample with each leader's verifier; see `VerifierPool.check`.
 
         Raises:
-            ConfigError: on every rank, where a leader's verifier cannot be loaded or returns what is no reward.
+            ConfigError: on every rank, if a leader's verifier cannot be loaded or returns no valid reward.
         """
         error: SdpgError | None = None
         if self._verifiers is not None:
@@ -147,73 +149,74 @@ class Rollouts:
             raise first
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
-        """Generate and score one group per prompt; the same list, in the order of the prompts, on every rank.
+        """Generate and score one group per prompt; every rank gets all groups, in the order of the prompts.
 
-        `extract`: also have the answers read, where the verifier can.
+        Args:
+            extract: also extract the answers, if the verifier can.
 
         Raises:
-            Abandoned: a leader was to stop while it generated; on every rank.
+            Abandoned: a leader was asked to stop during generation; on every rank.
         """
-        call = _Call(prompts, self._share(prompts), sampling, extract)
-        return self._complete(call, self._attempt(call, {}, self._stop), self._stop)
+        request = _Request(prompts, self._share(prompts), sampling, extract)
+        return self._complete(request, self._attempt(request, {}, self._stop), self._stop)
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Have the leaders generate and score from now on, whatever else their ranks do: all but `publish` and `run`.
+        """Generate and score in the background; `finish` returns the groups.
 
-        `finish` has the groups.
+        Meanwhile ranks may do anything but `publish` and `run`.
         """
-        assert self._begun is None, "one at a time"
-        call = _Call(prompts, self._share(prompts), sampling, extract=False)
-        self._begun = call, BackgroundCall(lambda stop: self._attempt(call, {}, stop))
+        assert self._pending is None, "one at a time"
+        request = _Request(prompts, self._share(prompts), sampling, extract=False)
+        self._pending = request, BackgroundCall(lambda stop: self._attempt(request, {}, stop))
 
     def finish(self) -> list[ScoredGroup]:
-        """What `run` would return, when what was begun is done."""
-        assert self._begun is not None, "nothing was begun"
-        call, task = self._begun
-        attempt = task.result()  # a signal may end the waiting: then there is something to cancel
-        self._begun = None
-        return self._complete(call, attempt, never)
+        """Wait for the generation that `begin` started; return as `run`."""
+        assert self._pending is not None, "begin first"
+        request, task = self._pending
+        attempt = task.result()  # a signal may interrupt the wait; the task is then still there to cancel
+        self._pending = None
+        return self._complete(request, attempt, never)
 
     def cancel(self) -> None:
-        """End what was begun, if anything was. Every rank may call it on its own."""
-        if self._begun is not None:
-            (_, task), self._begun = self._begun, None
+        """Cancel the pending generation, if any. Not a collective."""
+        if self._pending is not None:
+            (_, task), self._pending = self._pending, None
             task.cancel()
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """What this rank's engine is asked for."""
+        """Prompts of this rank's engine."""
         return split_evenly(prompts, self._ranks.replica, self._ranks.replicas) if self._engine is not None else ()
 
-    def _attempt(self, call: _Call, done: Mapping[int, _Scored], stop: Stop) -> _Attempt:
-        """Generate and score what is missing of this rank's share. It takes part in no collective."""
-        missing = [place for place in range(len(call.share)) if place not in done]
+    def _attempt(self, request: _Request, done: Mapping[int, _Scored], stop: Stop) -> _Attempt:
+        """Generate and score the missing groups of this rank's share. Not a collective."""
+        missing = [index for index in range(len(request.share)) if index not in done]
         if self._engine is None or self._verifiers is None or not missing:
             return _Attempt(done)
         try:
-            found = dict(enumerate(self._engine.generate([call.share[i] for i in missing], call.sampling, stop)))
+            found = dict(enumerate(self._engine.generate([request.share[i] for i in missing], request.sampling, stop)))
         except WeightsWanted as wanted:
             found = wanted.done
         except Abandoned as error:
             return _Attempt(done, error)
         groups = [found[number] for number in sorted(found)]
-        scores = self._verifiers.score(groups, extract=call.extract) if groups else []
+        scores = self._verifiers.score(groups, extract=request.extract) if groups else []
         scored = [(group.completions, score) for group, score in zip(groups, scores, strict=True)]
-        places = [missing[number] for number in sorted(found)]
-        return _Attempt({**done, **dict(zip(places, scored, strict=True))})
+        indices = [missing[number] for number in sorted(found)]
+        return _Attempt({**done, **dict(zip(indices, scored, strict=True))})
 
-    def _complete(self, call: _Call, attempt: _Attempt, stop: Stop) -> list[ScoredGroup]:
-        """All ranks' groups, from the first attempt on. Servers that came back without weights get them in between."""
+    def _complete(self, request: _Request, attempt: _Attempt, stop: Stop) -> list[ScoredGroup]:
+        """Gather all ranks' groups, with further attempts after publishing to servers that lost their weights."""
         while True:
-            states = self._ranks.gather_all((attempt.abandoned, len(attempt.done) < len(call.share)))
+            states = self._ranks.gather_all((attempt.abandoned, len(attempt.done) < len(request.share)))
             if first := next((error for error, _ in states if error is not None), None):
                 raise first
             if not any(wanting for _, wanting in states):
                 break
-            assert self._published is not None, "engines ask for weights that they had"
+            assert self._published is not None, "engines only ask again for published weights"
             self.publish(*self._published)
-            attempt = self._attempt(call, attempt.done, stop)
+            attempt = self._attempt(request, attempt.done, stop)
         # Every rank has the prompts, and replicas are in the order of their leaders' ranks.
-        mine = [attempt.done[place] for place in sorted(attempt.done)]
+        mine = [attempt.done[index] for index in sorted(attempt.done)]
         gathered = chain.from_iterable(self._ranks.gather_all(mine))
         return [
             ScoredGroup(
@@ -224,7 +227,7 @@ class Rollouts:
                 score.answers,
                 score.errors,
             )
-            for prompt, (completions, score) in zip(call.prompts, gathered, strict=True)
+            for prompt, (completions, score) in zip(request.prompts, gathered, strict=True)
         ]
 
     def close(self) -> None:
@@ -235,8 +238,8 @@ class Rollouts:
             self._verifiers.close()
 
 
-def _drive(weights: Iterable[Bucket]) -> None:
-    """Take this rank's part in gathering weights that another rank uses."""
+def _drain(weights: Iterable[Bucket]) -> None:
+    """Take part in gathering weights that another rank uses."""
     for _ in weights:
         pass
 
@@ -250,7 +253,7 @@ def with_shaping(groups: Sequence[ScoredGroup], shaping: Shaping, estimate: Adva
 
 
 def describe(groups: Sequence[ScoredGroup], shaping: Shaping) -> dict[str, Metric]:
-    """Rewards, lengths and endings of a step's responses."""
+    """Metrics of a step's rewards, response lengths and finish reasons."""
     shaped = (shaping.describe(scored.rewards, scored.group.completions) for scored in groups)
     return merge(chain(map(_describe, groups), shaped))
 

@@ -1,4 +1,4 @@
-"""Names in a run's folder, and checks of it before anything is written."""
+"""Names in a run's folder, and checks before anything is written."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from sdpg_megatron.observe.writers import METRICS_FILE, PROMPTS_FILE, TENSORBOAR
 from sdpg_megatron.runtime.run_lock import LOCK_FILE
 
 EXPORT_FOLDER, EVAL_FOLDER, LOG_FOLDER = "model", "eval", "logs"
-"""The trained model, or in a checkpoint its weights once an evaluation has made them; results of each evaluation; logs
-of servers and of other ranks."""
+"""Exported model (in a checkpoint: made by an evaluation); results of each evaluation; logs of servers and ranks."""
 CHANGES_FILE = "changes.jsonl"
-"""Changes of the configuration, a line each, as in the manifest of a checkpoint."""
+"""Configuration changes, one a line, as in a checkpoint's manifest."""
 FOLDERS = (CHECKPOINT_FOLDER, EXPORT_FOLDER, EVAL_FOLDER, LOG_FOLDER, TENSORBOARD_FOLDER, ROLLOUT_FOLDER)
 FILES = (
     *(METRICS_FILE, PROMPTS_FILE, SUMMARY_FILE, CURVE_FILE, LOG_FILE),
@@ -31,16 +30,16 @@ EXPECTED = "a folder that a run can write to"
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Check that a run's folder, and what is in it under a run's names, can be written to, or made. Writes nothing.
+    """Check that a run's folder, and its files and folders, can be made or written. Writes nothing.
 
     Raises:
-        ConfigError: no permission, or a file has the place of a folder or a folder that of a file.
+        ConfigError: no permission, or a file is found instead of a folder or the reverse.
     """
     check_writable(run_dir, FOLDERS, FILES)
 
 
 def check_writable(folder: Path, folders: Sequence[str] = (), files: Sequence[str] = ()) -> None:
-    """`check_run_dir` for any folder and the names of `folders` and `files` in it."""
+    """As `check_run_dir`, for any folder and the names in it."""
     try:
         above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not above.is_dir():
@@ -60,7 +59,7 @@ def check_writable(folder: Path, folders: Sequence[str] = (), files: Sequence[st
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Raises `ConfigError` where it cannot be made."""
+    """Make a run's folder. Raises `ConfigError`."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run is made of besides its configuration: the model that it starts from, the prompts that it learns from."""
+"""Fingerprint of a run's inputs: the model that it starts from, and its prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdpg_megatron.process.rank_environment import RankEnvironment
 
 @dataclass(frozen=True, slots=True)
 class RunFingerprint:
-    """Digests; the same in every call of a run."""
+    """Digests, the same in every call of a run."""
 
     model: str
     """`fingerprint` of the model's folder."""
@@ -23,10 +23,10 @@ class RunFingerprint:
 
 
 def find_run_fingerprint(config: RunConfig, prompts: PromptSource, ranks: ParallelState) -> RunFingerprint:
-    """Sum up the model, once on each machine, and the prompts, on every rank. Every rank calls it.
+    """Compute the digests of the model, once on each machine, and of the prompts. Every rank calls it.
 
     Raises:
-        ConfigError: ranks have different ones; names the first that differs.
+        ConfigError: ranks differ; names the first that does.
     """
     first_here = ranks.is_main or RankEnvironment.read().local_rank == 0
     models = ranks.gather_all(fingerprint(config.model.path) if first_here else None)

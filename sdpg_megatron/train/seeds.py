@@ -1,4 +1,4 @@
-"""Seeds of a run's random draws: each follows from the run's seed and the draw's purpose, and none from a state."""
+"""Seeds of a run's random draws, derived from the run's seed and a purpose; there is no state to save."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import random
 
 
 def draw_seed(seed: int, purpose: str, data_rank: int) -> int:
-    """A seed for one replica's draws, so that a continued run draws what it would have drawn."""
+    """Seed of one replica's draws; a continued run draws the same numbers."""
     return random.Random(f"{seed}/{purpose}/{data_rank}").getrandbits(63)

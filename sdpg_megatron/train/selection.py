@@ -1,4 +1,4 @@
-"""Which groups a step learns from, and how it gets others for those that it leaves out.
+"""Select the groups that a step trains on, and generate more to replace dropped ones.
 
 Every rank makes the same choice from the same groups.
 """
@@ -19,81 +19,81 @@ from sdpg_megatron.rewards.filters import EQUAL_REWARDS, equal_rewards, is_kept,
 
 SURPLUS = "surplus"
 
-Ask = Callable[[int, int], Sequence[ScoredGroup]]
-"""(how many, number of the round from 0) -> the groups of the next so many prompts."""
+Generate = Callable[[int, int], Sequence[ScoredGroup]]
+"""(number of prompts, round from 0) -> one group for each of the next prompts."""
 DropReason = str | None
-"""Why a group is left out; None for one that is kept."""
+"""Name of the reason; None for a kept group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A step's groups."""
+    """Groups of a step."""
 
     kept: list[ScoredGroup]
-    """In the order of their prompts; as many as were wanted, unless the rounds ran out."""
-    asked: list[ScoredGroup]
-    """All that were generated for it."""
+    """Groups to train on, in the order of their prompts; fewer than wanted only after the last round."""
+    generated: list[ScoredGroup]
+    """All groups generated for the step."""
     rounds: int
-    left_out: Mapping[str, int]
-    """Groups that were not kept, by reason: one of `EQUAL_REWARDS`, the name of a filter, or `SURPLUS`."""
+    dropped: Mapping[str, int]
+    """Number of dropped groups by reason: one of `EQUAL_REWARDS`, the name of a filter, or `SURPLUS`."""
 
     def metrics(self) -> dict[str, Metric]:
-        counts = {"prompts": len(self.asked), "kept": len(self.kept), "rounds": self.rounds}
-        counts |= {f"dropped_{reason}": count for reason, count in self.left_out.items()}
+        counts = {"prompts": len(self.generated), "kept": len(self.kept), "rounds": self.rounds}
+        counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         return {f"selection/{name}": Metric(float(count), Reduction.SUM) for name, count in counts.items()}
 
 
-def select(ask: Ask, wanted: int, filters_of_step: GroupFilterChain, config: SelectionConfig) -> Selection:
-    """Ask for groups, round by round, until `wanted` of them are kept or `config.max_rounds` have passed.
+def select(generate: Generate, wanted: int, filters: GroupFilterChain, config: SelectionConfig) -> Selection:
+    """Generate groups, round by round, until `wanted` of them are kept or `config.max_rounds` have passed.
 
-    Nothing is carried over to the next step: what is left out is gone, so a data cursor says all about where a run is.
+    Dropped groups are not carried over to the next step, so the data cursor alone is the state of the data.
     """
     kept: list[ScoredGroup] = []
-    asked: list[ScoredGroup] = []
-    left_out = Counter(dict.fromkeys([*filters_of_step.reasons, SURPLUS], 0))
+    generated: list[ScoredGroup] = []
+    dropped = Counter(dict.fromkeys([*filters.reasons, SURPLUS], 0))
     rounds = 0
     while len(kept) < wanted and rounds < config.max_rounds:
-        groups = ask(math.ceil((wanted - len(kept)) * config.oversample), rounds)
-        drop_reasons = filters_of_step(groups)
-        asked += groups
+        groups = generate(math.ceil((wanted - len(kept)) * config.oversample), rounds)
+        drop_reasons = filters(groups)
+        generated += groups
         kept += [group for group, drop_reason in zip(groups, drop_reasons, strict=True) if drop_reason is None]
-        left_out.update(drop_reason for drop_reason in drop_reasons if drop_reason is not None)
+        dropped.update(drop_reason for drop_reason in drop_reasons if drop_reason is not None)
         rounds += 1
-    left_out[SURPLUS] = max(0, len(kept) - wanted)
-    return Selection(kept[:wanted], asked, rounds, left_out)
+    dropped[SURPLUS] = max(0, len(kept) - wanted)
+    return Selection(kept[:wanted], generated, rounds, dropped)
 
 
 class GroupFilterChain:
-    """What `SelectionConfig` says about groups. Every rank asks about the same groups and gets the same verdicts."""
+    """Filters of `SelectionConfig`. Every rank passes the same groups and gets the same result."""
 
     def __init__(self, config: SelectionConfig, ranks: ParallelState) -> None:
-        """Raises `ConfigError` where a filter cannot be loaded."""
+        """Raises `ConfigError` if a filter cannot be loaded."""
         self._drop_dead = config.drop_dead
         self._filters = load_filters(config.filters)
         self._ranks = ranks
 
     @property
     def active(self) -> bool:
-        """Whether it leaves anything out."""
+        """True if any filter is configured."""
         return self._drop_dead or bool(self._filters)
 
     @property
     def reasons(self) -> list[str]:
-        """All that it may give."""
+        """Names of all possible drop reasons."""
         return [*(EQUAL_REWARDS if self._drop_dead else ()), *map(_name, self._filters)]
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> list[DropReason]:
-        """A verdict on each group.
+        """Return each group's drop reason.
 
         Raises:
             FilterError: a filter raised, or returned neither True nor False; on every rank.
         """
         if not self._filters:
-            return [self._verdict(group) for group in groups]
-        # A filter is asked on one rank alone: one that draws lots, say, must not tell ranks different things.
-        return on_main(self._ranks, lambda: [self._verdict(group) for group in groups])
+            return [self._drop_reason(group) for group in groups]
+        # Filters run on one rank: a random filter must not give the ranks different results.
+        return on_main(self._ranks, lambda: [self._drop_reason(group) for group in groups])
 
-    def _verdict(self, scored: ScoredGroup) -> DropReason:
+    def _drop_reason(self, scored: ScoredGroup) -> DropReason:
         if self._drop_dead and (reason := equal_rewards(scored)):
             return reason
         rejected = (spec for spec, keeps in self._filters.items() if not is_kept(spec, keeps, scored))

@@ -1,4 +1,4 @@
-"""The rollout engine beside the learner: it gets the weights, and both take turns where they share devices."""
+"""Connect the rollout engine to the trainer: publish weights, and take turns on shared devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpg_megatron.train.phases import Phases
 
 
 class Serving:
-    """The rollout side of a run, with the learner's weights. Every rank calls every method."""
+    """Rollout engine of a run with the trainer's weights. Every rank calls every method."""
 
     def __init__(
         self,
@@ -28,22 +28,21 @@ class Serving:
         on_progress: OnProgress,
         stop: Stop,
     ) -> None:
-        """Start what the configuration names; for the callbacks and what is raised see `start_rollouts`."""
-        self._config, self._learner, self._phases = config, policy_trainer, phases
+        """Start the configured engine; callbacks and errors as in `start_rollouts`."""
+        self._config, self._policy_trainer, self._phases = config, policy_trainer, phases
         self._current = False
-        if self._colocated:  # servers divide up the memory that they find
+        if self._colocated:  # servers size their pools by the free memory
             policy_trainer.offload()
             policy_trainer.ranks.barrier()
         self.rollouts = start_rollouts(config, inputs, policy_trainer.ranks, on_progress, stop)
 
     def publish(self, step: int) -> None:
-        """Bring the weights after `step` to the engine, unless it has them; where it shares the learner's devices, it
-        gets them back."""
+        """Publish the weights after `step`, unless the engine has them. A colocated engine gets the devices."""
         if self._current:
             return
         with self._phases("publish"):
             if self._colocated:
-                self._learner.offload()
+                self._policy_trainer.offload()
                 self.rollouts.resume()
             self.rollouts.publish(step, self._weights)
             every = self._config.rollout.sglang.verify_every
@@ -52,24 +51,24 @@ class Serving:
         self._current = True
 
     def trained(self, step: int) -> None:
-        """The learner's weights are those after `step` from now on; the engine's are older."""
+        """Record that the trainer's weights are now those after `step`, newer than the engine's."""
         self._current = False
         self.rollouts.trained(step)
 
-    def make_room(self) -> None:
-        """Take the devices from an engine that shares them, for training."""
+    def free_devices(self) -> None:
+        """Take the devices from a colocated engine, for training."""
         if self._colocated:
             with self._phases("switch"):
                 self.rollouts.release()
-                self._learner.onload()
+                self._policy_trainer.onload()
 
     def close(self) -> None:
         self.rollouts.close()
 
     def _weights(self) -> Iterator[Bucket]:
-        """This replica's weights as the engine wants them; every rank of the replica iterates."""
+        """This replica's weights in the engine's dtype; every rank of the replica iterates."""
         served = self._config.rollout.sglang.dtype if self._config.rollout.engine == "sglang" else None
-        return stream_weights(self._config, self._learner, getattr(torch, served) if served else None)
+        return stream_weights(self._config, self._policy_trainer, getattr(torch, served) if served else None)
 
     @property
     def _colocated(self) -> bool:

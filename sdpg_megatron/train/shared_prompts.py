@@ -1,4 +1,4 @@
-"""Prompts that are read once on each machine: its first rank renders them, the others map what it has written."""
+"""Read prompts once on each machine: the first rank renders them to files, and the others map these."""
 
 from __future__ import annotations
 
@@ -20,31 +20,29 @@ if TYPE_CHECKING:
     from sdpg_megatron.mcore.parallel import ParallelState
 
 Prompts = tuple[PromptSource, PromptDataset | None]
-"""To train on, and held out."""
+"""Training prompts, and held-out prompts."""
 
 TRAIN_FILE, EVAL_FILE = "train.arrow", "eval.arrow"
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What a rank has for the others on its machine."""
+    """Result of a rank for the others on its machine."""
 
     machine: str
     folder: Path | None = None
-    """None on ranks that have not read anything."""
+    """None on ranks that have not read the data."""
     error: SdpgError | None = None
 
 
 def share_prompts(ranks: ParallelState, load: Callable[[], Prompts]) -> Prompts:
-    """Call `load`, which reads files, on the first rank of each machine, and give all ranks there the same prompts.
+    """Call `load` on the first rank of each machine, and share its prompts with all ranks there. Every rank calls it.
 
-    Every rank calls it.
-
-    The files in between are in the machine's folder for temporary files, and are gone when this returns. A rank that
-    cannot see the folder of its machine's first rank, as in another container, calls `load` itself.
+    The prompts are exchanged through temporary files, which are removed before this returns. A rank that cannot read
+    the files of its machine's first rank, for example in another container, calls `load` itself.
 
     Raises:
-        SdpgError: on every rank, what `load` raised on any, or a folder for temporary files that cannot be used.
+        SdpgError: on every rank, the error of `load` on any rank, or an unusable folder for temporary files.
     """
     with ExitStack() as stack:
         offer = _Offer(_machine())
@@ -62,7 +60,7 @@ def share_prompts(ranks: ParallelState, load: Callable[[], Prompts]) -> Prompts:
             found = _open(offers, ranks.rank) or load()
         except SdpgError as error:
             fault = error
-        _raise_first(ranks.gather_all(fault))  # also, no folder is removed before all have opened its files
+        _raise_first(ranks.gather_all(fault))  # also a barrier: a folder is removed after all have opened its files
     assert found is not None
     return found
 
@@ -100,10 +98,10 @@ def _save(prompts: Prompts, folder: Path) -> None:
 
 
 def _open(offers: Sequence[_Offer], rank: int) -> Prompts | None:
-    """The prompts of the nearest rank before this one, or this one, on the same machine; None where there is none.
+    """Open the prompts of the nearest rank up to this one on the same machine; None if there are none.
 
     Raises:
-        DataError: its files cannot be read.
+        DataError: the files cannot be read.
     """
     for offer in reversed(offers[: rank + 1]):
         if offer.folder is None or offer.machine != offers[rank].machine:
@@ -113,7 +111,7 @@ def _open(offers: Sequence[_Offer], rank: int) -> Prompts | None:
             if train.exists():
                 return PromptDataset.open(train), PromptDataset.open(held_out) if held_out.exists() else None
         except (OSError, ValueError) as error:  # Arrow raises both
-            expected = "the prompts that this machine's first rank has written"
+            expected = "the prompts written by this machine's first rank"
             fix = "set TMPDIR to a folder that all ranks of the machine can read, with room for the prompts"
             raise DataError(str(offer.folder), " ".join(str(error).split()), expected, fix) from error
     return None

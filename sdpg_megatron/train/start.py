@@ -43,16 +43,16 @@ class Start:
 
     checkpoint: Path | None = None
     state: RunState | None = None
-    """Its manifest."""
+    """Manifest of the checkpoint."""
     changes: tuple[Change, ...] = ()
     """Configuration changes since the checkpoint."""
     recorded: tuple[RecordedChange, ...] = ()
-    """All since the run's first step, `changes` included."""
+    """All changes since the run's first step, `changes` included."""
     branches: tuple[BranchPoint, ...] = ()
     branch: BranchStart | None = None
-    """Set where the checkpoint is another run's."""
+    """Set if the checkpoint is another run's."""
     same_data: bool = True
-    """The checkpoint's data cursor holds: same prompts in the same order."""
+    """True if the checkpoint's data cursor is valid: same prompts in the same order."""
     done: bool = False
     """The run is finished."""
 
@@ -83,15 +83,15 @@ class Start:
 
 
 def find_start(config: RunConfig, request: BranchRequest | None, model: Callable[[], str], data: str) -> Start:
-    """Decide where a call begins, and check that its configuration can go on from there. Reads files, writes none.
+    """Find the starting point of a call, and check that its configuration can continue from it. Writes no file.
 
     Args:
-        request: the run to branch from, if the user names one.
-        model: gives the fingerprint of `config.model.path`; called where there is a checkpoint.
+        request: run to branch from, if the user names one.
+        model: returns the fingerprint of `config.model.path`; called only if there is a checkpoint.
         data: digest of the prompts.
 
     Raises:
-        ConfigError: the configuration cannot continue the run or branch from the other; says how to.
+        ConfigError: the configuration cannot continue the run, or branch from the other; states the fix.
         CheckpointError: the checkpoint's manifest is damaged.
     """
     if request is not None:
@@ -107,7 +107,7 @@ def find_start(config: RunConfig, request: BranchRequest | None, model: Callable
 
 
 def _check_same_branch(run_dir: Path, request: BranchRequest, pinned: BranchStart | None, *, started: bool) -> None:
-    """Raises `ConfigError` where the folder has another run than the branch that is asked for."""
+    """Raise `ConfigError` if the folder has another run than the requested branch."""
     fix = f"set run_dir to a new folder, or leave {OPTION} out to continue what is there"
     if pinned is not None:
         if not request.matches(pinned.point) or request.new_reference != pinned.new_reference:
@@ -142,7 +142,7 @@ def _continued(config: RunConfig, path: Path, state: RunState, model: str, data:
 
 def _branched(config: RunConfig, branch: BranchStart, model: str, data: str) -> Start:
     point = branch.point
-    BranchRequest(Path(point.run), point.step).find()  # it may be gone since a call before
+    BranchRequest(Path(point.run), point.step).find()  # an earlier call found it; it may be gone
     path = checkpoint_of(point)
     try:
         state = RunState.read(path / MANIFEST)

@@ -23,7 +23,7 @@ from sdpg_megatron.train.start import Start
 
 @dataclass(slots=True)
 class TrainState:
-    """See `RunState` for what the fields mean."""
+    """Fields as in `RunState`."""
 
     cursor: Cursor
     step: int = 0
@@ -35,7 +35,7 @@ class TrainState:
     saved: int | None = None
     """The step of the newest checkpoint, complete or being written."""
     prefetched: PrefetchedRollouts | None = None
-    """The first round of the next step, where that was generated ahead of it."""
+    """First round of the next step, if generated ahead of it."""
     changes: tuple[RecordedChange, ...] = ()
     branches: tuple[BranchPoint, ...] = ()
 
@@ -46,7 +46,7 @@ class TrainState:
 
     @classmethod
     def of(cls, start: Start, config: RunConfig, prompts: PromptSource) -> TrainState:
-        """State in which a call begins. Raises `CheckpointError`."""
+        """State at the start of a call. Raises `CheckpointError`."""
         saved, folder = start.state, start.checkpoint
         if saved is None or folder is None:
             return cls.first(config, prompts.size)
@@ -54,7 +54,7 @@ class TrainState:
             state = cls.first(config, prompts.size)
         else:
             prefetched = read_prefetched(folder / PREFETCHED, prompts) if PREFETCHED in saved.files else None
-            # the verifier that failed may be another one now
+            # the failing verifier may have been replaced since
             if prefetched is not None and (
                 start.generates_anew or exceeds(prefetched.groups, config.reward.failure_limit)
             ):
@@ -67,7 +67,7 @@ class TrainState:
         return state
 
     def prefetched_writer(self) -> Callable[[Path], None] | None:
-        """Writer of the prefetched rollouts into a checkpoint's folder; None where there are none."""
+        """Function that writes the prefetched rollouts into a checkpoint's folder; None without any."""
         prefetched = self.prefetched
         return None if prefetched is None else lambda folder: write_prefetched(folder / PREFETCHED, prefetched)
 

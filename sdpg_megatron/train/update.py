@@ -1,14 +1,15 @@
-"""From a step's groups to new weights: the teacher's context, mini-batches, the passes before, the updates."""
+"""Update the weights from a step's groups: teacher context, mini-batches, passes before the update, updates."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sdpg_megatron.batching.collate import PackingLayout
 from sdpg_megatron.batching.micro_batches import Limit
 from sdpg_megatron.batching.peer_context import with_peers
-from sdpg_megatron.batching.samples import make_samples, nobody
+from sdpg_megatron.batching.samples import distill_nothing, make_samples
 from sdpg_megatron.batching.step_batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.render import Renderer
@@ -26,20 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 class PolicyUpdater:
-    """What the learner is given, and does with it. Every rank calls every method."""
+    """Builds a step's mini-batches and updates the weights. Every rank calls every method."""
 
     def __init__(self, config: RunConfig, inputs: Inputs, policy_trainer: PolicyTrainer, skipped: int = 0) -> None:
-        """`skipped`: what it was where the run goes on."""
-        self._config, self._inputs, self._learner = config, inputs, policy_trainer
+        self._config, self._inputs, self._policy_trainer = config, inputs, policy_trainer
         self.skipped = skipped
-        """Optimizer steps that were skipped in a row, up to now."""
-        self._gated = config.rollout.mismatch_limit is None
-        """Whether the rollout engine's log-probs were held against the learner's."""
-        self._fresh = True
-        """Whether the step's responses are from the learner's own weights."""
+        """Consecutive optimizer steps skipped up to now."""
+        self._mismatch_checked = config.rollout.mismatch_limit is None
+        self._on_policy = True
+        """True if the step's responses are from the trainer's current weights."""
 
     def with_context(self, groups: list[ScoredGroup]) -> list[ScoredGroup]:
-        """Give the teacher what it is to read, where that is not in the data."""
+        """Add the teacher's context, unless it is in the data."""
         objective = self._config.objective
         if objective.context == "data":
             return groups
@@ -53,18 +52,18 @@ class PolicyUpdater:
         )
 
     def prepare(self, step: int, groups: Sequence[ScoredGroup]) -> list[StepBatch]:
-        """The mini-batches of the step after `step`, with what has to be computed before the weights change."""
-        self._learner.begin(step)
-        self._fresh = all(c.weight_version == step for scored in groups for c in scored.group.completions)
+        """Build the mini-batches of the step after `step`, with all tensors that need the weights before the update."""
+        self._policy_trainer.begin(step)
+        self._on_policy = all(c.weight_version == step for scored in groups for c in scored.group.completions)
         parts = [split_evenly(groups, number, self._minibatches) for number in range(self._minibatches)]
         return [self._prepare(part, self._context(step, number)) for number, part in enumerate(parts)]
 
-    def learn(self, step: int, batches: Sequence[StepBatch]) -> dict[str, Metric]:
-        """One optimizer step on each mini-batch.
+    def update(self, step: int, batches: Sequence[StepBatch]) -> dict[str, Metric]:
+        """Run one optimizer step on each mini-batch.
 
         Raises:
             MismatchError: on every rank, after the first step, before its weights are published or saved.
-            SkippedStepsError: on every rank, where too many were skipped in a row.
+            SkippedStepsError: on every rank, if too many consecutive steps were skipped.
         """
         updates = merge([self._update(batch, self._context(step, number)) for number, batch in enumerate(batches)])
         self._check_mismatch(step, updates)
@@ -78,13 +77,14 @@ class PolicyUpdater:
         return StepContext(step * self._minibatches + minibatch, self._config.total_optimizer_steps)
 
     def _prepare(self, groups: Sequence[ScoredGroup], context: StepContext) -> StepBatch:
-        config, policy_trainer, ranks = self._config, self._learner, self._learner.ranks
+        config, policy_trainer, ranks = self._config, self._policy_trainer, self._policy_trainer.ranks
         required_passes = policy_trainer.objective.required_passes(context)
+        distill_enabled = policy_trainer.objective.distill_enabled if required_passes.privileged else distill_nothing
         batch = build_step(
             make_samples(
                 groups,
                 config.objective,
-                distill_enabled=policy_trainer.objective.distill_enabled if required_passes.privileged else nobody,
+                distill_enabled=distill_enabled,
                 outcome=required_passes.policy_loss,
                 stop_ids=self._inputs.stop_ids,
             ),
@@ -108,9 +108,9 @@ class PolicyUpdater:
         return batch
 
     def _update(self, batch: StepBatch, context: StepContext) -> dict[str, Metric]:
-        gated = self._config.objective.distill_average == "gated"
-        scale = batch.distill_scale if gated else 1.0
-        metrics = self._learner.update(batch.micro_batches, StepContext(context.step, context.total_steps, scale))
+        if self._config.objective.distill_average == "gated":
+            context = replace(context, distill_scale=batch.distill_scale)
+        metrics = self._policy_trainer.update(batch.micro_batches, context)
         self._count(context.step, metrics)
         return metrics
 
@@ -118,8 +118,8 @@ class PolicyUpdater:
         self.skipped = self.skipped + 1 if metrics[SKIPPED].value else 0
         if not self.skipped:
             return
-        if self._learner.ranks.is_main:
-            tokens = f"{metrics[NONFINITE].value:.0f} response tokens whose terms are not"
+        if self._policy_trainer.ranks.is_main:
+            tokens = f"{metrics[NONFINITE].value:.0f} response tokens with terms that are not"
             found = "found a gradient that is not finite" + (f", and {tokens}" if metrics[NONFINITE].value else "")
             limit = self._config.optimizer.skip_limit
             logger.warning("optimizer step %d: skipped, number %d of %d in a row: %s", step, self.skipped, limit, found)
@@ -127,12 +127,12 @@ class PolicyUpdater:
             raise SkippedStepsError(step, self.skipped)
 
     def _check_mismatch(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Hold the first step's rollout against its training, once: both have computed the same tokens' log-probs."""
+        """Compare the rollout's and the trainer's log-probs of the same tokens, once, on the first on-policy step."""
         limit = self._config.rollout.mismatch_limit
-        if self._gated or limit is None or not self._fresh:
+        if self._mismatch_checked or limit is None or not self._on_policy:
             return
         if DIFFERENCE not in metrics or not metrics[DIFFERENCE].weight:
             return
-        self._gated = True
+        self._mismatch_checked = True
         if not metrics[DIFFERENCE].value <= limit:
             raise MismatchError(step, metrics[DIFFERENCE].value, limit)

@@ -9,8 +9,9 @@ from typing import Any
 from unittest.mock import patch
 
 from sdpg_megatron.config import ParallelConfig
-from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop, WeightsWanted
+from tests.completions import make_completion
 from tests.dist.test_selection import Verifiers
 from tests.pool import RankPool
 
@@ -37,7 +38,7 @@ class Engine:
                 raise Abandoned
         self._calls += 1
         found = [
-            Group(prompt, tuple(Completion((n,), (-1.0,), "stop", self.weight_version, str(n)) for n in range(2)))
+            Group(prompt, tuple(make_completion((n,), (-1.0,), "stop", self.weight_version, str(n)) for n in range(2)))
             for prompt in prompts
         ]
         if self._calls == 1:

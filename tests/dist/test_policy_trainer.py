@@ -26,7 +26,7 @@ def updates(
     from sdpg_megatron.architecture import read_architecture
     from sdpg_megatron.batching.collate import PackingLayout
     from sdpg_megatron.batching.micro_batches import Limit
-    from sdpg_megatron.batching.samples import make_samples, nobody
+    from sdpg_megatron.batching.samples import distill_nothing, make_samples
     from sdpg_megatron.batching.step_batch import build_step
     from sdpg_megatron.mcore import parallel
     from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
@@ -37,7 +37,9 @@ def updates(
     policy_trainer = PolicyTrainer(
         config, read_architecture(folder), objectives.build_objective(config.objective, 4), ranks
     )
-    samples = make_samples(scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=nobody)
+    samples = make_samples(
+        scored_groups(policy_trainer.arch.vocab_size), config.objective, distill_enabled=distill_nothing
+    )
     batch = build_step(
         [
             dataclasses.replace(sample, advantage=sample.advantage * scale)

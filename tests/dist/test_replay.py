@@ -111,7 +111,7 @@ def forced_logprobs(folder: Path) -> dict[tuple[int, ...], Tensor]:
     found = {}
     for scored in recorded(VOCAB):
         for completion in scored.group.completions:
-            tokens = scored.group.prompt.student_tokens + completion.tokens
+            tokens = (*scored.group.prompt.student_tokens, *completion.tokens.tolist())
             assert completion.experts is not None
             given_TLK = torch.from_numpy(completion.experts)
             with torch.no_grad():

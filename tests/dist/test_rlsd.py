@@ -72,7 +72,7 @@ def trained(folder: Path, overrides: dict[str, Any]) -> tuple[list[dict[str, flo
     )
     groups, metrics = some_right(arch.vocab_size), []
     for step in range(STEPS):
-        found = updater.learn(step, updater.prepare(step, groups))
+        found = updater.update(step, updater.prepare(step, groups))
         metrics.append({name: metric.value for name, metric in found.items()})
     stream = WeightStream(
         policy_trainer.named_weights(), arch, tp_group=ranks.tensor_group, pp_group=ranks.pipeline_group
@@ -98,7 +98,7 @@ def plain_loop(folder: Path, ratio: str, teacher: str = "current") -> tuple[list
     for step in range(STEPS):
         parts = [
             [
-                (g.group.prompt, c.tokens, a)
+                (g.group.prompt, c.tokens.tolist(), a)
                 for g in half
                 for c, a in zip(g.group.completions, g.advantages, strict=True)
             ]

@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_a_dense_twin(model: Path, ranks: Rank
     twin = AutoModelForCausalLM.from_pretrained(model).double()
     twin.config._experts_implementation = "eager"  # grouped products have no float64
     sequences = [
-        torch.tensor([scored.group.prompt.student_tokens + completion.tokens])
+        torch.tensor([[*scored.group.prompt.student_tokens, *completion.tokens]])
         for scored in scored_groups(VOCAB)
         for completion in scored.group.completions
     ]

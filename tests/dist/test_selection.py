@@ -14,6 +14,7 @@ from sdpg_megatron.errors import FilterError
 from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.pool import GroupRewards
 from sdpg_megatron.rollout.base import Abandoned, Bucket, Sampling, Stop
+from tests.completions import make_completion
 from tests.pool import RankPool
 
 HERE = "tests.dist.test_selection"
@@ -30,7 +31,7 @@ class Engine:
 
         def completion(prompt: Prompt, number: int) -> Completion:
             token = zlib.crc32(f"{prompt.uid}/{sampling.seed}/{number}".encode()) % 100
-            return Completion((token,), (-1.0,), "stop", 0, str(token))
+            return make_completion((token,), (-1.0,), "stop", 0, str(token))
 
         return [Group(prompt, tuple(completion(prompt, n) for n in range(sampling.n))) for prompt in prompts]
 
@@ -47,7 +48,7 @@ class Verifiers:
 
     def _reward(self, prompt: Prompt, completion: Completion) -> float:
         kind = int(prompt.uid) % 3
-        return float(kind == 1) if kind else completion.tokens[0] / 100
+        return float(kind == 1) if kind else int(completion.tokens[0]) / 100
 
     def close(self) -> None: ...
 
@@ -92,7 +93,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
             selection = select(ask, 5, filters_of_step, config)
         except FilterError as error:
             return str(error)
-        found.append((selection.kept, dict(selection.left_out), selection.rounds, cursor.state()))
+        found.append((selection.kept, dict(selection.dropped), selection.rounds, cursor.state()))
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.config.load import parse
 from sdpg_megatron.objectives.advantages import group_advantages
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
+from tests.completions import make_completion
 from tests.pool import RankPool
 from tests.tiny import write_tiny_model
 
@@ -65,7 +66,8 @@ def scored_groups(vocab: int, aggregation_seed: int = 0) -> list[ScoredGroup]:
         prompt = Prompt(f"test:{number}", student, tokens(4) + student, "answer")
         responses = [tokens(draw.randint(1, 9)) for _ in range(4)]
         completions = tuple(
-            Completion(response, tuple(draw.uniform(-6, -4) for _ in response), "stop", 0, "") for response in responses
+            make_completion(response, tuple(draw.uniform(-6, -4) for _ in response), "stop", 0, "")
+            for response in responses
         )
         rewards = tuple(float(draw.random() < 0.5) for _ in completions) if number else (1.0,) * 4
         groups.append(ScoredGroup(Group(prompt, completions), rewards, group_advantages(rewards)))

@@ -142,7 +142,7 @@ def plain_loop(folder: Path, name: str) -> tuple[list[float], dict[str, Tensor]]
 
 def halves() -> list[list[tuple[Prompt, Sequence[int]]]]:
     """Prompt and response of the responses of each mini-batch."""
-    samples = [[(g.group.prompt, c.tokens) for c in g.group.completions] for g in scored_groups(300)]
+    samples = [[(g.group.prompt, c.tokens.tolist()) for c in g.group.completions] for g in scored_groups(300)]
     return [samples[0] + samples[1], samples[2] + samples[3]]
 
 

@@ -62,7 +62,7 @@ def test_a_step_goes_on_with_what_it_has(tmp_path: Path) -> None:
     steps = metrics(tmp_path / "run")
     assert [step["selection/kept"] for step in steps] == [1, 1, 0]
     assert [step["optimizer/grad_norm"] > 0 for step in steps] == [True, True, False]
-    warning = "step 0: 1 of 4 groups kept after 4 prompts in 1 rounds, left out: 1 right, 1 wrong, 1 without_zero"
+    warning = "step 0: 1 of 4 groups kept after 4 prompts in 1 rounds, dropped: 1 right, 1 wrong, 1 without_zero"
     assert warning in done.stderr
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class EngineContract:
         sampling = Sampling(n=3, max_tokens=12, temperature=temperature, top_p=top_p, seed=3)
         for prompt, completion in completions(engine.generate(prompts, sampling)):
             logits_NV = response_logits(reference, prompt, completion) / (temperature or 1.0)
-            expected_N = logits_NV.log_softmax(-1)[range(len(completion.tokens)), list(completion.tokens)]
+            expected_N = logits_NV.log_softmax(-1)[range(len(completion.tokens)), completion.tokens]
             found_N = torch.tensor(completion.logprobs)
             torch.testing.assert_close(found_N, expected_N, atol=self.logprob_tolerance, rtol=0)
 
@@ -120,7 +121,7 @@ class EngineContract:
         groups = engine.generate(prompts, Sampling(n=3, max_tokens=4))
         assert [group.prompt for group in groups] == prompts
         assert all(len(group.completions) == 3 for group in groups)
-        assert len({completion.tokens for _, completion in completions(groups)}) > len(prompts), "samples must differ"
+        assert len({tuple(c.tokens) for _, c in completions(groups)}) > len(prompts), "samples must differ"
         assert engine.generate([], Sampling(n=3, max_tokens=4)) == []
 
     def test_stop_and_length(
@@ -132,8 +133,9 @@ class EngineContract:
         limit = 16
         ended_by = set()
         for _, completion in completions(engine.generate(prompts, Sampling(n=100, max_tokens=limit))):
-            *body, last = completion.tokens
+            *body, last = completion.tokens.tolist()
             assert len(completion.logprobs) == len(completion.tokens) <= limit
+            assert (completion.tokens.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
             assert not stops & set(body)
             assert completion.finish_reason == ("stop" if last in stops else "length")
             assert completion.finish_reason == "stop" or len(completion.tokens) == limit
@@ -166,7 +168,7 @@ class EngineContract:
         groups = engine.generate(prompts, Sampling(n=2, max_tokens=8, temperature=0))
         for prompt, completion in completions(groups):
             logits_NV = response_logits(reference, prompt, completion)
-            assert completion.tokens == tuple(logits_NV.argmax(-1).tolist())
+            assert completion.tokens.tolist() == logits_NV.argmax(-1).tolist()
 
     def test_sampling_is_from_the_models_own_distribution(
         self, engine: RolloutEngine, prompts: list[Prompt], reference: Any
@@ -208,7 +210,7 @@ class EngineContract:
         other.load_state_dict(changed, strict=False)
         for prompt, completion in completions(engine.generate(prompts, sampling)):
             logprobs_NV = response_logits(other, prompt, completion).log_softmax(-1)
-            expected_N = logprobs_NV[range(len(completion.tokens)), list(completion.tokens)]
+            expected_N = logprobs_NV[range(len(completion.tokens)), completion.tokens]
             found_N = torch.tensor(completion.logprobs)
             torch.testing.assert_close(found_N, expected_N, atol=self.logprob_tolerance, rtol=0)
         engine.publish(1, stream(weights))
@@ -296,7 +298,7 @@ def completions(groups: Sequence[Group]) -> list[tuple[Prompt, Completion]]:
 def assert_same(before: Sequence[Group], after: Sequence[Group]) -> None:
     """The same tokens; log-probs up to rounding, which may depend on what else is in the batch."""
     for (_, old), (_, new) in zip(completions(before), completions(after), strict=True):
-        assert old.tokens == new.tokens
+        assert old.tokens.tolist() == new.tokens.tolist()
         assert old.logprobs == pytest.approx(new.logprobs, abs=1e-5)
 
 

@@ -31,7 +31,7 @@ def test_the_record_is_what_the_routers_choose(tmp_path: Path, family: Family, l
     model = AutoModelForCausalLM.from_pretrained(folder)
     for group in groups:
         for completion in group.completions:
-            tokens = group.prompt.student_tokens + completion.tokens
+            tokens = [*group.prompt.student_tokens, *completion.tokens]
             logits = model(torch.tensor([tokens[:-1]]), output_router_logits=True).router_logits
             expected_TLK = torch.stack([layer.topk(EXPERTS_PER_TOKEN).indices for layer in logits], dim=1)
             assert completion.experts is not None and completion.experts.dtype == np.uint8

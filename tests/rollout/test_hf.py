@@ -62,7 +62,7 @@ class TestHFEngine(EngineContract):
             found.append(completions(engine.generate(prompts, Sampling(n=2, max_tokens=6, temperature=0))))
         for (_, alone), *others in zip(*found, strict=True):
             for _, together in others:
-                assert alone.tokens == together.tokens
+                assert alone.tokens.tolist() == together.tokens.tolist()
                 assert alone.logprobs == pytest.approx(together.logprobs, abs=1e-4)
 
     def test_it_stops_between_two_tokens(self, engine: RolloutEngine, prompts: list[Prompt]) -> None:

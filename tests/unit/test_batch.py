@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.micro_batches import Limit, balance, plan
-from sdpg_megatron.batching.samples import Sample, nobody
+from sdpg_megatron.batching.samples import Sample, distill_nothing
 from sdpg_megatron.batching.samples import make_samples as samples_of
 from sdpg_megatron.batching.step_batch import StepBatch, build_step, with_corrections
 from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.objectives import build_objective
-from sdpg_megatron.records import Completion, Group, MicroBatch, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, MicroBatch, Prompt, ScoredGroup
+from tests.completions import make_completion
 
 CPU = torch.device("cpu")
 PADDED = PackingLayout(packed=False)
@@ -32,7 +35,7 @@ def make_samples(
     return samples_of(
         groups,
         config,
-        distill_enabled=build_objective(config, 1).distill_enabled if distill else nobody,
+        distill_enabled=build_objective(config, 1).distill_enabled if distill else distill_nothing,
         stop_ids=stop_ids,
     )
 
@@ -40,12 +43,12 @@ def make_samples(
 def sample(prompt: int, response: int, *, teacher: int = 9, gate: bool = False, weight: float = 1.0) -> Sample:
     """Tokens count up from 100 (student), 200 (teacher) and 300 (response)."""
     return Sample(
-        student_prompt=tuple(range(100, 100 + prompt)),
-        teacher_prompt=tuple(range(200, 200 + teacher)),
-        response=tuple(range(300, 300 + response)),
-        logprobs=tuple(-0.5 for _ in range(response)),
+        student_prompt=np.arange(100, 100 + prompt, dtype=np.int32),
+        teacher_prompt=np.arange(200, 200 + teacher, dtype=np.int32),
+        response=np.arange(300, 300 + response, dtype=np.int32),
+        logprobs=np.full(response, -0.5, np.float32),
         advantage=1.0 if gate else -1.0,
-        gates=(gate,) * response,
+        gates=np.full(response, gate),
         weight=weight,
     )
 
@@ -183,14 +186,14 @@ def test_a_bound_on_tokens_counts_what_context_parallel_ranks_pad(size: int) -> 
 def test_a_plan_reads_the_gates_of_a_response_once() -> None:
     """Thousands of long responses, and a try for each number of micro-batches: all ranks wait for this."""
 
-    class Gates(tuple[bool, ...]):
+    class Gates(np.ndarray[Any, Any]):
         reads = 0
 
-        def __iter__(self) -> Iterator[bool]:
+        def any(self, *args: Any, **kwargs: Any) -> Any:
             Gates.reads += 1
-            return super().__iter__()
+            return super().any(*args, **kwargs)
 
-    samples = [dataclasses.replace(sample(3, 40), gates=Gates((False,) * 40)) for _ in range(30)]
+    samples = [dataclasses.replace(sample(3, 40), gates=np.zeros(40, bool).view(Gates)) for _ in range(30)]
     (parts,) = plan(samples, 1, Limit(1, 60), alike=False)
     assert len(parts) == 30  # no two fit, though two thirds as many micro-batches would hold the tokens
     assert Gates.reads == 30
@@ -226,9 +229,28 @@ def test_ranks_get_like_loads() -> None:
     assert max(loads) < max(unbalanced)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 8])
+@pytest.mark.parametrize("room", [None, 8, 20])
+def test_samples_are_dealt_by_cost_to_the_part_of_least_cost(parts: int, room: int | None) -> None:
+    """The reference counts a sample's tokens one by one, and looks at all parts for each sample."""
+    samples = [dataclasses.replace(one, unit=3) for one in some_samples(24)]
+    if room is not None and parts * room < len(samples):
+        room = len(samples)
+
+    def cost(one: Sample) -> int:
+        sides = [one.student_prompt, one.teacher_prompt] if any(one.gates) else [one.student_prompt]
+        return sum(math.ceil(sum(1 for _ in [*prompt, *one.response]) / 3) * 3 for prompt in sides)
+
+    expected: list[list[Sample]] = [[] for _ in range(parts)]
+    for one in sorted(samples, key=cost, reverse=True):
+        open_parts = [part for part in expected if room is None or len(part) < room]
+        min(open_parts, key=lambda part: sum(map(cost, part))).append(one)
+    assert balance(samples, parts, room=room) == expected
+
+
 def group(rewards: list[float], lengths: list[int]) -> ScoredGroup:
     prompt = Prompt("p", (1, 2), (3, 4, 5), "answer")
-    completions = tuple(Completion((7,) * n, (-1.0,) * n, "stop", 0, "") for n in lengths)
+    completions = tuple(make_completion((7,) * n, (-1.0,) * n, "stop", 0, "") for n in lengths)
     mean = sum(rewards) / len(rewards)
     return ScoredGroup(Group(prompt, completions), tuple(rewards), tuple(r - mean for r in rewards))
 
@@ -278,7 +300,7 @@ def stopping(rewards: list[float], responses: list[tuple[int, ...]]) -> ScoredGr
     """A group of given responses."""
     scored = group(rewards, [len(tokens) for tokens in responses])
     completions = tuple(
-        dataclasses.replace(completion, tokens=tokens)
+        dataclasses.replace(completion, tokens=np.array(tokens, np.int32))
         for completion, tokens in zip(scored.group.completions, responses, strict=True)
     )
     return dataclasses.replace(scored, group=Group(scored.group.prompt, completions))
@@ -346,8 +368,8 @@ def test_distill_scale_counts_gated_tokens_alone() -> None:
 
 def test_distill_scale_weighs_gated_tokens_as_the_loss_does() -> None:
     samples = [
-        dataclasses.replace(sample(2, 3, weight=2.0), gates=(True, False, True)),
-        dataclasses.replace(sample(2, 4, weight=0.5), gates=(False, False, False, True)),
+        dataclasses.replace(sample(2, 3, weight=2.0), gates=np.array([True, False, True])),
+        dataclasses.replace(sample(2, 4, weight=0.5), gates=np.array([False, False, False, True])),
     ]
     assert step_of(samples).distill_scale == pytest.approx((3 * 2 + 4 * 0.5) / (2 * 2 + 0.5))
 

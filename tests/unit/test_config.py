@@ -125,6 +125,7 @@ def test_the_last_override_wins(minimal: Path) -> None:
         ("rollout.sglang.data=2", ["rollout.sglang.transport: found 'broadcast'", "expected disk"]),
         ("objective.clip_low=1", ["objective.clip_low: found 1", "below 1"]),
         ("objective.contrast=0.5", ["objective.contrast", "remove it"]),
+        ("rollout.sglang.transport=dsk", ["rollout.sglang.transport: found 'dsk'", "did you mean 'disk'"]),
         ("rollout.sglang.sink=disk", ["rollout.sglang.sink", "use rollout.sglang.transport"]),
         ("objective.dual_clip=1", ["objective.dual_clip: found 1", "over 1"]),
         ("objective.reference=kl", ["objective.reference: found 'kl'", "'urkl'", "'rkl'"]),

@@ -16,8 +16,9 @@ from sdpg_megatron.config import DataConfig, RewardConfig
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.data.source import load_prompts
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
+from tests.completions import make_completion
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +172,7 @@ def test_the_tasks_score_themselves_in_the_pool() -> None:
         Group(
             prompt,
             tuple(
-                Completion((5,), (-1.0,), "stop", 0, text)
+                make_completion((5,), (-1.0,), "stop", 0, text)
                 for text in (
                     prompt.answer,
                     f"Well. <answer>no</answer> <answer> {prompt.answer} </answer> Done.",

@@ -14,12 +14,13 @@ from sdpg_megatron.config.load import load_config, parse
 from sdpg_megatron.data import source as data_source
 from sdpg_megatron.errors import ConfigError, DataError, VerifierError
 from sdpg_megatron.evaluation.problems import by_file
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.rollout.base import Sampling
 from sdpg_megatron.train.eval_command import load_prompts
 from sdpg_megatron.train.evaluate import evaluate, metrics
 from sdpg_megatron.train.held_out import evaluations_after
 from sdpg_megatron.train.inputs import ModelInputs
+from tests.completions import make_completion
 from tests.e2e.runs import ROOT
 from tests.tiny import tiny_tokenizer
 
@@ -35,7 +36,7 @@ class Recorder:
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, *, extract: bool = False) -> list[ScoredGroup]:
         self.asked.append(([prompt.uid for prompt in prompts], sampling, extract))
-        completions = (Completion((5,), (-1.0,), "stop", 0, "5"),) * sampling.n
+        completions = (make_completion((5,), (-1.0,), "stop", 0, "5"),) * sampling.n
         rewards = (1.0,) + (0.0,) * (sampling.n - 1)
         return [ScoredGroup(Group(p, completions), rewards, rewards, 0, ("5",) * sampling.n) for p in prompts]
 

@@ -19,7 +19,8 @@ from sdpg_megatron.evaluation.problems import EvalSamples, Problem, as_lines, by
 from sdpg_megatron.evaluation.results import Evaluation, Request, Results, limit_responses, read_request
 from sdpg_megatron.evaluation.scores import per_problem, score
 from sdpg_megatron.evaluation.table import scores_table, show
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
+from tests.completions import make_completion
 
 
 def config(**evaluation: Any) -> RunConfig:
@@ -88,7 +89,10 @@ def test_without_answers_there_is_no_majority() -> None:
 
 def test_what_is_kept_of_a_group() -> None:
     (prompt,) = prompts(count=1)
-    completions = (Completion((5, 6), (-1.0, -1.0), "length", 0, "7 8"), Completion((5,), (-1.0,), "stop", 0, "9"))
+    completions = (
+        make_completion((5, 6), (-1.0, -1.0), "length", 0, "7 8"),
+        make_completion((5,), (-1.0,), "stop", 0, "9"),
+    )
     sampled = ScoredGroup(Group(prompt, completions), (1.0, 0.0), (0.0, 0.0), 1, ("8", "9"))
     greedy = ScoredGroup(Group(prompt, completions[1:]), (0.0,), (0.0,))
     found = Problem.of(sampled, greedy, responses=True)

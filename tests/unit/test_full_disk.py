@@ -20,9 +20,10 @@ from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.summary import Summary, write_summary
 from sdpg_megatron.observe.truncate import beyond, truncate_lines
 from sdpg_megatron.observe.writers import JsonlWriter, TensorBoardWriter, open_writers, read_metrics
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.runtime.run_lock import RunLock
 from sdpg_megatron.weights import write_folder
+from tests.completions import make_completion
 from tests.disk import files_end_at
 from tests.tiny import write_tiny_model
 
@@ -39,7 +40,9 @@ def evaluate(run: Path) -> None:
 
 
 GROUPS = [
-    ScoredGroup(Group(Prompt("a:1", (1,), (1,), "2"), (Completion((3,), (-1.0,), "stop", 0, "2"),)), (1.0,), (0.0,))
+    ScoredGroup(
+        Group(Prompt("a:1", (1,), (1,), "2"), (make_completion((3,), (-1.0,), "stop", 0, "2"),)), (1.0,), (0.0,)
+    )
 ]
 ACTS: dict[str, Act] = {
     "metrics.jsonl": lambda run: JsonlWriter(run / "metrics.jsonl").write(1, {"a": 0.5}),

@@ -39,9 +39,10 @@ from sdpg_megatron.data.examples import parse_row
 from sdpg_megatron.data.readers import read_rows
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.objectives.advantages import group_advantages
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.weights import read_folder
 from sdpg_megatron.weights.map import hf_shapes
+from tests.completions import make_completion
 from tests.tiny import write_tiny_model
 
 FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -379,7 +380,7 @@ class Prompts:
 @given(data=st.data())
 def test_responses_that_were_drawn_ahead(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "drawn.safetensors"
-    completion = Completion((5, 6), (-0.1, -0.2), "stop", 4, "five", np.zeros((3, 2, 2), np.uint8))
+    completion = make_completion((5, 6), (-0.1, -0.2), "stop", 4, "five", np.zeros((3, 2, 2), np.uint8))
     group = Group(Prompts()[2], (completion, completion))
     write_prefetched(
         path, PrefetchedRollouts((2,), (ScoredGroup(group, (1.0, 0.0), group_advantages((1.0, 0.0)), failures=0),))

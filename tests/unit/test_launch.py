@@ -136,7 +136,7 @@ def test_a_machine_that_ended_and_is_started_again_is_no_second_one(tmp_path: Pa
     async def scene() -> list[LaunchPlan | LaunchError]:
         port = two_free_ports()
         first = asyncio.create_task(come(node_info(0, nodes=3), port, tmp_path))
-        connection = await rendezvous._reach(HERE, port + 1, 20.0)
+        connection = await rendezvous._connect(HERE, port + 1, 20.0)
         connection.send(**asdict(node_info(1, nodes=3)))
         await asyncio.sleep(0.2)
         await connection.close()
@@ -187,7 +187,10 @@ def test_servers_of_both_kinds_are_refused(tmp_path: Path) -> None:
 def test_machine_0_leaves_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int, left: str | None
 ) -> None:
-    monkeypatch.setattr(entry, "run", lambda _: 75)
+    async def run(machine: Machine) -> int:
+        return 75
+
+    monkeypatch.setattr(Machine, "run", run)
     connection = (
         f"--nodes 2 --node {node} --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
     )
@@ -202,7 +205,12 @@ def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Machine] = []
-    monkeypatch.setattr(entry, "run", lambda machine: started.append(machine) or 0)
+
+    async def run(machine: Machine) -> int:
+        started.append(machine)
+        return 0
+
+    monkeypatch.setattr(Machine, "run", run)
     connection = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
     config = str(write_config(tmp_path))
     assert entry.main([*connection.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
@@ -291,7 +299,7 @@ def test_machines_that_stop_together_have_no_quarrel() -> None:
         async with AsyncExitStack() as stack:
             first, second = await liveness_of_all(2, 60.0, stack)
             second.stop(15)
-            await soon(lambda: first.asked == 15)
+            await soon(lambda: first.stop_signal == 15)
             first.end(75)
             assert await soon(lambda: second.ended.get(0)) == 75
             assert second.abort_reason() is None

@@ -13,7 +13,8 @@ from sdpg_megatron.config import DataConfig, ObjectiveConfig
 from sdpg_megatron.data.render import Renderer
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.objectives import build_objective
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
+from tests.completions import make_completion
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = "{question}|{context}|{answer}"
@@ -34,7 +35,7 @@ def group(*rewards: float, texts: tuple[str, ...] = ("zero", "one", "two", "thre
     history = ({"role": "system", "content": "Be brief."},)
     prompt = Prompt("p", (1, 2), (3, 4, 5), "46", question="12 + 34?", history=history)
     completions = tuple(
-        Completion((7, 8), (-1.0, -1.0), "stop", 0, text) for text, _ in zip(texts, rewards, strict=False)
+        make_completion((7, 8), (-1.0, -1.0), "stop", 0, text) for text, _ in zip(texts, rewards, strict=False)
     )
     return ScoredGroup(Group(prompt, completions), rewards, tuple(r - 0.5 for r in rewards))
 
@@ -119,7 +120,7 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
     groups = with_peers([group(0, 1, 0), group(0, 0)], renderer, 1.0, 999)
     samples = make_samples(groups, SDPO, distill_enabled=build_objective(SDPO, 1).distill_enabled, outcome=False)
     assert [s.gate for s in samples] == [True, False, True, False, False]
-    assert samples[0].teacher_prompt == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
+    assert tuple(samples[0].teacher_prompt) == groups[0].teacher_prompt(0) != groups[0].group.prompt.teacher_tokens
     batch = collate(samples, PackingLayout(packed=False))
     assert batch.teacher is not None and batch.teacher.tokens_BS.shape[0] == 2
     assert batch.gates_T.tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0]
@@ -130,4 +131,4 @@ def test_what_is_without_context_is_not_distilled_and_is_counted(renderer: Rende
 def test_without_peers_the_teacher_reads_what_the_data_says() -> None:
     scored = group(1, 0)
     samples = make_samples([scored], SDPO, distill_enabled=build_objective(SDPO, 1).distill_enabled)
-    assert [s.teacher_prompt for s in samples] == [(3, 4, 5)] * 2
+    assert [s.teacher_prompt.tolist() for s in samples] == [[3, 4, 5]] * 2

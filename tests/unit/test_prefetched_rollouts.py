@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sdpg_megatron.checkpoint.files import FileSum
 from sdpg_megatron.checkpoint.prefetched_rollouts import (
@@ -20,9 +21,10 @@ from sdpg_megatron.checkpoint.state import RunState
 from sdpg_megatron.config.load import load_config
 from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.train.start import Start
 from sdpg_megatron.train.state import TrainState
+from tests.completions import make_completion
 from tests.disk import files_end_at
 from tests.e2e.runs import ROOT
 
@@ -40,8 +42,8 @@ class Source:
 def responses(index: int, routed: bool) -> ScoredGroup:
     experts = np.arange(12, dtype=np.uint8).reshape(3, 2, 2) + index if routed else None
     completions = (
-        Completion((5, 6, index), (-0.1, -1 / 3, -1e-30), "stop", 4, 'five, "six"\nΩ', experts),
-        Completion((7,), (-2.5,), "length", 5, "", None),
+        make_completion((5, 6, index), (-0.1, -1 / 3, -1e-30), "stop", 4, 'five, "six"\nΩ', experts),
+        make_completion((7,), (-2.5,), "length", 5, "", None),
     )
     rewards = (1.0, 1 / 7)
     group = Group(Source()[index], completions)
@@ -61,6 +63,16 @@ def test_what_is_written_is_read(tmp_path: Path, routed: bool) -> None:
                 assert after.experts is None
             else:
                 np.testing.assert_array_equal(before.experts, after.experts, strict=True)
+
+
+def test_files_with_wider_numbers_are_read(tmp_path: Path) -> None:
+    """Earlier versions wrote int64 tokens and float64 log-probs."""
+    prefetched = PrefetchedRollouts((8,), (responses(8, False),))
+    write_prefetched(tmp_path / "prefetched", prefetched)
+    arrays = load_file(tmp_path / "prefetched")
+    arrays |= {"tokens": arrays["tokens"].astype(np.int64), "logprobs": arrays["logprobs"].astype(np.float64)}
+    save_file(arrays, tmp_path / "wide")
+    assert read_prefetched(tmp_path / "wide", Source()) == prefetched
 
 
 def test_prompts_alone_are_read_too(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError, VerifierError
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.failures import check_failures
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
+from tests.completions import make_completion
 
 FAILURE_REWARD = -0.5
 TIMEOUT = 1.0
@@ -60,7 +61,7 @@ extracting.extract = extract
 
 def group(uid: str, *texts: str, answer: str = "1") -> Group:
     prompt = Prompt(uid=uid, student_tokens=(1,), teacher_tokens=(1,), answer=answer, metadata={"level": 3})
-    return Group(prompt, tuple(Completion((5,), (-1.0,), "stop", 0, text) for text in texts))
+    return Group(prompt, tuple(make_completion((5,), (-1.0,), "stop", 0, text) for text in texts))
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.shaping import Shaping, overlong_penalty
 from sdpg_megatron.train.collect import Collector
 from sdpg_megatron.train.rollouts import describe, with_shaping
+from tests.completions import make_completion
 
 LIMIT = 20
 
 
 def completion(length: int) -> Completion:
-    return Completion((5,) * length, (-1.0,) * length, "length" if length >= LIMIT else "stop", 0, "")
+    return make_completion((5,) * length, (-1.0,) * length, "length" if length >= LIMIT else "stop", 0, "")
 
 
 def group(rewards: tuple[float, ...], lengths: tuple[int, ...]) -> ScoredGroup:
@@ -91,8 +92,8 @@ def test_nothing_is_reported_where_nothing_is_done() -> None:
 
 def test_the_stop_probability_is_that_of_the_tokens_that_ended_responses() -> None:
     prompt = Prompt("test:1", (1,), (1,), "")
-    stopped = Completion((5, 2), (-9.0, -0.5), "stop", 0, "")
-    cut = Completion((5, 6), (-9.0, -7.0), "length", 0, "")
+    stopped = make_completion((5, 2), (-9.0, -0.5), "stop", 0, "")
+    cut = make_completion((5, 6), (-9.0, -7.0), "length", 0, "")
     shaping = Shaping.build(RewardConfig(), LIMIT)
     scored = [ScoredGroup(Group(prompt, pair), (0.0, 0.0), (0.0, 0.0)) for pair in [(stopped, cut), (cut, cut)]]
     found = merge([describe(scored, shaping)])["rollout/stop_probability"]

@@ -11,11 +11,12 @@ import pytest
 
 from sdpg_megatron.config import RewardConfig
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.records import Completion, Group, Prompt
+from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rewards import answer_line
 from sdpg_megatron.rewards.base import Extracting
 from sdpg_megatron.rewards.load import load_verifier
 from sdpg_megatron.rewards.pool import GroupRewards, VerifierPool
+from tests.completions import make_completion
 
 pytest.importorskip("math_verify", reason="needs math-verify: pip install -e '.[math]'")
 
@@ -89,7 +90,7 @@ BOMBS = (r"9^{9^{9^{9}}}", "((10!)!)!", r"\frac{" * 20 + "1" + r"}{2}" * 20)
 
 def group(answer: str, responses: Sequence[str], uid: str = "a:1") -> Group:
     prompt = Prompt(uid=uid, student_tokens=(1,), teacher_tokens=(1,), answer=answer)
-    return Group(prompt, tuple(Completion((5,), (-1.0,), "stop", 0, text) for text in responses))
+    return Group(prompt, tuple(make_completion((5,), (-1.0,), "stop", 0, text) for text in responses))
 
 
 def wrong(pool: VerifierPool, cases: Sequence[tuple[str, str, bool]]) -> list[tuple[str, str, GroupRewards]]:

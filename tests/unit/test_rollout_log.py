@@ -13,13 +13,14 @@ from sdpg_megatron.errors import WriteError
 from sdpg_megatron.observe.files import json_line
 from sdpg_megatron.observe.rollout_log import RolloutLog
 from sdpg_megatron.observe.writers import truncate_records
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
+from tests.completions import make_completion
 from tests.disk import files_end_at
 
 
 def scored(number: int, *texts: str, history: tuple[dict[str, str], ...] = ()) -> ScoredGroup:
     prompt = Prompt(f"a.jsonl:{number}", (1,), (1,), "7", question="3 + 4?", history=history)
-    completions = tuple(Completion((5, 6), (-1.0, -1.0), "stop", 2, text) for text in texts)
+    completions = tuple(make_completion((5, 6), (-1.0, -1.0), "stop", 2, text) for text in texts)
     rewards = tuple(float(n) for n in range(len(texts)))
     return ScoredGroup(Group(prompt, completions), rewards, tuple(r - 0.5 for r in rewards))
 

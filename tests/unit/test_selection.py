@@ -10,15 +10,16 @@ import pytest
 from sdpg_megatron.config import SelectionConfig
 from sdpg_megatron.errors import ConfigError, FilterError
 from sdpg_megatron.observe.metrics import Reduction
-from sdpg_megatron.records import Completion, Group, Prompt, ScoredGroup
+from sdpg_megatron.records import Group, Prompt, ScoredGroup
 from sdpg_megatron.rewards.filters import equal_rewards, is_kept, load_filters
 from sdpg_megatron.train.selection import GroupFilterChain, Selection, select
+from tests.completions import make_completion
 
 LIVE, RIGHT, WRONG = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
 
 def group(number: int, rewards: tuple[float, ...], advantages: tuple[float, ...] | None = None) -> ScoredGroup:
-    completion = Completion((5,), (-1.0,), "stop", 0, "")
+    completion = make_completion((5,), (-1.0,), "stop", 0, "")
     mean = sum(rewards) / len(rewards)
     found = tuple(reward - mean for reward in rewards) if advantages is None else advantages
     return ScoredGroup(Group(Prompt(f"test:{number}", (1,), (1,), ""), (completion,) * len(rewards)), rewards, found)
@@ -46,8 +47,8 @@ def test_a_step_is_filled_with_further_prompts() -> None:
     found, calls = run([LIVE, RIGHT, WRONG, WRONG], 4, drop_dead=True)
     assert calls == [(4, 0), (3, 1), (2, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
     assert numbers(found.kept) == [0, 4, 8, 12]
-    assert numbers(found.asked) == list(range(13))
-    assert found.left_out == {"right": 3, "wrong": 6, "level": 0, "surplus": 0}
+    assert numbers(found.generated) == list(range(13))
+    assert found.dropped == {"right": 3, "wrong": 6, "level": 0, "surplus": 0}
     metrics = found.metrics()
     assert {name: metric.value for name, metric in metrics.items()} == {
         "selection/prompts": 13, "selection/kept": 4, "selection/rounds": 7, "selection/dropped_right": 3,
@@ -66,9 +67,9 @@ def test_the_bound_ends_it_with_what_there_is() -> None:
     found, calls = run([WRONG, WRONG, LIVE], 3, drop_dead=True, max_rounds=2)
     assert [number for _, number in calls] == [0, 1]
     assert numbers(found.kept) == [2]
-    assert (found.rounds, len(found.asked)) == (2, 5)
+    assert (found.rounds, len(found.generated)) == (2, 5)
     nothing, _ = run([RIGHT], 3, drop_dead=True, max_rounds=2)
-    assert (nothing.kept, nothing.left_out["right"]) == ([], 6)
+    assert (nothing.kept, nothing.dropped["right"]) == ([], 6)
 
 
 def test_oversampling_saves_rounds_and_leaves_out_what_is_too_much() -> None:
@@ -78,7 +79,7 @@ def test_oversampling_saves_rounds_and_leaves_out_what_is_too_much() -> None:
     found, calls = run([LIVE], 4, drop_dead=True, oversample=1.5)
     assert calls == [(6, 0)]
     assert numbers(found.kept) == [0, 1, 2, 3]
-    assert found.left_out["surplus"] == 2
+    assert found.dropped["surplus"] == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sdpg_megatron.config import SGLangConfig
-from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes
+from sdpg_megatron.errors import ConfigError
+from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_processes, make_transport
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.server import Launch, environment
 from tests.sglang_fakes import Misbehaving, good
@@ -109,3 +110,27 @@ def test_requests_to_servers_go_through_no_proxy(monkeypatch: pytest.MonkeyPatch
             await client.close()
 
     asyncio.run(ask())
+
+
+TRANSPORT = """
+from sdpg_megatron.rollout.transports import DiskTransport
+class Mine(DiskTransport):
+    def __init__(self, config, source_folder, run_dir):
+        super().__init__(folder=run_dir / "mine", source_folder=source_folder, shard_bytes=config.bucket_mib << 20)
+class Incomplete:
+    in_session = False
+"""
+
+
+def test_a_transport_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_transport.py").write_text(TRANSPORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    model: Any = type("Model", (), {"folder": tmp_path / "model", "device": "cpu"})
+
+    def make(name: str) -> Any:
+        config = SGLangConfig(transport=f"own_transport:{name}")
+        return make_transport(config, model, run_dir=tmp_path, nonce="")
+
+    assert make("Mine")._folder == tmp_path / "mine"
+    with pytest.raises(ConfigError, match=r"rollout\.sglang\.transport: .*lacks open, allocate, pack"):
+        make("Incomplete")

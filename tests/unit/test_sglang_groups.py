@@ -216,7 +216,7 @@ def test_a_group_with_an_aborted_response_is_asked_for_whole() -> None:
         async with opened(server) as pool:
             (group,) = await collect(pool, 1)
         assert len(server.asked) == 2
-        assert [completion.tokens for completion in group.completions] == [(5, 6)] * 2
+        assert [completion.tokens.tolist() for completion in group.completions] == [[5, 6]] * 2
 
     run(test)
 

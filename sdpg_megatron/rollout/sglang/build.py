@@ -12,6 +12,7 @@ import torch
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.config import SGLangConfig
+from sdpg_megatron.config.external import load_object
 from sdpg_megatron.errors import ConfigError, RolloutError
 from sdpg_megatron.process.rank_environment import RankEnvironment
 from sdpg_megatron.rollout.sglang.client import Client, Timeouts
@@ -184,3 +185,16 @@ def make_transport(config: SGLangConfig, model: ServedModel, *, run_dir: Path, n
         case "disk":
             folder = config.folder or run_dir / PUBLISH_FOLDER
             return DiskTransport(folder=folder, source_folder=model.folder, shard_bytes=config.bucket_mib << 20)
+        case external:
+            return _external_transport(external, config, model.folder, run_dir)
+
+
+def _external_transport(spec: str, config: SGLangConfig, source_folder: Path, run_dir: Path) -> Transport:
+    """Build a transport of the user's, as ``Class(config, source_folder, run_dir)``. Raises `ConfigError`."""
+    kind = load_object("rollout.sglang.transport", spec)
+    needed = ("in_session", "open", "allocate", "pack", "finish", "close", "dispose")
+    if missing := [name for name in needed if not hasattr(kind, name)]:
+        expected = f"a class with the members of sdpg_megatron.Transport (it lacks {', '.join(missing)})"
+        raise ConfigError("rollout.sglang.transport", spec, expected, "add them")
+    transport: Transport = kind(config, source_folder, run_dir)
+    return transport

@@ -157,8 +157,8 @@ class GroupSource:
         if sample.experts is not None:
             experts = compact(np.frombuffer(sample.experts, "<i4").reshape(tokens, self.layers, -1))
         return Completion(
-            tokens=sample.tokens,
-            logprobs=sample.logprobs,
+            tokens=np.array(sample.tokens, np.int32),
+            logprobs=np.array(sample.logprobs, np.float32),
             finish_reason=sample.finish_reason,
             weight_version=version,
             text=self.tokenizer.decode(sample.tokens, skip_special_tokens=True),
