@@ -21,7 +21,8 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, State
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
+from sdpg_megatron.rollout.sglang.server_handle import ServerState as State
 from tests.rollout.contract import completions, prompts_of, stream, versions
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, handles, wait_until_gone
 from tests.sglang.served import served_model
