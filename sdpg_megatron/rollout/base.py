@@ -108,11 +108,8 @@ class SharedEngine(RolloutEngine, Protocol):
         ...
 
     def verify(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Verify the weights of every server that serves `version` by publishing the stream again.
-
-        Raises:
-            WeightError: they differ; names servers and parameters.
-        """
+        """Verify the weights of every server that serves `version` by publishing the stream again. Raises `WeightError`
+        naming servers and parameters that differ."""
         ...
 
     def release(self) -> None:

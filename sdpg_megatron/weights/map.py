@@ -131,11 +131,8 @@ def _is_held(parameter: Parameter, share: ExpertShare) -> bool:
 
 
 def check_covered(tensors: Iterable[str], parameters: Mapping[str, Parameter], names: Iterable[str]) -> None:
-    """Check that the parameters `names` hold all of `tensors`.
-
-    Raises:
-        WeightError: naming the first tensor that is in none of them, and its parameter.
-    """
+    """Check that the parameters `names` hold all of `tensors`. Raises `WeightError` naming the first tensor that is in
+    none of them, and its parameter."""
     covered = {tensor for name in names for tensor in parameters[name].tensors}
     for tensor in tensors:
         if tensor not in covered:

@@ -21,7 +21,8 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Sampling, WeightsWanted
 from sdpg_megatron.rollout.sglang.engine import SGLangEngine
-from sdpg_megatron.rollout.sglang.server_handle import ServerHandle, ServerState
+from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
+from sdpg_megatron.rollout.sglang.server_handle import ServerState as State
 from tests.rollout.contract import completions, prompts_of, stream, versions
 from tests.sglang.conftest import CPU_ARGUMENTS, START_LIMIT, handles, wait_until_gone
 from tests.sglang.served import served_model
@@ -120,7 +121,7 @@ def hang(handle: ServerHandle) -> None:
         process.send_signal(signal.SIGSTOP)
 
 
-def wait_for(handle: ServerHandle, state: ServerState) -> None:
+def wait_for(handle: ServerHandle, state: State) -> None:
     deadline = time.monotonic() + START_LIMIT
     while handle.state is not state:
         assert time.monotonic() < deadline, f"{handle.state} after {START_LIMIT:g} s: {handle.reason}"
@@ -143,8 +144,8 @@ def test_when_a_server_is_killed_the_other_takes_over(
     groups = engine.generate(questions, SAMPLING)
     assert trigger.action is None
     assert_whole(groups, questions, 1)
-    assert victim.state in (ServerState.LOST, ServerState.STARTING) and victim.reason
-    assert other.state is ServerState.READY
+    assert victim.state in (State.LOST, State.STARTING) and victim.reason
+    assert other.state is State.READY
 
 
 def test_when_the_last_server_hangs_the_weights_are_wanted_and_nothing_is_lost(
@@ -156,11 +157,11 @@ def test_when_the_last_server_hangs_the_weights_are_wanted_and_nothing_is_lost(
     with pytest.raises(WeightsWanted) as wanted:
         engine.generate(questions, SAMPLING)
     assert "health" in victim.reason
-    assert back.state is ServerState.WAITING
+    assert back.state is State.WAITING
     done = wanted.value.done
     assert 3 <= len(done) < COUNT
     engine.publish(1, stream(trained))
-    assert back.state is ServerState.READY
+    assert back.state is State.READY
     rest = [place for place in range(COUNT) if place not in done]
     found = engine.generate([questions[place] for place in rest], SAMPLING)
     whole = {**done, **dict(zip(rest, found, strict=True))}
@@ -171,10 +172,10 @@ def test_servers_that_were_started_anew_get_weights_and_serve(
     engine: SGLangEngine, questions: list[Prompt], trained: dict[str, Tensor], trigger: Trigger
 ) -> None:
     for handle in servers(engine):
-        if handle.state is not ServerState.READY:
-            wait_for(handle, ServerState.WAITING)
+        if handle.state is not State.READY:
+            wait_for(handle, State.WAITING)
     engine.publish(2, stream(trained))
-    assert [handle.state for handle in servers(engine)] == [ServerState.READY] * 2
+    assert [handle.state for handle in servers(engine)] == [State.READY] * 2
     engine.verify(2, stream(trained))
     running: list[list[int]] = []
     trigger.set(1, lambda: running.append([handle.running for handle in servers(engine)]))
@@ -198,5 +199,5 @@ def test_a_hanging_server_is_given_up_in_time(
     (lost,) = (record.created for record in caplog.records if "is lost" in record.message)
     assert lost - times[0] < FENCED
     assert_whole(groups, questions, 2)
-    assert victim.state in (ServerState.LOST, ServerState.STARTING) and "health" in victim.reason
-    assert other.state is ServerState.READY
+    assert victim.state in (State.LOST, State.STARTING) and "health" in victim.reason
+    assert other.state is State.READY

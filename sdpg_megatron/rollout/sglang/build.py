@@ -119,11 +119,8 @@ def make_processes(
 
 
 def first_gpu(config: SGLangConfig, environment: RankEnvironment) -> int:
-    """Device number of the first started server, after the trainer's ranks by default.
-
-    Raises:
-        ConfigError: the number of the trainer's ranks on this machine is unknown.
-    """
+    """Device number of the first started server, after the trainer's ranks by default. Raises `ConfigError` if the
+    number of the trainer's ranks on this machine is unknown."""
     if config.first_gpu is not None:
         return config.first_gpu
     if config.colocated:
@@ -154,11 +151,8 @@ async def make_pool(
 
 
 async def make_router(config: SGLangConfig, keys: Keys) -> Client | None:
-    """Make a client of the configured router, if any; run in its event loop.
-
-    Raises:
-        RolloutError: the router does not answer.
-    """
+    """Make a client of the configured router, if any; run in its event loop. Raises `RolloutError` if the router does
+    not answer."""
     if config.router is None:
         return None
     client = _make_client(config.router, config, keys)

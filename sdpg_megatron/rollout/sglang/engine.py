@@ -14,11 +14,11 @@ from sdpg_megatron.config import SGLangConfig
 from sdpg_megatron.errors import ConfigError, RolloutError, ServerError, WeightError
 from sdpg_megatron.records import Group, Prompt
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Sampling, Stop, WeightsWanted, never
-from sdpg_megatron.rollout.sglang import memory
 from sdpg_megatron.rollout.sglang.build import Keys, ServedModel, make_pool, make_processes, make_router, make_transport
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread, unless
 from sdpg_megatron.rollout.sglang.groups import GroupSource
+from sdpg_megatron.rollout.sglang.pool import Pool
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport, WeightsChangedError
 from sdpg_megatron.rollout.sglang.server_handle import ServerHandle
 from sdpg_megatron.weights import hf_shapes
@@ -26,6 +26,12 @@ from sdpg_megatron.weights import hf_shapes
 __all__ = ["SGLangEngine", "ServedModel"]
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights"
+MEMORY = frozenset({WEIGHTS, "kv_cache", "cuda_graph"})
+"""SGLang's tags of releasable memory."""
+IDLE_SECONDS = 30.0
+"""Time for a paused server to become idle."""
 
 
 class SGLangEngine:
@@ -136,7 +142,7 @@ class SGLangEngine:
         self._version = -1
         handles = thread.run(self._targets(wire, current=verify))
         clients = [handle.client for handle in handles]
-        prepare = partial(memory.take_rest, self._pool)
+        prepare = partial(allocate_rest, self._pool)
         report = self._publisher.publish(clients, wire, buckets, prepare=prepare, verify=verify)
         thread.run(self._settle(handles, report))
         self._count_fruitless(report)
@@ -199,11 +205,11 @@ class SGLangEngine:
         """
         thread = self._open()
         self._version = -1
-        thread.run(memory.release(self._pool))
+        thread.run(release_memory(self._pool))
 
     def resume(self) -> None:
         """Allocate the servers' memory for weights; `publish` allocates the KV cache."""
-        self._open().run(memory.resume(self._pool))
+        self._open().run(resume_memory(self._pool))
 
     # --- in the loop
 
@@ -253,3 +259,55 @@ class SGLangEngine:
         if self._fruitless >= self._config.attempts:
             reasons = "\n".join(f"{client.url}: {error}" for client, error in report.failures.items())
             raise RolloutError(f"{self._fruitless} publishes in a row reached no server; the last:\n{reasons}")
+
+
+# --- memory of servers that share the trainer's devices
+#
+#   release: pause, wait until idle, release all             the trainer loads its state, trains, offloads it
+#   resume:  allocate the weights' memory                     without content
+#   publish: send the weights, then allocate the rest         the KV cache is empty
+#
+# SGLang's scheduler exits if memory is released while requests run, or allocated twice: a server without memory
+# stays paused, and its `ServerHandle` records the released parts.
+# Source: sglang.srt.managers.scheduler_components.weight_updater of SGLang 0.5.23.
+
+
+async def release_memory(pool: Pool) -> None:
+    """Release the memory of every server. A server that fails is lost, and restarted only after `resume`."""
+    pool.hold_starts(True)
+    await pool.settled()
+    pool.expect(None)
+    await asyncio.gather(*(_release(pool, handle) for handle in pool.targets() if not handle.released))
+    await pool.ended()
+
+
+async def _release(pool: Pool, handle: ServerHandle) -> None:
+    try:
+        await handle.client.pause()
+        await handle.client.flush_cache(wait=IDLE_SECONDS)
+        await handle.client.release_memory(sorted(MEMORY))
+        handle.released = MEMORY
+    except ServerError as error:
+        pool.mark_lost(handle, f"could not give its memory back: {error}")
+
+
+async def resume_memory(pool: Pool) -> None:
+    """Allocate the weights' memory on the servers, and allow restarts of lost ones."""
+    pool.hold_starts(False)
+    await asyncio.gather(*(_allocate_weights(pool, handle) for handle in pool.targets() if WEIGHTS in handle.released))
+
+
+async def _allocate_weights(pool: Pool, handle: ServerHandle) -> None:
+    try:
+        await handle.client.resume_memory([WEIGHTS])
+        handle.released -= {WEIGHTS}
+    except ServerError as error:
+        pool.mark_lost(handle, f"could not take its memory again: {error}")
+
+
+async def allocate_rest(pool: Pool, client: Client) -> None:
+    """Allocate the rest of a server's memory once its weights are in place. Raises `ServerError`."""
+    for handle in pool.handles:
+        if handle.client is client and handle.released:
+            await client.resume_memory(sorted(handle.released))
+            handle.released = frozenset()

@@ -90,11 +90,8 @@ class GroupSource:
         raise RolloutError(f"prompt {prompt.uid}: no whole group in {self.attempts} attempts; the last: {last}")
 
     async def _ask(self, handle: ServerHandle, prompt: Prompt, sampling: Sampling) -> list[GeneratedSample]:
-        """Request a group once.
-
-        Raises:
-            ServerError: the request failed, or the group is incomplete or of another version.
-        """
+        """Request a group once. Raises `ServerError` if that fails, or if the group is incomplete or of another
+        version."""
         asked, client = ((handle,), handle.client) if self.router is None else (self.pool.ready(), self.router)
         try:
             samples = await self.pool.run(asked, client.generate(prompt.student_tokens, sampling, self.stop_ids))

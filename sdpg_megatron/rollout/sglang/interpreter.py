@@ -36,11 +36,8 @@ def _last_error(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def check_interpreter(python: str) -> None:
-    """Check that an interpreter runs and has sglang, from its package records: an import would take seconds.
-
-    Raises:
-        RolloutError: it does not.
-    """
+    """Check that an interpreter runs and has sglang, from its package records: an import would take seconds. Raises
+    `RolloutError`."""
     fix = (
         "Fix: install sglang there, or name an interpreter that has it in rollout.sglang.python or "
         f"${PYTHON_VARIABLE}. scripts/install_sglang_cpu.sh makes one for machines without a GPU"

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -64,11 +65,8 @@ class Pool:
     # --- life
 
     async def start(self) -> None:
-        """Start the run's own servers, and wait until all servers answer.
-
-        Raises:
-            RolloutError: one ends, does not fit the run, or does not answer within `start_timeout`.
-        """
+        """Start the run's own servers, and wait until all servers answer. Raises `RolloutError` if one ends, does not
+        fit the run, or does not answer within `start_timeout`."""
         await self._each_process(lambda process: process.start())
         await together(self._come_up(handle) for handle in self.handles)
         self._monitors = [asyncio.create_task(self._keep(handle)) for handle in self.handles]
@@ -86,7 +84,7 @@ class Pool:
 
     async def _each_process(self, act: Callable[[ServerProcess], None]) -> None:
         own = [handle.process for handle in self.handles if handle.process is not None]
-        await asyncio.gather(*(self._threads.run(lambda process=process: act(process)) for process in own))
+        await asyncio.gather(*(self._threads.run(partial(act, process)) for process in own))
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -175,11 +173,8 @@ class Pool:
         await asyncio.gather(*(ask(handle) for handle in handles))
 
     async def reachable(self) -> list[ServerHandle]:
-        """Return `targets`; if there is none, wait for the first of the servers that may come back.
-
-        Raises:
-            RolloutError: none came within `start_timeout`.
-        """
+        """Return `targets`; if there is none, wait for the first of the servers that may come back. Raises
+        `RolloutError` if none comes within `start_timeout`."""
         deadline = asyncio.get_running_loop().time() + self._config.start_timeout
         while not self.targets() and not all(handle.given_up for handle in self.handles):
             self._raise_faults()
@@ -219,11 +214,8 @@ class Pool:
         self._pulse()
 
     async def run(self, handles: Sequence[ServerHandle], work: Coroutine[Any, Any, T]) -> T:
-        """Await a request to one of these servers; cancel it as soon as any of them is lost.
-
-        Raises:
-            ServerError: of the request; retryable if a server was lost.
-        """
+        """Await a request to one of these servers; cancel it as soon as any of them is lost. Raises the request's
+        `ServerError`, or a retryable one if a server was lost."""
         task = asyncio.ensure_future(work)
         for handle in handles:
             handle.requests.add(task)
@@ -323,11 +315,8 @@ class Pool:
         await self._threads.run(process.start)
 
     async def _come_up(self, handle: ServerHandle) -> None:
-        """Wait until a server answers and fits the run; it is WAITING or READY then.
-
-        Raises:
-            RolloutError: it ended, does not fit, or did not answer within `start_timeout`.
-        """
+        """Wait until a server answers and fits the run; it is WAITING or READY then. Raises `RolloutError` if it ends,
+        does not fit, or does not answer within `start_timeout`."""
         seconds = self._config.start_timeout
         try:
             async with asyncio.timeout(seconds):

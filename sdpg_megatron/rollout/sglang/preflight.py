@@ -48,12 +48,7 @@ def check_servers(config: RunConfig, environment: RankEnvironment) -> None:
 
 
 def check_python(sglang: SGLangConfig, folder: Path) -> None:
-    """Check the interpreter of started servers: sglang, transformers, and for broadcasts NCCL.
-
-    Raises:
-        ConfigError: it reads another model than the trainer, or has another NCCL.
-        RolloutError: it does not run, has no sglang, or cannot read the file.
-    """
+    """Check the interpreter of started servers: sglang, transformers, and for broadcasts NCCL; for errors see there."""
     if not sglang.urls:
         python = sglang.python or default_python()
         check_interpreter(python)
@@ -129,10 +124,7 @@ def check_devices(sglang: SGLangConfig, gpus: int, environment: RankEnvironment 
 def check_group(sglang: SGLangConfig, gpus: int, environment: RankEnvironment | None = None) -> None:
     """Check that no started server shares the machine's first GPU with the rank that broadcasts weights.
 
-    NCCL refuses two ranks of a group on one GPU ("Duplicate GPU detected"). For the arguments see `check_devices`.
-
-    Raises:
-        ConfigError: one does.
+    NCCL refuses two ranks of a group on one GPU ("Duplicate GPU detected"). Arguments and error as `check_devices`.
     """
     if sglang.urls or not gpus or sglang.transport != "broadcast":
         return

@@ -134,7 +134,7 @@ def children() -> list[int]:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of descendants whose parent ends."""
+    """Become the parent of orphaned descendants."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

@@ -25,7 +25,7 @@ NEUTRAL_SAMPLING: Mapping[str, object] = {
     "watermark_default_enabled": False,
     "watermark_enforce_all": False,
 }
-"""Server arguments whose other values change the sampling. Source: sglang.srt.arg_groups of SGLang 0.5.23."""
+"""Server arguments that change the sampling at other values. Source: sglang.srt.arg_groups of SGLang 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

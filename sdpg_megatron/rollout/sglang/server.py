@@ -84,11 +84,8 @@ class ServerProcess:
     """At most one running server. Not thread-safe."""
 
     def __init__(self, launch: Launch) -> None:
-        """Reserve a port.
-
-        Raises:
-            RolloutError: `launch.host` is not an address of this machine, or has no free port.
-        """
+        """Reserve a port. Raises `RolloutError` if `launch.host` is not an address of this machine, or has no free
+        port."""
         self.launch = launch
         self.starts = 0
         """Number of starts."""
@@ -149,7 +146,7 @@ class ServerProcess:
         return None if self._guard is None else self._guard.pid
 
     def alive(self) -> bool:
-        """True if the process is running, whether or not it answers."""
+        """True if the process is running, even if it does not answer."""
         return self._guard is not None and self._guard.poll() is None
 
     def log_tail(self, lines: int = 20) -> str:

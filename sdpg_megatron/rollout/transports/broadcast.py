@@ -28,8 +28,6 @@ PROBE = "model.layers.0.self_attn.rotary_emb.inv_freq"
 first broadcast, so connection errors appear before any weights are sent."""
 SHARE = 0.8
 """Share of a server's time limit after which a broadcast is given up; the healthy servers answer in the rest."""
-
-
 GRACE = 1.0
 """Seconds after the first failure in which others of the same cause appear."""
 SETTLE = 10.0
@@ -100,6 +98,8 @@ class BroadcastTransport:
         """See `Transport`. The group is kept."""
 
     async def dispose(self) -> None:
+        self._buffers = Scratch(), Scratch()
+        self._turns = cycle(self._buffers)
         await self._dissolve()
 
     async def _send(self, memory: Tensor, specs: Sequence[TensorSpec]) -> Failures:
@@ -197,11 +197,8 @@ def _with_nccl(error: ServerError) -> ServerError:
 
 
 async def _endpoint(client: Client) -> ServerEndpoint:
-    """Ask a server for its endpoint.
-
-    Raises:
-        ServerError: it does not answer, or SGLang does not support broadcasts to it.
-    """
+    """Ask a server for its endpoint. Raises `ServerError` if it does not answer, or if SGLang does not support
+    broadcasts to it."""
     info = await client.server_info()
     if int(info.get("dp_size", 1)) > 1 and not info.get("enable_dp_attention"):
         raise ServerError(client.url, "", "SGLang broadcasts to no data-parallel replicas. Fix: use the disk transport")

@@ -136,11 +136,8 @@ def _handle(memory: Tensor, specs: Sequence[TensorSpec], buffer: SharedMemoryBuf
 
 
 async def _ranks(client: Client) -> int:
-    """Number of tensor-parallel ranks of a server on this machine.
-
-    Raises:
-        ServerError: it is on another machine, does not answer, or SGLang does not support shared memory for it.
-    """
+    """Number of tensor-parallel ranks of a server on this machine. Raises `ServerError` if it is on another machine,
+    does not answer, or if SGLang does not support shared memory for it."""
     if not await _is_here(client.url):
         raise ServerError(client.url, "", "is on another machine and shares no memory. Fix: use another transport")
     info = await client.server_info()

@@ -2,8 +2,8 @@
 
 torch can allocate such memory, but through a helper process (torch_shm_manager) that lives as long as any reader and
 keeps the trainer's standard output open. Here the file is made directly, in the layout that torch's readers expect: a
-reference count, and the content from byte 64 on. The count starts so high that no reader is the last, who would remove
-the file. A reader's helper removes the reader's files when it dies: each reader has its own hard link.
+reference count, and the content from byte 64 on. The last reader would remove the file; the count starts so high that
+no reader is the last. A reader's helper removes the reader's files when it dies: each reader has its own hard link.
 Source: RefcountedMapAllocator in ATen/MapAllocator.cpp and libshm/manager.cpp of torch 2.13.
 """
 
@@ -95,7 +95,7 @@ class DoubleBuffer:
         self._turn = 0
 
     def restart(self) -> None:
-        """Begin with the first buffer again, whose size fits the first bucket."""
+        """Begin with the first buffer again: its size fits the first bucket."""
         self._turn = 0
 
     def take(self, nbytes: int) -> SharedMemoryBuffer:
@@ -108,7 +108,7 @@ class DoubleBuffer:
         return self.buffers[turn]
 
     def holding(self, tensor: Tensor) -> SharedMemoryBuffer | None:
-        """Return the buffer whose memory a tensor views."""
+        """Return the buffer of a tensor's memory, if any."""
         place = tensor.untyped_storage().data_ptr()
         held = (buffer for buffer in self.buffers.values() if buffer.memory.untyped_storage().data_ptr() == place)
         return next(held, None)
