@@ -4,8 +4,8 @@
 
 Two ranks over Gloo with one thread each hold half of the responses; prompts have 512 tokens, half of the responses are
 right, and the teacher reads those. After the gather, the first rank builds the micro-batches of all responses alone, as
-one data-parallel rank of one does. Copying them to a device is not included. Each figure is that of the best round, in
-seconds.
+one data-parallel rank of one does. Copying them to a device is not included. Each figure is CPU seconds of the first
+rank in the best round, as other load on the machine disturbs these less than elapsed time.
 
 `tuples` is the same work on Python objects, one for each token, log-prob and gate.
 """
@@ -76,15 +76,15 @@ def make_groups(setting: Setting) -> list[ScoredGroup]:
 
 
 class Timer:
-    """Seconds of each step, round by round."""
+    """CPU seconds of each step, round by round."""
 
     def __init__(self) -> None:
         self.rounds: dict[str, list[float]] = {step: [] for step in STEPS}
 
     def __call__(self, step: str, act: Callable[[], T]) -> T:
-        start = time.perf_counter()
+        start = time.process_time()
         found = act()
-        self.rounds[step].append(time.perf_counter() - start)
+        self.rounds[step].append(time.process_time() - start)
         return found
 
     def best(self) -> dict[str, float]:
@@ -101,7 +101,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def measure(rank: int, setting: Setting) -> dict[str, dict[str, float]]:
-    """Seconds of each step, for arrays and for tuples."""
+    """CPU seconds of each step, for arrays and for tuples."""
     groups, limit, config = make_groups(setting), Limit(1, setting.micro_batch_tokens), ObjectiveConfig()
     arrays = [group.group.completions for group in groups[rank::RANKS]]
     tuples = [[as_tuples(completion) for completion in completions] for completions in arrays]
@@ -215,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, metavar="T", help="of each response")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds, after one that is not")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON, seconds of each step; FILE.meta.json has those of tuples"
+        "--out", type=Path, metavar="FILE", help="JSON, CPU seconds of each step; FILE.meta.json has those of tuples"
     )
     return parser.parse_args(argv)
 
