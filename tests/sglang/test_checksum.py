@@ -15,10 +15,11 @@ from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.rollout.sglang.client import Client
 from sdpg_megatron.rollout.sglang.event_loop import LoopThread
 from sdpg_megatron.rollout.sglang.publish import Publisher, PublishReport, WeightsChangedError
+from sdpg_megatron.rollout.sglang.server import Launch
 from sdpg_megatron.rollout.transports import BroadcastTransport, SharedMemoryTransport, Transport
 from sdpg_megatron.weights import Bucket, hf_shapes
 from tests.rollout.contract import stream
-from tests.sglang.conftest import Launch, Running, Servers
+from tests.sglang.conftest import Running, Servers
 from tests.tiny import write_tiny_model
 
 
