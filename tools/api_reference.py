@@ -32,7 +32,8 @@ GROUPS = {
 def render() -> str:
     """The page's text."""
     package = griffe.load("sdpg_megatron", search_paths=[str(ROOT)])
-    stub = griffe.visit("stub", ROOT / "sdpg_megatron/__init__.pyi", (ROOT / "sdpg_megatron/__init__.pyi").read_text())
+    path = ROOT / "sdpg_megatron" / "__init__.pyi"
+    stub = griffe.visit("stub", path, path.read_text(encoding="utf-8"))
     paths = {name: member.target_path for name, member in stub.members.items() if member.is_alias}
     pages: dict[str, list[str]] = {heading: [] for heading in GROUPS}
     for name, path in sorted(paths.items(), key=lambda pair: pair[0].lower()):

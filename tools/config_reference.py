@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the files (default: %(default)s)")
     options = parser.parse_args(arguments)
     files = generate(options.docs).items()
-    stale = {path: content for path, content in files if not path.exists() or path.read_text("utf-8") != content}
+    stale = {
+        path: content for path, content in files if not path.exists() or path.read_text(encoding="utf-8") != content
+    }
     for path, content in stale.items():
         if options.check:
             sys.stdout.write(f"{path}: stale. Fix: python tools/config_reference.py\n")

@@ -83,7 +83,7 @@ def test_a_folder_for_temporary_files_that_fails_is_an_error_of_every_rank(ranks
     found = ranks.run(share, 2, [good, good], [0, 1], ["x", "x"], absent)
     assert len({told for _, told in found}) == 1 and f"{absent}: could not be written: No such file" in found[1][1]
     found = ranks.run(share, 2, [good, good], [0, 1], ["x", "x"], tmp_path, 1)
-    assert len({told for _, told in found}) == 1 and "found truncated, expected the prompts that this" in found[0][1]
+    assert len({told for _, told in found}) == 1 and "found truncated, expected the prompts written by" in found[0][1]
 
 
 def test_a_rank_that_reads_for_itself_fails_for_all(ranks: RankPool, tmp_path: Path) -> None:

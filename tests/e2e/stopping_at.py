@@ -1,5 +1,5 @@
 """`sdpg-megatron`, but sent SIGTERM where $SDPG_TEST_STOP_AT says: ``read:0``, while it reads its prompts,
-``prepare:1``, before the passes of the step after step 1, or ``learn:1``, before its updates, when it is too late to
+``prepare:1``, before the passes of the step after step 1, or ``update:1``, before its updates, when it is too late to
 give it up."""
 
 from __future__ import annotations

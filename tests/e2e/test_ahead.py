@@ -46,7 +46,7 @@ def test_weights_that_stay_draw_what_they_draw_without(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize(("place", "newest"), [("prepare:1", 1), ("learn:2", 3)], ids=["before", "after"])
+@pytest.mark.parametrize(("place", "newest"), [("prepare:1", 1), ("update:2", 3)], ids=["before", "after"])
 def test_a_run_that_is_stopped_while_both_are_under_way_goes_on_bit_for_bit(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, newest: int
 ) -> None:
