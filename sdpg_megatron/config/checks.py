@@ -66,7 +66,7 @@ def _check_objective(objective: ObjectiveConfig) -> Iterator[ConfigError]:
             if found != none:
                 expected = f"{none} with {objective.name}, which has no teacher"
                 yield ConfigError(f"objective.{field}", found, expected, "remove it")
-    if objective.name not in ("opsd",) and not is_external(objective.name) and objective.distill_loss != "divergence":
+    if objective.name != "opsd" and not is_external(objective.name) and objective.distill_loss != "divergence":
         expected = f"divergence with {objective.name}"
         yield ConfigError("objective.distill_loss", objective.distill_loss, expected, "use opsd, or remove it")
     if objective.distill_loss == "clipped_ratio":
