@@ -15,7 +15,7 @@ SLOW: Mapping[str, str] = {
     "tests/e2e/test_full_disk.py::test_refused_again_and_again*": "each refusal has its test in unit/test_full_disk",
     "tests/e2e/test_examples.py::*tp2_pp2*": "the example's layouts are those of tests/dist; one rank runs every time",
     "tests/e2e/test_gpu_rehearsal.py::*": "a benchmark; before every call on a GPU",
-    "tests/e2e/test_smollm2.py::test_a_step_on_two_ranks": "tiny models run on two ranks, SmolLM2 on one",
+    "tests/e2e/test_smollm2.py::test_a_step_on_two_ranks": "tiny models run on two ranks; SmolLM2 in the demo",
     "tests/e2e/test_gym.py::test_a_run_that_continues*": "e2e/test_continue, and unit/test_data_gym in two processes",
     "tests/e2e/test_train.py::test_a_run_outlives_its_terminal": "unit/test_streams and unit/test_signals",
     "tests/e2e/test_watchdog.py::test_a_rank_that_is_silent*?stopped?": "a dead one, and one that holds the lock, run",
