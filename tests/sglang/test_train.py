@@ -113,7 +113,7 @@ def version(url: str) -> str:
 
 
 def is_guard(process: psutil.Process) -> bool:
-    return any(part.endswith("/guard.py") for part in process.cmdline())
+    return any(part.endswith("/process_guard.py") for part in process.cmdline())
 
 
 @torch.no_grad()
