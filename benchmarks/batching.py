@@ -49,7 +49,7 @@ STEPS = ("gather", "samples", "plan", "collate")
 class Setting:
     responses: int
     tokens: int
-    """Of each response."""
+    """Tokens of each response."""
     prompt: int
     """Tokens of each prompt, the student's and the teacher's."""
     group: int
@@ -88,7 +88,7 @@ class Timer:
         return found
 
     def best(self) -> dict[str, float]:
-        """Of all rounds but the first."""
+        """Least seconds of each step, without the first round, which warms up."""
         found = {step: min(seconds[1:]) for step, seconds in self.rounds.items()}
         return {**found, "total": sum(found.values())}
 

@@ -16,7 +16,7 @@ from sdpg_megatron import Objective, StepContext, TokenLoss, TokenMetric, TokenT
 class GSPO(Objective):
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), with s = exp(mean over the response of log pi / pi_old).
 
-    The gradient reaches each token by s * pi / SG[pi] (the paper's eq. 14, GSPO-token), which equals the gradient of s
+    The gradient reaches each token by s * pi / SG[pi] (the paper's GSPO-token), which equals the gradient of s
     if all tokens of a response share the advantage.
     """
 

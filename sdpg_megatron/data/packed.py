@@ -53,7 +53,7 @@ class PackedPrompts(Sequence[Prompt]):
     def save(self, path: Path, notes: Mapping[str, Any]) -> None:
         """Write the prompts, and `notes`, to a file for `open_packed`. Raises `OSError`."""
         schema = _SCHEMA.with_metadata({_NOTES: pickle.dumps(dict(notes))})
-        with pyarrow.OSFile(str(path), "wb") as transport, pyarrow.ipc.new_file(transport, schema) as writer:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
             for batch in self._batches:
                 writer.write_batch(batch)
 

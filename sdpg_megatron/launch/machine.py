@@ -67,7 +67,7 @@ class Machine:
             options: further options of ``sdpg-megatron train``.
 
         Raises:
-            ConfigError: see `sdpg_megatron.config.load.load`.
+            ConfigError: see `sdpg_megatron.config.load.load_config`.
         """
         self._node_config = node_config
         self._arguments = [str(config), *overrides, *options]

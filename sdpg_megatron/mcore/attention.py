@@ -32,7 +32,7 @@ from torch.nn import functional
 from sdpg_megatron.mcore.context_parallel import shards
 
 
-class Bucket(NamedTuple):
+class LengthBucket(NamedTuple):
     """Chunks of similar lengths, padded to a common length. Padding repeats a chunk's last position."""
 
     query_nQ: Tensor
@@ -108,7 +108,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
         return self._cumulated(queries), self._cumulated(keys)
 
     @cached_property
-    def buckets(self) -> tuple[list[Bucket], Tensor]:
+    def buckets(self) -> tuple[list[LengthBucket], Tensor]:
         """Chunks grouped by size class; and int64 [P], index of each token in the concatenated bucket queries."""
         members: dict[tuple[int, int], list[int]] = {}
         for number, (queries, keys) in enumerate(self.chunks):
@@ -124,7 +124,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
                 ahead_n = torch.tensor(key_counts) - torch.tensor(query_counts)
                 last_nQ = torch.arange(query_nQ.shape[1]) + ahead_n[:, None]
                 mask_n1QU = self._moved((torch.arange(key_nU.shape[1]) <= last_nQ[:, :, None])[:, None])
-            buckets.append(Bucket(self._moved(query_nQ), self._moved(key_nU), mask_n1QU))
+            buckets.append(LengthBucket(self._moved(query_nQ), self._moved(key_nU), mask_n1QU))
             for row, number in enumerate(numbers):
                 first = base + row * query_nQ.shape[1]
                 order[number] = torch.arange(first, first + self.chunks[number][0])
@@ -217,7 +217,7 @@ class CausalAttention(torch.nn.Module):
         keys_M, values_M = everywhere.index_select(0, packed.key_places_M).unbind(1)
         return keys_M, values_M
 
-    def _attend_bucket(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+    def _attend_bucket(self, query: Tensor, key: Tensor, value: Tensor, bucket: LengthBucket) -> Tensor:
         """Attention of one bucket, [n * Q, N, D]."""
 
         def taken(x: Tensor, at: Tensor) -> Tensor:

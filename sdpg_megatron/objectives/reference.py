@@ -7,7 +7,7 @@
 | fkl  | exp(-r)       | -exp(-r)        |
 | rkl  | (r + 1)^2 / 2 | r + 1           |
 
-The names are those of the divergences (reverse and forward KL, u for unnormalised; arXiv 2606.04036) whose gradients
+The names are those of the divergences (reverse and forward KL, u for unnormalized; arXiv 2606.04036) whose gradients
 these derivatives estimate under pi; the values do not estimate the divergences. T response tokens.
 """
 

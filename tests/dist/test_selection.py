@@ -78,7 +78,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
     ranks = parallel.initialize(ParallelConfig(), 0)
     rollouts = Rollouts(ranks, Engine(), Verifiers())  # type: ignore[arg-type]
     config = SelectionConfig(drop_dead=True, filters=filters, max_rounds=max_rounds)
-    filters_of_step, cursor = GroupFilterChain(config, ranks), Cursor(12, seed=1, shuffle=True)
+    filter_chain, cursor = GroupFilterChain(config, ranks), Cursor(12, seed=1, shuffle=True)
     shaping = Shaping.build(RewardConfig(clip=(0.0, 0.9)), 8)
     found = []
     for step in range(2):
@@ -90,7 +90,7 @@ def steps(filters: tuple[str, ...] = (), max_rounds: int = 20) -> Any:
             )
 
         try:
-            selection = select(ask, 5, filters_of_step, config)
+            selection = select(ask, 5, filter_chain, config)
         except FilterError as error:
             return str(error)
         found.append((selection.kept, dict(selection.dropped), selection.rounds, cursor.state()))

@@ -191,13 +191,13 @@ def test_machine_0_leaves_its_exit_code(
         return 75
 
     monkeypatch.setattr(Machine, "run", run)
-    connection = (
+    arguments = (
         f"--nodes 2 --node {node} --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
     )
     path = tmp_path / "code"
-    assert entry.main([*connection.split(), "--code-file", str(path), str(write_config(tmp_path))]) == 75
+    assert entry.main([*arguments.split(), "--code-file", str(path), str(write_config(tmp_path))]) == 75
     assert (path.read_text() if path.exists() else None) == left
-    assert entry.main([*connection.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
+    assert entry.main([*arguments.split(), "--code-file", str(path), str(tmp_path / "missing.yaml")]) == 2
     assert (path.read_text() if path.exists() else None) == (left and "2\n")
 
 
@@ -211,9 +211,9 @@ def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
         return 0
 
     monkeypatch.setattr(Machine, "run", run)
-    connection = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    arguments = f"--nodes 1 --node 0 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
     config = str(write_config(tmp_path))
-    assert entry.main([*connection.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
+    assert entry.main([*arguments.split(), config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]) == 0
     (machine,) = started
     assert machine._arguments == [config, "seed=3", "--branch-from", "runs/a@2", "--new-reference"]
     found = _node_info(machine._node_config, machine._config, machine._options).config
@@ -221,8 +221,8 @@ def test_where_a_branch_starts_reaches_the_ranks_and_is_compared(
 
 
 def test_a_place_that_cannot_be_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    connection = f"--nodes 2 --node 2 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
-    assert entry.main([*connection.split(), str(write_config(tmp_path))]) == 2
+    arguments = f"--nodes 2 --node 2 --ranks 1 --servers 0 --address {HERE} --port 1 --meet-seconds 1 --lost-seconds 1"
+    assert entry.main([*arguments.split(), str(write_config(tmp_path))]) == 2
     assert capsys.readouterr().err.startswith("LaunchError: NODE_RANK: found 2")
 
 
@@ -404,7 +404,7 @@ def test_so_is_one_that_torchrun_has_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (3, 3), ("$((128 + 9))", 137)])
 def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, code: object, expected: int) -> None:
-    connection = [
+    arguments = [
         sys.executable,
         "-m",
         "sdpg_megatron.launch.torchrun",
@@ -412,11 +412,11 @@ def test_torchrun_ends_with_the_ranks_exit_code_and_shows_why(tmp_path: Path, co
         "--nnodes=1",
         "--node-rank=0",
     ]
-    connection += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
-    connection += [f"--master-port={rendezvous.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
+    arguments += ["--nproc-per-node=2", "--rdzv-id=start", "--rdzv-backend=static", f"--master-addr={HERE}"]
+    arguments += [f"--master-port={rendezvous.free_port()}", f"--log-dir={tmp_path}", "--redirects=3", "--tee=0:3"]
     program = f'echo "reason $RANK" >&2; sleep $((1 - RANK)); exit {code}'
     done = subprocess.run(
-        [*connection, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*arguments, "--no-python", "bash", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == expected, done.stderr
     assert ("launch: rank 1 ended with exit code" in done.stderr) == (expected != 75)

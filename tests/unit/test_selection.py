@@ -28,7 +28,7 @@ def group(number: int, rewards: tuple[float, ...], advantages: tuple[float, ...]
 def run(rewards: Sequence[tuple[float, ...]], wanted: int, **config: object) -> tuple[Selection, list[tuple[int, int]]]:
     """A selection from prompts whose groups get these rewards, in turn, and what it asked for."""
     selection = SelectionConfig.model_validate(config)
-    filters_of_step = GroupFilterChain(selection, ranks=None)  # type: ignore[arg-type]  # without filters no rank is asked
+    filter_chain = GroupFilterChain(selection, ranks=None)  # type: ignore[arg-type]  # without filters no rank is asked
     cursor: Iterator[int] = iter(range(1000))
     calls: list[tuple[int, int]] = []
 
@@ -36,7 +36,7 @@ def run(rewards: Sequence[tuple[float, ...]], wanted: int, **config: object) -> 
         calls.append((count, number))
         return [group(n, rewards[n % len(rewards)]) for _, n in zip(range(count), cursor, strict=False)]
 
-    return select(ask, wanted, filters_of_step, selection), calls
+    return select(ask, wanted, filter_chain, selection), calls
 
 
 def numbers(groups: Sequence[ScoredGroup]) -> list[int]:
