@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,7 +54,8 @@ class Policy:
             gathers_late: True if Megatron gathers updated weights in the next forward pass (`overlap_param_gather`).
             initial: weights of `config.model.path`, if `needs_initial`; None: the chunks have them now.
         """
-        self.arch, self.ranks, self.objective, self.chunks = arch, ranks, objective, list(chunks)
+        self.arch, self.ranks, self.objective = arch, ranks, objective
+        self.chunks: list[Any] = list(chunks)
         self.device = device.training_device()
         self._minibatches = config.optimizer.minibatches
         self._gradient_every = config.alarms.gradient_every

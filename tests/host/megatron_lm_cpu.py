@@ -6,6 +6,7 @@ torchrun ... tests/host/megatron_lm_cpu.py <arguments>
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ class _Stream:
 
 def patch_megatron_lm() -> None:
     """Replace the checks and calls of Megatron-LM that need a GPU. What it computes stays."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # required with tensor parallelism
     device.install()
     cuda: Any = torch.cuda
     cuda.device_count = lambda: 1

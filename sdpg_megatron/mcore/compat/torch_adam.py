@@ -47,6 +47,7 @@ def _affected(optimizer: Any) -> list[DistributedOptimizer]:
     ]
 
 
+@torch.no_grad()  # not every format of megatron-core sets it under this
 def _set_with_step(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
     """Set parameter and state, keeping the step count, which is restored with the parameter groups."""
     group, order = part.model_param_group_index_map[model_param]

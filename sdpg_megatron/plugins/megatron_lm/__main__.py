@@ -14,13 +14,18 @@ from sdpg_megatron.plugins.megatron_lm.arguments import add_arguments
 from sdpg_megatron.plugins.megatron_lm.host import MegatronHost
 from sdpg_megatron.plugins.schedule import prepared_schedule
 
+DEFAULTS = {"eval_interval": 1000}
+"""Arguments that Megatron-LM reads although nothing is evaluated."""
+
 
 def main() -> None:
-    """Train with the arguments of the command line. Every rank calls it."""
-    training: Any = _import("megatron.training.training")
-    with ExitStack() as stack:
-        device.install()
-        run(training, stack)
+    """Train with the arguments of the command line. Every rank calls it. An error of the user ends the process."""
+    try:
+        with ExitStack() as stack:
+            device.install()
+            run(_import("megatron.training.training"), stack)
+    except SdpgError as error:
+        sys.exit(f"error: {error}")
 
 
 def run(training: Any, stack: ExitStack) -> None:
@@ -45,9 +50,9 @@ def run(training: Any, stack: ExitStack) -> None:
     known = inspect.signature(training.pretrain).parameters
     container = next((name for name in ("cfg_container", "cfg") if name in known), None)
     if container is None:  # 0.16 and 0.17 parse the arguments themselves
-        training.pretrain(**callbacks, extra_args_provider=add_arguments)
+        training.pretrain(**callbacks, extra_args_provider=add_arguments, args_defaults=DEFAULTS)
         return
-    args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+    args = arguments.parse_and_validate_args(extra_args_provider=add_arguments, args_defaults=DEFAULTS)
     utils: Any = _import("megatron.training.argument_utils")
     training.pretrain(**{container: utils.pretrain_cfg_container_from_args(args)}, **callbacks)
 
@@ -82,7 +87,4 @@ def _import(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SdpgError as error:
-        sys.exit(f"error: {error}")
+    main()

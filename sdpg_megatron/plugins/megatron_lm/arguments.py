@@ -12,6 +12,7 @@ import torch
 
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.config.field_values import typed
 from sdpg_megatron.config.load import flatten, parse, read_tree
 from sdpg_megatron.convert.arguments import conflicts
 from sdpg_megatron.errors import ConfigError
@@ -24,11 +25,14 @@ DECIDED: Mapping[str, str] = {
     "parallel.virtual_pipeline": "virtual_pipeline_model_parallel_size",
     "parallel.sequence": "sequence_parallel",
     "parallel.context": "context_parallel_size",
-    "parallel.expert": "expert_model_parallel_size",
-    "parallel.expert_tensor": "expert_tensor_parallel_size",
     "optimizer.micro_batch_size": "micro_batch_size",
 }
 """Fields that arguments of Megatron-LM decide."""
+DECIDED_FOR_EXPERTS: Mapping[str, str] = {
+    "parallel.expert": "expert_model_parallel_size",
+    "parallel.expert_tensor": "expert_tensor_parallel_size",
+}
+"""The same for a mixture of experts only."""
 SAME: Mapping[str, str] = {
     "optimizer.lr": "lr",
     "optimizer.min_lr": "min_lr",
@@ -63,12 +67,13 @@ def run_config(args: Any) -> RunConfig:
         ConfigError: the file is invalid or contradicts an argument, or an argument is not supported.
     """
     tree = read_tree(args.sdpg, args.sdpg_set)
-    given = flatten(tree)
+    given = flatten(typed(tree, RunConfig))
     faults = [*_unsupported(args), *_contradictions(given, args)]
     if faults:
         raise ConfigError.joined(faults)
-    for field, argument in DECIDED.items():
+    for field, argument in _decided(args).items():
         _set(tree, field, getattr(args, argument))
+    _set(tree, "optimizer.warmup_steps", 0)  # Megatron-LM has its own; a default may exceed a short run
     _set(tree, "model.dtype", _dtype(args))
     _set(tree, "model.spec", "local" if args.transformer_impl == "local" else "te")
     _set(tree, "steps", args.train_iters // _minibatches(given))
@@ -100,7 +105,7 @@ def check_model_arguments(args: Any, arch: Architecture, folder: Path) -> None:
 
     def error(argument: str, found: Any, expected: Any, key: str | None) -> ConfigError:
         source = f"as in {folder / 'config.json'} ({key})" if key else f"as in every model of the family {arch.family}"
-        fix = "correct it, or take the arguments that `sdpg-megatron convert` prints for the folder"
+        fix = f"correct it: python tools/megatron_lm_arguments.py {folder} prints all of them"
         return ConfigError(_flag(argument), found, f"{expected!r}, {source}", fix)
 
     # Megatron-LM's vocabulary argument is that of its tokenizer.
@@ -112,6 +117,49 @@ def check_model_arguments(args: Any, arch: Architecture, folder: Path) -> None:
         faults.append(ConfigError("padded_vocab_size", args.padded_vocab_size, expected, fix))
     if faults:
         raise ConfigError.joined(faults)
+
+
+def model_flags(arch: Architecture, folder: Path) -> list[str]:
+    """Megatron-LM's arguments for the model in a Hugging Face folder, as on a command line."""
+    experts = arch.experts
+    flags: dict[str, object] = {
+        "--num-layers": arch.num_layers,
+        "--hidden-size": arch.hidden_size,
+        "--ffn-hidden-size": arch.ffn_size,
+        "--num-attention-heads": arch.num_heads,
+        "--group-query-attention": None,
+        "--num-query-groups": arch.num_kv_heads,
+        "--kv-channels": arch.head_dim,
+        "--max-position-embeddings": arch.max_positions,
+        "--seq-length": arch.max_positions,
+        "--position-embedding-type": "rope",
+        "--rotary-base": int(arch.rope_theta),
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": arch.rms_eps,
+        "--swiglu": None,
+        "--disable-bias-linear": None,
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+        "--tokenizer-type": "HuggingFaceTokenizer",
+        "--tokenizer-model": folder,
+    }
+    if arch.rope_scaling is not None:
+        flags |= {"--use-rope-scaling": None, "--rope-scaling-factor": arch.rope_scaling}
+    if experts is not None:
+        flags |= {"--num-experts": experts.count, "--moe-router-topk": experts.per_token}
+        flags |= {"--moe-ffn-hidden-size": arch.ffn_size, "--moe-router-load-balancing-type": "none"}
+    switches = {
+        "--untie-embeddings-and-output-weights": not arch.tied_embeddings,
+        "--add-qkv-bias": arch.qkv_bias,
+        "--qk-layernorm": arch.qk_norm,
+        "--moe-router-pre-softmax": experts is not None and not experts.normalized,
+    }
+    flags |= {name: None for name, present in switches.items() if present}
+    return [str(part) for name, value in flags.items() for part in ((name,) if value is None else (name, value))]
+
+
+def _decided(args: Any) -> Mapping[str, str]:
+    return {**DECIDED, **DECIDED_FOR_EXPERTS} if args.num_experts else DECIDED
 
 
 def _unsupported(args: Any) -> Iterator[ConfigError]:
@@ -135,7 +183,7 @@ def _unsupported(args: Any) -> Iterator[ConfigError]:
 
 def _contradictions(given: Mapping[str, Any], args: Any) -> Iterator[ConfigError]:
     """Fields of the YAML file that differ from the arguments that decide them."""
-    for field, argument in {**DECIDED, **SAME}.items():
+    for field, argument in {**_decided(args), **SAME}.items():
         if field in given and given[field] != getattr(args, argument):
             expected = f"{getattr(args, argument)!r}, as in Megatron-LM's arguments"
             yield ConfigError(field, given[field], expected, f"remove it: {_flag(argument)} decides")

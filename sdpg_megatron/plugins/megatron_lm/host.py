@@ -56,6 +56,7 @@ class MegatronHost:
             options: `vp_stage`; others, which newer versions pass, repeat Megatron's global state.
         """
         args, config = self._get_args(), self.config
+        arch, ranks = self.inputs.arch, parallel.current()  # collective, as building a chunk is
         network = options.get("config") or self._transformer_config(args)
         # Megatron-LM turns it off for its own data. Here each micro-batch has its own length.
         network.variable_seq_lengths = network.pipeline_model_parallel_size > 1
@@ -79,7 +80,6 @@ class MegatronHost:
             rope_scaling_factor=getattr(args, "rope_scaling_factor", 1.0) or 1.0,
             vp_stage=stage,
         )
-        arch, ranks = self.inputs.arch, parallel.current()
         deliver_numbers(chunk)
         mark_sharded([chunk], arch)
         load_weights([chunk], config.model.path, arch, ranks)

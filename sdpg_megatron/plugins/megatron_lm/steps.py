@@ -39,7 +39,7 @@ class HostSteps:
             step: number of steps before the first.
             stack: closes engines, watchdog and the lock of the run's folder.
         """
-        self._config, self._inputs, self._ranks = config, inputs, policy.ranks
+        self._config, self._inputs, self._policy, self._ranks = config, inputs, policy, policy.ranks
         on_main(self._ranks, lambda: self._claim(stack))
         watchdog = stack.enter_context(Watchdog(config.watchdog))
         stack.enter_context(watchdog.monitor_ranks(self._ranks))
@@ -62,6 +62,7 @@ class HostSteps:
             self._serving.trained(step)
         with self._phases("rollout"):
             prefetched: PrefetchedRollouts | None = self._collector.finish() if self._ahead else None
+        self._policy.gather()
         self._serving.publish(step)
         with self._phases("rollout"):
             selection = self._collector.collect(step, self._cursor, prefetched)
