@@ -38,7 +38,8 @@ def host_batch(samples: Sequence[Sample], layout: PackingLayout, **tokens: Tenso
     Args:
         samples: sequences in the host's order. Their scalars apply where `tokens` gives nothing.
         layout: the host's layout on this rank.
-        tokens: fields of `PER_TOKEN`, each [T] for this rank's response tokens, sequence by sequence.
+        tokens: fields of `PER_TOKEN`, each [T] for this rank's response tokens, sequence by sequence. For tensors over
+            all context-parallel ranks, `sdpg_megatron.batching.collate.tokens_here` selects them.
 
     Raises:
         ValueError: an unknown field, or a tensor that has not one value for each response token.
