@@ -20,7 +20,7 @@ import yaml
 
 from sdpg_megatron.architecture import read_architecture
 from sdpg_megatron.plugins.megatron_lm.arguments import model_flags
-from tests.e2e.runs import LIMIT, preloaded, rank_environments, write_run
+from tests.e2e.runs import LIMIT, metrics, preloaded, rank_environments, train, write_run
 
 pytestmark = [
     pytest.mark.host,
@@ -79,11 +79,13 @@ def launched(module: str, line: list[str], ranks: int) -> subprocess.CompletedPr
 
 
 def logged(output: str) -> list[dict[str, float]]:
-    """Metrics of each iteration that Megatron-LM printed."""
+    """Metrics of each iteration that Megatron-LM printed. The second of a call is printed as the mean of two."""
     found = []
     for line in re.findall(r"^.* iteration +\d+/.*$", output, re.MULTILINE):
         pairs = re.findall(r"([A-Za-z_/ ]+): +([-+.\dE]+|nan|inf) ", line)
         found.append({name.strip(): float(value) for name, value in pairs})
+    if len(found) > 1:
+        found[1] = {name: 2 * x - found[0][name] if "/" in name else x for name, x in found[1].items()}
     return found
 
 
@@ -97,9 +99,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
 
 def test_the_logger_shows_the_metrics(one: list[dict[str, float]]) -> None:
     assert len(one) == 2
-    for metrics in one:
-        assert {"train/loss", "distill/kl", "reward/mean", "rollout/length", "grad norm"} <= metrics.keys()
-        assert metrics["distill/kl"] > 0 and metrics["rollout/logprob_diff_mean"] < 1e-5
+    for found in one:
+        assert {"train/loss", "distill/kl", "reward/mean", "rollout/length", "grad norm"} <= found.keys()
+        assert found["distill/kl"] > 0 and found["rollout/logprob_diff_mean"] < 1e-5
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
@@ -136,19 +138,25 @@ def test_a_made_batch_gives_our_own_numbers(layout: str, tmp_path: Path) -> None
         )
 
 
-def test_a_saved_run_continues(tmp_path: Path) -> None:
-    whole = pretrain(write_host_run(tmp_path / "whole"), iterations=4)
-    assert whole.returncode == 0, whole.stderr
-    folder, save = write_host_run(tmp_path / "cut"), str(tmp_path / "saved")
-    first = pretrain(folder, "--save", save, "--save-interval", "2", "--exit-interval", "2", iterations=4)
+def test_a_run_is_our_own_trainers_and_continues(tmp_path: Path) -> None:
+    """Four iterations, saved and loaded after the second, are the four steps of `sdpg-megatron train`."""
+    for name in ("own", "host"):
+        (tmp_path / name).mkdir()
+    optimizer = {"lr": 1e-3, "eps": 1e-2, "weight_decay": 0.01, "warmup_steps": 0, "micro_batch_size": 4}
+    own = train(write_run(tmp_path / "own", optimizer=optimizer, eval={"every": 0, "samples": 1}))
+    assert own.returncode == 0, own.stderr
+    folder, save = write_host_run(tmp_path / "host"), str(tmp_path / "saved")
+    saving = ["--save", save, "--save-interval", "2"]
+    first = pretrain(folder, *saving, "--exit-interval", "2", iterations=4)
     assert first.returncode == 0, first.stderr
-    second = pretrain(folder, "--save", save, "--load", save, "--save-interval", "2", iterations=4)
+    second = pretrain(folder, *saving, "--load", save, iterations=4)
     assert second.returncode == 0, second.stderr
-    found, expected = logged(second.stdout), logged(whole.stdout)[2:]
-    assert len(found) == len(expected) == 2
+    found, expected = [*logged(first.stdout), *logged(second.stdout)], metrics(tmp_path / "own" / "run")[1:]
+    assert len(found) == len(expected) == 4
     for here, there in zip(found, expected, strict=True):
-        for name in ("train/loss", "distill/kl", "grad norm", "reward/mean"):
-            assert here[name] == pytest.approx(there[name], rel=1e-5), name
+        assert here["grad norm"] == pytest.approx(there["optimizer/grad_norm"], abs=1e-3), "it has three decimals"
+        for name in ("train/loss", "train/entropy", "distill/kl", "reference/kl", "reward/mean"):
+            assert here[name] == pytest.approx(there[name], rel=1e-5, abs=1e-7), name
     positions = [json.loads(line)["step"] for line in (folder / "run" / "cursors.jsonl").read_text().splitlines()]
     assert positions == [1, 2, 3, 4]
 

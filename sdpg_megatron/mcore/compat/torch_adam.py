@@ -53,4 +53,4 @@ def _set_with_step(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -
     group, order = part.model_param_group_index_map[model_param]
     main_param = part.optimizer.param_groups[group]["params"][order]
     step = part.optimizer.state[main_param]["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": step})

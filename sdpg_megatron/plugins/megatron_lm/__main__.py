@@ -25,7 +25,8 @@ def main() -> None:
             device.install()
             run(_import("megatron.training.training"), stack)
     except SdpgError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
 
 
 def run(training: Any, stack: ExitStack) -> None:
