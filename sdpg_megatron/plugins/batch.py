@@ -1,10 +1,12 @@
 """A host's sequences as a `MicroBatch`.
 
-Shapes: T response tokens of a micro-batch on this rank.
+Shapes: T response tokens of a micro-batch on this rank, A response tokens of some sequences over all context-parallel
+ranks, P packed tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.samples import Sample
+from sdpg_megatron.mcore.context_parallel import shards
 from sdpg_megatron.records import MicroBatch
 
 PER_TOKEN = {
@@ -44,7 +47,18 @@ def host_batch(samples: Sequence[Sample], layout: PackingLayout, **tokens: Tenso
     Raises:
         ValueError: an unknown field, or a tensor that has not one value for each response token.
     """
-    batch = collate(samples, layout)
+    return with_tokens(collate(samples, layout), **tokens)
+
+
+def with_tokens(batch: MicroBatch, **tokens: Tensor | None) -> MicroBatch:
+    """Replace per-token tensors of a micro-batch by a host's. None leaves the batch's own.
+
+    Args:
+        tokens: fields of `PER_TOKEN`, each [T] for this rank's response tokens, sequence by sequence.
+
+    Raises:
+        ValueError: an unknown field, or a tensor that has not one value for each response token.
+    """
     for name, values in tokens.items():
         if name not in PER_TOKEN:
             raise ValueError(f"{name}: expected one of {', '.join(sorted(PER_TOKEN))}")
@@ -52,6 +66,27 @@ def host_batch(samples: Sequence[Sample], layout: PackingLayout, **tokens: Tenso
             raise ValueError(f"{name}: found shape {tuple(values.shape)}, expected ({batch.num_tokens},)")
     given: dict[str, Any] = {name: values for name, values in tokens.items() if values is not None}
     return replace(batch, **given)
+
+
+def local_tokens(prompts: Sequence[int], responses: Sequence[int], layout: PackingLayout) -> Tensor:
+    """Mask of the response tokens that this context-parallel rank predicts, bool [A].
+
+    Args:
+        prompts, responses: lengths of each sequence's prompt and response; A is the sum of `responses`.
+        layout: packed.
+    """
+    if layout.context_size == 1 or not responses:
+        return torch.ones(sum(responses), dtype=torch.bool)
+    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    spans = [-(-length // layout.unit) * layout.unit for length in lengths]
+    rank_P, _ = shards(spans, layout.context_size)
+    firsts = itertools.accumulate(spans[:-1], initial=0)
+    # A token is predicted at the position before it.
+    rows = [
+        torch.arange(first + prompt - 1, first + length - 1)
+        for first, prompt, length in zip(firsts, prompts, lengths, strict=True)
+    ]
+    return rank_P[torch.cat(rows)] == layout.context
 
 
 def token_weights(reducer: Callable[[Tensor], Tensor], count: int, device: torch.device | None = None) -> Tensor:
