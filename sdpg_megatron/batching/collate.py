@@ -93,15 +93,6 @@ def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     )
 
 
-def tokens_here(samples: Sequence[Sample], layout: PackingLayout) -> Tensor | slice:
-    """Index that selects this context-parallel rank's tokens from all predicted tokens, sequence by sequence."""
-    if layout.context_size == 1:
-        return slice(None)
-    _, rank_T = _arrange([_student(sample) for sample in samples], layout)
-    assert rank_T is not None
-    return rank_T == layout.context
-
-
 def _student(sample: Sample) -> _Sequence:
     predicted = np.ones(len(sample.response), bool) if sample.predicted is None else sample.predicted
     return _Sequence(sample.student_prompt, sample.response, predicted, sample.experts)

@@ -42,7 +42,7 @@ def host_batch(samples: Sequence[Sample], layout: PackingLayout, **tokens: Tenso
         samples: sequences in the host's order. Their scalars apply where `tokens` gives nothing.
         layout: the host's layout on this rank.
         tokens: fields of `PER_TOKEN`, each [T] for this rank's response tokens, sequence by sequence. For tensors over
-            all context-parallel ranks, `sdpg_megatron.batching.collate.tokens_here` selects them.
+            all context-parallel ranks, `local_tokens` selects them.
 
     Raises:
         ValueError: an unknown field, or a tensor that has not one value for each response token.

@@ -31,11 +31,13 @@ pytestmark = [
 ]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
-    "tp2_sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
     "vpp2": (2, ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
     "dp2_overlap": (2, ["--overlap-grad-reduce", "--overlap-param-gather"]),
-    "tp2_pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+    "tp2_sp_pp2": (
+        4,
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"],
+    ),
 }
 PROGRAM, MADE = "tests.host.megatron_lm_cpu", "tests.host.made_batch"
 
@@ -117,7 +119,7 @@ def test_every_layout_trains_alike(layout: str, one: list[dict[str, float]], tmp
         assert found[0]["grad norm"] == pytest.approx(one[0]["grad norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2", "tp2_pp2"])
+@pytest.mark.parametrize("layout", ["one", "vpp2", "tp2_sp_pp2"])
 def test_a_made_batch_gives_our_own_numbers(layout: str, tmp_path: Path) -> None:
     """Loss, KL and every gradient of Megatron-LM's step equal those of `PolicyTrainer` on the same batch."""
     ranks, flags = LAYOUTS[layout]
@@ -170,19 +172,7 @@ def test_mini_batches_share_a_rollout(tmp_path: Path) -> None:
     assert found[0]["policy/ratio"] == 1.0 != found[1]["policy/ratio"], "the second is off-policy"
 
 
-@pytest.mark.parametrize(
-    ("flags", "changes", "message"),
-    [
-        ([], {"optimizer": {"lr": 1e-6}}, "optimizer.lr: found 1e-06, expected 0.001, as in Megatron-LM's arguments"),
-        ([], {"parallel": {"tensor": 2}}, "parallel.tensor: found 2, expected 1, as in Megatron-LM's arguments"),
-        (["--num-layers", "2"], {}, "--num-layers: found 2, expected 4, as in"),
-        (["--global-batch-size", "8"], {}, "--global-batch-size: found 8, expected room for 4 micro-batches"),
-        (["--hidden-dropout", "0.1"], {}, "--hidden-dropout: found 0.1, expected 0"),
-        ([], {"objective": {"teacher": "ema"}}, "objective.teacher: found 'ema', expected a teacher without weights"),
-    ],
-    ids=["lr", "tensor", "layers", "batch", "dropout", "teacher"],
-)
-def test_contradictions_are_refused(flags: list[str], changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    done = pretrain(write_host_run(tmp_path, **changes), *flags)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_a_batch_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    done = pretrain(write_host_run(tmp_path), "--global-batch-size", "8")
+    assert done.returncode == 1
+    assert "error: --global-batch-size: found 8, expected room for 4 micro-batches" in done.stderr

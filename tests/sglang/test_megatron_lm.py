@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_two_iterations_on_a_server(server: Running, model: Path, tmp_path: Path) -> None:
     """The second iteration's log-probs agree only if the server has Megatron-LM's updated weights."""
-    ranks, flags = LAYOUTS["tp2_sp"]
+    ranks, flags = LAYOUTS["tp2"]
     served = {"engine": "sglang", "sglang": {"urls": [server.url], "verify_every": 1}}
     rollout = {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 6, **served}
     folder = write_host_run(tmp_path, rollout=rollout)

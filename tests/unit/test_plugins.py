@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
@@ -22,7 +24,7 @@ from sdpg_megatron.mcore.forward_step import DeviceMetric
 from sdpg_megatron.objectives.base import TokenMetric
 from sdpg_megatron.observe.metrics import Metric, Reduction
 from sdpg_megatron.plugins.batch import host_batch, token_weights
-from sdpg_megatron.plugins.megatron_lm.arguments import check_model_arguments, model_flags
+from sdpg_megatron.plugins.megatron_lm.arguments import check_model_arguments, model_flags, run_config, warn_of_unused
 from sdpg_megatron.plugins.report import pairs, sums_and_counts, weighted_sums
 from sdpg_megatron.plugins.schedule import prepared_schedule
 from tests.tiny import write_tiny_model
@@ -131,3 +133,68 @@ def test_the_flags_of_a_folder_are_those_that_are_expected_of_it(tmp_path: Path)
     wrong.hidden_size, wrong.padded_vocab_size = 96, 256
     with pytest.raises(ConfigError, match=r"--hidden-size: found 96, expected 64(.|\n)*padded_vocab_size: found 256"):
         check_model_arguments(wrong, arch, folder)
+
+
+def host_arguments(config: Path, **changes: Any) -> Namespace:
+    """Arguments of Megatron-LM that are not the model's, after its own checks."""
+    arguments: dict[str, Any] = {
+        **{"sdpg": config, "sdpg_set": [], "dataloader_type": "external", "calculate_per_token_loss": True},
+        **{"fp16": False, "rampup_batch_size": None, "train_iters": 4, "mtp_num_layers": None, "num_experts": None},
+        **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "params_dtype": torch.float32, "micro_batch_size": 4},
+        **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "sequence_parallel": True},
+        **{"virtual_pipeline_model_parallel_size": None, "context_parallel_size": 1, "transformer_impl": "local"},
+        **{"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2, "lr": 1e-3, "min_lr": 0.0},
+        **{"lr_warmup_iters": 0, "lr_decay_style": "constant", "adam_beta1": 0.9, "adam_beta2": 0.999},
+        **{"adam_eps": 1e-8, "weight_decay": 0.01, "clip_grad": 1.0, "use_distributed_optimizer": True},
+        **{"overlap_grad_reduce": False, "overlap_param_gather": False},
+    }
+    return Namespace(**{**arguments, **changes})
+
+
+def write_host_config(folder: Path, **sections: Any) -> Path:
+    path = folder / "run.yaml"
+    tree = {"run_dir": "run", "model": {"path": "hf"}, "data": {"train": ["train.jsonl"]}, **sections}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_arguments_decide_what_they_can(tmp_path: Path) -> None:
+    path = write_host_config(tmp_path, optimizer={"lr": 1e-3, "minibatches": 2})
+    config = run_config(host_arguments(path, params_dtype=torch.bfloat16))
+    assert (config.steps, config.parallel.tensor, config.parallel.sequence) == (2, 2, True)
+    assert (config.model.dtype, config.model.spec, config.optimizer.micro_batch_size) == ("bfloat16", "local", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sections", "message"),
+    [
+        ({}, {"optimizer": {"lr": 1e-6}}, "optimizer.lr: found 1e-06, expected 0.001, as in Megatron-LM's arguments"),
+        ({}, {"parallel": {"tensor": 4}}, "parallel.tensor: found 4, expected 2, as in Megatron-LM's arguments"),
+        ({}, {"steps": 5}, "steps: found 5, expected 4, as in Megatron-LM's arguments"),
+        ({}, {"model": {"path": "hf", "dtype": "bfloat16"}}, "model.dtype: found 'bfloat16', expected float32"),
+        ({"train_iters": 3}, {"optimizer": {"minibatches": 2}}, "--train-iters: found 3, expected a multiple of"),
+        ({"hidden_dropout": 0.1}, {}, "--hidden-dropout: found 0.1, expected 0"),
+        ({"dataloader_type": "cyclic"}, {}, "--dataloader-type: found 'cyclic', expected external"),
+        ({"calculate_per_token_loss": False}, {}, "--calculate-per-token-loss: found False"),
+        ({"fp16": True}, {}, "--fp16: found True, expected float32 or --bf16"),
+        ({"rampup_batch_size": [8, 8, 8]}, {}, "--rampup-batch-size: found [8, 8, 8], expected no ramp-up"),
+        ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: found 1, expected no multi-token prediction"),
+        ({}, {"objective": {"teacher": "ema"}}, "objective.teacher: found 'ema', expected a teacher without weights"),
+        (
+            {},
+            {"rollout": {"engine": "sglang", "sglang": {"colocated": True, "transport": "shared"}}},
+            "rollout.sglang.colocated: found True, expected false",
+        ),
+    ],
+)
+def test_contradictions_are_refused(
+    changes: dict[str, Any], sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_config(host_arguments(write_host_config(tmp_path, **sections), **changes))
+
+
+def test_fields_without_an_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_host_config(tmp_path, eval={"every": 2}, optimizer={"skip_limit": 3})
+    warn_of_unused(host_arguments(path))
+    assert "no effect inside Megatron-LM: eval.every, optimizer.skip_limit" in caplog.text

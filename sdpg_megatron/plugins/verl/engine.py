@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sdpg_megatron.batching.collate import PackingLayout, tokens_here
+from sdpg_megatron.batching.collate import PackingLayout
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.data.tokenizer import stop_ids
 from sdpg_megatron.errors import ConfigError, NonFiniteLossError
@@ -30,7 +30,7 @@ from sdpg_megatron.mcore.optimizer import gather_parameters
 from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.objectives import StepContext, build_objective
 from sdpg_megatron.observe.metrics import Metric, merge, values
-from sdpg_megatron.plugins.batch import host_batch, token_weights
+from sdpg_megatron.plugins.batch import host_batch, local_tokens, token_weights
 from sdpg_megatron.plugins.verl.rows import HostRows, count_tokens, read_rows, uniform_temperature
 from sdpg_megatron.plugins.verl.settings import actor_config, check_actor, check_engine, read_settings
 from sdpg_megatron.records import MicroBatch
@@ -169,7 +169,7 @@ class SDPGEngine(_engines.MegatronEngineWithLMHead):  # type: ignore[misc]
         given = {**rows.tokens, "weights_T": weights_T}
         if not reference:
             given.pop("reference_logprobs_T", None)
-        here = tokens_here(rows.samples, self._layout)
+        here = local_tokens(*rows.lengths, self._layout)[rows.predicted_A]
         return host_batch(rows.samples, self._layout, **{name: values_T[here] for name, values_T in given.items()})
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """Read verl's batches: a TensorDict's sequences as samples, and its per-token fields.
 
-Shapes: B sequences of a batch, N columns of verl's response mask, T response tokens that count.
+Shapes: B sequences of a batch, N columns of verl's response mask, A response tokens, T of them that count.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class HostRows:
     """Fields of `MicroBatch`, float32 [T], over all context-parallel ranks."""
     mask_BN: Tensor
     """bool: verl's response mask, padded on the right. T of its values are true."""
+    predicted_A: Tensor
+    """bool: the same mask without padding, sequence by sequence."""
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Lengths of each sequence's prompt and response."""
+        return [len(s.student_prompt) for s in self.samples], [len(s.response) for s in self.samples]
 
 
 def read_rows(data: Any, objective: Objective, *, distills: bool, stop_ids: Sequence[int] = ()) -> HostRows:
@@ -94,6 +101,7 @@ def read_rows(data: Any, objective: Objective, *, distills: bool, stop_ids: Sequ
             for name, rows in values.items()
         },
         _padded(data["response_mask"]).bool().cpu(),
+        torch.cat(counted),
     )
 
 
