@@ -4,15 +4,22 @@
 #   bash scripts/test.sh                          all that need no SGLang, two at a time, without the slow ones
 #   bash scripts/test.sh --all                    with the slow ones (tests/slow.py): once before a release
 #   bash scripts/test.sh --sglang [--all]         those that need SGLang, with one for CPUs (install_sglang_cpu.sh)
+#   bash scripts/test.sh --host                   host programs, such as Megatron-LM's, in .venv-312 with Python 3.12
 #   bash scripts/test.sh tests/unit -k config     some of them
 #   SDPG_PYTHON=python3.12 bash scripts/test.sh   the same in .venv-312, with the newest megatron-core of Python 3.12
 #   SDPG_CONSTRAINTS=scripts/constraints-lowest.txt bash scripts/test.sh
 #                                                 the same with the lowest versions that pyproject.toml allows: once
 #                                                 before a release, with Python 3.11
 #
-# With SDPG_SGLANG_PYTHON set to an interpreter that has sglang, --sglang uses that one and installs none.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# With SDPG_SGLANG_PYTHON set to an interpreter that has sglang, --sglang uses that one and installs none; --host then
+# also runs the host programs' test with a server. tests/host/test_verl.py and test_slime.py say what they need.
 sglang=false options=()
+if [[ "${1:-}" == --host ]]; then
+  SDPG_PYTHON="${SDPG_PYTHON:-python3.12}"
+  shift
+  if (($# == 0)); then set -- tests/host tests/sglang/test_megatron_lm.py; fi
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 while [[ "${1:-}" == --sglang || "${1:-}" == --all ]]; do
   if [[ "$1" == --sglang ]]; then sglang=true; else options+=(--all); fi
   shift

@@ -46,6 +46,13 @@ from sdpg_megatron.objectives.advantages import group_advantages as group_advant
 from sdpg_megatron.objectives.advantages import sequence_weights as sequence_weights
 from sdpg_megatron.objectives.methods import SDPG as SDPG
 from sdpg_megatron.observe.writers import MetricsWriter as MetricsWriter
+from sdpg_megatron.plugins.batch import host_batch as host_batch
+from sdpg_megatron.plugins.batch import token_weights as token_weights
+from sdpg_megatron.plugins.batch import with_tokens as with_tokens
+from sdpg_megatron.plugins.hidden import HiddenOutput as HiddenOutput
+from sdpg_megatron.plugins.report import sums_and_counts as sums_and_counts
+from sdpg_megatron.plugins.report import weighted_sums as weighted_sums
+from sdpg_megatron.plugins.schedule import prepared_schedule as prepared_schedule
 from sdpg_megatron.records import Completion as Completion
 from sdpg_megatron.records import Group as Group
 from sdpg_megatron.records import MicroBatch as MicroBatch

@@ -174,6 +174,17 @@ class SkippedStepsError(NumericsError):
         )
 
 
+class NonFiniteLossError(NumericsError):
+    """The loss is not finite in a host that would train on it."""
+
+    def __init__(self, step: int, tokens: int) -> None:
+        super().__init__(
+            f"training step {step}: found {tokens} response tokens whose log-prob, divergence or loss is not finite, "
+            "expected none. The weights did not change. Fix: continue from the last checkpoint with a lower learning "
+            "rate or objective.beta"
+        )
+
+
 class NonFiniteWeightsError(NumericsError):
     """A weight of the model is infinite or NaN."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("suite", deadline=None)  # no test may depend on how busy the machine is
 hypothesis.settings.load_profile("suite")
 DIST = Path(__file__).parent / "dist"
-RANKS = ("tests/dist/", "tests/unit/test_benchmark_head.py")
+RANKS = ("tests/dist/", "tests/host/", "tests/unit/test_benchmark_head.py")
 """What uses `ranks`: there is one set of them."""
 
 

@@ -202,7 +202,8 @@ def _let_go_of_groups() -> None:
     """
     distributed = sys.modules.get("megatron.core.distributed")
     if distributed is not None:
-        for found in gc.get_objects():
+        for found in gc.get_objects():  # those of this job only: the others are frozen
             if issubclass(type(found), distributed.DistributedDataParallel):  # a weak proxy's class may be gone
                 vars(found).clear()
     gc.collect()
+    gc.freeze()  # modules and caches, a million objects, which each later collection would traverse

@@ -64,13 +64,13 @@ class _Sequence:
 
 def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
     """Build a micro-batch. Without samples it contributes nothing."""
-    student, rank_T = _arrange(
-        [_Sequence(s.student_prompt, s.response, np.ones(len(s.response), bool), s.experts) for s in samples], layout
-    )
-    gates_T = _concatenate((s.gates for s in samples), np.float32)
-    logprobs_T = _concatenate((s.logprobs for s in samples), np.float32)
-    assert logprobs_T.shape == gates_T.shape, "a log-prob for each response token"
-    sequence_T = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.response) for s in samples]).long())
+    students = [_student(sample) for sample in samples]
+    student, rank_T = _arrange(students, layout)
+    rows = [sequence.predicted for sequence in students]
+    assert not any((s.gates & ~row).any() for s, row in zip(samples, rows, strict=True)), "gates of predicted tokens"
+    gates_T = _concatenate((s.gates[row] for s, row in zip(samples, rows, strict=True)), np.float32)
+    logprobs_T = _concatenate((s.logprobs[row] for s, row in zip(samples, rows, strict=True)), np.float32)
+    sequence_T = torch.arange(len(samples)).repeat_interleave(torch.tensor([row.sum() for row in rows]).long())
 
     teacher = None
     if gated := [_Sequence(s.teacher_prompt, s.response, s.gates) for s in samples if s.gate]:
@@ -84,13 +84,18 @@ def collate(samples: Sequence[Sample], layout: PackingLayout) -> MicroBatch:
         student=replace(student, rows_T=student.rows_T[here]),
         teacher=teacher,
         gated_rows_G=gates_T[here].nonzero().squeeze(1),
-        labels_T=_concatenate((s.response for s in samples), np.int64)[here],
+        labels_T=_concatenate((s.response[row] for s, row in zip(samples, rows, strict=True)), np.int64)[here],
         sequence_T=sequence_T[here],
         advantages_T=torch.tensor([s.advantage for s in samples])[sequence_T][here],
         gates_T=gates_T[here],
         weights_T=torch.tensor([s.weight for s in samples])[sequence_T][here],
         rollout_logprobs_T=logprobs_T[here],
     )
+
+
+def _student(sample: Sample) -> _Sequence:
+    predicted = np.ones(len(sample.response), bool) if sample.predicted is None else sample.predicted
+    return _Sequence(sample.student_prompt, sample.response, predicted, sample.experts)
 
 
 def _arrange(sequences: Sequence[_Sequence], layout: PackingLayout) -> tuple[SequenceBatch, Tensor | None]:

@@ -37,6 +37,9 @@ class Sample:
     """Experts of all tokens of the student sequence but the last; None for the router's choice."""
     unit: int = 1
     """Sequence lengths are padded to a multiple of this; see `PackingLayout.unit`."""
+    predicted: Gates | None = None
+    """[N]: True at response tokens that the policy sampled; None for all. The others, such as the output of a tool, are
+    only read: they have no gate and no row."""
 
     @cached_property  # planning reads it and the cost many times
     def gate(self) -> bool:

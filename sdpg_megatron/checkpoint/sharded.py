@@ -64,14 +64,14 @@ def load_sharded(path: Path, policy_trainer: PolicyTrainer, state: RunState) -> 
     tensors = read_tensor_list(path).state_dict_metadata  # megatron-core reads it without restrictions
     kind = state.setting("objective.teacher") or policy_trainer.teacher.kind
     with_teacher = kind == policy_trainer.teacher.kind and any(name.startswith(f"{_TEACHER}.") for name in tensors)
-    torch_adam.make_state(policy_trainer.optimizer)
-    with only_weights():
-        wanted = sharded_state(policy_trainer, is_loading=True, with_teacher=with_teacher)
-        loaded = dist_checkpointing.load(wanted, str(path))
-    for name, chunk in _named_chunks(policy_trainer):
-        chunk.load_state_dict(loaded[name])
-    with keeping_hyperparameters(policy_trainer.optimizer):
-        torch_adam.load_state_dict(policy_trainer.optimizer, loaded["optimizer"])
+    with torch_adam.loading(policy_trainer.optimizer):
+        with only_weights():
+            wanted = sharded_state(policy_trainer, is_loading=True, with_teacher=with_teacher)
+            loaded = dist_checkpointing.load(wanted, str(path))
+        for name, chunk in _named_chunks(policy_trainer):
+            chunk.load_state_dict(loaded[name])
+        with keeping_hyperparameters(policy_trainer.optimizer):
+            policy_trainer.optimizer.load_state_dict(loaded["optimizer"])
     schedule = loaded["opt_param_scheduler"]
     before = state.setting("optimizer.minibatches") or policy_trainer.minibatches
     schedule["num_steps"] = max(1, round(schedule["num_steps"] * policy_trainer.minibatches / before))

@@ -31,6 +31,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, repeated or unknown keys, values of the wrong type or range, or invalid
             combinations. One error shows all findings of a pass.
     """
+    return parse(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain data of a configuration file with overrides, unchecked; see `load_config`. `parse` makes the configuration.
+
+    Raises:
+        ConfigError: unreadable file, invalid YAML, repeated keys, or an invalid override.
+    """
     tree = read_yaml(_text_of(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(str(path), type(tree).__name__, "a mapping of sections", "write `section:` lines")
@@ -42,7 +51,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             faults.append(error)
     if faults:
         raise ConfigError.joined(faults)
-    return parse(tree)
+    return tree
 
 
 def _text_of(path: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,6 +160,17 @@ def arguments_of(checkpoint: TorchDist) -> dict[str, Any]:
     return vars(found) if isinstance(found, Namespace | SimpleNamespace) else {}
 
 
+@dataclass(frozen=True, slots=True)
+class ArgumentConflict:
+    """An argument of Megatron-LM that contradicts an architecture."""
+
+    argument: str
+    found: Any
+    expected: Any
+    key: str | None
+    """Key of config.json with the expected value; None if all supported families have it."""
+
+
 def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
     """Compare a checkpoint's arguments with an architecture; missing arguments are not checked.
 
@@ -166,6 +178,18 @@ def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) ->
         ConversionError: names the first argument that contradicts config.json, with its key, or that no supported
             family has.
     """
+    for conflict in conflicts(found, arch):
+        if conflict.key is not None:
+            expected = f"{conflict.expected!r}, as in config.json ({conflict.key})"
+            fix = "convert with the config.json that the model was trained with"
+        else:
+            expected = f"{conflict.expected!r}, as in every supported family ({arch.family})"
+            fix = "this model cannot be converted: config.json of these families cannot express it"
+        raise ConversionError(f"{where}: {conflict.argument}", repr(conflict.found), expected, fix)
+
+
+def conflicts(found: Mapping[str, Any], arch: Architecture) -> Iterator[ArgumentConflict]:
+    """Arguments of Megatron-LM that contradict an architecture. Missing arguments and None are not checked."""
     expected, keys = model_arguments(arch), {**CONFIG_KEYS, **_FAMILY_KEYS.get(arch.family, {})}
     for argument, key in keys.items():
         value = found.get(argument)
@@ -175,33 +199,23 @@ def check_arguments(found: Mapping[str, Any], arch: Architecture, where: str) ->
         if argument == "ffn_hidden_size" and arch.experts and found.get("moe_ffn_hidden_size"):
             continue  # for dense layers, which the model does not have
         if value != expected[argument]:
-            raise ConversionError(
-                f"{where}: {argument}",
-                repr(value),
-                f"{expected[argument]!r}, as in config.json ({key})",
-                "convert with the config.json that the model was trained with",
-            )
-    _check_fixed(found, arch, where)
+            yield ArgumentConflict(argument, value, expected[argument], key)
+    for argument, allowed in _fixed_arguments(found, arch).items():
+        value = found.get(argument)
+        one_by_one = argument in _LIST_VALUED and isinstance(value, list | tuple)
+        if value is not None and not all(_is_one_of(each, allowed) for each in (value if one_by_one else [value])):
+            yield ArgumentConflict(argument, value, allowed[0], None)
 
 
-def _check_fixed(found: Mapping[str, Any], arch: Architecture, where: str) -> None:
-    """Refuse arguments that no supported family computes."""
+def _fixed_arguments(found: Mapping[str, Any], arch: Architecture) -> dict[str, tuple[Any, ...]]:
+    """Values that every supported family has; others cannot be computed."""
     scale, groups = arch.head_dim**-0.5, found.get("moe_router_num_groups")
     fixed = dict(_FIXED)
     if not _is_close(found.get("softmax_scale"), scale):
         fixed["softmax_scale"] = (None,)
     if found.get("num_experts"):
         fixed |= {**_FIXED_FOR_EXPERTS, "moe_router_group_topk": (None, 0, groups)}  # all groups: no restriction
-    for argument, allowed in fixed.items():
-        value = found.get(argument)
-        one_by_one = argument in _LIST_VALUED and isinstance(value, list | tuple)
-        if value is not None and not all(_is_one_of(each, allowed) for each in (value if one_by_one else [value])):
-            raise ConversionError(
-                f"{where}: {argument}",
-                repr(value),
-                f"{allowed[0]!r}, as in every supported family ({arch.family})",
-                "this model cannot be converted: config.json of these families cannot express it",
-            )
+    return fixed
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:

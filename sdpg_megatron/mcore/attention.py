@@ -31,6 +31,9 @@ from torch.nn import functional
 
 from sdpg_megatron.mcore.context_parallel import shards
 
+_READ = "sdpg_packed_sequences"
+"""Attribute of `PackedSeqParams` in which `PackedSequences.read` keeps its result."""
+
 
 class LengthBucket(NamedTuple):
     """Chunks of similar lengths, padded to a common length. Padding repeats a chunk's last position."""
@@ -69,6 +72,18 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
         if cumulative:
             found.cu_seqlens_q = found.cu_seqlens_kv = found._cumulated(lengths)
         return found
+
+    @classmethod
+    def read(cls, given: PackedSeqParams, device: torch.device) -> PackedSequences:
+        """Megatron's own parameters with the indices; read from the device once, and kept on the object."""
+        if isinstance(given, cls):
+            return given
+        if (kept := getattr(given, _READ, None)) is None:
+            ends = given.cu_seqlens_q_padded if given.cu_seqlens_q_padded is not None else given.cu_seqlens_q
+            lengths = ends.diff().tolist()
+            kept = cls.of([length for length in lengths if length], device, cumulative=False)
+            setattr(given, _READ, kept)
+        return kept
 
     @cached_property
     def positions_P(self) -> Tensor:
@@ -187,7 +202,7 @@ class CausalAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
-        packed_seq_params: PackedSequences | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **__: Any,
     ) -> Tensor:
         """[S, B, N, D], [S, B, K, D], [S, B, K, D] -> [S, B, N * D]; packed: P instead of S, B."""
@@ -198,14 +213,15 @@ class CausalAttention(torch.nn.Module):
                 raise NotImplementedError("context parallelism: found padded sequences, expected packed ones")
             found = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
             return found.transpose(0, 1).flatten(2)
+        packed = PackedSequences.read(packed_seq_params, query.device)
         if self.context_size > 1:
-            key, value = self._gather(key, value, packed_seq_params)
+            key, value = self._gather(key, value, packed)
         if (kernel := varlen_kernel()) is not None and takes_varlen(query):
-            query_ends, key_ends = packed_seq_params.ends
-            queries, keys = map(max, zip(*packed_seq_params.chunks, strict=True))
+            query_ends, key_ends = packed.ends
+            queries, keys = map(max, zip(*packed.chunks, strict=True))
             found = kernel(query, key, value, query_ends, key_ends, queries, keys, scale=self.softmax_scale)
             return found.flatten(1)
-        buckets, order_P = packed_seq_params.buckets
+        buckets, order_P = packed.buckets
         parts = [self._attend_bucket(query, key, value, bucket) for bucket in buckets]
         return torch.cat(parts).index_select(0, order_P).flatten(1)
 

@@ -131,7 +131,15 @@ class ForwardStep:
         return hidden_states(model, batch.student), functools.partial(self.loss, batch, model)
 
     def loss(self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Loss sum (scalar), number of response tokens (int scalar), and report.
+        """Loss sum (scalar), number of response tokens (int scalar), and report; see `loss_and_metrics`."""
+        loss_sum, metrics = self.loss_and_metrics(batch, model, hidden_BSH)
+        count = torch.full((), batch.num_tokens, dtype=torch.int, device=loss_sum.device)
+        return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
+
+    def loss_and_metrics(
+        self, batch: MicroBatch, model: nn.Module, hidden_BSH: Tensor
+    ) -> tuple[Tensor, dict[str, TokenMetric]]:
+        """Loss sum (scalar) and per-token metrics, for hosts with their own reports.
 
         If a token's terms or loss are not finite, the sum and its gradient are NaN. Without this, a non-finite loss
         could have a finite gradient.
@@ -163,8 +171,7 @@ class ForwardStep:
         if self.measure_gradient_ratio:
             grads = term_gradients(self.objective, terms, self.context, weights_T)
             metrics |= gradient_squares(*self.head.gradient_squares(model, hidden_TH, batch.labels_T, teacher, grads))
-        count = torch.full((), batch.num_tokens, dtype=torch.int, device=loss_sum.device)
-        return loss_sum, count, {name: reduce_tokens(metric) for name, metric in metrics.items()}
+        return loss_sum, metrics
 
     def _teacher(self, hidden_GH: Tensor | None, rows_G: Tensor, like: Tensor) -> TeacherRows | None:
         """Move the teacher's rows to the device of `like`. Rows of an early pass are in host memory."""

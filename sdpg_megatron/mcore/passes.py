@@ -32,9 +32,7 @@ def run_schedule(
     collect: bool = False,
 ) -> list[Any]:
     """Run micro-batches through Megatron's schedule. Returns one result per micro-batch on the last stage, else []."""
-    # The interleaved schedule needs full rounds: micro-batches without response tokens pad the last one.
-    rounds = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
-    fed = [*batches, *[batches[0].emptied()] * (-len(batches) % rounds)]
+    fed = full_rounds(chunks, batches)
     size, length = fed[0].student.tokens_BS.shape  # with pipeline stages, each micro-batch sends its shape
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -47,6 +45,15 @@ def run_schedule(
         collect_non_loss_data=collect,
     )
     return results[: len(batches)]
+
+
+def full_rounds(chunks: Sequence[nn.Module], batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches that `run_schedule` runs: the interleaved schedule needs full rounds.
+
+    Micro-batches without response tokens pad the last round.
+    """
+    rounds = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
+    return [*batches, *[batches[0].emptied()] * (-len(batches) % rounds)]
 
 
 @torch.no_grad()

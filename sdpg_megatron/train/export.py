@@ -16,21 +16,22 @@ from sdpg_megatron.config import RunConfig
 from sdpg_megatron.errors import SdpgError
 from sdpg_megatron.mcore import parallel
 from sdpg_megatron.mcore.main_rank import on_main
+from sdpg_megatron.mcore.policy import Policy
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.observe.files import writing
 from sdpg_megatron.train.run_dir import EXPORT_FOLDER
 from sdpg_megatron.weights import WeightStream, write_folder
 
 
-def stream_weights(config: RunConfig, policy_trainer: PolicyTrainer, dtype: torch.dtype | None = None) -> WeightStream:
+def stream_weights(config: RunConfig, policy: Policy, dtype: torch.dtype | None = None) -> WeightStream:
     """Stream this replica's weights as full Hugging Face tensors; every rank of the replica iterates."""
     return WeightStream(
-        policy_trainer.named_weights(),
-        policy_trainer.arch,
-        tp_group=policy_trainer.ranks.tensor_group,
-        pp_group=policy_trainer.ranks.pipeline_group,
-        expert_group=policy_trainer.ranks.expert_group,
-        expert_tensor=policy_trainer.ranks.expert_tensor_size,
+        policy.named_weights(),
+        policy.arch,
+        tp_group=policy.ranks.tensor_group,
+        pp_group=policy.ranks.pipeline_group,
+        expert_group=policy.ranks.expert_group,
+        expert_tensor=policy.ranks.expert_tensor_size,
         bucket_bytes=config.rollout.sglang.bucket_mib << 20,
         dtype=dtype,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sdpg_megatron.config import RunConfig
+from sdpg_megatron.mcore.policy import Policy
 from sdpg_megatron.mcore.policy_trainer import PolicyTrainer
 from sdpg_megatron.rollout.base import Bucket, OnProgress, Stop
 from sdpg_megatron.train.engines import start_rollouts
@@ -22,27 +23,34 @@ class Serving:
         self,
         config: RunConfig,
         inputs: Inputs,
-        policy_trainer: PolicyTrainer,
+        policy: Policy,
         phases: Phases,
         *,
         on_progress: OnProgress,
         stop: Stop,
     ) -> None:
-        """Start the configured engine; callbacks and errors as in `start_rollouts`."""
-        self._config, self._policy_trainer, self._phases = config, policy_trainer, phases
+        """Start the configured engine; callbacks and errors as in `start_rollouts`.
+
+        Args:
+            policy: a `PolicyTrainer` if the engine is colocated.
+        """
+        self._config, self._policy, self._phases = config, policy, phases
         self._current = False
-        if self._colocated:  # servers size their pools by the free memory
-            policy_trainer.offload()
-            policy_trainer.ranks.barrier()
-        self.rollouts = start_rollouts(config, inputs, policy_trainer.ranks, on_progress, stop)
+        self._colocated: PolicyTrainer | None = None
+        if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
+            assert isinstance(policy, PolicyTrainer), "only it can free its devices"
+            self._colocated = policy
+            policy.offload()  # servers size their pools by the free memory
+            policy.ranks.barrier()
+        self.rollouts = start_rollouts(config, inputs, policy.ranks, on_progress, stop)
 
     def publish(self, step: int) -> None:
         """Publish the weights after `step`, unless the engine has them. A colocated engine gets the devices."""
         if self._current:
             return
         with self._phases("publish"):
-            if self._colocated:
-                self._policy_trainer.offload()
+            if self._colocated is not None:
+                self._colocated.offload()
                 self.rollouts.resume()
             self.rollouts.publish(step, self._weights)
             every = self._config.rollout.sglang.verify_every
@@ -57,10 +65,10 @@ class Serving:
 
     def free_devices(self) -> None:
         """Take the devices from a colocated engine, for training."""
-        if self._colocated:
+        if self._colocated is not None:
             with self._phases("switch"):
                 self.rollouts.release()
-                self._policy_trainer.onload()
+                self._colocated.onload()
 
     def close(self) -> None:
         self.rollouts.close()
@@ -68,8 +76,4 @@ class Serving:
     def _weights(self) -> Iterator[Bucket]:
         """This replica's weights in the engine's dtype; every rank of the replica iterates."""
         served = self._config.rollout.sglang.dtype if self._config.rollout.engine == "sglang" else None
-        return stream_weights(self._config, self._policy_trainer, getattr(torch, served) if served else None)
-
-    @property
-    def _colocated(self) -> bool:
-        return self._config.rollout.engine == "sglang" and self._config.rollout.sglang.colocated
+        return stream_weights(self._config, self._policy, getattr(torch, served) if served else None)

@@ -102,9 +102,9 @@ def train_with_lost_rank(*arguments: object, ranks: int, program: str, lost: int
     return preloaded().run_with_lost(program, line, rank_environments(ranks), LIMIT, lost)
 
 
-def rank_environments(ranks: int) -> list[dict[str, str]]:
-    """Of each rank, with what torchrun puts there where there are several."""
-    if ranks == 1:
+def rank_environments(ranks: int, *, launched: bool = False) -> list[dict[str, str]]:
+    """Of each rank, with what torchrun puts there where there are several, or with `launched` for one too."""
+    if ranks == 1 and not launched:
         return [environment()]
     with socket.create_server(("127.0.0.1", 0)) as found:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}

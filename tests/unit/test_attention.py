@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -45,6 +46,17 @@ def test_packed_is_each_sequence_alone() -> None:
         for grad, twin in zip(grads, own, strict=True):
             torch.testing.assert_close(grad[span], twin.squeeze(1))
         first += length
+
+
+def test_megatrons_own_parameters_are_taken() -> None:
+    """A host's packed batch has `PackedSeqParams` with the lengths as a tensor, and padding as a last sequence."""
+    tensors = inputs()
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    params = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=7, max_seqlen_kv=7)
+    for _ in range(2):  # the lengths are read once
+        assert torch.equal(core()(*tensors, packed_seq_params=params), core()(*tensors, packed_seq_params=packed()))
+    padded = PackedSeqParams("thd", cu_seqlens_q=ends - 1, cu_seqlens_kv=ends - 1, cu_seqlens_q_padded=ends)
+    assert torch.equal(core()(*tensors, packed_seq_params=padded), core()(*tensors, packed_seq_params=packed()))
 
 
 def test_no_bit_crosses_a_boundary() -> None:

@@ -16,7 +16,7 @@ PACKAGE = "sdpg_megatron"
 
 FLOORS = (
     ("__main__", "launch"),
-    ("cli",),
+    ("cli", "plugins"),
     ("train", "convert"),
     ("batching", "checkpoint", "estimate", "runtime"),
     ("mcore", "rollout"),
@@ -30,7 +30,7 @@ FLOORS = (
 """From the top. A room imports itself and lower floors, never a neighbour on its own floor."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 CONFINED = {
-    "megatron": ("mcore", "checkpoint", "convert", "estimate"),
+    "megatron": ("mcore", "checkpoint", "convert", "estimate", "plugins"),
     "sglang": ("rollout/sglang", "rollout/transports"),
 }
 """Third-party packages, and the only places that import them."""

@@ -8,6 +8,8 @@ removed when a round trip through `fully_reshardable` works without it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +17,19 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 
-def make_state(optimizer: Any) -> None:
-    """Allocate torch's optimizer state with dummy values before a checkpoint is loaded into it."""
-    for part in _affected(optimizer):
-        if not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
+@contextmanager
+def loading(optimizer: Any) -> Iterator[None]:
+    """Context in which a checkpoint is loaded into an optimizer; restores the step count of every parameter.
 
-
-def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)`` that restores the step count of every parameter."""
+    On entry it allocates torch's optimizer state with dummy values, which ``optimizer.sharded_state_dict`` reads.
+    """
     parts = _affected(optimizer)
     for part in parts:
+        if not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
         part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
     try:
-        optimizer.load_state_dict(state)
+        yield
     finally:
         for part in parts:
             del part._set_main_param_and_optimizer_states
@@ -46,9 +47,10 @@ def _affected(optimizer: Any) -> list[DistributedOptimizer]:
     ]
 
 
+@torch.no_grad()  # not every format of megatron-core sets it under this
 def _set_with_step(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
     """Set parameter and state, keeping the step count, which is restored with the parameter groups."""
     group, order = part.model_param_group_index_map[model_param]
     main_param = part.optimizer.param_groups[group]["params"][order]
     step = part.optimizer.state[main_param]["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": step})
