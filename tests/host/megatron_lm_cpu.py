@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from sdpg_megatron.mcore.compat import device
 
@@ -24,6 +25,7 @@ class _Stream:
 def patch_megatron_lm() -> None:
     """Replace the checks and calls of Megatron-LM that need a GPU. What it computes stays."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # required with tensor parallelism
+    torch._dynamo.config.disable = True  # its compiler would take the GPU of the replaced calls for a real one
     device.install()
     cuda: Any = torch.cuda
     cuda.device_count = lambda: 1
@@ -40,6 +42,8 @@ def patch_megatron_lm() -> None:
     arguments_module.get_device_arch_version = lambda: 8
     initialize_module: Any = initialize
     initialize_module._compile_dependencies = lambda *args: None
+    if hasattr(initialize_module, "fused_kernels"):  # 0.16
+        initialize_module.fused_kernels.load = lambda args: None
 
 
 def _current_stream(device: object = None) -> _Stream:

@@ -178,6 +178,11 @@ def test_arguments_decide_what_they_can(tmp_path: Path) -> None:
         ({"calculate_per_token_loss": False}, {}, "--calculate-per-token-loss: found False"),
         ({"fp16": True}, {}, "--fp16: found True, expected float32 or --bf16"),
         ({"rampup_batch_size": [8, 8, 8]}, {}, "--rampup-batch-size: found [8, 8, 8], expected no ramp-up"),
+        (
+            {"num_experts": 4, "pipeline_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"},
+            {},
+            "--moe-token-dispatcher-type: found 'allgather', expected alltoall or flex",
+        ),
         ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: found 1, expected no multi-token prediction"),
         ({}, {"objective": {"teacher": "ema"}}, "objective.teacher: found 'ema', expected a teacher without weights"),
         (

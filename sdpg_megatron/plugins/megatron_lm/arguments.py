@@ -48,7 +48,10 @@ SAME: Mapping[str, str] = {
     "optimizer.overlap_param_gather": "overlap_param_gather",
 }
 """Fields without an effect here, which must not contradict an argument."""
-UNUSED = ("eval", "checkpoint", "rollout_log", "writers", "optimizer.skip_limit", "optimizer.bucket_size")
+UNUSED = (
+    *("eval", "checkpoint", "rollout_log", "writers"),
+    *("parallel.dispatcher", "optimizer.skip_limit", "optimizer.bucket_size"),
+)
 """Sections and fields without an effect here."""
 
 
@@ -176,6 +179,9 @@ def _unsupported(args: Any) -> Iterator[ConfigError]:
         yield ConfigError("--train-iters", args.train_iters, "the number of optimizer steps", "set it")
     if getattr(args, "mtp_num_layers", None):
         yield ConfigError("--mtp-num-layers", args.mtp_num_layers, "no multi-token prediction", "remove it")
+    if args.num_experts and args.pipeline_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather":
+        expected = "alltoall or flex with pipeline stages: micro-batches differ in length"
+        yield ConfigError("--moe-token-dispatcher-type", "allgather", expected, "use alltoall")
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(args, name):
             yield ConfigError(_flag(name), getattr(args, name), "0", f"add {_flag(name)} 0")

@@ -60,7 +60,8 @@ class MegatronHost:
         network = options.get("config") or self._transformer_config(args)
         # Megatron-LM turns it off for its own data. Here each micro-batch has its own length.
         network.variable_seq_lengths = network.pipeline_model_parallel_size > 1
-        network.moe_token_dispatcher_type = config.parallel.dispatcher
+        if network.num_moe_experts is None:  # megatron-core reads it for dense models too
+            network.moe_token_dispatcher_type = "alltoall"
         stage = options.get("vp_stage")
         local = args.transformer_impl == "local"
         chunk = GPTModel(
