@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -26,13 +27,11 @@ from sdpg_megatron.plugins.report import pairs
 from sdpg_megatron.records import MicroBatch
 from sdpg_megatron.train.inputs import Inputs, load_inputs, load_run_model
 
-GetArgs = Callable[[], Any]
-
 
 class MegatronHost:
     """SDPG in one process of Megatron-LM's `pretrain()`. Every rank has one."""
 
-    def __init__(self, get_args: GetArgs, transformer_config: Callable[[Any], Any], stack: ExitStack) -> None:
+    def __init__(self, get_args: Callable[[], Any], transformer_config: Callable[[Any], Any], stack: ExitStack) -> None:
         """
         Args:
             get_args: Megatron-LM's `get_args`.
@@ -106,10 +105,10 @@ class MegatronHost:
 
     data_provider.is_distributed = True  # type: ignore[attr-defined]
 
-    def forward_step(self, _data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(self, data: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         """Forward step of the current training pass."""
         assert self._forward_step is not None, "the schedule is wrapped"
-        return self._forward_step(_data, model)
+        return self._forward_step(data, model)
 
     # --- what the wrapped schedule calls
 
@@ -144,26 +143,22 @@ class MegatronHost:
 
     # --- what they need
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         """Configuration of the run."""
-        if not hasattr(self, "_config"):
-            self._config = run_config(self._get_args())
-        return self._config
+        return run_config(self._get_args())
 
-    @property
+    @cached_property
     def inputs(self) -> Inputs:
-        """Model description, tokenizer and data."""
-        if not hasattr(self, "_inputs"):
-            args, ranks = self._get_args(), parallel.current()
-            model = load_run_model(self.config)
-            check_model_arguments(args, model.arch, self.config.model.path)
-            if ranks.is_main:
-                warn_of_unused(args)
-            self._inputs = load_inputs(self.config, model, ranks)
-        return self._inputs
+        """Model description, tokenizer and data. Collective over all ranks at first."""
+        args, ranks = self._get_args(), parallel.current()
+        model = load_run_model(self.config)
+        check_model_arguments(args, model.arch, self.config.model.path)
+        if ranks.is_main:
+            warn_of_unused(args)
+        return load_inputs(self.config, model, ranks)
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
         """Objective of the run."""
         return build_objective(self.config.objective, self.config.total_optimizer_steps)
