@@ -60,8 +60,9 @@ class Policy:
         self._minibatches = config.optimizer.minibatches
         self._gradient_every = config.alarms.gradient_every
         self._gathers_late = gathers_late
-        self._gathered = True
+        self._gathered = not gathers_late
         """True if the weights are complete on this rank and no later pass gathers them."""
+        self.gather()  # loaded weights are complete, but Megatron would gather them in the first pass
         self.routing = Routing(self.chunks, config.model, arch.num_layers)
         self.head = Head.build(config, arch.vocab_size, ranks.tensor_group, self.chunks)
         required_passes = passes_of_run(objective, config.total_optimizer_steps)

@@ -18,7 +18,7 @@ from sdpg_megatron.mcore import passes
 from sdpg_megatron.mcore.forward_step import NONFINITE, read_reports
 from sdpg_megatron.mcore.model import build_chunks, load_weights
 from sdpg_megatron.mcore.offload import OffloadedState
-from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, gather_parameters, ready_gradients, wrap
+from sdpg_megatron.mcore.optimizer import build_optimizer, build_scheduler, ready_gradients, wrap
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.policy import Policy
 from sdpg_megatron.objectives.base import Objective, StepContext
@@ -38,8 +38,6 @@ class PolicyTrainer(Policy):
         bare = build_chunks(arch, config.model, config.parallel, ranks)
         load_weights(bare, config.model.path, arch, ranks)
         chunks = wrap(bare, config.optimizer)
-        if config.optimizer.overlap_param_gather:
-            gather_parameters(chunks)  # the loaded weights are complete, but Megatron would gather in the first pass
         self.optimizer: Any = build_optimizer(chunks, config.optimizer)
         self._offloaded = OffloadedState(self.optimizer, chunks)
         self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.total_optimizer_steps)

@@ -40,7 +40,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(folder: Path, overrides: dict[str, Any], steps: int = STEPS) -> tuple[list[float], dict[str, Tensor], Any]:
     """Divergences of all mini-batches, this rank's weights, and (buckets, whether updates were ever left to a pass)."""
-    from sdpg_megatron.mcore import policy_trainer as learning
+    from sdpg_megatron.mcore import policy as learning
 
     gathered: list[bool] = []
     gather = learning.gather_parameters

@@ -88,12 +88,12 @@ class HostSteps:
         return self._config.run_dir / CURSORS
 
     def _write_cursor(self, step: int) -> None:
-        with self._cursors.open("a") as file:
+        with self._cursors.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "cursor": self._cursor.state()}) + "\n")
 
     def _read_cursor(self, step: int) -> Cursor:
         def read() -> Any:
-            lines = self._cursors.read_text().splitlines() if self._cursors.exists() else []
+            lines = self._cursors.read_text(encoding="utf-8").splitlines() if self._cursors.exists() else []
             found = [entry["cursor"] for entry in map(json.loads, lines) if entry["step"] == step]
             if not found:
                 raise CheckpointError(
