@@ -71,4 +71,9 @@ SLOW: Mapping[str, str] = {
     "tests/e2e/test_watchdog.py::test_a_rank_that_is_silent*?holds_the_lock?": "a dead one runs",
     "tests/e2e/test_watchdog.py::test_a_rank_alone_ends_as_well": "ranks of two end by the same thread",
     "tests/unit/test_recipes.py::test_a_recipe_walks*?qwen3-30b*": "unit/test_plan walks; dist/test_plan compares",
+    "tests/dist/test_invariance.py::*?moe-context=2,data=2,recompute=True,micro=one*": "three others shard experts so",
+    "tests/dist/test_replay.py::test_a_step*?cp2_tp2?": "dist/test_router_losses runs it",
+    "tests/e2e/test_continue.py::test_an_extended_run*": "an interrupted run, and a branch with changes, continue",
+    "tests/e2e/test_skips.py::test_skipped_steps*": "dist/test_skips",
+    "tests/unit/test_dry_run.py::test_a_folder_that_another*": "unit/test_run_lock",
 }
