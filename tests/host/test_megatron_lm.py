@@ -81,13 +81,14 @@ def launched(module: str, line: list[str], ranks: int) -> subprocess.CompletedPr
 
 
 def logged(output: str) -> list[dict[str, float]]:
-    """Metrics of each iteration that Megatron-LM printed. The second of a call is printed as the mean of two."""
+    """Metrics that Megatron-LM printed, by iteration: the positive ones, in the second of a call the mean of two."""
     found = []
     for line in re.findall(r"^.* iteration +\d+/.*$", output, re.MULTILINE):
         pairs = re.findall(r"([A-Za-z_/ ]+): +([-+.\dE]+|nan|inf) ", line)
         found.append({name.strip(): float(value) for name, value in pairs})
     if len(found) > 1:
-        found[1] = {name: 2 * x - found[0][name] if "/" in name else x for name, x in found[1].items()}
+        first, second = found[0], found[1]
+        found[1] = {name: 2 * x - first[name] if "/" in name else x for name, x in second.items() if name in first}
     return found
 
 
