@@ -25,7 +25,6 @@ from sdpg_megatron.mcore.optimizer import gather_parameters
 from sdpg_megatron.mcore.parallel import ParallelState
 from sdpg_megatron.mcore.routing import Routing
 from sdpg_megatron.mcore.teachers import Teacher, build_teacher
-from sdpg_megatron.mcore.transfer import host_copy
 from sdpg_megatron.objectives import passes_of_run
 from sdpg_megatron.objectives.base import Objective, StepContext
 from sdpg_megatron.records import MicroBatch
@@ -130,20 +129,13 @@ class Policy:
         return self._with_teacher(batches) if needed else list(batches)
 
     def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the teacher's hidden rows under the privileged context."""
         self.gather()
-        with self.teacher.reading():
-            found = passes.teacher_hidden(self.chunks, batches)
-        if self.teacher.early:
-            found = [None if x is None else host_copy(x) for x in found]
-        return [dataclasses.replace(b, teacher_hidden_GH=x) for b, x in zip(batches, found, strict=True)]
+        return self.teacher.with_rows(batches)
 
     def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Add the teacher's log-probs of the sampled tokens at open gates. Call before the rollout step's updates."""
         self.gather()
-        with self.teacher.reading():
-            found = passes.teacher_logprobs(self.chunks, batches, self.head)
-        return [dataclasses.replace(b, teacher_logprobs_T=x) for b, x in zip(batches, found, strict=True)]
+        return self.teacher.with_logprobs(batches, self.head)
 
     def forward_step(self, context: StepContext) -> ForwardStep:
         """Forward step of the training pass of one optimizer step."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from sdpg_megatron.config import ObjectiveConfig
+from sdpg_megatron.mcore import passes
 from sdpg_megatron.mcore.frozen_weights import FrozenWeights
+from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.model import output_weight
 from sdpg_megatron.mcore.transfer import host_copy
+from sdpg_megatron.records import MicroBatch
 
 
 class Teacher:
@@ -56,6 +60,23 @@ class Teacher:
     def matrix(self) -> Tensor | None:
         """This rank's shard of the output matrix for the teacher's rows; None: the student's current matrix."""
         return None
+
+    def with_rows(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Run the teacher's pass, and add its hidden rows to the micro-batches; an early teacher's in host memory.
+
+        The weights must be gathered; see `passes.teacher_hidden`.
+        """
+        with self.reading():
+            found = passes.teacher_hidden(self.chunks, batches)
+        if self.early:
+            found = [None if rows_GH is None else host_copy(rows_GH) for rows_GH in found]
+        return [replace(batch, teacher_hidden_GH=x) for batch, x in zip(batches, found, strict=True)]
+
+    def with_logprobs(self, batches: Sequence[MicroBatch], head: Head) -> list[MicroBatch]:
+        """Run the teacher's pass, and add its log-probs of the sampled tokens to the micro-batches."""
+        with self.reading():
+            found = passes.teacher_logprobs(self.chunks, batches, head)
+        return [replace(batch, teacher_logprobs_T=x) for batch, x in zip(batches, found, strict=True)]
 
 
 class RolloutTeacher(Teacher):

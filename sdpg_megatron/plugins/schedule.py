@@ -28,7 +28,7 @@ def prepared_schedule(
     Args:
         schedule: result of Megatron's ``get_forward_backward_func()``.
         prepare: ``prepare(chunks, batches)``, a context in which the training pass runs over the micro-batches that it
-            yields, as many as it was given. All ranks call it together, so it may run passes of its own.
+            yields, as many as it was given. All ranks call it together, so it may run further passes.
         report: maps the result of the training pass, on every rank, to the one that the host receives.
     """
 

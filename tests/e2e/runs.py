@@ -103,7 +103,7 @@ def train_with_lost_rank(*arguments: object, ranks: int, program: str, lost: int
 
 
 def rank_environments(ranks: int, *, launched: bool = False) -> list[dict[str, str]]:
-    """Of each rank, with what torchrun puts there where there are several, or with `launched` for one too."""
+    """Environment of each rank, with torchrun's variables for several ranks, or always if `launched`."""
     if ranks == 1 and not launched:
         return [environment()]
     with socket.create_server(("127.0.0.1", 0)) as found:

@@ -43,13 +43,13 @@ SHIPPED = (
 
 @dataclass(frozen=True)
 class Slime:
-    """What the hooks meet of slime."""
+    """Functions and classes of slime that call the hooks or that the hooks call."""
 
     sample: Callable[..., Any]
     convert: Callable[[Any, Sequence[Any]], dict[str, Any]]
     """Training data of samples, by the function of ``--custom-convert-samples-to-train-data-path``."""
     shipped: Callable[[Any, dict[str, Any], dict[str, int], int], dict[str, Any]]
-    """What the actors of one data-parallel rank receive."""
+    """Training data that the actors of one data-parallel rank receive."""
     sliced: Callable[[Any, int, int], Any]
     """A context-parallel rank's part of a response's values."""
     advantages: Callable[[Any, dict[str, Any]], None]

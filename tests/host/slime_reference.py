@@ -110,7 +110,7 @@ def disturb(chunks: list[Any]) -> None:
 
 @dataclass
 class Sums:
-    """Of one step on this rank: the loss, the absolute values of its terms, and the weighted KL."""
+    """Sums of one step on this rank: the loss, the absolute values of its terms, and the weighted KL."""
 
     loss: list[Tensor] = field(default_factory=list)
     sizes: list[Tensor] = field(default_factory=list)

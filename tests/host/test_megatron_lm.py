@@ -43,7 +43,7 @@ PROGRAM, MADE = "tests.host.megatron_lm_cpu", "tests.host.made_batch"
 
 
 def arguments(folder: Path, *more: str, iterations: int = 2, model: Path | None = None) -> list[str]:
-    """Command line of a run of `write_host_run`; of its own model, or of another."""
+    """Command line of a run of `write_host_run`. `model`: another model than the run's."""
     model = model or folder / "hf"
     flags = model_flags(read_architecture(model), model)
     fixed = (
@@ -114,7 +114,7 @@ def test_every_layout_trains_alike(layout: str, one: list[dict[str, float]], tmp
     assert done.returncode == 0, done.stderr
     found = logged(done.stdout)
     assert len(found) == 2
-    if not layout.startswith("dp"):  # each replica draws responses of its own
+    if not layout.startswith("dp"):  # each replica draws other responses
         assert found[0]["train/loss"] == pytest.approx(one[0]["train/loss"], rel=1e-5)
         assert found[0]["distill/kl"] == pytest.approx(one[0]["distill/kl"], rel=1e-5)
         assert found[0]["grad norm"] == pytest.approx(one[0]["grad norm"], rel=1e-4)

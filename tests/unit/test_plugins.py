@@ -114,7 +114,7 @@ def test_a_hosts_tensors_replace_those_of_the_samples() -> None:
 
 
 def namespace(flags: list[str]) -> Namespace:
-    """What Megatron-LM's parser makes of them, as far as the model is concerned."""
+    """The model's arguments as Megatron-LM parses them."""
     named: dict[str, Any] = {}
     for flag, following in itertools.pairwise([*flags, "--"]):
         if flag.startswith("--"):
@@ -159,7 +159,7 @@ def write_host_config(folder: Path, **sections: Any) -> Path:
 
 
 def test_arguments_decide_what_they_can(tmp_path: Path) -> None:
-    path = write_host_config(tmp_path, optimizer={"lr": 1e-3, "minibatches": 2})
+    path = write_host_config(tmp_path, optimizer={"lr": 1e-3, "minibatches": 2}, parallel=None)
     config = run_config(host_arguments(path, params_dtype=torch.bfloat16))
     assert (config.steps, config.parallel.tensor, config.parallel.sequence) == (2, 2, True)
     assert (config.model.dtype, config.model.spec, config.optimizer.micro_batch_size) == ("bfloat16", "local", 4)
@@ -184,7 +184,11 @@ def test_arguments_decide_what_they_can(tmp_path: Path) -> None:
             "--moe-token-dispatcher-type: found 'allgather', expected alltoall or flex",
         ),
         ({"mtp_num_layers": 1}, {}, "--mtp-num-layers: found 1, expected no multi-token prediction"),
-        ({}, {"objective": {"teacher": "ema"}}, "objective.teacher: found 'ema', expected a teacher without weights"),
+        (
+            {},
+            {"objective": {"teacher": "ema"}},
+            "objective.teacher: found 'ema', expected a teacher without separate",
+        ),
         (
             {},
             {"rollout": {"engine": "sglang", "sglang": {"colocated": True, "transport": "shared"}}},
@@ -200,6 +204,7 @@ def test_contradictions_are_refused(
 
 
 def test_fields_without_an_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_host_config(tmp_path, eval={"every": 2}, optimizer={"skip_limit": 3})
+    alarms = {"gradient_every": 5, "window": 3}
+    path = write_host_config(tmp_path, eval={"every": 2}, optimizer={"skip_limit": 3}, alarms=alarms)
     warn_of_unused(host_arguments(path))
-    assert "no effect inside Megatron-LM: eval.every, optimizer.skip_limit" in caplog.text
+    assert "no effect inside Megatron-LM: alarms.window, eval.every, optimizer.skip_limit" in caplog.text

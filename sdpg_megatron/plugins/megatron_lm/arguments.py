@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from sdpg_megatron.architecture import Architecture
 from sdpg_megatron.config import RunConfig
 from sdpg_megatron.config.field_values import typed
-from sdpg_megatron.config.load import flatten, parse, read_tree
+from sdpg_megatron.config.load import apply_override, flatten, parse, read_tree
 from sdpg_megatron.convert.arguments import conflicts
 from sdpg_megatron.errors import ConfigError
 
@@ -49,10 +50,14 @@ SAME: Mapping[str, str] = {
 }
 """Fields without an effect here, which must not contradict an argument."""
 UNUSED = (
-    *("eval", "checkpoint", "rollout_log", "writers"),
-    *("parallel.dispatcher", "optimizer.skip_limit", "optimizer.bucket_size"),
+    *("eval", "checkpoint", "rollout_log", "writers", "alarms", "data.eval"),
+    *("model.spec", "model.recompute", "model.gradient_accumulation_fusion", "model.activation_fusion"),
+    *("parallel.dispatcher", "parallel.timeout", "parallel.rendezvous_timeout"),
+    *("optimizer.skip_limit", "optimizer.bucket_size"),
 )
-"""Sections and fields without an effect here."""
+"""Sections and fields without an effect here, except those of `USED`."""
+USED = ("alarms.gradient_every",)
+"""Fields with an effect, of sections in `UNUSED`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -74,19 +79,22 @@ def run_config(args: Any) -> RunConfig:
     faults = [*_unsupported(args), *_contradictions(given, args)]
     if faults:
         raise ConfigError.joined(faults)
-    for field, argument in _decided(args).items():
-        _set(tree, field, getattr(args, argument))
-    _set(tree, "optimizer.warmup_steps", 0)  # Megatron-LM has its own; a default may exceed a short run
-    _set(tree, "model.dtype", _dtype(args))
-    _set(tree, "model.spec", "local" if args.transformer_impl == "local" else "te")
-    _set(tree, "steps", args.train_iters // _minibatches(given))
+    decided = {field: getattr(args, argument) for field, argument in _decided(args).items()}
+    decided |= {
+        "optimizer.warmup_steps": 0,  # Megatron-LM has its own; the default may exceed a short run
+        "model.dtype": _dtype(args),
+        "model.spec": "local" if args.transformer_impl == "local" else "te",
+        "steps": args.train_iters // _minibatches(given),
+    }
+    for field, value in decided.items():
+        apply_override(tree, f"{field}={json.dumps(value)}")
     config = parse(tree)
     if config.rollout.engine == "sglang" and config.rollout.sglang.colocated:
-        fix = "give the servers GPUs of their own (rollout.sglang.colocated: false)"
+        fix = "give the servers separate GPUs (rollout.sglang.colocated: false)"
         raise ConfigError("rollout.sglang.colocated", True, "false: Megatron-LM keeps its memory", fix)
     if config.objective.teacher in ("ema", "every"):
         fix = "use current, rollout or initial, or train with sdpg-megatron"
-        expected = "a teacher without weights of its own, which Megatron-LM's checkpoints do not have"
+        expected = "a teacher without separate weights, which Megatron-LM's checkpoints do not have"
         raise ConfigError("objective.teacher", config.objective.teacher, expected, fix)
     return config
 
@@ -94,7 +102,11 @@ def run_config(args: Any) -> RunConfig:
 def warn_of_unused(args: Any) -> None:
     """Log the fields of the YAML file that have no effect."""
     given = flatten(read_tree(args.sdpg, args.sdpg_set))
-    unused = [field for field in given if any(field == name or field.startswith(f"{name}.") for name in UNUSED)]
+    unused = [
+        field
+        for field in given
+        if field not in USED and any(field == name or field.startswith(f"{name}.") for name in UNUSED)
+    ]
     if unused:
         logger.warning("%s: no effect inside Megatron-LM: %s", args.sdpg, ", ".join(unused))
 
@@ -215,8 +227,3 @@ def _dtype(args: Any) -> str:
 
 def _flag(argument: str) -> str:
     return f"--{argument.replace('_', '-')}"
-
-
-def _set(tree: dict[str, Any], field: str, value: Any) -> None:
-    section, _, name = field.rpartition(".")
-    (tree.setdefault(section, {}) if section else tree)[name] = value

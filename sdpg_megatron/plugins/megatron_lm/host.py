@@ -123,7 +123,7 @@ class MegatronHost:
         if self._minibatches[0] != step:  # otherwise a further mini-batch, or a repetition of the last pass
             self._minibatches = (step, *steps.run(step))
         batch = self._minibatches[1][number]
-        context = steps.context(step, number, batch)
+        context = steps.preparer.context(step, number, batch)
         self._forward_step = policy.forward_step(context)
         ready = policy.with_late_teacher(batch.micro_batches, context)
         with policy.routing.step(self._filled(ready, len(numbers))) as numbered:

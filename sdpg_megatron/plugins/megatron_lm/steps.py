@@ -14,7 +14,7 @@ from sdpg_megatron.data.cursor import Cursor
 from sdpg_megatron.errors import CheckpointError
 from sdpg_megatron.mcore.main_rank import on_main
 from sdpg_megatron.mcore.policy import Policy
-from sdpg_megatron.objectives.base import StepContext
+from sdpg_megatron.observe.files import writing
 from sdpg_megatron.observe.metrics import Metric
 from sdpg_megatron.observe.progress import Progress
 from sdpg_megatron.runtime.run_lock import RunLock
@@ -75,10 +75,6 @@ class HostSteps:
             batches = self.preparer.prepare(step, groups)
         return batches, {**self._collector.describe(step, selection), **self._phases.take()}
 
-    def context(self, step: int, number: int, batch: StepBatch) -> StepContext:
-        """Context of a mini-batch's training pass."""
-        return self.preparer.context(step, number, batch)
-
     def _claim(self, stack: ExitStack) -> None:
         make_run_dir(self._config.run_dir)
         stack.callback(RunLock(self._config.run_dir).close)
@@ -88,12 +84,14 @@ class HostSteps:
         return self._config.run_dir / CURSORS
 
     def _write_cursor(self, step: int) -> None:
-        with self._cursors.open("a", encoding="utf-8") as file:
+        with writing(self._cursors), self._cursors.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "cursor": self._cursor.state()}) + "\n")
 
     def _read_cursor(self, step: int) -> Cursor:
         def read() -> Any:
-            lines = self._cursors.read_text(encoding="utf-8").splitlines() if self._cursors.exists() else []
+            text = self._cursors.read_text(encoding="utf-8") if self._cursors.exists() else ""
+            # Without the last line if a run was killed while it wrote one.
+            lines = text[: text.rfind("\n") + 1].splitlines()
             found = [entry["cursor"] for entry in map(json.loads, lines) if entry["step"] == step]
             if not found:
                 raise CheckpointError(

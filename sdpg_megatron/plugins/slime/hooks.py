@@ -22,13 +22,12 @@ from sdpg_megatron.batching.collate import PackingLayout
 from sdpg_megatron.batching.step_batch import with_corrections
 from sdpg_megatron.data.tokenizer import stop_ids
 from sdpg_megatron.errors import ConfigError
-from sdpg_megatron.mcore import passes
 from sdpg_megatron.mcore.compat.device import training_device
 from sdpg_megatron.mcore.forward_step import ForwardStep
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.optimizer import gather_parameters
 from sdpg_megatron.mcore.teachers import build_teacher
-from sdpg_megatron.mcore.transfer import host_copy, to_device
+from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.objectives import StepContext, build_objective, passes_of_run
 from sdpg_megatron.plugins.batch import token_weights, with_tokens
 from sdpg_megatron.plugins.hidden import HiddenOutput
@@ -134,20 +133,6 @@ class _Model:
             config.objective, self.chunks, None, run.settings.minibatches if needed.teacher else 1
         )
 
-    def with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the teacher's hidden rows; for an early teacher in host memory."""
-        with _free_routing():
-            found = passes.teacher_hidden(self.chunks, batches)
-        if self.teacher.early:
-            found = [None if rows_GH is None else host_copy(rows_GH) for rows_GH in found]
-        return [replace(b, teacher_hidden_GH=rows_GH) for b, rows_GH in zip(batches, found, strict=True)]
-
-    def with_teacher_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Add the teacher's log-probs of the sampled tokens."""
-        with _free_routing():
-            found = passes.teacher_logprobs(self.chunks, batches, self.head)
-        return [replace(b, teacher_logprobs_T=x_T) for b, x_T in zip(batches, found, strict=True)]
-
 
 @contextmanager
 def _free_routing() -> Iterator[None]:
@@ -215,7 +200,8 @@ class SlimeTrainer:
         context = run.context(rollout_id, step)
         needed = run.objective.required_passes(context)
         if needed.teacher and not model.teacher.early:
-            batches = model.with_teacher(batches)
+            with _free_routing():
+                batches = model.teacher.with_rows(batches)
         if needed.privileged and run.settings.config.objective.distill_average == "gated":
             context = replace(context, distill_scale=rollout.distill_scale(step, training_device()))
         group = parallel_state.get_context_parallel_group() if run.layout.context_size > 1 else None
@@ -267,9 +253,10 @@ def _begin_step(run: _Run, model: _Model, rollout: SlimeRollout, step: int, cont
     """Micro-batches of a step with the tensors that need the weights before the rollout's first update."""
     needed = run.objective.required_passes(context)
     batches = to_device(rollout.collated(step, run.layout, teacher=needed.privileged), training_device())
-    if needed.teacher and model.teacher.early:
-        batches = model.with_teacher(batches)
-    return model.with_teacher_logprobs(batches) if needed.teacher_logprob else batches
+    with _free_routing():
+        if needed.teacher and model.teacher.early:
+            batches = model.teacher.with_rows(batches)
+        return model.teacher.with_logprobs(batches, model.head) if needed.teacher_logprob else batches
 
 
 def _joined(batch: Mapping[str, Any], key: str) -> Tensor | None:

@@ -65,7 +65,7 @@ class SlimeSettings:
     """Configuration of SDPG in one slime run."""
 
     config: RunConfig
-    """Of its sections, `objective`, `head` and `rollout.temperature` apply."""
+    """Only the sections `objective` and `head` and the field `rollout.temperature` apply."""
     columns: Literal["padded", "valid"]
     """Vocabulary columns that count. `padded`: all columns of the output matrix, as in slime's log-probs. `valid`:
     without Megatron's padding."""

@@ -27,6 +27,7 @@ from sdpg_megatron.mcore.compat.device import training_device
 from sdpg_megatron.mcore.forward_step import NONFINITE, ForwardStep, Report, hidden_states, read_reports, reduce_tokens
 from sdpg_megatron.mcore.head import Head
 from sdpg_megatron.mcore.optimizer import gather_parameters
+from sdpg_megatron.mcore.teachers import Teacher
 from sdpg_megatron.mcore.transfer import to_device
 from sdpg_megatron.objectives import StepContext, build_objective
 from sdpg_megatron.observe.metrics import Metric, merge, values
@@ -185,8 +186,7 @@ class SDPGEngine(_engines.MegatronEngineWithLMHead):  # type: ignore[misc]
     def _with_teacher(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         if any(getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False) for chunk in self.module):
             gather_parameters(self.module)  # some ranks may have no teacher sequence to gather them for
-        rows = passes.teacher_hidden(self.module, batches)
-        return [replace(batch, teacher_hidden_GH=found) for batch, found in zip(batches, rows, strict=True)]
+        return Teacher(self.module).with_rows(batches)
 
     def _head_at(self, temperature: float) -> Head:
         if self._head is None:
