@@ -5,7 +5,7 @@
 #   export SDPG_SGLANG_PYTHON="$(bash scripts/install_sglang_cpu.sh)"
 #
 # A second call takes a moment. Choices, all by environment variable:
-#   SDPG_PYTHON       interpreter, 3.11 (default python3.11, or python3 where there is none)
+#   SDPG_PYTHON       interpreter, 3.11 (default: one that is found)
 #   SDPG_SGLANG_VENV  virtual environment (default .venv-sglang)
 #   SDPG_TORCH        requirement for torch (default torch==2.13.0)
 #
@@ -16,28 +16,13 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 
-say() { printf 'install_sglang_cpu: %s\n' "$*" >&2; }
-die() {
-  say "error: $*"
-  exit 1
-}
-
-choose_environment() {
-  local base="${SDPG_PYTHON:-}" version
-  if [[ -z "$base" ]]; then base="$(command -v python3.11 || command -v python3 || true)"; fi
-  version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ||
-    die "Python does not run. Fix: install Python 3.11, or set SDPG_PYTHON to it"
-  [[ "$version" == 3.11 ]] || die "$base is Python $version, expected 3.11. Fix: set SDPG_PYTHON to one"
-  VENV="${SDPG_SGLANG_VENV:-.venv-sglang}"
-  [[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
-  PYTHON="$VENV/bin/python"
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$base" -m venv "$VENV"
-}
+NAME=install_sglang_cpu
+source scripts/environment.sh
 
 install_packages() {
   local torch="${SDPG_TORCH:-torch==2.13.0}" pins=scripts/constraints-sglang-cpu.txt stamp="$VENV/sdpg-setup-stamp"
   local inputs site
-  inputs="$torch $ROOT $(cat "$pins" scripts/install_sglang_cpu.sh | cksum)"
+  inputs="$torch $ROOT $(cat "$pins" scripts/install_sglang_cpu.sh scripts/environment.sh | cksum)"
   if [[ -f "$stamp" && "$(<"$stamp")" == "$inputs" ]]; then return; fi
   local pip=("$PYTHON" -m pip --disable-pip-version-check install --quiet)
   say "installing into $VENV (some minutes the first time): $torch"
@@ -54,6 +39,6 @@ install_packages() {
   printf '%s' "$inputs" >"$stamp"
 }
 
-choose_environment
+choose_environment 3.11 "${SDPG_SGLANG_VENV:-.venv-sglang}"
 install_packages >&2
 printf '%s\n' "$PYTHON"

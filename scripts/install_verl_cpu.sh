@@ -5,7 +5,7 @@
 #   export SDPG_VERL_PYTHON="$(bash scripts/install_verl_cpu.sh)"
 #
 # A second call takes a moment. Choices, all by environment variable:
-#   SDPG_PYTHON     interpreter, 3.12 (default python3.12, or python3 where there is none)
+#   SDPG_PYTHON     interpreter, 3.12 (default: one that is found)
 #   SDPG_VERL_VENV  virtual environment (default .venv-verl)
 #   SDPG_TORCH      requirement for torch (default torch==2.11.0)
 #
@@ -16,27 +16,12 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 
-say() { printf 'install_verl_cpu: %s\n' "$*" >&2; }
-die() {
-  say "error: $*"
-  exit 1
-}
-
-choose_environment() {
-  local base="${SDPG_PYTHON:-}" version
-  if [[ -z "$base" ]]; then base="$(command -v python3.12 || command -v python3 || true)"; fi
-  version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ||
-    die "Python does not run. Fix: install Python 3.12, or set SDPG_PYTHON to it"
-  [[ "$version" == 3.12 ]] || die "$base is Python $version, expected 3.12. Fix: set SDPG_PYTHON to one"
-  VENV="${SDPG_VERL_VENV:-.venv-verl}"
-  [[ "$VENV" == /* ]] || VENV="$ROOT/$VENV"
-  PYTHON="$VENV/bin/python"
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$base" -m venv "$VENV"
-}
+NAME=install_verl_cpu
+source scripts/environment.sh
 
 install_packages() {
   local torch="${SDPG_TORCH:-torch==2.11.0}" pins=scripts/constraints-verl-cpu.txt stamp="$VENV/sdpg-setup-stamp" inputs
-  inputs="$torch $(cat "$pins" scripts/install_verl_cpu.sh | cksum)"
+  inputs="$torch $(cat "$pins" scripts/install_verl_cpu.sh scripts/environment.sh | cksum)"
   if [[ -f "$stamp" && "$(<"$stamp")" == "$inputs" ]]; then return; fi
   local pip=("$PYTHON" -m pip --disable-pip-version-check install --quiet)
   say "installing into $VENV (some minutes the first time): $torch"
@@ -51,6 +36,6 @@ install_packages() {
   printf '%s' "$inputs" >"$stamp"
 }
 
-choose_environment
+choose_environment 3.12 "${SDPG_VERL_VENV:-.venv-verl}"
 install_packages >&2
 printf '%s\n' "$PYTHON"

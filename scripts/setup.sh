@@ -19,13 +19,10 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 
-say() { printf 'setup: %s\n' "$*" >&2; }
-die() {
-  say "error: $*"
-  exit 1
-}
+NAME=setup
+source scripts/environment.sh
 
-choose_environment() {
+choose_project_environment() {
   local base="${SDPG_PYTHON:-python3}" version
   version="$("$base" -c 'import sys; print("%d%d" % sys.version_info[:2])')" ||
     die "$base does not run. Fix: install Python 3.11 or newer, or set SDPG_PYTHON to one"
@@ -61,7 +58,7 @@ install_packages() {
   printf '%s' "$inputs" >"$stamp"
 }
 
-choose_environment
+choose_project_environment
 install_packages
 # shellcheck disable=SC2034  # for the sourcing script
 SMOLLM2="$("$PYTHON" tools/prepare_smollm2.py)"

@@ -15,7 +15,10 @@
 # also runs the host programs' test with a server. tests/host/test_verl.py and test_slime.py say what they need.
 sglang=false options=()
 if [[ "${1:-}" == --host ]]; then
-  SDPG_PYTHON="${SDPG_PYTHON:-python3.12}"
+  NAME='test'
+  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+  SDPG_PYTHON="${SDPG_PYTHON:-$(find_python 3.12 || true)}"
+  [[ -n "$SDPG_PYTHON" ]] || die "found no Python 3.12. Fix: install it, or set SDPG_PYTHON to it"
   shift
   if (($# == 0)); then set -- tests/host tests/sglang/test_megatron_lm.py; fi
 fi
