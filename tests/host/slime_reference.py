@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.dist.test_step import config_of
-from tests.host import slime_contract as contract
+from tests.host.slime_model import ModelSample
 
 VOCAB = 300
 OBJECTIVE = {"alpha": 0.3, "beta": 0.7, "beta_warmup_steps": 0, "beta_decay_steps": 0}
@@ -239,7 +239,7 @@ def own_samples(objective: Any, shared: bool, per_token: bool) -> list[tuple[Any
     """Samples with their tokens' weights in slime's denominator."""
     from sdpg_megatron.batching.samples import Sample
 
-    given = made_samples(contract.ModelSample, shared_rollout=shared)
+    given = made_samples(ModelSample, shared_rollout=shared)
     masks = [np.zeros(s.response_length) if s.remove_sample else s.loss_mask for s in given]
     masks = [
         np.array([1] * s.response_length if m is None else m, np.float32) for s, m in zip(given, masks, strict=True)

@@ -1,6 +1,6 @@
 """The slime plugin: hooks called as slime calls them give the numbers of this package's own training step.
 
-Each test runs with a small model of slime (tests/host/slime_contract.py), and with slime's own modules where SDPG_SLIME
+Each test runs with a small model of slime (tests/host/slime_model.py), and with slime's own modules where SDPG_SLIME
 names a checkout.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,15 +15,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from sdpg_megatron.batching.collate import PackingLayout, collate
-from sdpg_megatron.config import ObjectiveConfig
 from sdpg_megatron.errors import ConfigError, DataError
-from sdpg_megatron.objectives import build_objective
-from sdpg_megatron.plugins.batch import local_tokens, with_tokens
-from sdpg_megatron.plugins.slime.samples import convert
-from sdpg_megatron.plugins.slime.settings import PATHS, REFUSED, read_settings
 from tests.dist.test_step import config_of
 from tests.host import slime_contract as contract
 from tests.host.slime_reference import (
@@ -35,12 +27,10 @@ from tests.host.slime_reference import (
     disturb,
     made_logprobs,
     made_samples,
-    own_samples,
     own_training,
     whole_gradients,
 )
 from tests.pool import RankPool
-from tests.tiny import tiny_tokenizer, write_tiny_model
 
 SDPG = {"objective": OBJECTIVE, "columns": "valid"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -51,13 +41,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"parallel.context": 2}),
     "dp2": (2, {}),
 }
-needs_slime = pytest.mark.skipif(contract.reason_to_skip() is not None, reason=str(contract.reason_to_skip()))
-with_contract = pytest.mark.parametrize("kind", ["model", pytest.param("slime", marks=needs_slime)])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=False, seed=3)
 
 
 # --- slime's side
@@ -204,7 +187,7 @@ def assert_same(found: dict[str, Any], own: dict[str, Any]) -> None:
 # --- tests of a training step
 
 
-@needs_slime
+@contract.needs_slime
 def test_slimes_calls_are_those_of_the_contract() -> None:
     """In the modules that cannot be imported, for want of Megatron-LM's training program."""
     folder = "slime/backends/megatron_utils"
@@ -224,7 +207,7 @@ def test_slimes_calls_are_those_of_the_contract() -> None:
     assert any(all(repr(key) in call for key in contract.TRAIN_KEYS) for call in batches)
 
 
-@with_contract
+@contract.with_contract
 @pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_rollout"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_numbers_are_those_of_this_packages_step(
@@ -242,7 +225,7 @@ def test_the_numbers_are_those_of_this_packages_step(
     assert all(gradient.abs().max() > 0 for gradient in own["gradients"].values())
 
 
-@with_contract
+@contract.with_contract
 @pytest.mark.parametrize("teacher", ["current", "rollout"])
 def test_the_teacher_of_a_rollouts_second_step(folder: Path, ranks: RankPool, kind: str, teacher: str) -> None:
     """Its weights are the current ones, or those before the first update."""
@@ -256,7 +239,7 @@ def test_the_teacher_of_a_rollouts_second_step(folder: Path, ranks: RankPool, ki
     assert own[1]["report"]["distill/kl"] != pytest.approx(other[1]["report"]["distill/kl"], rel=1e-3)
 
 
-@with_contract
+@contract.with_contract
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
@@ -280,7 +263,7 @@ def test_options_of_the_objective(
     assert own["report"]["loss"] != pytest.approx(plain["report"]["loss"], rel=1e-3)
 
 
-@with_contract
+@contract.with_contract
 def test_the_old_policy_may_be_the_rollouts(folder: Path, ranks: RankPool, kind: str) -> None:
     found = ranks.run(slime_training, 1, kind, folder, {}, {"use_rollout_logprobs": True})[0]
     (own,) = expected(folder, ranks, old_from_rollout=True)
@@ -289,7 +272,7 @@ def test_the_old_policy_may_be_the_rollouts(folder: Path, ranks: RankPool, kind:
     assert own["report"]["loss"] != pytest.approx(plain["report"]["loss"], rel=1e-3)
 
 
-@with_contract
+@contract.with_contract
 def test_sixteen_bits(folder: Path, ranks: RankPool, kind: str) -> None:
     """Megatron's wrapper returns the hidden states in float32."""
     found = ranks.run(slime_training, 1, kind, folder, {"model.dtype": "bfloat16"}, {})[0]
@@ -299,7 +282,7 @@ def test_sixteen_bits(folder: Path, ranks: RankPool, kind: str) -> None:
         assert contract.relative(found[0]["gradients"][name], gradient) < 2e-2, name
 
 
-@with_contract
+@contract.with_contract
 def test_weights_that_megatron_gathers_late(folder: Path, ranks: RankPool, kind: str) -> None:
     """The teacher of a rollout's second step reads the updated weights."""
     two = {"rollout_batch_size": 8, "global_batch_size": 4}
@@ -349,7 +332,7 @@ def slime_ratio(
     return report["policy/ratio"], before, slime_log_probs(slime, args, chunks, data)
 
 
-@with_contract
+@contract.with_contract
 @pytest.mark.parametrize("layout", ["one", "tp2_sp"])
 def test_slimes_log_probs_count_padded_columns_and_the_default_too(
     folder: Path, ranks: RankPool, kind: str, layout: str
@@ -455,161 +438,3 @@ def routing_stages(folder: Path) -> tuple[set[str], set[str]]:
 
 def test_the_teachers_pass_replays_no_experts(folder: Path, ranks: RankPool) -> None:
     assert ranks.run(routing_stages, 1, folder) == [({"fallthrough"}, {"replay_backward"})]
-
-
-# --- per-token tensors
-
-
-@pytest.mark.parametrize("context", [0, 1])
-def test_local_tokens_are_those_of_the_micro_batch(context: int) -> None:
-    layout = PackingLayout(context=context, context_size=2)
-    samples = [sample for sample, _ in own_samples(build_objective(ObjectiveConfig(), 4), True, True)]
-    here = local_tokens([len(s.student_prompt) for s in samples], [len(s.response) for s in samples], layout)
-    responses = torch.from_numpy(np.concatenate([s.response for s in samples]))
-    assert collate(samples, layout).labels_T.tolist() == responses[here].tolist()
-    assert 0 < int(here.sum()) < len(here)
-
-
-def test_a_hosts_tensor_has_one_value_for_each_token() -> None:
-    samples = [sample for sample, _ in own_samples(build_objective(ObjectiveConfig(), 4), True, True)][:2]
-    batch = collate(samples, PackingLayout())
-    weights = torch.arange(9.0)
-    assert with_tokens(batch, weights_T=weights, old_logprobs_T=None).weights_T is weights
-    with pytest.raises(ValueError, match="weights_T: found shape"):
-        with_tokens(batch, weights_T=weights[1:])
-    with pytest.raises(ValueError, match="labels_T: expected one of advantages_T"):
-        with_tokens(batch, labels_T=weights)
-
-
-# --- the rollout manager
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> Path:
-    tiny_tokenizer().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def from_label(args: Any, sample: Any) -> str:
-    return f"{args.hf_checkpoint[:1]}{sample.reward}"
-
-
-def converted(args: Any, prompt: Any, **changes: Any) -> list[list[int]]:
-    """Teacher prompts that arrive for two samples, of which the second has token ids."""
-    slime = contract.slime("model")
-    samples = made_samples(slime.sample)[:2]
-    samples[0].metadata = {"sdpg_teacher_prompt": prompt, **changes}
-    return [list(ids) for ids in slime.convert(args, samples)["prompt"]]
-
-
-def test_a_teacher_prompt_is_text_messages_ids_or_none(tokenizer_folder: Path) -> None:
-    args, tokenizer = contract.arguments(tokenizer_folder, use_kl_loss=True), tiny_tokenizer()
-    second = made_samples(contract.ModelSample)[1].metadata["sdpg_teacher_prompt"]
-    assert converted(args, "What is 12?") == [tokenizer.encode("What is 12?", add_special_tokens=False), second]
-    messages = [{"role": "user", "content": "What is 12?"}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert converted(args, messages) == [tokenizer.encode(rendered, add_special_tokens=False), second]
-    assert converted(args, (7, 8)) == converted(args, np.array([7, 8])) == [[7, 8], second]
-    assert converted(args, None) == [[], second]
-
-
-def test_a_function_may_make_the_teacher_prompt(tokenizer_folder: Path) -> None:
-    args = contract.arguments(tokenizer_folder, sdpg={"teacher_prompt": f"{__name__}:from_label"})
-    prompts = converted(args, None)
-    assert [tiny_tokenizer().decode(ids) for ids in prompts] == ["/1.2", "/-0.7"]
-
-
-def test_no_prompt_is_needed_without_a_teacher(tokenizer_folder: Path) -> None:
-    args = contract.arguments(tokenizer_folder, sdpg={"objective": {"name": "grpo"}})
-    assert converted(args, 3.5) == [[], []]
-
-
-@pytest.mark.parametrize("prompt", ["", [], [1, -2], ["a"], 3.5, [{"role": "user"}, 3]])
-def test_an_invalid_teacher_prompt_names_its_sample(tokenizer_folder: Path, prompt: Any) -> None:
-    with pytest.raises(DataError, match="sample 0 of group 0: teacher prompt: found"):
-        converted(contract.arguments(tokenizer_folder), prompt)
-
-
-def test_a_missing_teacher_prompt_names_its_sample(folder: Path) -> None:
-    slime, args = contract.slime("model"), contract.arguments(folder)
-    samples = made_samples(slime.sample)
-    samples[3].metadata = {}
-    with pytest.raises(DataError, match="sample 3 of group 0: found no 'sdpg_teacher_prompt' in its metadata"):
-        convert(args, samples)
-
-
-def rows_of(kind: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Training data of slime's own conversion, and of the hook."""
-    slime, args = contract.slime(kind), contract.arguments(folder)
-    with_hook = slime.convert(args, made_samples(slime.sample))
-    args.custom_convert_samples_to_train_data_path = f"{__name__}.own_conversion"
-    return slime.convert(args, made_samples(slime.sample)), with_hook
-
-
-def own_conversion(args: Any, samples: Sequence[Any]) -> dict[str, Any]:
-    from sdpg_megatron.plugins.slime.samples import _convert_by_slime
-
-    return _convert_by_slime(args, samples)
-
-
-@with_contract
-def test_the_rest_is_slimes_own_conversion(folder: Path, ranks: RankPool, kind: str) -> None:
-    ((own, found),) = ranks.run(rows_of, 1, kind, folder)
-    assert len(found.pop("prompt")) == 8
-    assert found == own
-    assert {"tokens", "rewards", "loss_masks", "rollout_mask_sums"} <= set(own)
-
-
-# --- arguments
-
-
-def read_yaml(text: str) -> dict[str, Any]:
-    """As slime reads ``--custom-config-path``: by YAML 1.1, where 1e-3 is text."""
-    found: dict[str, Any] = yaml.safe_load(text)
-    return found
-
-
-def test_the_yaml_file_sets_the_objective(folder: Path) -> None:
-    text = "sdpg: {columns: valid, objective: {beta: 1e-3, gate: off, clip_high: 0.3}, head: {chunk_rows: 64}}"
-    settings = read_settings(contract.arguments(folder, rollout_temperature=0.7, **read_yaml(text)))
-    config = settings.config
-    assert (config.objective.beta, config.objective.gate, config.objective.clip_high) == (1e-3, False, 0.3)
-    assert (config.head.chunk_rows, config.rollout.temperature, settings.columns) == (64, 0.7, "valid")
-    assert config.total_optimizer_steps == 4
-    assert read_settings(contract.arguments(folder)).columns == "padded"
-
-
-OTHERS: dict[str, Any] = {"loss_type": "policy_loss", "compute_advantages_and_returns": False, "mtp_num_layers": 1}
-OTHERS |= {"rollout_top_p": 0.9, "entropy_coef": 0.1, "kl_loss_coef": 0.1}
-
-
-@pytest.mark.parametrize("argument", [*REFUSED, *PATHS])
-def test_an_argument_that_would_be_ignored_or_fail_is_refused(folder: Path, argument: str) -> None:
-    value = None if argument in PATHS else OTHERS.get(argument, True)
-    with pytest.raises(ConfigError, match=f"^--{argument.replace('_', '-')}: found .*, expected .*Fix: "):
-        read_settings(contract.arguments(folder, **{argument: value}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sdpg", "message"),
-    [
-        ({"advantage_estimator": "gspo"}, {}, "--advantage-estimator: found 'gspo'"),
-        ({}, {"colums": "valid"}, "sdpg.colums: found 'colums', expected a known key. Fix: did you mean 'columns'"),
-        ({}, {"columns": "all"}, "sdpg.columns: found 'all', expected 'padded' or 'valid'"),
-        ({}, {"teacher_prompt": 3}, "sdpg.teacher_prompt: found 3"),
-        ({}, {"objective": {"aggregation": "token-mean"}}, "sdpg.objective.aggregation: found 'token-mean'"),
-        ({}, {"objective": {"betta": 0.1}}, "objective.betta: found 'betta', expected a known key"),
-        ({}, {"objective": {"teacher": "ema"}}, "sdpg.objective.teacher: found 'ema'"),
-        ({}, {"objective": {"context": "peer"}}, "sdpg.objective.context: found 'peer'"),
-        ({"use_kl_loss": False}, {}, "sdpg.objective.alpha: found 0.001, expected 0 without a reference"),
-        ({"use_rollout_logprobs": True}, {"objective": {"correction": "mask"}}, "sdpg.objective.correction"),
-        ({"global_batch_size": 1}, {"objective": {"policy": "reinforce"}}, "objective.policy: found 'reinforce'"),
-        ({}, {"objective": {"beta_decay_steps": 9}}, "objective.beta_warmup_steps [+] objective.beta_decay_steps"),
-        ({}, "objective", "sdpg: found 'objective', expected a mapping"),
-    ],
-)
-def test_an_invalid_configuration_names_its_field(
-    folder: Path, changes: dict[str, Any], sdpg: Any, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        read_settings(contract.arguments(folder, **changes, sdpg=sdpg))

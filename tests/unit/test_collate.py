@@ -55,6 +55,22 @@ def test_packed_sequences_lie_one_after_the_other() -> None:
     assert batch.labels_T[batch.gated_rows_G].tolist() == asked
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_tokens_that_the_policy_did_not_sample_are_read_only(packed: bool) -> None:
+    """They stay in the sequences of student and teacher, and have no row."""
+    samples = [replace(s, predicted=np.arange(len(s.response)) % 3 != 1) for s in some_samples()]
+    samples = [replace(s, gates=s.gates & s.predicted) for s in samples]
+    layout = PackingLayout(packed=packed)
+    whole, batch = collate(some_samples(), layout), collate(samples, layout)
+    counted = torch.from_numpy(np.concatenate([s.predicted for s in samples]))
+    assert torch.equal(batch.student.tokens_BS, whole.student.tokens_BS)
+    for name in ("labels_T", "sequence_T", "advantages_T", "weights_T", "rollout_logprobs_T"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name)[counted]), name
+    assert torch.equal(batch.student.rows_T, whole.student.rows_T[counted])
+    asked = [t for s in samples for t, gate in zip(s.response, s.gates, strict=True) if gate]
+    assert asked and batch.labels_T[batch.gated_rows_G].tolist() == asked
+
+
 def test_a_sequence_of_its_own_fills_up_to_a_multiple() -> None:
     samples = some_samples(3)
     total = sum(len(s.student_prompt) + len(s.response) for s in samples)

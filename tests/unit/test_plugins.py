@@ -17,17 +17,18 @@ import yaml
 from torch import Tensor
 
 from sdpg_megatron.architecture import read_architecture
-from sdpg_megatron.batching.collate import PackingLayout
+from sdpg_megatron.batching.collate import PackingLayout, collate
 from sdpg_megatron.batching.samples import Sample
 from sdpg_megatron.errors import ConfigError
 from sdpg_megatron.mcore.forward_step import DeviceMetric
 from sdpg_megatron.objectives.base import TokenMetric
 from sdpg_megatron.observe.metrics import Metric, Reduction
-from sdpg_megatron.plugins.batch import host_batch, token_weights
+from sdpg_megatron.plugins.batch import host_batch, local_tokens, token_weights
 from sdpg_megatron.plugins.megatron_lm.arguments import check_model_arguments, model_flags, run_config, warn_of_unused
 from sdpg_megatron.plugins.report import pairs, sums_and_counts, weighted_sums
 from sdpg_megatron.plugins.schedule import prepared_schedule
 from tests.tiny import write_tiny_model
+from tests.unit.test_collate import some_samples
 
 CPU = torch.device("cpu")
 
@@ -111,6 +112,15 @@ def test_a_hosts_tensors_replace_those_of_the_samples() -> None:
         host_batch([sample], PackingLayout(), labels_T=advantages_T)
     with pytest.raises(ValueError, match=r"weights_T: found shape \(1,\), expected \(2,\)"):
         host_batch([sample], PackingLayout(), weights_T=torch.ones(1))
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_local_tokens_are_those_of_the_micro_batch(context: int) -> None:
+    layout, samples = PackingLayout(context=context, context_size=2), some_samples()
+    here = local_tokens([len(s.student_prompt) for s in samples], [len(s.response) for s in samples], layout)
+    responses = torch.from_numpy(np.concatenate([s.response for s in samples]))
+    assert collate(samples, layout).labels_T.tolist() == responses[here].tolist()
+    assert 0 < int(here.sum()) < len(here)
 
 
 def namespace(flags: list[str]) -> Namespace:
