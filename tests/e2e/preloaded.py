@@ -195,7 +195,9 @@ def run_as_main(module: str, *arguments: str) -> int:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
-        code = int(ended.code or 0)
+        if isinstance(ended.code, str):  # Python prints it
+            sys.stderr.write(f"{ended.code}\n")
+        code = 1 if isinstance(ended.code, str) else int(ended.code or 0)
     except BaseException:
         traceback.print_exc()
         code = 1

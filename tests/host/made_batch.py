@@ -45,6 +45,7 @@ def run(out: Path, own: bool) -> None:
     from megatron.training import training
 
     from sdpg_megatron.plugins.megatron_lm import host as host_module
+    from sdpg_megatron.plugins.megatron_lm.__main__ import DEFAULTS
     from sdpg_megatron.plugins.megatron_lm.__main__ import run as run_plugin
     from sdpg_megatron.plugins.megatron_lm.host import MegatronHost
     from sdpg_megatron.plugins.megatron_lm.steps import HostSteps
@@ -66,7 +67,8 @@ def run(out: Path, own: bool) -> None:
     if own:
         from sdpg_megatron.plugins.megatron_lm.arguments import add_arguments, run_config
 
-        args = megatron_arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        args = megatron_arguments.parse_args(add_arguments)
+        megatron_arguments.validate_args(args, DEFAULTS)
         own_step(run_config(args), save)
         return
 

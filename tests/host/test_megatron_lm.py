@@ -2,7 +2,8 @@
 
 Needs a megatron-core with `megatron.training` (0.17 or newer, Python 3.12):
 
-    SDPG_PYTHON=python3.12 bash scripts/test.sh -m host
+    bash scripts/test.sh --host
+    PYTHONPATH=<checkout of Megatron-LM> bash scripts/test.sh tests/host/test_megatron_lm.py    another version, or 3.11
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +83,18 @@ def launched(module: str, line: list[str], ranks: int) -> subprocess.CompletedPr
 
 
 def logged(output: str) -> list[dict[str, float]]:
-    """Metrics that Megatron-LM printed, by iteration: the positive ones, in the second of a call the mean of two."""
-    found = []
+    """Metrics that Megatron-LM printed, by iteration.
+
+    It leaves out those that are not above 0; here they are 0. In the second iteration of a call it prints the mean of
+    two.
+    """
+    found: list[dict[str, float]] = []
     for line in re.findall(r"^.* iteration +\d+/.*$", output, re.MULTILINE):
         pairs = re.findall(r"([A-Za-z_/ ]+): +([-+.\dE]+|nan|inf) ", line)
-        found.append({name.strip(): float(value) for name, value in pairs})
+        found.append(defaultdict(float, {name.strip(): float(value) for name, value in pairs}))
     if len(found) > 1:
         first, second = found[0], found[1]
-        found[1] = {name: 2 * x - first[name] if "/" in name else x for name, x in second.items() if name in first}
+        found[1] = defaultdict(float, {n: 2 * x - first[n] if "/" in n else x for n, x in second.items()})
     return found
 
 
